@@ -1,0 +1,36 @@
+# Each target is a command of `python -m helpers`, which also runs where there is no make.
+PYTHON ?= python3
+MODEL ?= $(or $(COURSE_MODEL),smollm2-135m)
+HELPERS = $(PYTHON) -m helpers
+
+.PHONY: run test lab ui bench doctor setup generate clean distclean
+
+run:
+	@$(HELPERS) run --model "$(MODEL)"
+
+test:
+	@$(HELPERS) test
+
+lab:
+	@COURSE_MODEL="$(MODEL)" $(HELPERS) lab
+
+ui:
+	@$(HELPERS) ui
+
+bench:
+	@$(HELPERS) bench
+
+doctor:
+	@$(HELPERS) doctor
+
+setup:
+	@$(HELPERS) setup
+
+generate:
+	@$(HELPERS) generate
+
+clean:
+	@$(HELPERS) clean
+
+distclean:
+	@$(HELPERS) distclean

@@ -1,0 +1,43 @@
+"""What the notebooks import: model set-up, parameter checks, signature tables, measurements.
+
+The names are loaded on first use, so that ``python -m helpers`` starts on a bare Python
+that has none of the course's packages yet.
+"""
+
+import os
+
+# Every file the course loads is on this machine once it is set up. These keep the
+# libraries from asking the network about it (a hub look-up costs 23 s when there is none).
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+os.environ.setdefault("DO_NOT_TRACK", "1")
+# MLflow's own notes and progress bars would come between the lines of a page.
+os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+# Fork-safety notice of the tokenizers library: the course forks only to start programs.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+_HOME = {
+    "CourseError": "helpers.errors",
+    "Card": "helpers.catalogue",
+    "read_catalogue": "helpers.catalogue",
+    "PreparedModel": "helpers.models",
+    "prepare_model": "helpers.models",
+    "check_parameters": "helpers.parameters",
+    "check_fits": "helpers.parameters",
+    "show_signature": "helpers.signatures",
+    "measure": "helpers.measurement",
+    "show_table": "helpers.tables",
+    "tracking_store": "helpers.tracking",
+    "pinned": "helpers.requirements",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name):
+    if name not in _HOME:
+        raise AttributeError("module 'helpers' has no attribute %r" % name)
+    import importlib
+
+    return getattr(importlib.import_module(_HOME[name]), name)

@@ -1,0 +1,68 @@
+"""``python -m helpers COMMAND``: from a bare checkout to a running course.
+
+This file and ``setup.py`` beside it run on whatever Python is there, with nothing installed:
+they check its version, set up ``.venv`` and run the command in it.
+"""
+
+import os
+import subprocess
+import sys
+
+from helpers.errors import CourseError
+
+# No f-strings and no annotations in this file: an old Python must get as far as the sentence below.
+OLDEST, NEWEST = (3, 11), (3, 13)
+NEED_TESTS = ("test", "bench", "generate")
+
+
+def check_python(version):
+    """Raise CourseError unless ``version``, such as ``(3, 12)``, is one that the pins support."""
+    if not OLDEST <= tuple(version[:2]) <= NEWEST:
+        raise CourseError(
+            "This is Python %d.%d, and the course runs on Python %d.%d to %d.%d."
+            % (tuple(version[:2]) + OLDEST + NEWEST),
+            "Install one of those and name it: make run PYTHON=python3.12, "
+            "or on Windows: py -3.12 -m helpers run",
+        )
+
+
+def main(arguments):
+    """Set up what the command needs, then run it. Return the exit code."""
+    try:
+        check_python(sys.version_info)
+        return _main(arguments)
+    except CourseError as error:
+        sys.stdout.flush()
+        sys.stderr.write("error: %s\n       %s\n" % (error.what, error.fix))
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("\nInterrupted. Nothing half-made is kept: the same command goes on from here.\n")
+        return 130
+
+
+def _main(arguments):
+    from helpers import setup
+
+    command = arguments[0] if arguments else "help"
+    if command in ("clean", "distclean"):
+        return setup.clean(everything=command == "distclean")
+    tests = command in NEED_TESTS
+    if setup.inside_venv():
+        setup.set_up(tests)
+    elif command != "help" and setup.differing_packages(tests):
+        python = str(setup.set_up(tests))
+        line = [python, "-m", "helpers"] + arguments
+        if os.name == "posix":
+            os.execv(python, line)
+        return subprocess.call(line)
+    if command == "help" and setup.differing_packages():
+        print("Commands: run, test, lab, ui, bench, doctor, prepare, notebook, generate, setup, clean, distclean.")
+        print("The first of them sets up .venv; `help` says more after that.")
+        return 0
+    from helpers import cli
+
+    return cli.main(arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,142 @@
+"""The commands of ``python -m helpers``, once their packages are installed."""
+
+import argparse
+import ast
+import os
+import subprocess
+import sys
+
+from helpers.errors import CourseError
+from helpers.paths import BUILD, NOTEBOOKS, ROOT, tracking_uri
+
+DEFAULT_MODEL = "smollm2-135m"
+# What `mlflow ui` and JupyterLab listen on: this machine alone.
+LOOPBACK = "127.0.0.1"
+
+
+def main(arguments):
+    """Run one command. Return its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m helpers", description="Run the course and look after it.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    run = commands.add_parser("run", help="run both track notebooks and say what came out")
+    _add_model(run)
+    notebook = commands.add_parser("notebook", help="run one notebook with parameters of your own")
+    notebook.add_argument("name", help="such as TransformerPipeline")
+    notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    prepare = commands.add_parser("prepare", help="download and convert a model")
+    _add_model(prepare)
+    test = commands.add_parser("test", help="run every test; further words go to pytest")
+    test.add_argument("pytest", nargs=argparse.REMAINDER)
+    commands.add_parser("lab", help="open JupyterLab on the course")
+    commands.add_parser("ui", help="open the MLflow UI on the course's store").add_argument(
+        "--port", type=int, default=5000)
+    commands.add_parser("bench", help="measure, and write build/bench/bench.json")
+    commands.add_parser("doctor", help="say what this machine can run")
+    commands.add_parser("generate", help="write environment.yml, constraints.txt and the README's table anew")
+    commands.add_parser("setup", help="set up .venv and nothing else")
+    commands.add_parser("clean", help="remove build/")
+    commands.add_parser("distclean", help="remove build/, data/models/ and .venv/")
+    commands.add_parser("help", help="show this list")
+
+    options = parser.parse_args(arguments or ["help"])
+    if options.command == "help":
+        parser.print_help()
+        return 0
+    if options.command == "setup":
+        return 0  # what it does has been done on the way here
+    return globals()["_" + options.command](options)
+
+
+def _add_model(parser):
+    parser.add_argument("--model", default=os.environ.get("COURSE_MODEL") or DEFAULT_MODEL,
+                        help="a name of data/models.toml")
+
+
+def _run(options):
+    from helpers.execute import TRACKS, execute, print_answers
+    from helpers.models import prepare_model
+
+    prepare_model(options.model)
+    for track in TRACKS:
+        print(f"\nRunning notebooks/{track}.ipynb", flush=True)
+        page = execute(track, {"model": options.model})
+        print_answers(track, page)
+    print("\nOpen a page in a browser; `make lab` to step through it; `make ui` to see the runs in MLflow.")
+    return 0
+
+
+def _notebook(options):
+    from helpers.execute import execute, print_answers
+
+    parameters = {}
+    for name, value in options.parameter:
+        try:
+            parameters[name] = ast.literal_eval(value) if name in ("max_tokens", "temperature") else value
+        except (ValueError, SyntaxError):
+            raise CourseError(f"{name} is {value!r}, and it has to be a number.",
+                              f"Such as: -p {name} 1") from None
+    page = execute(options.name, parameters)
+    print_answers(options.name, page, parameters.get("tracking_uri", ""))
+    return 0
+
+
+def _prepare(options):
+    from helpers.models import prepare_model
+
+    prepared = prepare_model(options.model)
+    print(f"{prepared.card.title} is ready:\n  {prepared.transformers_dir}\n  {prepared.onnx_dir}")
+    return 0
+
+
+def _test(options):
+    # The model comes first: its progress bars belong in front of the tests, not inside one.
+    from helpers.models import prepare_model
+
+    for name in ("tiny-phi3", DEFAULT_MODEL):
+        prepare_model(name)
+    return subprocess.call([sys.executable, "-m", "pytest", *options.pytest], cwd=ROOT)
+
+
+def _lab(options):
+    return _serve([sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={LOOPBACK}", f"--ServerApp.root_dir={ROOT}",
+                   "--LabApp.news_url=None", "--KernelManager.transport_encryption=auto",
+                   str(NOTEBOOKS / "TransformerPipeline.ipynb")])
+
+
+def _ui(options):
+    if not (BUILD / "mlflow.db").exists() and not os.environ.get("COURSE_TRACKING_URI"):
+        raise CourseError("There is nothing to show yet.", "Run the course first: make run")
+    print(f"The MLflow UI: http://{LOOPBACK}:{options.port}   (Ctrl-C ends it)", flush=True)
+    return _serve([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri(),
+                   "--host", LOOPBACK, "--port", str(options.port)])
+
+
+def _serve(command):
+    """Turn this process into a server; Ctrl-C is then the server's own business."""
+    # Programs such as uvicorn are looked up on the PATH; the environment may not be activated.
+    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    environment = dict(os.environ, PATH=path)
+    if os.name == "posix":
+        os.chdir(ROOT)
+        os.execve(command[0], command, environment)
+    return subprocess.call(command, cwd=ROOT, env=environment)
+
+
+def _bench(options):
+    from helpers.bench import bench
+
+    return bench()
+
+
+def _doctor(options):
+    from helpers.doctor import doctor
+
+    return doctor()
+
+
+def _generate(options):
+    from helpers.generate import generate
+
+    return generate()
+

@@ -1,0 +1,71 @@
+"""Measures a logged model the same way for both tracks, through MLflow's pyfunc interface alone."""
+
+import os
+import statistics
+import sys
+import time
+
+import mlflow
+import psutil
+
+REPEATS = 3
+
+
+def measure(model_uri, ask, tokens):
+    """Load a logged model once more and time what it does.
+
+    Parameters
+    ----------
+    model_uri : str
+        Of a logged model.
+    ask : callable
+        ``ask(model, max_tokens)`` makes one prediction and returns the number of tokens in its answer.
+    tokens : int
+        Most tokens of the longer answer, 2 or more.
+
+    Returns
+    -------
+    dict of str to float
+        ``load_seconds``; ``first_token_seconds``, the time to an answer of one token;
+        ``tokens_per_second`` after the first token, 0 where the answer had no second one;
+        ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far.
+        Times are medians of three, after a warm-up.
+    """
+    started = time.perf_counter()
+    model = mlflow.pyfunc.load_model(model_uri)
+    load_seconds = time.perf_counter() - started
+    ask(model, 1)
+    first, rates = [], []
+    for _ in range(REPEATS):
+        first.append(_timed(ask, model, 1)[1])
+        count, seconds = _timed(ask, model, tokens)
+        rates.append(max(count - 1, 0) / max(seconds - first[-1], 1e-9) if count > 1 else 0.0)
+    folder = mlflow.artifacts.download_artifacts(model_uri)
+    return {
+        "load_seconds": round(load_seconds, 3),
+        "first_token_seconds": round(statistics.median(first), 3),
+        "tokens_per_second": round(statistics.median(rates), 1),
+        "disk_bytes": folder_bytes(folder),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+
+
+def _timed(ask, model, max_tokens):
+    started = time.perf_counter()
+    count = ask(model, max_tokens)
+    return count, time.perf_counter() - started
+
+
+def folder_bytes(folder):
+    """Return the bytes of all files below ``folder``."""
+    return sum(os.path.getsize(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names)
+
+
+def peak_memory_bytes():
+    """Return the most memory that this process has held so far, in bytes."""
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,114 @@
+"""Checks what a learner, a workshop or CI puts into a notebook, before anything long starts.
+
+It knows the six parameters of the course and nothing of MLflow.
+"""
+
+import ast
+import math
+
+from helpers.catalogue import find_card
+from helpers.errors import CourseError
+
+PARAMETERS = ("model", "tracking_uri", "question", "system_prompt", "max_tokens", "temperature")
+
+
+def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens, temperature):
+    """Raise an error that says what to change, unless all parameters are usable.
+
+    Parameters
+    ----------
+    model : str
+        A name of ``data/models.toml``.
+    tracking_uri : str
+        An MLflow tracking URI; empty for the course's own store.
+    question, system_prompt : str
+        What to ask, and the instruction that stands before it. The second may be empty.
+    max_tokens : int
+        Most tokens of an answer: 1 to what the model's context leaves.
+    temperature : float
+        0 takes the likeliest token each time; up to 2.
+
+    Raises
+    ------
+    CourseError
+        Names the parameter, its value and its range.
+    """
+    _refuse_unknown()
+    for name, value in (("model", model), ("tracking_uri", tracking_uri), ("question", question),
+                        ("system_prompt", system_prompt)):
+        if not isinstance(value, str):
+            raise CourseError(f"{name} is {value!r}, and it has to be text.", f"Put {name} in quotes.")
+    card = find_card(model)
+    if not question.strip():
+        raise CourseError("question is empty.", "Ask something, such as: What is the capital of Spain?")
+    for name, value in (("question", question), ("system_prompt", system_prompt)):
+        if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
+            raise CourseError(f"{name} holds a character that is not text (NUL or half a surrogate pair).",
+                              "Take it out.")
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 0 < max_tokens < card.context_length:
+        raise CourseError(f"max_tokens is {max_tokens!r}.",
+                          f"Choose a whole number from 1 to {card.context_length - 1} for {card.title}.")
+    if (not isinstance(temperature, int | float) or isinstance(temperature, bool)
+            or not math.isfinite(temperature) or not 0 <= temperature <= 2):
+        raise CourseError(f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
+
+
+def _refuse_unknown():
+    """Raise an error where papermill has injected a parameter that the notebook does not have.
+
+    papermill itself says so in a log line and exits with 0.
+    """
+    try:
+        shell = get_ipython()
+    except NameError:
+        return
+    for source in shell.user_ns.get("In", []):
+        if source.startswith("# Parameters\n"):
+            targets = (node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign))
+            unknown = [target.id for target in targets if target.id not in PARAMETERS]
+            if unknown:
+                raise CourseError(f"This notebook has no parameter called {', '.join(unknown)}.",
+                                  f"Choose among: {', '.join(PARAMETERS)}.")
+
+
+def check_fits(prepared, messages, max_tokens):
+    """Count a conversation's tokens, and refuse what the model cannot take.
+
+    Parameters
+    ----------
+    prepared : PreparedModel
+        The model, whose tokenizer has a chat template.
+    messages : list of dict
+        ``role`` and ``content`` each.
+    max_tokens : int
+        Most tokens of the answer.
+
+    Returns
+    -------
+    int
+        Tokens of the prompt, markup included.
+
+    Raises
+    ------
+    CourseError
+        The prompt and its answer are too long together, or a message holds the model's own markup,
+        which would let the one who writes it speak in another role.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir)
+    for message in messages:
+        for token in tokenizer.get_added_vocab():
+            if token in message["content"]:
+                raise CourseError(f"The {message['role']}'s text holds {token}, which is markup to this model.",
+                                  "Take it out, or write it with a space inside.")
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    count = len(tokenizer.encode(prompt, add_special_tokens=False))
+    context_length = prepared.card.context_length
+    if count + max_tokens > context_length:
+        raise CourseError(
+            f"The prompt takes {count} of the model's {context_length} tokens, "
+            f"which leaves {max(context_length - count, 0)} for the answer, and max_tokens is {max_tokens}.",
+            "Lower max_tokens or shorten the question.",
+        )
+    return count

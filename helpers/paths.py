@@ -1,0 +1,34 @@
+"""Where things stand on disk. It creates nothing."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+NOTEBOOKS = ROOT / "notebooks"
+DATA = ROOT / "data"
+BUILD = ROOT / "build"
+VENV = ROOT / ".venv"
+VENV_PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
+
+
+def model_cache():
+    """Return the folder of prepared models: ``data/models``, or COURSE_CACHE where it is set.
+
+    Returns
+    -------
+    pathlib.Path
+        It may not exist yet.
+    """
+    return Path(os.environ.get("COURSE_CACHE") or DATA / "models").expanduser().resolve()
+
+
+def tracking_uri():
+    """Return the course's MLflow store: ``build/mlflow.db``, or COURSE_TRACKING_URI where it is set.
+
+    Returns
+    -------
+    str
+        A tracking URI.
+    """
+    return os.environ.get("COURSE_TRACKING_URI") or "sqlite:///" + (BUILD / "mlflow.db").as_posix()

@@ -1,0 +1,198 @@
+"""Makes ``.venv`` from the pins in pyproject.toml, once. Standard library only.
+
+It knows nothing about models or notebooks; ``helpers.cli`` goes on from here.
+"""
+
+import hashlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from helpers.errors import CourseError
+from helpers.paths import BUILD, DATA, ROOT, VENV, VENV_PYTHON
+
+# PyTorch's own index of CPU builds, https://pytorch.org/get-started/locally. On Linux the
+# build on PyPI is the CUDA one: 3 GB that a CPU never uses.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+LOG = BUILD / "setup.log"
+
+
+def pins(tests):
+    """Return the course's pinned requirements.
+
+    Parameters
+    ----------
+    tests : bool
+        Whether to add what only the tests need.
+
+    Returns
+    -------
+    dict of str to str
+        Package name to exact version, such as ``{"torch": "2.13.0"}``.
+    """
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    requirements = project["dependencies"] + (project["optional-dependencies"]["dev"] if tests else [])
+    return dict(requirement.split("==") for requirement in requirements)
+
+
+def inside_venv():
+    """Tell whether the running Python is the one of ``.venv``."""
+    return Path(sys.prefix) == VENV
+
+
+def differing_packages(tests=False):
+    """Compare this interpreter's packages with the pins.
+
+    Returns
+    -------
+    dict of str to tuple
+        Package name to ``(pinned version, installed version or None)``, for those that differ.
+    """
+    differing = {}
+    for name, pinned in pins(tests).items():
+        try:
+            installed = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            installed = None
+        if installed is None or installed.split("+")[0] != pinned:
+            differing[name] = (pinned, installed)
+    return differing
+
+
+def set_up(tests):
+    """Make ``.venv``, or complete it, and do nothing where it is complete.
+
+    Parameters
+    ----------
+    tests : bool
+        Whether to install what only the tests need, too.
+
+    Returns
+    -------
+    pathlib.Path
+        The Python of ``.venv``.
+
+    Raises
+    ------
+    CourseError
+        No package index, no space, no venv module, or a CUDA build of torch as the only one.
+    """
+    stamp = VENV / ("course-tests.stamp" if tests else "course.stamp")
+    state = _state()
+    if VENV_PYTHON.exists() and stamp.exists() and stamp.read_text(encoding="utf-8") == state:
+        return VENV_PYTHON
+    BUILD.mkdir(exist_ok=True)
+    LOG.write_text("", encoding="utf-8")
+    print(f"Setting up .venv, once; a few minutes. Details: {LOG.relative_to(ROOT)}", flush=True)
+    if not _venv_works():
+        shutil.rmtree(VENV, ignore_errors=True)
+        _run([sys.executable, "-m", "venv", str(VENV)], "Python could not make a virtual environment.",
+             "Install Python's venv module (Debian, Ubuntu: apt install python3-venv) and run this again.")
+    _install_torch()
+    _pip("install", "--constraint", "constraints.txt", "--editable", ".[dev]" if tests else ".")
+    stamp.write_text(state, encoding="utf-8")
+    return VENV_PYTHON
+
+
+def clean(everything):
+    """Remove ``build/``; with ``everything``, the models in ``data/models`` and ``.venv`` too."""
+    for folder in (BUILD, DATA / "models", VENV) if everything else (BUILD,):
+        shutil.rmtree(folder, ignore_errors=True)
+        if folder.exists():
+            raise CourseError(f"{folder.relative_to(ROOT)} could not be removed.",
+                              "Close what still uses it (JupyterLab, the MLflow UI) and run this again.")
+    return 0
+
+
+def _state():
+    """Return a digest of all that a finished set-up depends on."""
+    parts = [(ROOT / "pyproject.toml").read_bytes(), (ROOT / "constraints.txt").read_bytes(),
+             str(ROOT).encode(), sys.version.encode()]
+    return hashlib.sha256(b"\0".join(parts)).hexdigest()
+
+
+def _venv_works():
+    """Tell whether ``.venv`` has a Python of this version: one that was moved or upgraded has not."""
+    if not VENV_PYTHON.exists():
+        return False
+    asked = [str(VENV_PYTHON), "-c", "import sys, pip; print(sys.version, sys.prefix)"]
+    answer = subprocess.run(asked, capture_output=True, text=True, encoding="utf-8", errors="replace")
+    return answer.stdout.strip() == f"{sys.version} {VENV}"
+
+
+def _install_torch():
+    """Install the CPU build of torch, and refuse the CUDA one."""
+    requirement = f"torch=={pins(tests=False)['torch']}"
+    options = ["--constraint", "constraints.txt", requirement]
+    if sys.platform == "linux":
+        if _reachable(TORCH_CPU_INDEX + "/torch/", requirement.replace("==", "-")):
+            options += ["--extra-index-url", TORCH_CPU_INDEX]
+        plan = _pip("install", "--dry-run", *options)
+        if re.search(r"^Would install.* (nvidia-|cuda-)", plan, re.MULTILINE):
+            raise CourseError(
+                f"The only {requirement} that pip finds here is the CUDA build, 3 GB that this course never uses.",
+                f"Let pip reach {TORCH_CPU_INDEX}, or put the CPU wheel of your Python version into a folder "
+                "and set PIP_FIND_LINKS to it.",
+            )
+    _pip("install", *options)
+
+
+def _reachable(url, expected):
+    """Tell whether ``url`` answers with a page that holds ``expected``. A proxy's own page does not."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as page:
+            return expected.encode() in page.read()
+    except (urllib.error.URLError, OSError, ValueError):
+        return False
+
+
+def _pip(*arguments):
+    """Run the environment's pip and return what it printed."""
+    return _run([str(VENV_PYTHON), "-m", "pip", *arguments, "--disable-pip-version-check"],
+                "pip could not install the course's packages.", f"Read the end of {LOG.relative_to(ROOT)}.")
+
+
+def _run(command, what, fix):
+    """Run a set-up program, keep its output in the log, show that it is alive. Return the output."""
+    output = []
+    environment = dict(os.environ, PYTHONUTF8="1")
+    with LOG.open("a", encoding="utf-8") as log:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE,
+                                   stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
+        try:
+            for line in process.stdout:
+                log.write(line)
+                output.append(line)
+                if sys.stdout.isatty() and line.startswith(("Collecting", "Downloading", "Installing")):
+                    print(f"\r{line.strip()[:70]:<70}", end="", flush=True)
+            code = process.wait()
+        finally:
+            process.kill()
+    if sys.stdout.isatty():
+        print("\r" + " " * 70 + "\r", end="", flush=True)
+    text = "".join(output)
+    if code:
+        raise _explain(text, what, fix)
+    return text
+
+
+def _explain(text, what, fix):
+    """Turn a failed program's output into the sentence that helps."""
+    if "No space left on device" in text:
+        free = shutil.disk_usage(ROOT).free / 1e9
+        return CourseError(f"The disk is full: {free:.1f} GB are free, and set-up needs 4 GB.",
+                           "Free some space and run this again; what is downloaded stays.")
+    if re.search(r"Retrying|Could not find a version|No matching distribution|Connection|getaddrinfo", text):
+        missing = re.search(r"No matching distribution found for (\S+)", text)
+        return CourseError(
+            f"pip got no answer with {missing[1] if missing else 'the packages'} from the package index.",
+            "Check the network, the proxy (HTTPS_PROXY) and pip's index (python -m pip config list), "
+            "and run this again; what is installed stays.")
+    return CourseError(what, fix)

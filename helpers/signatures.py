@@ -1,0 +1,76 @@
+"""Shows an MLflow model signature as a table, nested fields and all. It changes no model."""
+
+from mlflow.models import ModelSignature, get_model_info
+from mlflow.types.schema import Array, Map, Object, TensorSpec
+
+from helpers.errors import CourseError
+from helpers.tables import Table
+
+COLUMNS = ("Part", "Field", "Type", "Required", "Default")
+
+
+def show_signature(model):
+    """Return a table of a signature's inputs, outputs and parameters.
+
+    Parameters
+    ----------
+    model : ModelSignature, ModelInfo, PyFuncModel or str
+        A signature, whatever has one, or the URI of a logged or registered model.
+
+    Returns
+    -------
+    Table
+        One row per field. ``messages[].role`` is the field ``role`` of each element of ``messages``,
+        ``properties{}`` stands for every value of a map.
+
+    Raises
+    ------
+    CourseError
+        The model was logged without a signature, or is something else altogether.
+    """
+    signature = find_signature(model)
+    rows = []
+    for part, schema in (("input", signature.inputs), ("output", signature.outputs)):
+        for index, column in enumerate(schema or []):
+            if isinstance(column, TensorSpec):
+                rows.append((part, column.name or str(index), f"tensor of {column.type}, shape {column.shape}",
+                             "required" if column.required else "optional", ""))
+            else:
+                rows += _fields(part, str(column.name or ("" if len(schema.inputs) == 1 else index)),
+                                column.type, column.required)
+    for param in signature.params or []:
+        rows += _fields("parameter", param.name, param.dtype, False, shape=param.shape, default=repr(param.default))
+    return Table("Signature", COLUMNS, tuple(rows))
+
+
+def find_signature(model):
+    """Return the ModelSignature of whatever ``show_signature`` takes."""
+    if isinstance(model, str):
+        model = get_model_info(model)
+    signature = model if isinstance(model, ModelSignature) else getattr(model, "signature", None)
+    if signature is None and hasattr(model, "metadata"):
+        signature = model.metadata.signature
+    if not isinstance(signature, ModelSignature):
+        raise CourseError(f"This {type(model).__name__} has no signature.",
+                          "Log the model with signature= or input_example=, and show that one.")
+    return signature
+
+
+def _fields(part, name, dtype, required, shape=None, default=""):
+    """Return the row of a field and, below it, those of the fields inside it."""
+    brackets = "[]" if shape else ""
+    kind = "list of " if shape else ""
+    while isinstance(dtype, Array | Map):
+        kind += "list of " if isinstance(dtype, Array) else "map of string to "
+        brackets += "[]" if isinstance(dtype, Array) else "{}"
+        dtype = dtype.dtype if isinstance(dtype, Array) else dtype.value_type
+    inner = []
+    if isinstance(dtype, Object):
+        kind += "object"
+        for field in dtype.properties:
+            path = f"{name}{brackets}.{field.name}".lstrip(".")
+            inner += _fields(part, path, field.dtype, field.required)
+    else:
+        # DataType has a name; AnyType has none and is what its repr says.
+        kind += getattr(dtype, "name", None) or "any"
+    return [(part, name or "(unnamed)", kind, "required" if required else "optional", default), *inner]

@@ -1,0 +1,68 @@
+"""Shows rows as a table: HTML in a notebook, aligned text in a terminal. It computes nothing."""
+
+import html
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Table:
+    """A caption, column headings and rows of text; the first cell of a row is its heading.
+
+    Attributes
+    ----------
+    caption : str
+    columns : tuple of str
+    rows : tuple of tuple of str
+        Each as long as ``columns``.
+    """
+
+    caption: str
+    columns: tuple
+    rows: tuple
+
+    def _repr_html_(self):
+        head = "".join(f'<th scope="col" style="{_LEFT}">{html.escape(column)}</th>' for column in self.columns)
+        body = "".join(
+            f'<tr><th scope="row" style="{_LEFT}">{_keep(row[0])}</th>'
+            + "".join(f'<td style="{_LEFT}">{_keep(cell)}</td>' for cell in row[1:]) + "</tr>"
+            for row in self.rows
+        )
+        return (f'<table><caption style="caption-side: top; {_LEFT}">{html.escape(self.caption)}</caption>'
+                f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+
+    def __repr__(self):
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
+        aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+                   for line in lines]
+        rule = "  ".join("-" * width for width in widths)
+        return "\n".join([self.caption, "", aligned[0], rule, *aligned[1:]])
+
+
+_LEFT = "text-align: left; vertical-align: top"
+
+
+def _keep(text):
+    """Escape text, and keep its line breaks and leading spaces visible."""
+    return f'<span style="white-space: pre-wrap">{html.escape(text)}</span>'
+
+
+def show_table(caption, rows, columns=("", "")):
+    """Return a table for the last line of a cell.
+
+    Parameters
+    ----------
+    caption : str
+        What the table shows.
+    rows : dict or list of tuple
+        A dict gives two columns, its keys and its values.
+    columns : tuple of str, optional
+        The headings of the columns.
+
+    Returns
+    -------
+    Table
+        A notebook renders it as HTML, ``print`` as text.
+    """
+    pairs = rows.items() if isinstance(rows, dict) else rows
+    return Table(caption, tuple(columns), tuple(tuple(str(cell) for cell in row) for row in pairs))
