@@ -37,7 +37,7 @@ __all__ = sorted(_HOME)
 
 def __getattr__(name):
     if name not in _HOME:
-        raise AttributeError("module 'helpers' has no attribute %r" % name)
+        raise AttributeError("module 'helpers' has no attribute " + repr(name))
     import importlib
 
     return getattr(importlib.import_module(_HOME[name]), name)

@@ -5,6 +5,7 @@ import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 from helpers.errors import CourseError
 from helpers.paths import BUILD, NOTEBOOKS, ROOT, tracking_uri
@@ -115,7 +116,7 @@ def _ui(options):
 def _serve(command):
     """Turn this process into a server; Ctrl-C is then the server's own business."""
     # Programs such as uvicorn are looked up on the PATH; the environment may not be activated.
-    path = os.pathsep.join([os.path.dirname(sys.executable), os.environ.get("PATH", "")])
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     environment = dict(os.environ, PATH=path)
     if os.name == "posix":
         os.chdir(ROOT)

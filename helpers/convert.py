@@ -119,6 +119,8 @@ def tiny_phi3(folder, seed, context_length):
         vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
         num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=context_length,
         original_max_position_embeddings=context_length,
+        # Wider than Phi-3's own 0.02, so that different prompts get different answers.
+        initializer_range=0.2,
         bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text,
     ))
     # Phi-3 itself ends an answer at any of these three.

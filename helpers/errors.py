@@ -21,9 +21,9 @@ class CourseError(Exception):
         self.fix = fix
 
     def __str__(self):
-        return "%s %s" % (self.what, self.fix)
+        return self.what + " " + self.fix
 
     def _render_traceback_(self):
         # IPython asks an exception for this: a notebook shows the two sentences
         # where it would otherwise show a page of stack frames.
-        return ["CourseError: %s" % self.what, self.fix]
+        return ["CourseError: " + self.what, self.fix]

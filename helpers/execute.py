@@ -80,7 +80,7 @@ def print_answers(name, page, tracking_uri=""):
 
     mlflow.set_tracking_uri(tracking_store(tracking_uri).uri)
     (run,) = mlflow.search_runs(experiment_names=[name], max_results=1, output_format="list")
-    answers = mlflow.load_table("answers.json", run_ids=[run.info.run_id])
+    answers = mlflow.MlflowClient().load_table(run.info.experiment_id, "answers.json", [run.info.run_id])
     for question, answer in zip(answers["question"], answers["answer"], strict=True):
         print(f"  Q  {question}\n  A  {' '.join(answer.split())}")
     print(f"  {run.data.metrics['tokens_per_second']:.0f} tokens per second; page: {page}", flush=True)

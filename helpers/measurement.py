@@ -1,9 +1,9 @@
 """Measures a logged model the same way for both tracks, through MLflow's pyfunc interface alone."""
 
-import os
 import statistics
 import sys
 import time
+from pathlib import Path
 
 import mlflow
 import psutil
@@ -58,7 +58,7 @@ def _timed(ask, model, max_tokens):
 
 def folder_bytes(folder):
     """Return the bytes of all files below ``folder``."""
-    return sum(os.path.getsize(os.path.join(path, name)) for path, _, names in os.walk(folder) for name in names)
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
 
 
 def peak_memory_bytes():

@@ -109,6 +109,25 @@ def _prepare(card, home):
     return PreparedModel(card, home / "transformers", home / "onnx")
 
 
+def cache_state(name):
+    """Compare the files of a model with what was written, down to the last byte.
+
+    Returns
+    -------
+    str
+        ``"ready"``, ``"not prepared"`` or ``"damaged"``.
+    """
+    home = model_cache() / name
+    receipts = sorted(home.glob("*.receipt.json"))
+    for receipt in receipts:
+        folder = home / receipt.name.removesuffix(".receipt.json")
+        for file, expected in _read_receipt(receipt)["files"].items():
+            if not (folder / file).is_file() or sha256(folder / file) != expected["sha256"]:
+                return "damaged"
+    return "ready" if {"transformers.receipt.json", "onnx.receipt.json"} <= {path.name for path in receipts} \
+        else "not prepared"
+
+
 def _model_card(card):
     """Return a README in the Hub's format, https://huggingface.co/docs/hub/model-cards."""
     return (f"---\nlibrary_name: transformers\nlicense: {card.licence.lower()}\npipeline_tag: {card.task}\n---\n"

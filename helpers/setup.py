@@ -135,7 +135,7 @@ def _install_torch():
         if _reachable(TORCH_CPU_INDEX + "/torch/", requirement.replace("==", "-")):
             options += ["--extra-index-url", TORCH_CPU_INDEX]
         plan = _pip("install", "--dry-run", *options)
-        if re.search(r"^Would install.* (nvidia-|cuda-)", plan, re.MULTILINE):
+        if re.search(r"^Would install.* (nvidia|cuda)[-_]", plan, re.MULTILINE):
             raise CourseError(
                 f"The only {requirement} that pip finds here is the CUDA build, 3 GB that this course never uses.",
                 f"Let pip reach {TORCH_CPU_INDEX}, or put the CPU wheel of your Python version into a folder "
@@ -189,7 +189,7 @@ def _explain(text, what, fix):
         free = shutil.disk_usage(ROOT).free / 1e9
         return CourseError(f"The disk is full: {free:.1f} GB are free, and set-up needs 4 GB.",
                            "Free some space and run this again; what is downloaded stays.")
-    if re.search(r"Retrying|Could not find a version|No matching distribution|Connection|getaddrinfo", text):
+    if re.search(r"Retrying|Could not find a version|ResolutionImpossible|No matching distribution|Connection|getaddrinfo", text):
         missing = re.search(r"No matching distribution found for (\S+)", text)
         return CourseError(
             f"pip got no answer with {missing[1] if missing else 'the packages'} from the package index.",

@@ -1,6 +1,7 @@
 """Shows an MLflow model signature as a table, nested fields and all. It changes no model."""
 
 from mlflow.models import ModelSignature, get_model_info
+from mlflow.pyfunc import PyFuncModel
 from mlflow.types.schema import Array, Map, Object, TensorSpec
 
 from helpers.errors import CourseError
@@ -48,7 +49,7 @@ def find_signature(model):
     if isinstance(model, str):
         model = get_model_info(model)
     signature = model if isinstance(model, ModelSignature) else getattr(model, "signature", None)
-    if signature is None and hasattr(model, "metadata"):
+    if signature is None and isinstance(model, PyFuncModel):
         signature = model.metadata.signature
     if not isinstance(signature, ModelSignature):
         raise CourseError(f"This {type(model).__name__} has no signature.",

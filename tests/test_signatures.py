@@ -1,0 +1,115 @@
+"""The signature table: every field, nested or not, from whatever has a signature.
+
+Run: python -m helpers test tests/test_signatures.py
+"""
+
+import json
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.models import ModelSignature, infer_signature
+from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
+
+from helpers import CourseError, show_signature, show_table
+
+
+def rows(table):
+    return {(part, field): (kind, required, default) for part, field, kind, required, default in table.rows}
+
+
+def test_every_nested_field_has_a_row_with_its_type_and_whether_it_is_required():
+    example = {"items": [{"name": "a", "sizes": [1, 2], "inner": {"deep": True}}], "note": "x"}
+    table = rows(show_signature(infer_signature(example, ["text"], params={"k": 3, "stops": ["a"]})))
+    assert table == {
+        ("input", "items"): ("list of object", "required", ""),
+        ("input", "items[].name"): ("string", "required", ""),
+        ("input", "items[].sizes"): ("list of long", "required", ""),
+        ("input", "items[].inner"): ("object", "required", ""),
+        ("input", "items[].inner.deep"): ("boolean", "required", ""),
+        ("input", "note"): ("string", "required", ""),
+        ("output", "(unnamed)"): ("string", "required", ""),
+        ("parameter", "k"): ("long", "optional", "3"),
+        ("parameter", "stops"): ("list of string", "optional", "['a']"),
+    }
+
+
+def test_the_chat_contract_is_shown_down_to_its_last_field():
+    table = show_signature(ModelSignature(CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA))
+    fields = rows(table)
+    assert fields["input", "messages[].role"] == ("string", "required", "")
+    assert fields["input", "messages[].content"] == ("string", "optional", "")
+    assert fields["output", "choices[].message.content"][0] == "string"
+    assert fields["output", "usage.total_tokens"] == ("long", "required", "")
+    shown = {field.split(".")[-1].rstrip("[]{}") for _, field in fields}
+    assert property_names(json.loads(CHAT_MODEL_INPUT_SCHEMA.to_json())) <= shown
+
+
+def property_names(schema):
+    """Return the names of all fields of a schema's JSON, at any depth."""
+    if isinstance(schema, list):
+        return set().union(*map(property_names, schema))
+    if not isinstance(schema, dict):
+        return set()
+    named = set(schema.get("properties", {})) | ({schema["name"]} if isinstance(schema.get("name"), str) else set())
+    below = [value for key, value in schema.items() if key != "properties"]
+    return named.union(*map(property_names, below + list(schema.get("properties", {}).values())))
+
+
+def test_tensors_tables_and_optional_columns_are_shown():
+    tensor = rows(show_signature(infer_signature({"pixels": np.zeros((2, 3), np.float32)}, np.zeros(2))))
+    assert tensor["input", "pixels"] == ("tensor of float32, shape (-1, 3)", "required", "")
+    frame = rows(show_signature(infer_signature(pd.DataFrame({"a": ["x", None], "b": [1.5, 2.5]}))))
+    assert frame["input", "a"] == ("string", "optional", "")
+    assert frame["input", "b"] == ("double", "required", "")
+
+
+def test_a_signature_without_outputs_or_parameters_is_no_error():
+    assert len(show_signature(infer_signature({"a": "x"})).rows) == 1
+
+
+def test_the_html_has_a_caption_and_header_scopes_and_escapes_what_it_shows():
+    table = show_table("A <caption>", {"<b>key</b>": "1 < 2 & \"3\""})
+    html = table._repr_html_()
+    assert "<caption" in html
+    assert "A &lt;caption&gt;" in html
+    assert html.count('scope="col"') == 2
+    assert html.count('scope="row"') == 1
+    assert "<b>key" not in html
+    assert "1 &lt; 2 &amp;" in html
+
+
+def test_the_text_says_the_same_as_the_html():
+    table = show_signature(infer_signature({"prompt": "x"}, "y", params={"n": 1}))
+    for line in table.rows:
+        assert all(cell in repr(table) and cell in table._repr_html_() for cell in line)
+
+
+def test_model_info_loaded_model_and_uri_show_the_same(tmp_path, store):
+    code = tmp_path / "echo.py"
+    code.write_text("import mlflow, pandas as pd\n"
+                    "class Echo(mlflow.pyfunc.PythonModel):\n"
+                    "    def predict(self, context, model_input: pd.DataFrame, params=None):\n"
+                    "        return list(model_input['text'])\n"
+                    "mlflow.models.set_model(Echo())\n", encoding="utf-8")
+    mlflow.set_tracking_uri(store)
+    mlflow.create_experiment("echo", artifact_location=(tmp_path / "artifacts").as_uri())
+    mlflow.set_experiment("echo")
+    info = mlflow.pyfunc.log_model(name="echo", python_model=str(code), pip_requirements=["mlflow"],
+                                   signature=infer_signature({"text": "a"}, "a"))
+    tables = [show_signature(source).rows
+              for source in (info, info.signature, info.model_uri, mlflow.pyfunc.load_model(info.model_uri))]
+    assert all(table == tables[0] for table in tables)
+    assert tables[0][0][1] == "text"
+
+    unsigned = mlflow.pyfunc.log_model(name="unsigned", python_model=str(code), pip_requirements=["mlflow"])
+    for source in (unsigned, unsigned.model_uri, mlflow.pyfunc.load_model(unsigned.model_uri)):
+        with pytest.raises(CourseError, match="has no signature"):
+            show_signature(source)
+
+
+@pytest.mark.parametrize("nonsense", [None, 5, {"a": 1}, object()])
+def test_what_is_no_model_is_refused(nonsense):
+    with pytest.raises(CourseError, match="has no signature"):
+        show_signature(nonsense)
