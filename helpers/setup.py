@@ -189,7 +189,8 @@ def _explain(text, what, fix):
         free = shutil.disk_usage(ROOT).free / 1e9
         return CourseError(f"The disk is full: {free:.1f} GB are free, and set-up needs 4 GB.",
                            "Free some space and run this again; what is downloaded stays.")
-    if re.search(r"Retrying|Could not find a version|ResolutionImpossible|No matching distribution|Connection|getaddrinfo", text):
+    if re.search(r"Retrying|Could not find a version|ResolutionImpossible|No matching distribution|Connection"
+                 r"|getaddrinfo", text):
         missing = re.search(r"No matching distribution found for (\S+)", text)
         return CourseError(
             f"pip got no answer with {missing[1] if missing else 'the packages'} from the package index.",

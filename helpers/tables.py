@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, column headings and rows of text; the first cell of a row is its heading.
+    """A caption, column headings or none, and rows of text; the first cell of a row is its heading.
 
     Attributes
     ----------
     caption : str
     columns : tuple of str
     rows : tuple of tuple of str
-        Each as long as ``columns``.
+        All of one length.
     """
 
     caption: str
@@ -22,21 +22,23 @@ class Table:
 
     def _repr_html_(self):
         head = "".join(f'<th scope="col" style="{_LEFT}">{html.escape(column)}</th>' for column in self.columns)
+        head = f"<thead><tr>{head}</tr></thead>" if head else ""
         body = "".join(
             f'<tr><th scope="row" style="{_LEFT}">{_keep(row[0])}</th>'
             + "".join(f'<td style="{_LEFT}">{_keep(cell)}</td>' for cell in row[1:]) + "</tr>"
             for row in self.rows
         )
-        return (f'<table><caption style="caption-side: top; {_LEFT}">{html.escape(self.caption)}</caption>'
-                f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        return (f'<table><caption style="caption-side: top; white-space: nowrap; {_LEFT}">'
+                f"{html.escape(self.caption)}</caption>{head}<tbody>{body}</tbody></table>")
 
     def __repr__(self):
-        lines = [self.columns, *self.rows]
-        widths = [max(len(line[column]) for line in lines) for column in range(len(self.columns))]
+        lines = [*([self.columns] if self.columns else []), *self.rows]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                    for line in lines]
-        rule = "  ".join("-" * width for width in widths)
-        return "\n".join([self.caption, "", aligned[0], rule, *aligned[1:]])
+        if self.columns:
+            aligned.insert(1, "  ".join("-" * width for width in widths))
+        return "\n".join([self.caption, "", *aligned])
 
 
 _LEFT = "text-align: left; vertical-align: top"
@@ -47,7 +49,7 @@ def _keep(text):
     return f'<span style="white-space: pre-wrap">{html.escape(text)}</span>'
 
 
-def show_table(caption, rows, columns=("", "")):
+def show_table(caption, rows, columns=()):
     """Return a table for the last line of a cell.
 
     Parameters
@@ -57,7 +59,7 @@ def show_table(caption, rows, columns=("", "")):
     rows : dict or list of tuple
         A dict gives two columns, its keys and its values.
     columns : tuple of str, optional
-        The headings of the columns.
+        The headings of the columns; none for a table of keys and values.
 
     Returns
     -------

@@ -70,7 +70,7 @@ def test_a_signature_without_outputs_or_parameters_is_no_error():
 
 
 def test_the_html_has_a_caption_and_header_scopes_and_escapes_what_it_shows():
-    table = show_table("A <caption>", {"<b>key</b>": "1 < 2 & \"3\""})
+    table = show_table("A <caption>", {"<b>key</b>": "1 < 2 & \"3\""}, ("one", "two"))
     html = table._repr_html_()
     assert "<caption" in html
     assert "A &lt;caption&gt;" in html
@@ -78,6 +78,14 @@ def test_the_html_has_a_caption_and_header_scopes_and_escapes_what_it_shows():
     assert html.count('scope="row"') == 1
     assert "<b>key" not in html
     assert "1 &lt; 2 &amp;" in html
+
+
+def test_a_table_of_keys_and_values_has_no_empty_headings():
+    table = show_table("Facts", {"a": 1, "longer": "two"})
+    assert "<thead" not in table._repr_html_()
+    assert repr(table) == "Facts\n\na       1\nlonger  two"
+    assert show_table("Nothing", {})._repr_html_().count("<tr>") == 0
+    assert repr(show_table("Nothing", {})) == "Nothing\n"
 
 
 def test_the_text_says_the_same_as_the_html():
