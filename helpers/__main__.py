@@ -4,6 +4,7 @@ This file and ``setup.py`` beside it run on whatever Python is there, with nothi
 they check its version, set up ``.venv`` and run the command in it.
 """
 
+import errno
 import os
 import subprocess
 import sys
@@ -32,12 +33,33 @@ def main(arguments):
         check_python(sys.version_info)
         return _main(arguments)
     except CourseError as error:
-        sys.stdout.flush()
-        sys.stderr.write("error: %s\n       %s\n" % (error.what, error.fix))
-        return 1
+        return _fail(error)
+    except OSError as error:
+        known = _explain(error)
+        if known is None:
+            raise
+        return _fail(known)
     except KeyboardInterrupt:
         sys.stderr.write("\nInterrupted. Nothing half-made is kept: the same command goes on from here.\n")
         return 130
+
+
+def _fail(error):
+    """Print a CourseError and return the exit code."""
+    sys.stdout.flush()
+    sys.stderr.write("error: %s\n       %s\n" % (error.what, error.fix))
+    return 1
+
+
+def _explain(error):
+    """Return a CourseError for what a disk refuses, and None for any other OSError."""
+    if error.errno == errno.ENOSPC:
+        return CourseError("The disk is full.",
+                           "Free some space and run this again; `make clean` removes what earlier runs left.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return CourseError("%s cannot be written." % (error.filename or "A file of the course"),
+                           "Move the course to a folder that is yours, and run this again.")
+    return None
 
 
 def _main(arguments):

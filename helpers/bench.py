@@ -19,6 +19,7 @@ import psutil
 
 from helpers.errors import CourseError
 from helpers.execute import TRACKS
+from helpers.measurement import folder_bytes
 from helpers.paths import BUILD, ROOT
 
 # In seconds and bytes, on 2 cores.
@@ -69,8 +70,9 @@ def _bench_test(folder):
         environment = {name: value for name, value in os.environ.items() if not name.startswith("COURSE_")}
         python = shutil.which("python3") or sys.executable
         seconds, _ = _run([python, "-m", "helpers", "test"], clone, folder / "test.log", environment)
-    print(f"the tests on a bare clone: {seconds / 60:.1f} min", flush=True)
-    return {"seconds": round(seconds, 1)}
+        disk_bytes = folder_bytes(clone)
+    print(f"the tests on a bare clone: {seconds / 60:.1f} min, {disk_bytes / 1e9:.1f} GB", flush=True)
+    return {"seconds": round(seconds, 1), "disk_bytes": disk_bytes}
 
 
 def _run(command, folder, log, environment=None):

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 
 from helpers.errors import CourseError
-from helpers.paths import BUILD, NOTEBOOKS, ROOT, tracking_uri
+from helpers.doctor import port_is_taken
+from helpers.paths import BUILD, DATA, NOTEBOOKS, ROOT, tracking_uri
 
 DEFAULT_MODEL = "smollm2-135m"
 # What `mlflow ui` and JupyterLab listen on: this machine alone.
@@ -100,24 +101,34 @@ def _test(options):
 
 
 def _lab(options):
-    return _serve([sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={LOOPBACK}", f"--ServerApp.root_dir={ROOT}",
-                   "--LabApp.news_url=None", "--KernelManager.transport_encryption=auto",
-                   str(NOTEBOOKS / "TransformerPipeline.ipynb")])
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={LOOPBACK}", f"--ServerApp.root_dir={ROOT}",
+               # No look-ups of news and newer versions, and no question about them.
+               f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
+               "--KernelManager.transport_encryption=auto"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # as in a container; it listens to this machine alone
+    return _serve([*command, str(NOTEBOOKS / "TransformerPipeline.ipynb")])
 
 
 def _ui(options):
     if not (BUILD / "mlflow.db").exists() and not os.environ.get("COURSE_TRACKING_URI"):
         raise CourseError("There is nothing to show yet.", "Run the course first: make run")
+    if port_is_taken(options.port):
+        raise CourseError(f"Port {options.port} is taken.",
+                          f"Choose another one: python -m helpers ui --port {options.port + 1}")
     print(f"The MLflow UI: http://{LOOPBACK}:{options.port}   (Ctrl-C ends it)", flush=True)
-    return _serve([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", tracking_uri(),
-                   "--host", LOOPBACK, "--port", str(options.port)])
+    store = tracking_uri()
+    # MLflow imports a module of Starlette's that is on its way out; the reader of the log can't help it.
+    quiet = "ignore:starlette.middleware.wsgi is deprecated"
+    return _serve([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--registry-store-uri", store,
+                   "--host", LOOPBACK, "--port", str(options.port)], PYTHONWARNINGS=quiet)
 
 
-def _serve(command):
+def _serve(command, **variables):
     """Turn this process into a server; Ctrl-C is then the server's own business."""
     # Programs such as uvicorn are looked up on the PATH; the environment may not be activated.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    environment = dict(os.environ, PATH=path)
+    environment = dict(os.environ, PATH=path, **variables)
     if os.name == "posix":
         os.chdir(ROOT)
         os.execve(command[0], command, environment)

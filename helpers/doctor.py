@@ -59,11 +59,9 @@ def _checks():
 
     yield _writable(BUILD)
     for port, use in ((8888, "JupyterLab"), (5000, "the MLflow UI")):
-        with socket.socket() as probe:
-            taken = probe.connect_ex(("127.0.0.1", port)) == 0
         yield ("WARN", f"port {port} is taken: {use} starts on it",
                "JupyterLab takes the next one by itself; for the other: python -m helpers ui --port 5001"
-               ) if taken else ("OK", f"port {port} is free for {use}", "")
+               ) if port_is_taken(port) else ("OK", f"port {port} is free for {use}", "")
 
     # pip knows its own index, proxy and certificates; nothing here needs to.
     wheel = next(card.source["wheel"]["requirement"] for card in read_catalogue().values() if "wheel" in card.source)
@@ -73,6 +71,12 @@ def _checks():
     yield ("OK", "the package index answers", "") if answered else (
         "WARN", "the package index does not answer",
         "Only set-up and a model's first download need it: check the network, HTTPS_PROXY and `pip config list`.")
+
+
+def port_is_taken(port):
+    """Tell whether somebody listens on this machine's ``port``."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
 def _free(folder):

@@ -1,5 +1,6 @@
 """Runs a notebook of the course with papermill and writes what it left as notebook and as page."""
 
+import errno
 import os
 import shutil
 import sys
@@ -56,6 +57,8 @@ def execute(name, parameters, folder=BUILD / "course"):
         papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=NOTEBOOKS,
                                    progress_bar=sys.stderr.isatty(), config=ENCRYPTED)
     except papermill.PapermillExecutionError as error:
+        if "[Errno 28]" in error.evalue:
+            raise OSError(errno.ENOSPC, error.evalue) from None
         page = _write_page(target)
         if error.ename == "CourseError":
             raise CourseError(error.evalue, f"The page up to there: {page}") from None

@@ -1,4 +1,4 @@
-"""Writes the files that are made from others: environment.yml, constraints.txt, the README's table."""
+"""Writes the files that are made from others: environment.yml, constraints.txt, the README's tables."""
 
 import json
 import re
@@ -6,11 +6,12 @@ import subprocess
 import sys
 import tomllib
 
+from helpers.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 from helpers.setup import TORCH_CPU_INDEX
 
 BENCH = DATA / "bench.json"
-TABLE = re.compile(r"(<!-- figures -->\n).*?(<!-- /figures -->)", re.DOTALL)
+TABLE = re.compile(r"(<!-- (figures|models) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 # What the CUDA build of torch asks for on Linux; the course takes the CPU build.
 CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
 
@@ -28,7 +29,7 @@ def generate():
         encoding="utf-8")
     (ROOT / "environment.yml").write_text(environment_yml(), encoding="utf-8")
     readme = ROOT / "README.md"
-    readme.write_text(with_table(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
     return 0
 
 
@@ -53,10 +54,20 @@ def environment_yml():
     ])
 
 
-def with_table(readme):
-    """Return the README's text with the table of figures made anew from ``data/bench.json``."""
-    figures = json.loads(BENCH.read_text(encoding="utf-8"))
-    return TABLE.sub(lambda match: match[1] + figures_table(figures) + match[2], readme)
+def with_tables(readme):
+    """Return the README's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
+    tables = {"figures": figures_table(json.loads(BENCH.read_text(encoding="utf-8"))), "models": models_table()}
+    return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], readme)
+
+
+def models_table():
+    """Return the catalogue as a Markdown table."""
+    lines = ["| `MODEL=` | what it is | download | disk | memory |", "|---|---|---|---|---|"]
+    for name, card in read_catalogue().items():
+        download = f"{card.download:,} MB" if card.download else "none"
+        lines.append(f"| `{name}` | [{card.title}]({card.homepage}): {card.summary} "
+                     f"| {download} | {card.disk:,} MB | {card.memory:,} MB |")
+    return "\n".join(lines) + "\n"
 
 
 def figures_table(figures):
@@ -80,12 +91,14 @@ def figures_table(figures):
     test = raw["test"]
     lines.append(f"| `make test` from a bare checkout, set-up and models in it | {test['seconds'] / 60:.0f} min "
                  f"| {raw['budgets']['test']['seconds'] // 60} min |")
-    tracks = raw["tracks"]
-    lines.append(f"| track A | {tracks['TransformerPipeline']['tokens_per_second']:.0f} tokens per second "
-                 f"after {tracks['TransformerPipeline']['first_token_seconds']:.2f} s | |")
-    lines.append(f"| track B | {tracks['CustomPythonWrapper']['tokens_per_second']:.0f} tokens per second "
-                 f"after {tracks['CustomPythonWrapper']['first_token_seconds']:.2f} s: "
-                 f"{figures['ratios']['track_ratio']:.1f} times track A | |")
+    lines.append(f"| disk after that: packages, models, what the tests left | {test['disk_bytes'] / 1e9:.1f} GB | |")
+    for name, track in raw["tracks"].items():
+        lines += [
+            f"| `{name}`: first token, then | {track['first_token_seconds']:.2f} s, "
+            f"{track['tokens_per_second']:.0f} tokens per second | |",
+            f"| its logged model, on disk, for each run | {track['disk_bytes'] / 1e9:.2f} GB | |",
+        ]
+    lines.append(f"| track B's tokens per second over track A's | {figures['ratios']['track_ratio']:.1f} | |")
     return "\n".join(lines) + (
         f"\n\nMeasured by `make bench` on {machine['cores']} cores ({machine['processor']}, {machine['system']}), "
         f"Python {figures['versions']['python']}, {figures['date']}.\n")

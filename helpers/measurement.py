@@ -58,7 +58,7 @@ def _timed(ask, model, max_tokens):
 
 def folder_bytes(folder):
     """Return the bytes of all files below ``folder``."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def peak_memory_bytes():

@@ -4,8 +4,10 @@ Run: python -m helpers test tests/test_setup.py
 """
 
 import ast
+import errno
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import zipfile
@@ -14,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from helpers.__main__ import check_python
+from helpers.__main__ import _explain, check_python
 from helpers.errors import CourseError
 from helpers.setup import clean, differing_packages, pins
 
@@ -129,6 +131,23 @@ def test_doctor_finds_this_machine_fit(python):
     assert "packages are as pinned" in result.stdout
     assert "tiny-phi3: ready" in result.stdout
     assert "FAIL" not in result.stdout
+
+
+def test_the_ui_says_when_its_port_is_taken(python):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        result = python("-m", "helpers", "ui", "--port", port)
+    assert result.returncode == 1
+    assert f"Port {port} is taken." in result.stderr
+    assert f"--port {port + 1}" in result.stderr
+
+
+@pytest.mark.parametrize(("number", "says"), [
+    (errno.ENOSPC, "The disk is full. "), (errno.EROFS, "/course/build cannot be written. Move the course"),
+])
+def test_what_a_disk_refuses_becomes_two_sentences(number, says):
+    assert str(_explain(OSError(number, "no", "/course/build"))).startswith(says)
+    assert _explain(OSError(errno.ENOENT, "no")) is None
 
 
 def test_clean_removes_what_runs_leave_and_nothing_else(checkout, monkeypatch):

@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT, TRACKS
 
 from helpers import read_catalogue
-from helpers.generate import environment_yml, with_table
+from helpers.generate import environment_yml, with_tables
 from helpers.parameters import PARAMETERS
 from helpers.setup import pins
 
@@ -129,10 +129,10 @@ def test_transformers_is_inside_the_range_that_mlflow_declares():
     assert low <= pinned <= high
 
 
-def test_the_readme_shows_the_figures_of_the_last_measurement():
+def test_the_readme_shows_the_last_measurement_and_the_catalogue():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert "<!-- figures -->" in readme
-    assert readme == with_table(readme)
+    assert readme.count("<!-- figures -->") == readme.count("<!-- models -->") == 1
+    assert readme == with_tables(readme)
 
 
 def test_the_measured_figures_are_inside_their_budgets():
