@@ -8,8 +8,7 @@ import sys
 from pathlib import Path
 
 from helpers.errors import CourseError
-from helpers.doctor import port_is_taken
-from helpers.paths import BUILD, DATA, NOTEBOOKS, ROOT, tracking_uri
+from helpers.paths import BUILD, DATA, ROOT, tracking_uri
 
 DEFAULT_MODEL = "smollm2-135m"
 # What `mlflow ui` and JupyterLab listen on: this machine alone.
@@ -104,13 +103,16 @@ def _lab(options):
     command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={LOOPBACK}", f"--ServerApp.root_dir={ROOT}",
                # No look-ups of news and newer versions, and no question about them.
                f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
+               "--LabApp.default_url=/lab/tree/notebooks/TransformerPipeline.ipynb",
                "--KernelManager.transport_encryption=auto"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         command.append("--allow-root")  # as in a container; it listens to this machine alone
-    return _serve([*command, str(NOTEBOOKS / "TransformerPipeline.ipynb")])
+    return _serve(command)
 
 
 def _ui(options):
+    from helpers.doctor import port_is_taken
+
     if not (BUILD / "mlflow.db").exists() and not os.environ.get("COURSE_TRACKING_URI"):
         raise CourseError("There is nothing to show yet.", "Run the course first: make run")
     if port_is_taken(options.port):

@@ -103,7 +103,8 @@ def set_up(tests):
 
 def clean(everything):
     """Remove ``build/``; with ``everything``, the models in ``data/models`` and ``.venv`` too."""
-    for folder in (BUILD, DATA / "models", VENV) if everything else (BUILD,):
+    installed = (DATA / "models", VENV, *ROOT.glob("*.egg-info"))
+    for folder in (BUILD, *installed) if everything else (BUILD,):
         shutil.rmtree(folder, ignore_errors=True)
         if folder.exists():
             raise CourseError(f"{folder.relative_to(ROOT)} could not be removed.",

@@ -151,11 +151,13 @@ def test_what_a_disk_refuses_becomes_two_sentences(number, says):
 
 
 def test_clean_removes_what_runs_leave_and_nothing_else(checkout, monkeypatch):
+    monkeypatch.setattr("helpers.setup.ROOT", checkout)
     monkeypatch.setattr("helpers.setup.BUILD", checkout / "build")
     monkeypatch.setattr("helpers.setup.DATA", checkout / "data")
     monkeypatch.setattr("helpers.setup.VENV", checkout / ".venv")
     kept = sorted(path for path in checkout.rglob("*") if path.is_file())
-    for name in ("build/course/page.html", "data/models/tiny-phi3/.lock", ".venv/pyvenv.cfg"):
+    for name in ("build/course/page.html", "data/models/tiny-phi3/.lock", ".venv/pyvenv.cfg",
+                 "course.egg-info/PKG-INFO"):
         (checkout / name).parent.mkdir(parents=True, exist_ok=True)
         (checkout / name).touch()
     clean(everything=False)

@@ -39,10 +39,16 @@ def defaults(track):
     return {name: namespace[name] for name in names}
 
 
-def test_notebooks_hold_no_outputs():
+@pytest.mark.parametrize("track", TRACKS)
+def test_notebooks_hold_no_outputs(track, tmp_path):
+    # What git has: on the disk, a learner's own run may stand in it.
+    committed = subprocess.run(["git", "show", f":notebooks/{track}.ipynb"], cwd=ROOT, capture_output=True)
+    if committed.returncode:
+        pytest.skip("not a git checkout")
+    (tmp_path / "committed.ipynb").write_bytes(committed.stdout)
     command = [sys.executable, "-m", "nbstripout", "--verify", "--extra-keys",
-               "metadata.papermill cell.metadata.papermill", *(f"notebooks/{track}.ipynb" for track in TRACKS)]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+               "metadata.papermill cell.metadata.papermill", tmp_path / "committed.ipynb"]
+    result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
