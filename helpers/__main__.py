@@ -13,6 +13,8 @@ from helpers.errors import CourseError
 
 # No f-strings and no annotations in this file: an old Python must get as far as the sentence below.
 OLDEST, NEWEST = (3, 11), (3, 13)
+COMMANDS = ("run", "test", "lab", "ui", "bench", "doctor", "prepare", "notebook", "generate", "setup", "clean",
+            "distclean", "help")
 NEED_TESTS = ("test", "bench", "generate")
 
 
@@ -31,6 +33,8 @@ def main(arguments):
     """Set up what the command needs, then run it. Return the exit code."""
     try:
         check_python(sys.version_info)
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="replace")  # a terminal or a pipe may not take every letter
         return _main(arguments)
     except CourseError as error:
         return _fail(error)
@@ -40,7 +44,7 @@ def main(arguments):
             raise
         return _fail(known)
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. Nothing half-made is kept: the same command goes on from here.\n")
+        sys.stderr.write("\nInterrupted. What is finished stays: the same command goes on from there.\n")
         return 130
 
 
@@ -66,11 +70,19 @@ def _main(arguments):
     from helpers import setup
 
     command = arguments[0] if arguments else "help"
+    if command in ("-h", "--help"):
+        command = "help"
+    if command not in COMMANDS:
+        raise CourseError("There is no command called %s." % command, "Choose one of: %s." % ", ".join(COMMANDS))
     if command in ("clean", "distclean"):
         return setup.clean(everything=command == "distclean")
     tests = command in NEED_TESTS
     if setup.inside_venv():
         setup.set_up(tests)
+    elif command == "doctor" and not setup.is_set_up(tests):
+        from helpers.doctor import doctor
+
+        return doctor()
     elif command != "help" and setup.differing_packages(tests):
         python = str(setup.set_up(tests))
         line = [python, "-m", "helpers"] + arguments
@@ -78,8 +90,8 @@ def _main(arguments):
             os.execv(python, line)
         return subprocess.call(line)
     if command == "help" and setup.differing_packages():
-        print("Commands: run, test, lab, ui, bench, doctor, prepare, notebook, generate, setup, clean, distclean.")
-        print("The first of them sets up .venv; `help` says more after that.")
+        print("python -m helpers COMMAND, with one of: %s." % ", ".join(COMMANDS))
+        print("The first that needs it sets up .venv; `help` says more after that.")
         return 0
     from helpers import cli
 

@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,7 +38,7 @@ def bench():
     for model in ("tiny-phi3", "smollm2-135m"):
         for track in TRACKS:
             command = [sys.executable, "-m", "helpers", "notebook", track, "-p", "model", model,
-                       "-p", "tracking_uri", store]
+                       "-p", "tracking_uri", store, "--output", str(folder)]
             seconds, peak = _run(command, ROOT, folder / f"{track}-{model}.log")
             notebooks.append({"notebook": track, "model": model, "seconds": round(seconds, 1),
                               "peak_memory_bytes": peak})
@@ -68,7 +67,7 @@ def _bench_test(folder):
         clone = Path(parent) / "course"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         environment = {name: value for name, value in os.environ.items() if not name.startswith("COURSE_")}
-        python = shutil.which("python3") or sys.executable
+        python = getattr(sys, "_base_executable", sys.executable)  # the one that made this environment
         seconds, _ = _run([python, "-m", "helpers", "test"], clone, folder / "test.log", environment)
         disk_bytes = folder_bytes(clone)
     print(f"the tests on a bare clone: {seconds / 60:.1f} min, {disk_bytes / 1e9:.1f} GB", flush=True)

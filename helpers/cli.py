@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from helpers.errors import CourseError
-from helpers.paths import BUILD, DATA, ROOT, tracking_uri
+from helpers.paths import BUILD, DATA, ROOT
 
 DEFAULT_MODEL = "smollm2-135m"
 # What `mlflow ui` and JupyterLab listen on: this machine alone.
@@ -24,14 +24,14 @@ def main(arguments):
     _add_model(run)
     notebook = commands.add_parser("notebook", help="run one notebook with parameters of your own")
     notebook.add_argument("name", help="such as TransformerPipeline")
-    notebook.add_argument("-p", "--parameter", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))
+    notebook.add_argument("--output", type=Path, default=BUILD / "course", help="folder for the page")
+    notebook.add_argument("-p", metavar="NAME VALUE", help="as often as you like")
     prepare = commands.add_parser("prepare", help="download and convert a model")
     _add_model(prepare)
-    test = commands.add_parser("test", help="run every test; further words go to pytest")
-    test.add_argument("pytest", nargs=argparse.REMAINDER)
+    commands.add_parser("test", help="run every test; further words go to pytest")
     commands.add_parser("lab", help="open JupyterLab on the course")
     commands.add_parser("ui", help="open the MLflow UI on the course's store").add_argument(
-        "--port", type=int, default=5000)
+        "--port", type=_port, default=5000)
     commands.add_parser("bench", help="measure, and write build/bench/bench.json")
     commands.add_parser("doctor", help="say what this machine can run")
     commands.add_parser("generate", help="write environment.yml, constraints.txt and the README's table anew")
@@ -40,7 +40,10 @@ def main(arguments):
     commands.add_parser("distclean", help="remove build/, data/models/ and .venv/")
     commands.add_parser("help", help="show this list")
 
-    options = parser.parse_args(arguments or ["help"])
+    if arguments[:1] == ["test"]:
+        return _test(arguments[1:])
+    arguments, parameters = _split_parameters(arguments or ["help"])
+    options = parser.parse_args(arguments, argparse.Namespace(parameters=parameters))
     if options.command == "help":
         parser.print_help()
         return 0
@@ -52,6 +55,28 @@ def main(arguments):
 def _add_model(parser):
     parser.add_argument("--model", default=os.environ.get("COURSE_MODEL") or DEFAULT_MODEL,
                         help="a name of data/models.toml")
+
+
+def _split_parameters(arguments):
+    """Take each ``-p NAME VALUE`` out of a command line: argparse refuses a value that starts with a dash."""
+    rest, parameters = [], {}
+    words = iter(arguments)
+    for word in words:
+        if word == "-p":
+            name, value = next(words, None), next(words, None)
+            if value is None:
+                raise CourseError("-p stands without a name and a value.", "Such as: -p question \"Who wrote Hamlet?\"")
+            parameters[name] = value
+        else:
+            rest.append(word)
+    return rest, parameters
+
+
+def _port(text):
+    port = int(text)
+    if not 0 < port < 65536:
+        raise argparse.ArgumentTypeError("a port is a number from 1 to 65535")
+    return port
 
 
 def _run(options):
@@ -69,15 +94,17 @@ def _run(options):
 
 def _notebook(options):
     from helpers.execute import execute, print_answers
+    from helpers.parameters import refuse_unknown
 
+    refuse_unknown(options.parameters)
     parameters = {}
-    for name, value in options.parameter:
+    for name, value in options.parameters.items():
         try:
             parameters[name] = ast.literal_eval(value) if name in ("max_tokens", "temperature") else value
         except (ValueError, SyntaxError):
             raise CourseError(f"{name} is {value!r}, and it has to be a number.",
                               f"Such as: -p {name} 1") from None
-    page = execute(options.name, parameters)
+    page = execute(options.name, parameters, options.output.resolve())
     print_answers(options.name, page, parameters.get("tracking_uri", ""))
     return 0
 
@@ -90,13 +117,14 @@ def _prepare(options):
     return 0
 
 
-def _test(options):
+def _test(words):
     # The model comes first: its progress bars belong in front of the tests, not inside one.
     from helpers.models import prepare_model
 
     for name in ("tiny-phi3", DEFAULT_MODEL):
         prepare_model(name)
-    return subprocess.call([sys.executable, "-m", "pytest", *options.pytest], cwd=ROOT)
+    command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", *words]
+    return subprocess.call(command, cwd=ROOT)
 
 
 def _lab(options):
@@ -112,14 +140,15 @@ def _lab(options):
 
 def _ui(options):
     from helpers.doctor import port_is_taken
+    from helpers.tracking import SQLITE, tracking_store
 
-    if not (BUILD / "mlflow.db").exists() and not os.environ.get("COURSE_TRACKING_URI"):
+    store = tracking_store().uri
+    if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
         raise CourseError("There is nothing to show yet.", "Run the course first: make run")
     if port_is_taken(options.port):
         raise CourseError(f"Port {options.port} is taken.",
                           f"Choose another one: python -m helpers ui --port {options.port + 1}")
     print(f"The MLflow UI: http://{LOOPBACK}:{options.port}   (Ctrl-C ends it)", flush=True)
-    store = tracking_uri()
     # MLflow imports a module of Starlette's that is on its way out; the reader of the log can't help it.
     quiet = "ignore:starlette.middleware.wsgi is deprecated"
     return _serve([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--registry-store-uri", store,

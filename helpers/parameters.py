@@ -33,11 +33,12 @@ def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens
     CourseError
         Names the parameter, its value and its range.
     """
-    _refuse_unknown()
+    _refuse_injected()
     for name, value in (("model", model), ("tracking_uri", tracking_uri), ("question", question),
                         ("system_prompt", system_prompt)):
         if not isinstance(value, str):
-            raise CourseError(f"{name} is {value!r}, and it has to be text.", f"Put {name} in quotes.")
+            raise CourseError(f"{name} is {value!r}, and it has to be text.",
+                              f"Put {name} in quotes; with papermill, use -r in place of -p.")
     card = find_card(model)
     if not question.strip():
         raise CourseError("question is empty.", "Ask something, such as: What is the capital of Spain?")
@@ -53,7 +54,7 @@ def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens
         raise CourseError(f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
 
 
-def _refuse_unknown():
+def _refuse_injected():
     """Raise an error where papermill has injected a parameter that the notebook does not have.
 
     papermill itself says so in a log line and exits with 0.
@@ -62,13 +63,17 @@ def _refuse_unknown():
         shell = get_ipython()
     except NameError:
         return
-    for source in shell.user_ns.get("In", []):
-        if source.startswith("# Parameters\n"):
-            targets = (node.targets[0] for node in ast.parse(source).body if isinstance(node, ast.Assign))
-            unknown = [target.id for target in targets if target.id not in PARAMETERS]
-            if unknown:
-                raise CourseError(f"This notebook has no parameter called {', '.join(unknown)}.",
-                                  f"Choose among: {', '.join(PARAMETERS)}.")
+    injected = [source for source in shell.user_ns.get("In", []) if source.startswith("# Parameters\n")]
+    if injected:  # of several, the last: the cell was corrected and run again
+        refuse_unknown(node.targets[0].id for node in ast.parse(injected[-1]).body if isinstance(node, ast.Assign))
+
+
+def refuse_unknown(names):
+    """Raise CourseError unless all ``names`` are parameters of the notebooks."""
+    unknown = [name for name in names if name not in PARAMETERS]
+    if unknown:
+        raise CourseError(f"This notebook has no parameter called {', '.join(unknown)}.",
+                          f"Choose among: {', '.join(PARAMETERS)}.")
 
 
 def check_fits(prepared, messages, max_tokens):

@@ -15,12 +15,14 @@ VENV_PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/
 def model_cache():
     """Return the folder of prepared models: ``data/models``, or COURSE_CACHE where it is set.
 
+    A relative COURSE_CACHE starts at the course's folder, whatever folder a kernel runs in.
+
     Returns
     -------
     pathlib.Path
         It may not exist yet.
     """
-    return Path(os.environ.get("COURSE_CACHE") or DATA / "models").expanduser().resolve()
+    return (ROOT / Path(os.environ.get("COURSE_CACHE") or DATA / "models").expanduser()).resolve()
 
 
 def tracking_uri():

@@ -67,6 +67,14 @@ def differing_packages(tests=False):
     return differing
 
 
+def is_set_up(tests):
+    """Tell whether ``.venv`` was finished with these pins, in this folder and by this Python."""
+    # What the tests need includes all that the rest needs.
+    stamps = [TESTS_STAMP] if tests else [STAMP, TESTS_STAMP]
+    return VENV_PYTHON.exists() and any(
+        stamp.exists() and stamp.read_text(encoding="utf-8") == _state() for stamp in stamps)
+
+
 def set_up(tests):
     """Make ``.venv``, or complete it, and do nothing where it is complete.
 
@@ -85,10 +93,7 @@ def set_up(tests):
     CourseError
         No package index, no space, no venv module, or a CUDA build of torch as the only one.
     """
-    state = _state()
-    # What the tests need includes all that the rest needs.
-    enough = [TESTS_STAMP] if tests else [STAMP, TESTS_STAMP]
-    if VENV_PYTHON.exists() and any(stamp.exists() and stamp.read_text(encoding="utf-8") == state for stamp in enough):
+    if is_set_up(tests):
         return VENV_PYTHON
     BUILD.mkdir(exist_ok=True)
     LOG.write_text("", encoding="utf-8")
@@ -99,14 +104,18 @@ def set_up(tests):
              "Install Python's venv module (Debian, Ubuntu: apt install python3-venv) and run this again.")
     _install_torch()
     _pip("install", "--constraint", "constraints.txt", "--editable", ".[dev]" if tests else ".")
-    enough[0].write_text(state, encoding="utf-8")
+    (TESTS_STAMP if tests else STAMP).write_text(_state(), encoding="utf-8")
     return VENV_PYTHON
 
 
 def clean(everything):
     """Remove ``build/``; with ``everything``, the models in ``data/models`` and ``.venv`` too."""
+    # `mlflow run` keeps its own records where it is called.
+    left = (BUILD, ROOT / "mlruns", ROOT / "mlflow.db")
     installed = (DATA / "models", VENV, *ROOT.glob("*.egg-info"))
-    for folder in (BUILD, *installed) if everything else (BUILD,):
+    for folder in (*left, *installed) if everything else left:
+        if folder.is_file():
+            folder.unlink()
         shutil.rmtree(folder, ignore_errors=True)
         if folder.exists():
             raise CourseError(f"{folder.relative_to(ROOT)} could not be removed.",
@@ -196,7 +205,7 @@ def _explain(text, what, fix):
                  r"|getaddrinfo", text):
         missing = re.search(r"No matching distribution found for (\S+)", text)
         return CourseError(
-            f"pip got no answer with {missing[1] if missing else 'the packages'} from the package index.",
+            f"pip could not get {missing[1] if missing else 'the packages'} from the package index.",
             "Check the network, the proxy (HTTPS_PROXY) and pip's index (python -m pip config list), "
             "and run this again; what is installed stays.")
     return CourseError(what, fix)

@@ -1,5 +1,6 @@
 """Shows an MLflow model signature as a table, nested fields and all. It changes no model."""
 
+from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, get_model_info
 from mlflow.pyfunc import PyFuncModel
 from mlflow.types.schema import Array, Map, Object, TensorSpec
@@ -7,7 +8,7 @@ from mlflow.types.schema import Array, Map, Object, TensorSpec
 from helpers.errors import CourseError
 from helpers.tables import Table
 
-COLUMNS = ("Part", "Field", "Type", "Required", "Default")
+COLUMNS = ("Field", "Part", "Type", "Required", "Default")
 
 
 def show_signature(model):
@@ -27,14 +28,14 @@ def show_signature(model):
     Raises
     ------
     CourseError
-        The model was logged without a signature, or is something else altogether.
+        There is no such model, it was logged without a signature, or it is something else altogether.
     """
     signature = find_signature(model)
     rows = []
     for part, schema in (("input", signature.inputs), ("output", signature.outputs)):
         for index, column in enumerate(schema or []):
             if isinstance(column, TensorSpec):
-                rows.append((part, column.name or str(index), f"tensor of {column.type}, shape {column.shape}",
+                rows.append((column.name or str(index), part, f"tensor of {column.type}, shape {column.shape}",
                              "required" if column.required else "optional", ""))
             else:
                 rows += _fields(part, str(column.name or ("" if len(schema.inputs) == 1 else index)),
@@ -47,7 +48,11 @@ def show_signature(model):
 def find_signature(model):
     """Return the ModelSignature of whatever ``show_signature`` takes."""
     if isinstance(model, str):
-        model = get_model_info(model)
+        try:
+            model = get_model_info(model)
+        except (MlflowException, OSError) as error:
+            raise CourseError(f"There is no model at {model!r}.",
+                              "Check the name, the alias and the tracking URI.") from error
     signature = model if isinstance(model, ModelSignature) else getattr(model, "signature", None)
     if signature is None and isinstance(model, PyFuncModel):
         signature = model.metadata.signature
@@ -74,4 +79,4 @@ def _fields(part, name, dtype, required, shape=None, default=""):
     else:
         # DataType has a name; AnyType has none and is what its repr says.
         kind += getattr(dtype, "name", None) or "any"
-    return [(part, name or "(unnamed)", kind, "required" if required else "optional", default), *inner]
+    return [(name or "(unnamed)", part, kind, "required" if required else "optional", default), *inner]

@@ -33,6 +33,7 @@ class Table:
 
     def __repr__(self):
         lines = [*([self.columns] if self.columns else []), *self.rows]
+        lines = [[" ".join(cell.splitlines()) for cell in line] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
                    for line in lines]

@@ -1,9 +1,15 @@
 """Says where MLflow keeps what the course logs. The notebooks make the MLflow calls themselves."""
 
+import socket
 from dataclasses import dataclass
-from pathlib import Path
+from urllib.parse import urlsplit
 
+from helpers.errors import CourseError
+from helpers.paths import ROOT
 from helpers.paths import tracking_uri as course_tracking_uri
+
+SQLITE = "sqlite:///"
+SERVER_SECONDS = 10
 
 
 @dataclass(frozen=True)
@@ -27,17 +33,57 @@ def tracking_store(uri=""):
     Parameters
     ----------
     uri : str, optional
-        A tracking URI; empty for the course's own store under ``build/``.
+        ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the
+        ``http`` address of a tracking server; empty for the course's own store under ``build/``.
 
     Returns
     -------
     TrackingStore
         A local database keeps its artifacts in ``mlartifacts`` beside it: MLflow's own default
         is the folder that a notebook happens to run in.
+
+    Raises
+    ------
+    CourseError
+        Another kind of URI, a folder that cannot be written, a database that was moved here from
+        another folder, or a server that does not answer.
     """
     uri = uri or course_tracking_uri()
-    if not uri.startswith("sqlite:///"):
+    if uri.startswith(("http://", "https://")):
+        _check_server(uri)
         return TrackingStore(uri, None)
-    folder = Path(uri.removeprefix("sqlite:///")).resolve().parent
-    folder.mkdir(parents=True, exist_ok=True)
-    return TrackingStore(uri, (folder / "mlartifacts").as_uri())
+    if not uri.startswith(SQLITE) or not uri.removeprefix(SQLITE):
+        raise CourseError(f"tracking_uri is {uri!r}, which is no store that the course can use.",
+                          "Give sqlite:/// with a path, or the http address of a tracking server.")
+    database = (ROOT / uri.removeprefix(SQLITE)).resolve()
+    artifacts = (database.parent / "mlartifacts").as_uri()
+    _check_folder(database, artifacts)
+    return TrackingStore(SQLITE + database.as_posix(), artifacts)
+
+
+def _check_folder(database, artifacts):
+    """Make the database's folder, and note in it where its artifacts are: the database holds their full path."""
+    note = database.with_name(database.name + ".artifacts")
+    try:
+        database.parent.mkdir(parents=True, exist_ok=True)
+        if not database.exists() or not note.exists():
+            note.write_text(artifacts, encoding="utf-8")
+    except OSError as error:
+        raise CourseError(f"The folder of the tracking store, {database.parent}, cannot be written.",
+                          "Choose another tracking_uri, or make the folder yours.") from error
+    noted = note.read_text(encoding="utf-8")
+    if noted != artifacts:
+        raise CourseError(f"The tracking store {database} was made elsewhere, and its models are still in {noted}.",
+                          "Move it back, choose another tracking_uri, or start anew: make clean")
+
+
+def _check_server(uri):
+    """Ask once whether somebody listens: MLflow itself would try for minutes."""
+    parts = urlsplit(uri)
+    try:
+        address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
+        socket.create_connection(address, timeout=SERVER_SECONDS).close()
+    except (OSError, ValueError) as error:
+        raise CourseError(f"No tracking server answers at {uri}.",
+                          "Start it, correct tracking_uri, or leave tracking_uri empty for the course's own store.",
+                          ) from error

@@ -1,6 +1,7 @@
 """What the tests share: the models, a store of their own, and programs run as a user runs them."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -8,15 +9,15 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
+# What importing helpers has put into this process's environment; a user's shell has none of it.
+OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")
 
 
 def pytest_configure(config):
     """Give nbmake's notebooks the tiny model and a fresh store: nbmake cannot inject parameters."""
     store = ROOT / "build" / "test"
-    store.mkdir(parents=True, exist_ok=True)
-    for leftover in store.glob("mlflow.db*"):
-        leftover.unlink()
+    shutil.rmtree(store, ignore_errors=True)
     os.environ["COURSE_MODEL"] = "tiny-phi3"
     os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (store / "mlflow.db").as_posix()
 
@@ -43,12 +44,12 @@ def python(tmp_path):
     """
 
     def run(*arguments, network=True, cwd=ROOT, **variables):
-        environment = dict(os.environ, PYTHONUTF8="1", **variables)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
         refused = tmp_path / "refused.log"
         if not network:
             environment |= {"PYTHONPATH": str(ROOT / "tests" / "no_network"), "REFUSED_LOG": str(refused)}
         result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
-                                capture_output=True, text=True, encoding="utf-8")
+                                capture_output=True, text=True, encoding="utf-8", errors="replace")
         assert not refused.exists(), refused.read_text(encoding="utf-8")
         return result
 

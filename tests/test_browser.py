@@ -97,7 +97,7 @@ def test_the_diagram_is_loaded(page):
 def test_the_signature_is_a_table(page):
     table = page.locator(f"{CODE_CELL} table", has=page.locator("caption", has_text=re.compile("^Signature$")))
     expect(table).to_have_count(1)
-    expect(table.locator("thead th")).to_have_text(["Part", "Field", "Type", "Required", "Default"])
+    expect(table.locator("thead th")).to_have_text(["Field", "Part", "Type", "Required", "Default"])
 
 
 def test_the_last_cell_shows_the_champion(page):

@@ -4,13 +4,18 @@ Run: python -m helpers test tests/test_course.py
 """
 
 import json
+import re
+import sys
 import warnings
+from pathlib import Path
 
 import mlflow
 import nbformat
 import pytest
 from conftest import ROOT, TRACKS
 
+from helpers import CourseError
+from helpers.execute import execute
 from helpers.signatures import find_signature
 from helpers.tracking import tracking_store
 
@@ -45,7 +50,8 @@ def latest_run(store, track):
 
 def test_a_notebook_runs_on_the_real_model_with_other_parameters(python, course, track):
     parameters = OTHER | {"model": "smollm2-135m", "tracking_uri": course}
-    result = python("-m", "helpers", "notebook", track, *words(parameters), network=False)
+    output = Path(course.removeprefix("sqlite:///")).parent
+    result = python("-m", "helpers", "notebook", track, *words(parameters), "--output", output, network=False)
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"Q  {OTHER['question']}" in result.stdout
     assert "TCP without encryption" not in result.stderr
@@ -88,7 +94,8 @@ def test_nothing_is_logged_outside_the_store(course, track):
 
 
 def test_the_pages_show_no_warning_and_no_empty_widget(course, track):
-    notebook = nbformat.read(ROOT / "build" / "course" / f"{track}.ipynb", as_version=4)
+    folder = Path(course.removeprefix("sqlite:///")).parent
+    notebook = nbformat.read(folder / f"{track}.ipynb", as_version=4)
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert all(cell.execution_count for cell in code)
     outputs = [output for cell in code for output in cell.outputs]
@@ -96,7 +103,7 @@ def test_the_pages_show_no_warning_and_no_empty_widget(course, track):
     # MLflow's register_model reports to stderr; nothing else may.
     assert all(line.startswith(("Successfully registered model", "Created version")) for line in red.splitlines()), red
     assert not [output for output in outputs if "application/vnd.jupyter.widget-view+json" in output.get("data", {})]
-    html = (ROOT / "build" / "course" / f"{track}.html").read_text(encoding="utf-8")
+    html = (folder / f"{track}.html").read_text(encoding="utf-8")
     assert "data:image/svg+xml;base64," in html
     assert 'src="images/' not in html
 
@@ -150,10 +157,39 @@ def test_the_signatures_are_the_contracts(course):
     assert "choices" in chat.outputs.input_names()
 
 
-def test_a_notebook_asks_nothing_of_the_network(python, store, track):
-    result = python("-m", "helpers", "notebook", track, "-p", "model", "tiny-phi3", "-p", "tracking_uri", store,
-                    network=False)
+@pytest.mark.skipif(sys.platform == "win32", reason="a path of this kind is no path on Windows")
+def test_a_notebook_takes_extreme_parameters_and_asks_nothing_of_the_network(python, store, track, tmp_path):
+    # A whole number as temperature, an answer as long as the context leaves, a question like an option,
+    # and a terminal that has no letters for the answers.
+    parameters = {"model": "tiny-phi3", "tracking_uri": store, "question": "-5?", "system_prompt": "",
+                  "max_tokens": 4000, "temperature": 1}
+    result = python("-m", "helpers", "notebook", track, *words(parameters), "--output", tmp_path / "out",
+                    network=False, PYTHONIOENCODING="ascii")
     assert result.returncode == 0, result.stdout + result.stderr
+    assert "Q  -5?" in result.stdout
+    mlflow.set_tracking_uri(store)
+    kinds = {param.name: param.dtype.name for param in find_signature(f"models:/{NAMES[track]}@champion").params or []}
+    assert kinds in ({}, {"max_tokens": "long", "temperature": "double"})
+    page = nbformat.read(tmp_path / "out" / f"{track}.ipynb", as_version=4)
+    counts = re.findall(r"(\d+) tokens out", json.dumps(page))
+    assert counts
+    assert all(int(count) <= 4000 for count in counts)
+
+
+def test_a_notebook_whose_python_is_ended_by_the_system_says_so(tmp_path, monkeypatch):
+    notebooks = tmp_path / "notebooks"
+    (notebooks / "images").mkdir(parents=True)
+    cells = [nbformat.v4.new_code_cell("import os, signal; os.kill(os.getpid(), signal.SIGTERM)\nos._exit(9)")]
+    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebooks / "Dies.ipynb")
+    monkeypatch.setattr("helpers.execute.NOTEBOOKS", notebooks)
+    with pytest.raises(CourseError, match=r"The system ended the Python that ran Dies.* Close programs"):
+        execute("Dies", {}, tmp_path / "out")
+
+
+def test_a_refused_connection_is_noticed(python):
+    code = "import socket, contextlib\nwith contextlib.suppress(OSError): socket.create_connection(('192.0.2.1', 9), 1)"
+    with pytest.raises(AssertionError, match=r"socket.connect 192\.0\.2\.1"):
+        python("-c", code, network=False)
 
 
 def test_mlflow_run_runs_a_notebook_as_a_project(python, store, tmp_path):

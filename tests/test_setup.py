@@ -119,9 +119,25 @@ def test_the_cuda_build_of_torch_is_refused_before_it_is_downloaded(checkout, tm
     assert not list((checkout / ".venv").rglob("torch-*"))
 
 
+def test_a_mistyped_command_and_a_look_around_install_nothing(checkout):
+    result = user(checkout, "walk")
+    assert result.returncode == 1
+    assert "There is no command called walk." in result.stderr
+    assert user(checkout, "--help").returncode == 0
+    doctor = user(checkout, "doctor")
+    assert doctor.returncode == 1
+    assert "FAIL  the course's packages are not installed\n      Run: python -m helpers setup" in doctor.stdout
+    assert not (checkout / ".venv").exists()
+
+
+def test_words_after_test_go_to_pytest(python):
+    result = python("-m", "helpers", "test", "-k", "no_such_test", "--collect-only", "-q", "tests/test_static.py")
+    assert "deselected" in result.stdout, result.stdout + result.stderr
+
+
 def test_an_unknown_command_names_the_ones_there_are(python):
     result = python("-m", "helpers", "walk")
-    assert result.returncode == 2
+    assert result.returncode == 1
     assert all(command in result.stderr for command in ("run", "test", "lab", "ui", "bench", "doctor"))
 
 
@@ -133,10 +149,14 @@ def test_doctor_finds_this_machine_fit(python):
     assert "FAIL" not in result.stdout
 
 
-def test_the_ui_says_when_its_port_is_taken(python):
+def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(python, store):
+    result = python("-m", "helpers", "ui", COURSE_TRACKING_URI=store)
+    assert result.returncode == 1
+    assert "There is nothing to show yet." in result.stderr
+    Path(store.removeprefix("sqlite:///")).touch()
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        result = python("-m", "helpers", "ui", "--port", port)
+        result = python("-m", "helpers", "ui", "--port", port, COURSE_TRACKING_URI=store)
     assert result.returncode == 1
     assert f"Port {port} is taken." in result.stderr
     assert f"--port {port + 1}" in result.stderr

@@ -16,7 +16,7 @@ from helpers import CourseError, show_signature, show_table
 
 
 def rows(table):
-    return {(part, field): (kind, required, default) for part, field, kind, required, default in table.rows}
+    return {(part, field): (kind, required, default) for field, part, kind, required, default in table.rows}
 
 
 def test_every_nested_field_has_a_row_with_its_type_and_whether_it_is_required():
@@ -109,12 +109,19 @@ def test_model_info_loaded_model_and_uri_show_the_same(tmp_path, store):
     tables = [show_signature(source).rows
               for source in (info, info.signature, info.model_uri, mlflow.pyfunc.load_model(info.model_uri))]
     assert all(table == tables[0] for table in tables)
-    assert tables[0][0][1] == "text"
+    assert tables[0][0][0] == "text"
 
     unsigned = mlflow.pyfunc.log_model(name="unsigned", python_model=str(code), pip_requirements=["mlflow"])
     for source in (unsigned, unsigned.model_uri, mlflow.pyfunc.load_model(unsigned.model_uri)):
         with pytest.raises(CourseError, match="has no signature"):
             show_signature(source)
+
+
+def test_a_uri_without_a_model_is_refused(store):
+    mlflow.set_tracking_uri(store)
+    for uri in ("models:/nobody@champion", "models:/m-0123", "runs:/0/x", "no such folder"):
+        with pytest.raises(CourseError, match="There is no model at"):
+            show_signature(uri)
 
 
 @pytest.mark.parametrize("nonsense", [None, 5, {"a": 1}, object()])
