@@ -188,7 +188,7 @@ def test_a_notebook_whose_python_is_ended_by_the_system_says_so(tmp_path, monkey
 
 def test_a_refused_connection_is_noticed(python):
     code = "import socket, contextlib\nwith contextlib.suppress(OSError): socket.create_connection(('192.0.2.1', 9), 1)"
-    with pytest.raises(AssertionError, match=r"socket.connect 192\.0\.2\.1"):
+    with pytest.raises(AssertionError, match=r"socket\.\w+ 192\.0\.2\.1"):
         python("-c", code, network=False)
 
 

@@ -138,7 +138,7 @@ def test_ctrl_c_in_the_middle_of_the_export_leaves_nothing_that_is_trusted(cache
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
     _, errors = process.communicate()
     assert process.returncode == 130
-    assert "Interrupted. Nothing half-made is kept" in errors
+    assert "Interrupted. What is finished stays" in errors
     assert "Traceback" not in errors
     assert cache_state("tiny-phi3") == "not prepared"
     finished = (home / "transformers" / "model.safetensors").stat().st_mtime_ns
