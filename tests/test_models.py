@@ -129,8 +129,10 @@ def test_two_at_once_make_one_model(cache):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_in_the_middle_of_the_export_leaves_nothing_that_is_trusted(cache):
+    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
     process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8", start_new_session=True)
+                               encoding="utf-8", start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     home = cache / "tiny-phi3"
     while not (home / "onnx.partial").exists():
         assert process.poll() is None, process.communicate()
