@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from helpers.errors import CourseError
-from helpers.execute import TRACKS
+from helpers.execute import TRACKS, latest_run
 from helpers.measurement import folder_bytes
 from helpers.paths import BUILD, ROOT
 
@@ -43,7 +43,7 @@ def bench():
             notebooks.append({"notebook": track, "model": model, "seconds": round(seconds, 1),
                               "peak_memory_bytes": peak})
             print(f"{track} on {model}: {seconds:.0f} s, {peak / 1e9:.1f} GB", flush=True)
-            tracks[track] = _latest_metrics(store, track)
+            tracks[track] = latest_run(track, store).data.metrics
     figures = {
         "ratios": {"track_ratio": round(tracks["CustomPythonWrapper"]["tokens_per_second"]
                                         / tracks["TransformerPipeline"]["tokens_per_second"], 2)},
@@ -96,14 +96,6 @@ def _memory(process):
     except psutil.NoSuchProcess:
         pass  # it ended between two looks
     return total
-
-
-def _latest_metrics(store, track):
-    import mlflow
-
-    mlflow.set_tracking_uri(store)
-    (run,) = mlflow.search_runs(experiment_names=[track], max_results=1, output_format="list")
-    return run.data.metrics
 
 
 def _processor():

@@ -90,6 +90,15 @@ def _kernel_log(path):
             sys.stderr = standard_error
 
 
+def latest_run(name, tracking_uri=""):
+    """Return the newest MLflow run of the notebook ``name`` in a store, the course's own where it is empty."""
+    import mlflow
+
+    mlflow.set_tracking_uri(tracking_store(tracking_uri).uri)
+    (run,) = mlflow.search_runs(experiment_names=[name], max_results=1, output_format="list")
+    return run
+
+
 def print_answers(name, page, tracking_uri=""):
     """Print what the latest run of a notebook asked and answered, and where to read on.
 
@@ -104,8 +113,7 @@ def print_answers(name, page, tracking_uri=""):
     """
     import mlflow
 
-    mlflow.set_tracking_uri(tracking_store(tracking_uri).uri)
-    (run,) = mlflow.search_runs(experiment_names=[name], max_results=1, output_format="list")
+    run = latest_run(name, tracking_uri)
     answers = mlflow.MlflowClient().load_table(run.info.experiment_id, "answers.json", [run.info.run_id])
     for question, answer in zip(answers["question"], answers["answer"], strict=True):
         print(f"  Q  {question}\n  A  {' '.join(answer.split())}")
