@@ -5,6 +5,7 @@ Run: python -m helpers test tests/test_course.py
 
 import json
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -12,7 +13,9 @@ from pathlib import Path
 import mlflow
 import nbformat
 import pytest
+import transformers
 from conftest import ROOT, TRACKS
+from huggingface_hub import ModelCard
 
 from helpers import CourseError
 from helpers.execute import execute
@@ -144,6 +147,24 @@ def test_a_fresh_process_loads_the_prompt_champion_and_gets_a_text_for_each_row(
     assert len(answers) == 2
     assert all(isinstance(answer, str) and answer.strip() and "<|" not in answer for answer in answers)
     assert answers[0] != answers[1]
+
+
+def test_the_chat_model_needs_its_old_folder_for_stop_and_for_nothing_else(store, tiny, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(tiny.transformers_dir, folder)
+    mlflow.set_tracking_uri(store)
+    mlflow.create_experiment("stop", artifact_location=tracking_store(store).artifact_location)
+    mlflow.set_experiment("stop")
+    info = mlflow.transformers.log_model(
+        transformers.pipeline("text-generation", model=str(folder)), name="chat", task="llm/v1/chat",
+        model_config={"max_new_tokens": 4, "do_sample": False}, pip_requirements=["mlflow", "transformers"],
+        model_card=ModelCard.load(folder / "README.md"))
+    shutil.rmtree(folder)
+    model = mlflow.pyfunc.load_model(info.model_uri)
+    request = {"messages": [{"role": "user", "content": "Hi"}]}
+    assert model.predict(request)[0]["usage"]["completion_tokens"] <= 4
+    with pytest.raises(OSError, match="Repo id must be"):
+        model.predict(request | {"stop": ["a"]})
 
 
 def test_the_signatures_are_the_contracts(course):
