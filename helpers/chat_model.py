@@ -1,0 +1,794 @@
+"""A conversation goes in, a chat completion comes out: an ONNX model for many callers at once.
+
+MLflow logs this file itself (models from code). It imports nothing of the course, and it is one file on
+purpose: MLflow loads it under a new name for each model, so two versions in one process share no code.
+
+From top to bottom: the contract (what a request may hold), the prompt (where text stays text), the engine
+(rows in batches, on one thread), the model (what MLflow calls).
+"""
+
+import json
+import logging
+import math
+import os
+import queue
+import re
+import threading
+import time
+import uuid
+import weakref
+from pathlib import Path
+from typing import Annotated, Literal
+
+import mlflow
+import numpy as np
+import onnxruntime_genai as og
+import pandas as pd
+import psutil
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_STATE, RESOURCE_EXHAUSTED
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from tokenizers import Tokenizer
+
+# --- the contract ---------------------------------------------------------------------------
+
+# What `model_config=` may change when the model is logged.
+SETTINGS = {
+    "model": "slm-onnx",  # the name that answers carry
+    "max_tokens": 256,  # of an answer, where the request does not say
+    "temperature": 0.0,  # the same
+    "max_tokens_limit": 2048,  # the most that a request may ask for
+    "max_rows": 256,  # answers that one call may ask for
+    "max_waiting": 512,  # answers of all callers that may wait for their turn
+    "threads": None,  # of the engine's arithmetic; None takes one for each core
+}
+
+
+def _whole(value):
+    """Take 4.0 for 4: where a row of a table lacks a number, pandas makes the others floats."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Message(_Strict):
+    """One turn of a conversation."""
+
+    role: Literal["system", "user", "assistant"] = Field(description="system, user or assistant")
+    content: str = Field(pattern=r"\A[^\x00]*\z", description="text, without NUL and without half a surrogate pair")
+
+
+class StreamOptions(_Strict):
+    """What a stream adds to its text."""
+
+    include_usage: bool = Field(False, description="true or false")
+
+
+class ChatRequest(_Strict):
+    """The fields of ``llm/v1/chat``, those that the engine serves, and ``seed`` and ``stream_options``.
+
+    A field that is null counts as not given. ``description`` is what an error says of the allowed range.
+    """
+
+    messages: list[Message] = Field(min_length=1, description="a list of at least one message, role and content each")
+    temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
+    max_tokens: Whole | None = Field(None, ge=1, description="a whole number from 1 up to what the context leaves")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(
+        [], description="up to 4 texts of 1 to 100 characters")
+    n: Whole = Field(1, ge=1, le=8, description="a whole number from 1 to 8")
+    stream: bool | None = Field(None, description="true for predict_stream, false for predict, or left out")
+    top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, up to 1")
+    top_k: Whole | None = Field(None, ge=1, description="a whole number from 1")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
+    seed: Whole | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
+    stream_options: StreamOptions | None = Field(None, description="include_usage: true or false, for a stream")
+
+
+def invalid(field, allowed, where=""):
+    """Return the error that names a field and what it may be, and quotes nothing of the request."""
+    return MlflowException.invalid_parameter_value(f"{where}{field} has to be {allowed}.")
+
+
+def read_request(values, where=""):
+    """Check one request.
+
+    Parameters
+    ----------
+    values : dict
+        Field to value, as they came.
+    where : str, optional
+        Stands in front of an error, such as ``"Row 2: "``.
+
+    Returns
+    -------
+    ChatRequest
+
+    Raises
+    ------
+    MlflowException
+        INVALID_PARAMETER_VALUE, with the field and its range.
+    """
+    if not isinstance(values, dict):
+        raise invalid("A request", "an object with messages", where)
+    try:
+        request = ChatRequest.model_validate(_without_nulls(_plain(values)))
+    except ValidationError as error:
+        # Of the library's report, the place and the kind: the rest of it quotes the input.
+        problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        raise _explain(problem["loc"], problem["type"], where) from None
+    request.stop = [request.stop] if isinstance(request.stop, str) else request.stop
+    if request.messages[-1].role == "assistant":
+        raise invalid("The last message's role", "user or system: the assistant speaks next", where)
+    return request
+
+
+def _without_nulls(values):
+    """Leave out the fields that are null, and those of the messages, such as ``refusal`` in an answer sent back."""
+    values = {name: value for name, value in values.items() if value is not None}
+    if isinstance(values.get("messages"), list):
+        values["messages"] = [
+            {name: value for name, value in message.items() if value is not None or name == "content"}
+            if isinstance(message, dict) else message for message in values["messages"]]
+    return values
+
+
+def _explain(place, kind, where):
+    """Turn the place of a validation error into the field's name and its description."""
+    name, fields, allowed = "", ChatRequest.model_fields, None
+    for step in place:
+        if name == "messages" and isinstance(step, int):
+            name, fields, allowed = f"messages[{step}]", Message.model_fields, "an object with role and content"
+        elif step in fields:
+            name, allowed = f"{name}.{step}".lstrip("."), fields[step].description
+            fields = StreamOptions.model_fields if step == "stream_options" else {}
+    if kind == "extra_forbidden":
+        return MlflowException.invalid_parameter_value(
+            f"{where}{name or 'The request'} holds a field that is not served. The fields are: {', '.join(fields)}.")
+    return invalid(name, allowed, where)
+
+
+def _plain(value, depth=4):
+    """Return a value as Python's own type: Spark gives arrays, pandas gives numpy's numbers.
+
+    A request is four levels deep. What lies deeper stays as it is, and no field takes it.
+    """
+    if isinstance(value, np.ndarray | np.generic):
+        value = value.tolist()
+    if depth and isinstance(value, list | tuple):
+        return [_plain(item, depth - 1) for item in value]
+    if depth and isinstance(value, dict):
+        return {name: _plain(item, depth - 1) for name, item in value.items()}
+    return value
+
+
+def read_table(table):
+    """Return a table's rows as requests, without what pandas fills in.
+
+    Parameters
+    ----------
+    table : pandas.DataFrame
+        One conversation in each row. MLflow makes this of a dict and of a list of dicts, too.
+
+    Returns
+    -------
+    list of dict
+    """
+    rows = table.to_dict("records")
+    for row in rows:
+        for name, value in row.items():
+            # NaN says "not given" where other rows give a value. Alone, it is what the caller sent.
+            if value is pd.NA or value is pd.NaT or (len(rows) > 1 and isinstance(value, float) and math.isnan(value)):
+                row[name] = None
+    return rows
+
+
+# --- the prompt -----------------------------------------------------------------------------
+
+
+class PromptEncoder:
+    """Turns messages into tokens by the model's own chat template. Text of a message stays text.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of an ONNX model for onnxruntime-genai.
+    """
+
+    def __init__(self, folder):
+        self.tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        self._template = og.Tokenizer(str(folder))
+        added = self.tokenizer.get_added_tokens_decoder().values()
+        markup = {token.content for token in added if token.content.strip()}
+        # Finds the first character of every piece of markup, overlapping ones too.
+        self._markup = re.compile("|".join(
+            f"{re.escape(token[0])}(?={re.escape(token[1:])})" for token in sorted(markup)) or r"(?!)")
+        self._longest = max(map(len, self.tokenizer.get_vocab()))
+
+    def encode(self, messages, context_length, where=""):
+        """Return the tokens of a conversation, ready for the assistant's answer.
+
+        A tokenizer takes ``<|end|>`` for markup wherever it stands. Cut in two pieces, ``<`` and ``|end|>``,
+        it is text. So whatever looks like markup inside a message is cut, and the template's own is not.
+
+        Raises
+        ------
+        MlflowException
+            The messages are too long, or the template refuses their order.
+        """
+        if sum(len(message.content) for message in messages) > context_length * self._longest:
+            raise invalid("messages", f"short enough for the model's context of {context_length} tokens", where)
+        text = "".join(message.content for message in messages)
+        cut = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text)
+        turns = [{"role": message.role, "content": self._markup.sub(lambda found: found[0] + cut, message.content)}
+                 for message in messages]
+        try:
+            prompt = self._template.apply_chat_template(json.dumps(turns), add_generation_prompt=True)
+        except Exception:  # the engine raises nothing narrower
+            raise invalid("messages", "in an order that the model's chat template takes", where) from None
+        tokens = []
+        for piece in prompt.split(cut):
+            tokens += self.tokenizer.encode(piece, add_special_tokens=False).ids
+        return tokens
+
+
+class TextWriter:
+    """Turns an answer's tokens into text as they come: no half characters, nothing of a stop string.
+
+    Parameters
+    ----------
+    tokenizer : tokenizers.Tokenizer
+    stop : list of str
+        The answer ends before the first of these.
+    """
+
+    def __init__(self, tokenizer, stop):
+        self._tokenizer, self._stop = tokenizer, stop
+        self._tokens, self._start, self._written = [], 0, 0  # text of tokens[start:written] is out
+        self._held = ""
+        self.stopped = False
+
+    def write(self, token):
+        """Add a token; return the text that is certain by now."""
+        self._tokens.append(token)
+        return self._release(self._decode(last=False))
+
+    def close(self):
+        """Return what was held back: the answer has ended."""
+        text = self._release(self._decode(last=True))
+        return text if self.stopped else text + self._held
+
+    def _decode(self, last):
+        # A few tokens back for context: some tokenizers write a space only between two tokens.
+        before = self._tokenizer.decode(self._tokens[self._start:self._written])
+        text = self._tokenizer.decode(self._tokens[self._start:])
+        if len(text) <= len(before) or (text.endswith("\ufffd") and not last):
+            return ""
+        self._start, self._written = self._written, len(self._tokens)
+        return text[len(before):]
+
+    def _release(self, text):
+        text = self._held + text
+        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[:min(found)]
+        # The end of the text may be the beginning of a stop string.
+        hold = max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])),
+                   default=0)
+        self._held = text[len(text) - hold:]
+        return text[:len(text) - hold]
+
+
+# --- the engine -----------------------------------------------------------------------------
+
+MAX_BATCH = 16  # rows in a batch; more make each step longer and hardly any token cheaper
+MAX_BATCHES = 4  # running in turns, so that a stream need not wait for a batch to end
+MAX_PREFILL = 1024  # tokens that a batch of several rows reads at once; a row alone reads in chunks
+CHUNK = 128
+PATIENCE = 3.0  # seconds that a row waits for a full batch before it joins the ones that run
+LINGER = 0.003  # seconds without a newcomer that a batch waits for more company
+# What a step costs beside its rows, counted in rows: reading the weights. On two cores 5.8 ms and 1.6 ms.
+STEP_COST = 3.6
+
+
+class Sampler:
+    """Chooses a row's next token from its logits, in the order of the OpenAI API's fields.
+
+    onnxruntime-genai has one set of search options for a batch. Here each row has its own.
+
+    Parameters
+    ----------
+    request : ChatRequest
+    index : int
+        Which of the request's ``n`` answers; each draws its own numbers from the seed.
+    """
+
+    def __init__(self, request, index):
+        self._request = request
+        self._random = np.random.default_rng(None if request.seed is None else [request.seed, index])
+        self._counts = {}
+
+    def choose(self, logits):
+        """Return the next token, given the logits of shape (vocabulary,)."""
+        token = self._choose(logits.astype(np.float64))
+        self._counts[token] = self._counts.get(token, 0) + 1
+        return token
+
+    def _choose(self, logits):
+        request = self._request
+        if self._counts and (request.frequency_penalty or request.presence_penalty):
+            seen = np.fromiter(self._counts, dtype=np.int64)
+            counts = np.fromiter(self._counts.values(), dtype=np.float64)
+            logits[seen] -= request.frequency_penalty * counts + request.presence_penalty
+        if request.temperature == 0:
+            return int(logits.argmax())
+        # The highest logit becomes 0 first. Divided by a temperature near 0, the others are minus infinity at worst.
+        with np.errstate(over="ignore"):
+            weights = np.exp((logits - logits.max()) / request.temperature)
+        tokens = _likeliest(weights, request.top_k, request.top_p)
+        if tokens is not None:
+            weights = weights[tokens]
+        sums = weights.cumsum()
+        place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
+        return int(place if tokens is None else tokens[place])
+
+
+def _likeliest(weights, top_k, top_p):
+    """Return the tokens that top_k and top_p leave, likeliest first, or None where they leave all."""
+    size = len(weights)
+    most = min(top_k or size, size)
+    if most == size and top_p == 1:
+        return None
+    kept = weights if most == size else np.partition(weights, size - most)[size - most:]
+    wanted = top_p * kept.sum()
+    # Sorting the whole vocabulary takes longer than the rest together, and few tokens hold most of the mass.
+    for guess in (min(256, most), most):
+        tokens = np.argpartition(weights, size - guess)[size - guess:] if guess < size else np.arange(size)
+        tokens = tokens[np.lexsort((tokens, -weights[tokens]))]
+        sums = weights[tokens].cumsum()
+        if sums[-1] >= wanted:
+            break
+    return tokens[:int(np.searchsorted(sums, wanted)) + 1][:most]
+
+
+class Row:
+    """One answer in the making.
+
+    Parameters
+    ----------
+    prompt : list of int
+        Tokens.
+    max_tokens : int
+    writer : TextWriter
+    sampler : Sampler or None
+        None takes the likeliest token.
+    events : queue.SimpleQueue
+        Gets ``(row, text)`` for each token of a stream, and ``(row, None)`` at the end.
+    stream : bool
+    """
+
+    def __init__(self, prompt, max_tokens, writer, sampler, events, stream):
+        self.prompt, self.max_tokens, self.writer, self.sampler = prompt, max_tokens, writer, sampler
+        self.events, self.stream = events, stream
+        self.text, self.tokens, self.finish_reason, self.error, self.ended, self.due = "", 0, None, None, False, 0.0
+
+    def take(self, token, end_tokens):
+        """Add the next token, and end where it ends the answer."""
+        if token in end_tokens:
+            self._finish("stop")
+            return
+        self.tokens += 1
+        self._write(self.writer.write(token))
+        if self.writer.stopped:
+            self._finish("stop")
+        elif self.tokens == self.max_tokens:
+            self._finish("length")
+
+    def _write(self, text):
+        self.text += text
+        if self.stream:
+            self.events.put((self, text))
+
+    def _finish(self, reason):
+        if not self.writer.stopped:
+            self._write(self.writer.close())
+        self.finish_reason = "stop" if self.writer.stopped else reason
+        self.end()
+
+    def end(self, error=None):
+        """End the row, whatever it has: its caller got all, went away, or gets an error."""
+        if not self.ended:
+            self.error, self.ended = error, True
+            self.events.put((self, None))
+
+
+class Batch:
+    """Rows that one ``og.Generator`` runs side by side, to the longest one's end.
+
+    Parameters
+    ----------
+    model : og.Model
+    rows : list of Row
+    pad, end_tokens : int, set of int
+        From the model's ``genai_config.json``.
+    """
+
+    def __init__(self, model, rows, pad, end_tokens):
+        self.rows, self._model, self._end_tokens, self._generator = rows, model, end_tokens, None
+        width, self._max_length = widest(rows)
+        self.cache_tokens = len(rows) * self._max_length
+        prompts = np.full((len(rows), width), pad, dtype=np.int32)
+        for place, row in enumerate(rows):
+            prompts[place, :len(row.prompt)] = row.prompt
+        # A batch takes its prompts in one call. That call keeps every other thread of this process waiting
+        # (it holds Python's lock), so a long prompt runs alone and comes in chunks. A chunk of one token
+        # would be computed another way, with another rounding: the last two chunks share.
+        cuts = [cut for cut in range(CHUNK, width, CHUNK) if width - cut > 1] if len(rows) == 1 else []
+        self._unread = np.split(prompts, cuts, axis=1)
+
+    def _open(self):
+        options = og.GeneratorParams(self._model)
+        options.set_search_options(
+            batch_size=len(self.rows), max_length=self._max_length, min_length=0, do_sample=False, num_beams=1,
+            num_return_sequences=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
+        return og.Generator(self._model, options)
+
+    @property
+    def alive(self):
+        """Tell whether any row still wants a token."""
+        return not all(row.ended for row in self.rows)
+
+    def step(self):
+        """Read a part of the prompt, or give each row its next token."""
+        self._generator = self._generator or self._open()
+        if self._unread:
+            self._generator.append_tokens(self._unread.pop(0))
+            return
+        sampling = [(place, row.sampler) for place, row in enumerate(self.rows) if row.sampler and not row.ended]
+        if sampling:
+            logits = self._generator.get_logits()
+            for place, sampler in sampling:
+                token = sampler.choose(logits[place].reshape(-1))
+                logits[place] = 0
+                logits[place, ..., token] = 1  # now the likeliest, whatever the others are
+            self._generator.set_logits(logits)
+        self._generator.generate_next_token()
+        for row, token in zip(self.rows, self._generator.get_next_tokens().tolist(), strict=True):
+            if not row.ended:
+                row.take(token, self._end_tokens)
+
+
+def widest(rows):
+    """Return what a batch reserves for each of its rows: tokens of prompt, tokens of prompt and answer."""
+    width = max(len(row.prompt) for row in rows)
+    return width, width + max(row.max_tokens for row in rows)
+
+
+def choose_batch(waiting, room, must=None):
+    """Choose the waiting rows that make the best batch: the most wanted tokens for the work.
+
+    Rows of a batch are padded to its longest prompt and run to its longest answer, so rows of similar length
+    belong together.
+
+    Parameters
+    ----------
+    waiting : list of Row
+    room : int
+        Tokens of cache that the batch may take.
+    must : Row, optional
+        Has to be in it.
+
+    Returns
+    -------
+    list of Row
+        Empty where none fits.
+    """
+    rows = sorted(waiting, key=lambda row: (row.max_tokens, len(row.prompt)))
+    best, best_rate = [], 0.0
+    for start in range(len(rows)):
+        width = wanted = 0
+        for stop in range(start, min(start + MAX_BATCH, len(rows))):
+            row, count = rows[stop], stop - start + 1
+            width, new = max(width, len(row.prompt)), row.max_tokens
+            wanted += len(row.prompt) + new
+            if count * (width + new) > room or (count > 1 and count * width > MAX_PREFILL):
+                break
+            rate = wanted / (count * width + new * (count + STEP_COST))
+            if rate > best_rate and (must is None or must in rows[start:stop + 1]):
+                best, best_rate = rows[start:stop + 1], rate
+    return best
+
+
+_AFTER_FORK = threading.Lock()
+_logger = logging.getLogger("chat_model")
+
+
+class Engine:
+    """Answers rows of tokens for callers on any thread; one thread of its own runs them in batches.
+
+    It knows nothing of messages. Its thread starts with the first row, and ends with ``close``.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Of an ONNX model for onnxruntime-genai.
+    max_waiting : int
+        Rows that may wait for their turn.
+    threads : int or None
+        None takes one for each core.
+    """
+
+    def __init__(self, folder, max_waiting, threads=None):
+        self._folder, self._max_waiting = folder, max_waiting
+        # Left alone, the engine takes half of what the machine has, as if each core ran two threads.
+        self._threads = threads or psutil.cpu_count(logical=False) or 1
+        config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
+        self.context_length = config["context_length"]
+        ends = config["eos_token_id"]
+        self._end_tokens = set(ends if isinstance(ends, list) else [ends])
+        self._pad = config["pad_token_id"]
+        self._parent = None
+        self._start()
+
+    def _start(self):
+        config = og.Config(str(self._folder))
+        config.overlay(json.dumps(
+            {"model": {"decoder": {"session_options": {"intra_op_num_threads": self._threads}}}}))
+        self._model = og.Model(config)
+        self._process = os.getpid()
+        self._changed = threading.Condition()
+        self._waiting, self._thread, self._closed = [], None, False
+
+    def submit(self, rows):
+        """Queue all of ``rows``, or none: then the error says why."""
+        if self._process != os.getpid():
+            with _AFTER_FORK:
+                if self._process != os.getpid():
+                    # A fork takes the memory along and leaves the threads behind: this process needs its own.
+                    self._parent = self._model
+                    self._start()
+        with self._changed:
+            if self._closed:
+                raise MlflowException("This model is closed. Load it again.", error_code=INVALID_STATE)
+            self._waiting = [row for row in self._waiting if not row.ended]
+            if len(self._waiting) + len(rows) > self._max_waiting:
+                raise MlflowException(
+                    f"The model is busy: {len(self._waiting)} answers wait, and {self._max_waiting} may. "
+                    "Try again later.", error_code=RESOURCE_EXHAUSTED)
+            now = time.monotonic()
+            for place, row in enumerate(rows):
+                # A call of many rows takes its turns like many calls, one after the other; a stream does not wait.
+                row.due = now - PATIENCE if row.stream else now + place // MAX_BATCH * PATIENCE
+            self._waiting += rows
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="chat-model-engine", daemon=True)
+                self._thread.start()
+            self._changed.notify()
+
+    def close(self):
+        """End the thread, and every answer in the making with an error. A closed engine stays closed."""
+        if self._process != os.getpid():
+            return  # the parent's business
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if self._thread not in (None, threading.current_thread()):
+            self._thread.join()
+        self._model = None
+
+    def _run(self):
+        batches = []
+        try:
+            while (rows := self._next_rows(batches)) is not None:
+                if rows:
+                    batches.append(Batch(self._model, rows, self._pad, self._end_tokens))
+                for batch in batches:
+                    try:
+                        batch.step()
+                    except Exception:  # whatever it is, the other batches go on
+                        _logger.exception("A batch of %d rows failed.", len(batch.rows))
+                        for row in batch.rows:
+                            row.end(MlflowException("The engine failed on this request.", error_code=INTERNAL_ERROR))
+                batches = [batch for batch in batches if batch.alive]
+        finally:
+            with self._changed:
+                self._closed = True
+                left, self._waiting = self._waiting, []
+            for row in [row for batch in batches for row in batch.rows] + left:
+                row.end(MlflowException("The model was closed before it had answered.", error_code=INVALID_STATE))
+
+    def _next_rows(self, batches):
+        """Return the rows that start now, none of them where there is nothing to start, None at the end."""
+        with self._changed:
+            while not (self._waiting or batches or self._closed):
+                self._changed.wait()
+            if not batches:
+                # Who asks at about the same time is answered together.
+                while not self._closed and len(self._waiting) < MAX_BATCH and self._changed.wait(LINGER):
+                    pass
+            if self._closed:
+                return None
+            self._waiting = [row for row in self._waiting if not row.ended]
+            if not self._waiting or len(batches) >= MAX_BATCHES:
+                return []
+            first = min(self._waiting, key=lambda row: row.due)
+            late = time.monotonic() - first.due >= PATIENCE
+            if batches and not late:
+                return []
+            # A batch takes no more cache than one request of full context; all together, no more than two.
+            room = min(self.context_length, 2 * self.context_length - sum(batch.cache_tokens for batch in batches))
+            early = sorted(self._waiting, key=lambda row: row.due)[:4 * MAX_BATCH]
+            rows = choose_batch(early, room, first if late else None)
+            self._waiting = [row for row in self._waiting if row not in rows]
+            return rows
+
+
+# --- the model ------------------------------------------------------------------------------
+
+
+class ChatModel(mlflow.pyfunc.PythonModel):
+    """The chat contract of ``llm/v1/chat`` on an ONNX model. One instance serves any number of threads."""
+
+    def load_context(self, context):
+        """Load the artifact ``model``, a folder for onnxruntime-genai."""
+        folder = Path(context.artifacts["model"])
+        self._settings = SETTINGS | (context.model_config or {})
+        self._encoder = PromptEncoder(folder)
+        self._engine = Engine(folder, self._settings["max_waiting"], self._settings["threads"])
+        # The engine's thread knows nothing of this object, so that it can be forgotten, and the thread then ends.
+        self._finalizer = weakref.finalize(self, self._engine.close)
+
+    def predict(self, context, model_input: pd.DataFrame, params=None):
+        """Answer each conversation, in order.
+
+        Parameters
+        ----------
+        context : mlflow.pyfunc.PythonModelContext
+        model_input : pandas.DataFrame, dict or list of dict
+            The fields of ``ChatRequest``; each row may have its own.
+        params : dict, optional
+            Not used: every setting is a field of the request.
+
+        Returns
+        -------
+        list of dict
+            A chat completion for each conversation.
+
+        Raises
+        ------
+        MlflowException
+            INVALID_PARAMETER_VALUE names the field and its range, before any row runs; RESOURCE_EXHAUSTED says
+            that too many answers wait.
+        """
+        if isinstance(model_input, pd.DataFrame):
+            requests = read_table(model_input)
+        else:
+            requests = model_input if isinstance(model_input, list) else [model_input]
+        events, jobs = queue.SimpleQueue(), []
+        for number, values in enumerate(requests):
+            where = f"Row {number}: " if len(requests) > 1 else ""
+            request = self._read(values, where)
+            if request.stream:
+                raise invalid("stream", ChatRequest.model_fields["stream"].description, where)
+            if request.stream_options:
+                raise invalid("stream_options", "left out where the answer comes whole", where)
+            jobs.append(self._rows(request, events, where))
+        rows = [row for job in jobs for row in job]
+        if len(rows) > self._settings["max_rows"]:
+            raise MlflowException.invalid_parameter_value(
+                f"This call asks for {len(rows)} answers, and one call may ask for {self._settings['max_rows']}.")
+        for _ in self._answers(rows, events):
+            pass
+        return [self._head("chat.completion") | {
+            "choices": [{"index": index, "message": {"role": "assistant", "content": row.text},
+                         "finish_reason": row.finish_reason} for index, row in enumerate(job)],
+            "usage": usage(job),
+        } for job in jobs]
+
+    def predict_stream(self, context, model_input, params=None):
+        """Answer one conversation in chunks, as the tokens come.
+
+        Parameters
+        ----------
+        context, params
+            As for ``predict``.
+        model_input : dict
+            The fields of ``ChatRequest``.
+
+        Returns
+        -------
+        iterator of dict
+            Chat completion chunks: for each choice its role, then text, then its finish reason. Closing the
+            iterator ends the work.
+        """
+        if isinstance(model_input, pd.DataFrame):
+            model_input = read_table(model_input)
+        if isinstance(model_input, list):
+            if len(model_input) != 1:
+                raise MlflowException.invalid_parameter_value("A stream answers exactly one conversation.")
+            (model_input,) = model_input
+        request = self._read(model_input)
+        if request.stream is False:
+            raise invalid("stream", ChatRequest.model_fields["stream"].description)
+        events = queue.SimpleQueue()
+        return self._chunks(request, self._rows(request, events, stream=True), events)
+
+    def _chunks(self, request, rows, events):
+        head, begun = self._head("chat.completion.chunk"), set()
+
+        def chunk(row, delta, finish_reason=None):
+            return head | {"choices": [{"index": rows.index(row), "delta": delta, "finish_reason": finish_reason}]}
+
+        for row, text in self._answers(rows, events):
+            if row not in begun:
+                begun.add(row)
+                yield chunk(row, {"role": "assistant", "content": ""})
+            if text:
+                yield chunk(row, {"content": text})
+            if text is None:
+                yield chunk(row, {}, row.finish_reason)
+        if request.stream_options and request.stream_options.include_usage:
+            yield head | {"choices": [], "usage": usage(rows)}
+
+    def close(self):
+        """Free the engine and its thread. Answers in the making end with an error."""
+        self._finalizer()
+
+    def _read(self, values, where=""):
+        request = read_request(values, where)
+        if request.temperature is None:
+            request.temperature = self._settings["temperature"]
+        return request
+
+    def _rows(self, request, events, where="", stream=False):
+        """Return a row for each of the request's ``n`` answers."""
+        context_length = self._engine.context_length
+        prompt = self._encoder.encode(request.messages, context_length, where)
+        room = context_length - len(prompt)
+        if room < 1:
+            raise invalid("messages", f"fewer than {context_length} tokens, the model's context", where)
+        most = min(room, self._settings["max_tokens_limit"])
+        max_tokens = request.max_tokens or min(self._settings["max_tokens"], most)
+        if max_tokens > most:
+            raise invalid("max_tokens", f"a whole number from 1 to {most} after these messages", where)
+        greedy = not (request.temperature or request.frequency_penalty or request.presence_penalty)
+        return [Row(prompt, max_tokens, TextWriter(self._encoder.tokenizer, request.stop),
+                    None if greedy else Sampler(request, index), events, stream) for index in range(request.n)]
+
+    def _answers(self, rows, events):
+        """Submit rows; yield ``(row, text)`` as it comes and ``(row, None)`` at a row's end."""
+        self._engine.submit(rows)
+        try:
+            left = len(rows)
+            while left:
+                try:
+                    row, text = events.get(timeout=1)  # Windows takes Ctrl-C only between two waits
+                except queue.Empty:
+                    continue
+                if row.error:
+                    raise row.error
+                left -= text is None
+                yield row, text
+        finally:
+            for row in rows:
+                row.end()  # whoever goes away wants no more tokens
+
+    def _head(self, kind):
+        return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
+                "model": self._settings["model"]}
+
+
+def usage(rows):
+    """Count the tokens of a request's prompt and of its answers, end tokens left out."""
+    prompt, completion = len(rows[0].prompt), sum(row.tokens for row in rows)
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+mlflow.models.set_model(ChatModel())
