@@ -27,6 +27,7 @@ _HOME = {
     "check_parameters": "helpers.parameters",
     "check_fits": "helpers.parameters",
     "show_signature": "helpers.signatures",
+    "compare_signatures": "helpers.signatures",
     "measure": "helpers.measurement",
     "show_table": "helpers.tables",
     "tracking_store": "helpers.tracking",

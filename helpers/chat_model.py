@@ -26,7 +26,9 @@ import onnxruntime_genai as og
 import pandas as pd
 import psutil
 from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_STATE, RESOURCE_EXHAUSTED
+from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, Property, Schema
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from tokenizers import Tokenizer
 
@@ -89,6 +91,22 @@ class ChatRequest(_Strict):
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     seed: Whole | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
     stream_options: StreamOptions | None = Field(None, description="include_usage: true or false, for a stream")
+
+
+# MLflow checks types before the model sees a request: it refuses a temperature of 2 where a double is due, a
+# column of whole numbers with a gap, and quotes the whole request in its error. So to MLflow every field is
+# optional and of any type, and the checks are those of ChatRequest. One field has to be an object: without
+# one, MLflow makes a row of each message.
+_TYPES = {"stream_options": Object([Property("include_usage", DataType.boolean, required=False)])}
+_MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
+_CHOICE = Object([Property("index", DataType.long), Property("message", _MESSAGE),
+                  Property("finish_reason", DataType.string)])
+_USAGE = Object([Property(f"{kind}_tokens", DataType.long) for kind in ("prompt", "completion", "total")])
+_ANSWER = {"id": DataType.string, "object": DataType.string, "created": DataType.long, "model": DataType.string,
+           "choices": Array(_CHOICE), "usage": _USAGE}
+SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(_TYPES.get(name, AnyType()), name, required=False) for name in ChatRequest.model_fields]),
+    outputs=Schema([ColSpec(kind, name) for name, kind in _ANSWER.items()]))
 
 
 def invalid(field, allowed, where=""):
@@ -179,7 +197,14 @@ def read_table(table):
     Returns
     -------
     list of dict
+
+    Raises
+    ------
+    MlflowException
+        INVALID_PARAMETER_VALUE: the table has no columns.
     """
+    if table.columns.empty:  # what MLflow makes of {}
+        raise invalid("messages", ChatRequest.model_fields["messages"].description)
     rows = table.to_dict("records")
     for row in rows:
         for name, value in row.items():
@@ -644,6 +669,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):
         self._engine = Engine(folder, self._settings["max_waiting"], self._settings["threads"])
         # The engine's thread knows nothing of this object, so that it can be forgotten, and the thread then ends.
         self._finalizer = weakref.finalize(self, self._engine.close)
+        mlflow.models.set_model(ChatModel())  # MLflow holds on to the last one it was given: not to this one
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
         """Answer each conversation, in order.

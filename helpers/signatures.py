@@ -1,4 +1,4 @@
-"""Shows an MLflow model signature as a table, nested fields and all. It changes no model."""
+"""Shows MLflow model signatures as tables, nested fields and all, alone or side by side. It changes no model."""
 
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, get_model_info
@@ -43,6 +43,40 @@ def show_signature(model):
     for param in signature.params or []:
         rows += _fields("parameter", param.name, param.dtype, False, shape=param.shape, default=repr(param.default))
     return Table("Signature", COLUMNS, tuple(rows))
+
+
+def compare_signatures(a, b):
+    """Return a table of two signatures side by side.
+
+    Parameters
+    ----------
+    a, b : ModelSignature, ModelInfo, PyFuncModel or str
+        As for ``show_signature``.
+
+    Returns
+    -------
+    Table
+        One row per field of either, the first one's in front. A dash stands where a signature lacks the field.
+
+    Raises
+    ------
+    CourseError
+        One of them has no signature.
+    """
+    one, other = ({(part, field): " ".join(filter(None, (f"{kind}, {required}", default and f"({default})")))
+                   for field, part, kind, required, default in show_signature(model).rows} for model in (a, b))
+    names = [_name(model) or place for model, place in ((a, "first"), (b, "second"))]
+    rows = [(field, part, one.get((part, field), "-"), other.get((part, field), "-"))
+            for part, field in dict.fromkeys([*one, *other])]
+    rows.sort(key=lambda row: ("input", "output", "parameter").index(row[1]))  # stable: fields keep their order
+    return Table("Two signatures", ("Field", "Part", *names), tuple(rows))
+
+
+def _name(model):
+    """Return what a model is called, or None where it does not say."""
+    if isinstance(model, str):
+        return model
+    return getattr(model, "name", None) or getattr(getattr(model, "metadata", None), "name", None)
 
 
 def find_signature(model):

@@ -6,12 +6,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What importing helpers has put into this process's environment; a user's shell has none of it.
 OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")
+
+# The same examples each time: a test that fails, fails for everybody. `--hypothesis-seed=random` looks for more.
+hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
+hypothesis.settings.load_profile("course")
 
 
 def pytest_configure(config):
