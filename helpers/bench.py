@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 
+from helpers.bench_chat import REACH, bench_chat
 from helpers.errors import CourseError
 from helpers.execute import TRACKS, latest_run
 from helpers.measurement import folder_bytes
@@ -30,7 +31,7 @@ BUDGETS = {
 
 
 def bench():
-    """Run both notebooks on both models and the tests on a bare clone, and write what that took."""
+    """Run both notebooks on both models, the chat model's comparisons, and the tests on a bare clone."""
     folder = BUILD / "bench"
     folder.mkdir(parents=True, exist_ok=True)
     store = "sqlite:///" + (folder / "mlflow.db").as_posix()
@@ -44,15 +45,18 @@ def bench():
                               "peak_memory_bytes": peak})
             print(f"{track} on {model}: {seconds:.0f} s, {peak / 1e9:.1f} GB", flush=True)
             tracks[track] = latest_run(track, store).data.metrics
+    ratios, chat = bench_chat(store)
+    ratios["track_ratio"] = round(tracks["CustomPythonWrapper"]["tokens_per_second"]
+                                  / tracks["TransformerPipeline"]["tokens_per_second"], 2)
     figures = {
-        "ratios": {"track_ratio": round(tracks["CustomPythonWrapper"]["tokens_per_second"]
-                                        / tracks["TransformerPipeline"]["tokens_per_second"], 2)},
-        "raw": {"notebooks": notebooks, "tracks": tracks, "test": _bench_test(folder), "budgets": BUDGETS},
+        "ratios": {name: ratios[name] for name in REACH},
+        "raw": {"notebooks": notebooks, "tracks": tracks, "chat": chat, "test": _bench_test(folder),
+                "budgets": BUDGETS, "reach": REACH},
         "machine": {"cores": os.cpu_count(), "processor": _processor(), "system": platform.system(),
                     "memory_bytes": psutil.virtual_memory().total},
         "versions": {"python": platform.python_version()} | {
             name: importlib.metadata.version(name)
-            for name in ("mlflow", "onnxruntime-genai", "torch", "transformers")},
+            for name in ("mlflow", "onnxruntime-genai", "torch", "transformers", "xllamacpp")},
         "date": datetime.date.today().isoformat(),
     }
     target = folder / "bench.json"

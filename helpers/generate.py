@@ -1,5 +1,6 @@
-"""Writes the files that are made from others: environment.yml, constraints.txt, the README's tables."""
+"""Writes the files that are made from others: environment.yml, constraints.txt, the README's tables and chart."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -10,8 +11,8 @@ from helpers.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 from helpers.setup import TORCH_CPU_INDEX
 
-BENCH = DATA / "bench.json"
-TABLE = re.compile(r"(<!-- (figures|models) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+BENCH, CHART = DATA / "bench.json", DATA / "bench.svg"
+TABLE = re.compile(r"(<!-- (figures|models|ratios) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 # What the CUDA build of torch asks for on Linux; the course takes the CPU build.
 CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
 
@@ -30,6 +31,7 @@ def generate():
     (ROOT / "environment.yml").write_text(environment_yml(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    draw_chart(json.loads(BENCH.read_text(encoding="utf-8"))["raw"]["chat"]["growth"])
     return 0
 
 
@@ -56,7 +58,8 @@ def environment_yml():
 
 def with_tables(readme):
     """Return the README's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
-    tables = {"figures": figures_table(json.loads(BENCH.read_text(encoding="utf-8"))), "models": models_table()}
+    figures = json.loads(BENCH.read_text(encoding="utf-8"))
+    tables = {"figures": figures_table(figures), "ratios": ratios_table(figures), "models": models_table()}
     return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], readme)
 
 
@@ -98,7 +101,52 @@ def figures_table(figures):
             f"{track['tokens_per_second']:.0f} tokens per second | |",
             f"| its logged model, on disk, for each run | {track['disk_bytes'] / 1e9:.2f} GB | |",
         ]
-    lines.append(f"| track B's tokens per second over track A's | {figures['ratios']['track_ratio']:.1f} | |")
     return "\n".join(lines) + (
         f"\n\nMeasured by `make bench` on {machine['cores']} cores ({machine['processor']}, {machine['system']}), "
         f"Python {figures['versions']['python']}, {figures['date']}.\n")
+
+
+def ratios_table(figures):
+    """Return the chat model's comparisons as a Markdown table, from what ``helpers.bench`` writes."""
+    raw = figures["raw"]
+    lines = ["| what | against | times | reach |", "|---|---|---|---|"]
+    for name, reach in raw["reach"].items():
+        bound = f"at least {reach['at_least']}" if "at_least" in reach else f"under {reach['under']}"
+        lines.append(f"| {reach['what']} | {reach['against']} | {figures['ratios'][name]} | {bound} |")
+    rates = {name: raw["chat"][name]["tokens_per_second"] for name in ("single", "rows16", "callers8")}
+    return "\n".join(lines) + (
+        f"\n\nIn tokens per second: one conversation {rates['single']['chat_model']:.0f}, "
+        f"16 rows {rates['rows16']['one_predict']:.0f}, 8 callers {rates['callers8']['chat_model']:.0f} "
+        f"(llama.cpp {rates['callers8']['llama_cpp_8_slots']:.0f}, "
+        f"the lesson's wrapper {rates['callers8']['lesson_behind_a_lock']:.0f}). "
+        "Its prompts are read in the time that these count.\n")
+
+
+def bench_digest():
+    """Return the sha256 of ``data/bench.json``, which the chart carries as its source."""
+    return hashlib.sha256(BENCH.read_bytes()).hexdigest()
+
+
+def draw_chart(growth):
+    """Write ``data/bench.svg``: tokens per second by callers, and what a longer prompt costs."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    callers, prompts = growth["tokens_per_second_by_callers"], growth["by_prompt_tokens"]
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.family": "sans-serif"}):
+        figure = Figure(figsize=(9, 3), layout="constrained")
+        panels = figure.subplots(1, 3)
+        for panel, title, xlabel, points in (
+            (panels[0], "Tokens per second", "callers at once", callers),
+            (panels[1], "Seconds to the first token", "tokens of prompt",
+             {size: entry["first_token_seconds"] for size, entry in prompts.items()}),
+            (panels[2], "Then tokens per second", "tokens of prompt",
+             {size: entry["then_tokens_per_second"] for size, entry in prompts.items()}),
+        ):
+            panel.plot(list(map(int, points)), list(points.values()), marker="o", color="#1f5fa8")
+            panel.set_xscale("log", base=2)
+            panel.xaxis.set_major_formatter("{x:.0f}")
+            panel.set(title=title, xlabel=xlabel)
+            panel.set_ylim(bottom=0)
+            panel.grid(color="#dddddd")
+        figure.savefig(CHART, metadata={"Date": None, "Description": f"data/bench.json, sha256 {bench_digest()}"})

@@ -45,13 +45,15 @@ def show_signature(model):
     return Table("Signature", COLUMNS, tuple(rows))
 
 
-def compare_signatures(a, b):
+def compare_signatures(a, b, names=("first", "second")):
     """Return a table of two signatures side by side.
 
     Parameters
     ----------
     a, b : ModelSignature, ModelInfo, PyFuncModel or str
         As for ``show_signature``.
+    names : tuple of str, optional
+        What to call them.
 
     Returns
     -------
@@ -65,18 +67,10 @@ def compare_signatures(a, b):
     """
     one, other = ({(part, field): " ".join(filter(None, (f"{kind}, {required}", default and f"({default})")))
                    for field, part, kind, required, default in show_signature(model).rows} for model in (a, b))
-    names = [_name(model) or place for model, place in ((a, "first"), (b, "second"))]
     rows = [(field, part, one.get((part, field), "-"), other.get((part, field), "-"))
             for part, field in dict.fromkeys([*one, *other])]
     rows.sort(key=lambda row: ("input", "output", "parameter").index(row[1]))  # stable: fields keep their order
     return Table("Two signatures", ("Field", "Part", *names), tuple(rows))
-
-
-def _name(model):
-    """Return what a model is called, or None where it does not say."""
-    if isinstance(model, str):
-        return model
-    return getattr(model, "name", None) or getattr(getattr(model, "metadata", None), "name", None)
 
 
 def find_signature(model):

@@ -329,9 +329,9 @@ def test_a_stream_comes_token_by_token_and_counts_if_asked(model):
 
 
 @pytest.mark.parametrize("text", [
-    "plain words, no more", "日本語テキスト 漢字",
-    "\U0001f469\U0001f3fd\u200d\U0001f4bb, \U0001f3f3\ufe0f\u200d\U0001f308!", "é à ü ß", "a\u0301\u0302", "\ufffd is a character, too", "  two  spaces\n\n\tand\r\nlines  ",
-    "ক্ষ นา้ \u200d\u200b", "", "\ufffd"])
+    "plain words, no more", "日本語テキスト 漢字", "é à ü ß", "a\u0301\u0302", "\ufffd is a character, too",
+    "\U0001f469\U0001f3fd\u200d\U0001f4bb, \U0001f3f3\ufe0f\u200d\U0001f308!",
+    "  two  spaces\n\n\tand\r\nlines  ", "ক্ষ นา้ \u200d\u200b", "", "\ufffd"])
 def test_text_is_never_cut_inside_a_character(prepared, text):
     tokenizer = PromptEncoder(prepared.onnx_dir).tokenizer
     tokens = tokenizer.encode(text, add_special_tokens=False).ids
