@@ -33,7 +33,8 @@ PAUSE = 0.3  # seconds, in which the threads of the one before stop looking for 
 THREADS = psutil.cpu_count(logical=False)
 # What each ratio should reach. Names are those of `ratios` in bench.json.
 REACH = {
-    "single_overhead": {"at_least": 0.97, "what": "one conversation through `predict`", "against": "a bare engine loop"},
+    "single_overhead": {"at_least": 0.97, "what": "one conversation through `predict`",
+                        "against": "a bare engine loop"},
     "rows16": {"at_least": 1.8, "what": "16 rows in one `predict`", "against": "16 times `predict`"},
     "callers8": {"at_least": 1.5, "what": "8 threads, 32 requests of mixed length",
                  "against": "the lesson's wrapper behind a lock"},
@@ -74,7 +75,8 @@ def bench_chat(store):
         raw |= figures
     model_bytes = folder_bytes(prepared.onnx_dir)
     logged_bytes = folder_bytes(mlflow.artifacts.download_artifacts(CHAT))
-    ratios |= {"memory": _ratio(memory["load_bytes"] - 200e6, model_bytes), "log_disk": _ratio(logged_bytes, model_bytes, 3)}
+    ratios |= {"memory": _ratio(memory["load_bytes"] - 200e6, model_bytes),
+               "log_disk": _ratio(logged_bytes, model_bytes, 3)}
     raw |= {"memory": memory | {"model_bytes": model_bytes}, "log_disk": {"logged_bytes": logged_bytes}}
     return ratios, raw
 
@@ -103,11 +105,12 @@ class _Contenders:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = THREADS
         self.llama = xllamacpp.Server(settings)
 
-    def story(self, words=0):
-        """Return a conversation that nobody has seen, ``words`` words longer than the others."""
+    def story(self, sentences=0):
+        """Return a conversation that nobody has seen, with so many sentences of 7 tokens before the question."""
         self.stories += 1
-        return [{"role": "user", "content": f"Tell me a long story about {1000 + self.stories} ships." + " ship" * words
-                 + " Make it as long as you can, with many chapters."}]
+        return [{"role": "user", "content": "The harbour is full of ships. " * sentences
+                 + f"Tell me a long story about {1000 + self.stories} ships. Make it as long as you can, with many "
+                   "chapters."}]
 
     def prompt(self, messages):
         return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -117,15 +120,15 @@ class _Contenders:
         _expect(answer["usage"]["completion_tokens"], max_tokens)
 
     def ask_stream(self, messages, max_tokens):
-        """Return the seconds until the first chunk."""
+        """Return the seconds until the first chunk, and from there to the last."""
         started, first = time.perf_counter(), None
         request = {"messages": messages, "max_tokens": max_tokens, "stream_options": {"include_usage": True}}
         chunks = []
         for chunk in self.chat.predict_stream(request):
-            first = first or time.perf_counter() - started
+            first = first or time.perf_counter()
             chunks.append(chunk)
         _expect(chunks[-1]["usage"]["completion_tokens"], max_tokens)
-        return first
+        return first - started, time.perf_counter() - first
 
     def ask_lesson(self, messages, max_tokens):
         with self.lock:
@@ -222,11 +225,11 @@ def _stream(them):
     alone, company = [], []
     (batch,) = _turns(lambda: _load(them, them.ask_chat, len(others), others))
     for turn in range(REPEATS + 1):
-        first_alone = them.ask_stream(them.story(), 8)
+        first_alone, _ = them.ask_stream(them.story(), 8)
         crowd = threading.Thread(target=_load, args=(them, them.ask_chat, len(others), others))
         crowd.start()
         time.sleep(batch / 2)  # they are generating now
-        first = them.ask_stream(them.story(), 8)
+        first, _ = them.ask_stream(them.story(), 8)
         crowd.join()
         if turn:
             alone.append(first_alone)
@@ -243,13 +246,17 @@ def _growth(them):
         (seconds,) = _turns(lambda count=count: _load(them, them.ask_chat, count, [32] * 2 * count))
         callers[str(count)] = round(64 * count / seconds, 1)
     prompts = {}
-    for words in (0, 32, 96, 224, 480, 992, 2016):
-        messages = them.story(words)
+    for sentences in (0, 4, 13, 32, 68, 142, 288):
+        taken = []
+        for turn in range(REPEATS + 1):
+            # In place of the template's own system message, which is as long as the shortest prompt here.
+            messages = [{"role": "system", "content": "Write."}, *them.story(sentences)]
+            seconds = them.ask_stream(messages, 17)
+            if turn:
+                taken.append(seconds)
+        first, rest = map(statistics.median, zip(*taken, strict=True))
         size = len(them.tokenizer.encode(them.prompt(messages)))
-        first, whole = _turns(lambda words=words: them.ask_chat(them.story(words), 1),
-                              lambda words=words: them.ask_chat(them.story(words), 17))
-        prompts[str(size)] = {"first_token_seconds": round(first, 3),
-                              "then_tokens_per_second": round(16 / (whole - first), 1)}
+        prompts[str(size)] = {"first_token_seconds": round(first, 3), "then_tokens_per_second": round(16 / rest, 1)}
     return {}, {"growth": {"tokens_per_second_by_callers": callers, "by_prompt_tokens": prompts}}
 
 

@@ -16,6 +16,7 @@ import pytest
 import transformers
 from conftest import ROOT, TRACKS
 from huggingface_hub import ModelCard
+from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
 from helpers import CourseError
 from helpers.execute import execute
@@ -80,18 +81,19 @@ def test_the_run_holds_its_parameters_measurements_and_answers(course, track):
         warnings.warn(f"{track} says of the capital of France: {table['answer'][0]!r}", stacklevel=1)
 
 
-def find_model(store, track):
-    """Return the logged model of the only run."""
-    run = latest_run(store, track)
-    (output,) = run.outputs.model_outputs
-    return mlflow.get_logged_model(output.model_id)
+def find_models(store, track):
+    """Return the logged models of the only run."""
+    return [mlflow.get_logged_model(output.model_id) for output in latest_run(store, track).outputs.model_outputs]
 
 
 def test_nothing_is_logged_outside_the_store(course, track):
     run = latest_run(course, track)
     artifacts = tracking_store(course).artifact_location
     assert run.info.artifact_uri.startswith(artifacts)
-    assert find_model(course, track).artifact_location.startswith(artifacts)
+    models = find_models(course, track)
+    assert [model.name for model in models] == {"TransformerPipeline": ["slm-transformers"],
+                                                "CustomPythonWrapper": ["slm-onnx-prompt", "slm-onnx"]}[track]
+    assert all(model.artifact_location.startswith(artifacts) for model in models)
     assert not (ROOT / "notebooks" / "mlruns").exists()
     assert not (ROOT / "notebooks" / "mlflow.db").exists()
 
@@ -128,10 +130,11 @@ def ask(python, store, name, request, params=None):
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def test_a_fresh_process_loads_the_chat_champion_and_gets_a_completion(python, course):
+@pytest.mark.parametrize("name", ["slm-transformers", "slm-onnx"])
+def test_a_fresh_process_loads_a_chat_champion_and_gets_a_completion(python, course, name):
     messages = [{"role": "system", "content": "Answer in one short sentence."},
                 {"role": "user", "content": "What colour is the sky?"}]
-    (completion,) = ask(python, course, "slm-transformers", {"messages": messages, "max_tokens": 12})
+    (completion,) = ask(python, course, name, {"messages": messages, "max_tokens": 12})
     (choice,) = completion["choices"]
     assert choice["message"]["role"] == "assistant"
     assert choice["finish_reason"] in ("stop", "length")
@@ -176,6 +179,12 @@ def test_the_signatures_are_the_contracts(course):
     chat = find_signature("models:/slm-transformers@champion")
     assert chat.inputs.input_names()[:3] == ["messages", "temperature", "max_tokens"]
     assert "choices" in chat.outputs.input_names()
+    # Track B's page shows these two as track A's.
+    assert chat.inputs == CHAT_MODEL_INPUT_SCHEMA
+    assert chat.outputs == CHAT_MODEL_OUTPUT_SCHEMA
+    onnx = find_signature("models:/slm-onnx@champion")
+    served = set(chat.inputs.input_names()) - {"tools", "custom_inputs"}
+    assert set(onnx.inputs.input_names()) == served | {"seed", "stream_options"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a path of this kind is no path on Windows")

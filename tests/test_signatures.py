@@ -12,7 +12,7 @@ import pytest
 from mlflow.models import ModelSignature, infer_signature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 
-from helpers import CourseError, show_signature, show_table
+from helpers import CourseError, compare_signatures, show_signature, show_table
 
 
 def rows(table):
@@ -55,6 +55,25 @@ def property_names(schema):
     named = set(schema.get("properties", {})) | ({schema["name"]} if isinstance(schema.get("name"), str) else set())
     below = [value for key, value in schema.items() if key != "properties"]
     return named.union(*map(property_names, below + list(schema.get("properties", {}).values())))
+
+
+def test_two_signatures_stand_side_by_side():
+    chat = ModelSignature(CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA)
+    prompt = infer_signature({"prompt": "x", "n": "y"}, {"id": "z"}, params={"max_tokens": 64})
+    table = compare_signatures(chat, prompt, names=("chat", "prompt"))
+    assert table.columns == ("Field", "Part", "chat", "prompt")
+    fields = {(part, field): cells for field, part, *cells in table.rows}
+    assert fields["input", "messages"] == ["list of object, required", "-"]
+    assert fields["input", "n"] == ["long, optional", "string, required"]
+    assert fields["input", "prompt"] == ["-", "string, required"]
+    assert fields["output", "id"] == ["string, required", "string, required"]
+    assert fields["parameter", "max_tokens"] == ["-", "long, optional (64)"]
+    assert len(fields) == len(table.rows)
+    assert {(part, field) for field, part, *_ in show_signature(chat).rows} <= set(fields)
+    parts = [part for _, part, *_ in table.rows]
+    assert parts == sorted(parts, key=("input", "output", "parameter").index)
+    with pytest.raises(CourseError, match="has no signature"):
+        compare_signatures(chat, None)
 
 
 def test_tensors_tables_and_optional_columns_are_shown():

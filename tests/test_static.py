@@ -15,7 +15,7 @@ import yaml
 from conftest import ROOT, TRACKS
 
 from helpers import read_catalogue
-from helpers.generate import environment_yml, with_tables
+from helpers.generate import CHART, bench_digest, environment_yml, with_tables
 from helpers.parameters import PARAMETERS
 from helpers.setup import pins
 
@@ -137,8 +137,10 @@ def test_transformers_is_inside_the_range_that_mlflow_declares():
 
 def test_the_readme_shows_the_last_measurement_and_the_catalogue():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert readme.count("<!-- figures -->") == readme.count("<!-- models -->") == 1
+    for table in ("figures", "models", "ratios"):
+        assert readme.count(f"<!-- {table} -->") == 1
     assert readme == with_tables(readme)
+    assert f"sha256 {bench_digest()}" in CHART.read_text(encoding="utf-8")
 
 
 def test_the_measured_figures_are_inside_their_budgets():
@@ -148,6 +150,14 @@ def test_the_measured_figures_are_inside_their_budgets():
         assert entry["seconds"] < raw["budgets"][entry["model"]]["seconds"]
         assert entry["peak_memory_bytes"] < raw["budgets"][entry["model"]]["peak_memory_bytes"]
     assert raw["test"]["seconds"] < raw["budgets"]["test"]["seconds"]
+
+
+def test_the_chat_model_reaches_what_it_should():
+    figures = json.loads((ROOT / "data" / "bench.json").read_text(encoding="utf-8"))
+    assert list(figures["ratios"]) == list(figures["raw"]["reach"])
+    for name, reach in figures["raw"]["reach"].items():
+        ratio = figures["ratios"][name]
+        assert ratio >= reach["at_least"] if "at_least" in reach else ratio < reach["under"], name
 
 
 def test_mlproject_has_the_parameters_of_the_notebooks():
