@@ -29,22 +29,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_STATE, RESOURCE_EXHAUSTED
 from mlflow.types.schema import AnyType, Array, ColSpec, DataType, Object, Property, Schema
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from tokenizers import Tokenizer
 
 # --- the contract ---------------------------------------------------------------------------
-
-# What `model_config=` may change when the model is logged.
-SETTINGS = {
-    "model": "slm-onnx",  # the name that answers carry
-    "max_tokens": 256,  # of an answer, where the request does not say
-    "temperature": 0.0,  # the same
-    "max_tokens_limit": 2048,  # the most that a request may ask for
-    "max_rows": 256,  # answers that one call may ask for
-    "max_waiting": 512,  # answers of all callers that may wait for their turn
-    "threads": None,  # of the engine's arithmetic; None takes one for each core
-}
-
 
 def _whole(value):
     """Take 4.0 for 4: where a row of a table lacks a number, pandas makes the others floats."""
@@ -57,6 +45,21 @@ Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 class _Strict(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class Settings(_Strict):
+    """What ``model_config=`` may set when the model is logged, and change when it is loaded."""
+
+    model: str = Field("slm-onnx", description="the name that answers carry, a text")
+    max_tokens: int = Field(256, ge=1, description="a whole number from 1")  # where a request does not say
+    temperature: float = Field(0.0, ge=0, le=2, description="a number from 0 to 2")  # the same
+    max_tokens_limit: int = Field(2048, ge=1, description="a whole number from 1")  # the most that a request may ask
+    max_rows: int = Field(256, ge=1, description="a whole number from 1")  # answers that one call may ask for
+    max_waiting: int = Field(512, ge=1, description="a whole number from 1")  # answers that may wait for their turn
+    threads: int | None = Field(None, ge=1, description="a whole number from 1, or null for one on each core")
+
+
+SETTINGS = Settings().model_dump()
 
 
 class Message(_Strict):
@@ -78,7 +81,8 @@ class ChatRequest(_Strict):
     A field that is null counts as not given. ``description`` is what an error says of the allowed range.
     """
 
-    messages: list[Message] = Field(min_length=1, description="a list of at least one message, role and content each")
+    messages: Annotated[list[Message], FailFast()] = Field(
+        min_length=1, max_length=1000, description="a list of 1 to 1000 messages, role and content each")
     temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
     max_tokens: Whole | None = Field(None, ge=1, description="a whole number from 1 up to what the context leaves")
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(
@@ -89,15 +93,16 @@ class ChatRequest(_Strict):
     top_k: Whole | None = Field(None, ge=1, description="a whole number from 1")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
-    seed: Whole | None = Field(None, ge=0, lt=2**63, description="a whole number from 0 to 2**63 - 1")
+    seed: Whole | None = Field(None, ge=0, lt=2**53, description="a whole number from 0 to 2**53 - 1")
     stream_options: StreamOptions | None = Field(None, description="include_usage: true or false, for a stream")
 
 
 # MLflow checks types before the model sees a request: it refuses a temperature of 2 where a double is due, a
 # column of whole numbers with a gap, and quotes the whole request in its error. So to MLflow every field is
-# optional and of any type, and the checks are those of ChatRequest. One field has to be an object: without
-# one, MLflow makes a row of each message.
-_TYPES = {"stream_options": Object([Property("include_usage", DataType.boolean, required=False)])}
+# optional and of any type, and the checks are those of ChatRequest. One field has to be an object: without one,
+# MLflow makes a row of each message. For what MLflow still refuses by itself (a stream_options that is no object,
+# a list with something else between the requests), a server sets MLFLOW_DISABLE_SCHEMA_DETAILS=true.
+_TYPES = {"stream_options": Object([Property("include_usage", AnyType(), required=False)])}
 _MESSAGE = Object([Property("role", DataType.string), Property("content", DataType.string)])
 _CHOICE = Object([Property("index", DataType.long), Property("message", _MESSAGE),
                   Property("finish_reason", DataType.string)])
@@ -135,6 +140,8 @@ def read_request(values, where=""):
     """
     if not isinstance(values, dict):
         raise invalid("A request", "an object with messages", where)
+    if len(values) > 100:  # each unknown field would get an error of its own
+        raise _unknown("The request", ChatRequest.model_fields, where)
     try:
         request = ChatRequest.model_validate(_without_nulls(_plain(values)))
     except ValidationError as error:
@@ -159,17 +166,21 @@ def _without_nulls(values):
 
 def _explain(place, kind, where):
     """Turn the place of a validation error into the field's name and its description."""
-    name, fields, allowed = "", ChatRequest.model_fields, None
+    name, fields, allowed = "", ChatRequest.model_fields, None  # None: the place is no field of ours
     for step in place:
         if name == "messages" and isinstance(step, int):
             name, fields, allowed = f"messages[{step}]", Message.model_fields, "an object with role and content"
         elif step in fields:
             name, allowed = f"{name}.{step}".lstrip("."), fields[step].description
             fields = StreamOptions.model_fields if step == "stream_options" else {}
-    if kind == "extra_forbidden":
-        return MlflowException.invalid_parameter_value(
-            f"{where}{name or 'The request'} holds a field that is not served. The fields are: {', '.join(fields)}.")
+    if kind in ("extra_forbidden", "invalid_key") or allowed is None:
+        return _unknown(name or "The request", fields, where)
     return invalid(name, allowed, where)
+
+
+def _unknown(name, fields, where):
+    return MlflowException.invalid_parameter_value(
+        f"{where}{name} holds a field that is not served. The fields are: {', '.join(fields)}.")
 
 
 def _plain(value, depth=4):
@@ -201,20 +212,25 @@ def read_table(table):
     Raises
     ------
     MlflowException
-        INVALID_PARAMETER_VALUE: the table has no columns.
+        INVALID_PARAMETER_VALUE: the table has no columns, or two of one name.
     """
     if table.columns.empty:  # what MLflow makes of {}
         raise invalid("messages", ChatRequest.model_fields["messages"].description)
-    rows = table.to_dict("records")
-    for row in rows:
-        for name, value in row.items():
-            # NaN says "not given" where other rows give a value. Alone, it is what the caller sent.
-            if value is pd.NA or value is pd.NaT or (len(rows) > 1 and isinstance(value, float) and math.isnan(value)):
-                row[name] = None
-    return rows
+    if not table.columns.is_unique:
+        raise invalid("A table", "of one column for each field")
+    return [{name: None if _is_gap(value) else value for name, value in row.items()}
+            for row in table.to_dict("records")]
+
+
+def _is_gap(value):
+    """Tell whether pandas says "no value here"; it says so with NaN where a column holds numbers."""
+    return value is pd.NA or value is pd.NaT or (isinstance(value, float) and math.isnan(value))
 
 
 # --- the prompt -----------------------------------------------------------------------------
+
+
+PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # Unicode leaves these without a meaning
 
 
 class PromptEncoder:
@@ -250,7 +266,9 @@ class PromptEncoder:
         if sum(len(message.content) for message in messages) > context_length * self._longest:
             raise invalid("messages", f"short enough for the model's context of {context_length} tokens", where)
         text = "".join(message.content for message in messages)
-        cut = next(mark for mark in map(chr, range(0xE000, 0xF8FF)) if mark not in text)
+        cut = next((mark for mark in map(chr, PRIVATE_USE) if mark not in text), None)
+        if cut is None:
+            raise invalid("messages", "without one character at least of Unicode's private use", where)
         turns = [{"role": message.role, "content": self._markup.sub(lambda found: found[0] + cut, message.content)}
                  for message in messages]
         try:
@@ -270,7 +288,7 @@ class TextWriter:
     ----------
     tokenizer : tokenizers.Tokenizer
     stop : list of str
-        The answer ends before the first of these.
+        The answer ends before the first of these to be complete.
     """
 
     def __init__(self, tokenizer, stop):
@@ -300,10 +318,10 @@ class TextWriter:
 
     def _release(self, text):
         text = self._held + text
-        found = [place for stop in self._stop if (place := text.find(stop)) >= 0]
+        found = [(place + len(stop), place) for stop in self._stop if (place := text.find(stop)) >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[:min(found)]
+            return text[:min(found)[1]]  # the first to be complete, however the tokens are cut
         # The end of the text may be the beginning of a stop string.
         hold = max((size for stop in self._stop for size in range(1, len(stop)) if text.endswith(stop[:size])),
                    default=0)
@@ -314,19 +332,21 @@ class TextWriter:
 # --- the engine -----------------------------------------------------------------------------
 
 MAX_BATCH = 16  # rows in a batch; more make each step longer and hardly any token cheaper
-MAX_BATCHES = 4  # running in turns, so that a stream need not wait for a batch to end
-MAX_PREFILL = 1024  # tokens that a batch of several rows reads at once; a row alone reads in chunks
+MAX_BATCHES = 16  # running in turns
+EAGER_BATCHES = 4  # running in turns before streams, too, wait for company
+MAX_PREFILL = 512  # tokens that a batch of several rows reads at once; a row alone reads in chunks
 CHUNK = 128
-PATIENCE = 3.0  # seconds that a row waits for a full batch before it joins the ones that run
+PATIENCE = 3.0  # seconds, the most that a row waits for a running batch to end before it starts beside it
 LINGER = 0.003  # seconds without a newcomer that a batch waits for more company
 # What a step costs beside its rows, counted in rows: reading the weights. On two cores 5.8 ms and 1.6 ms.
 STEP_COST = 3.6
 
 
 class Sampler:
-    """Chooses a row's next token from its logits, in the order of the OpenAI API's fields.
+    """Chooses a row's next token from its logits: penalties first, then temperature, top_k and top_p.
 
-    onnxruntime-genai has one set of search options for a batch. Here each row has its own.
+    onnxruntime-genai has one set of search options for a batch. Here each row has its own. At temperature 0
+    the likeliest token wins, whatever top_k and top_p say.
 
     Parameters
     ----------
@@ -357,30 +377,22 @@ class Sampler:
         # The highest logit becomes 0 first. Divided by a temperature near 0, the others are minus infinity at worst.
         with np.errstate(over="ignore"):
             weights = np.exp((logits - logits.max()) / request.temperature)
-        tokens = _likeliest(weights, request.top_k, request.top_p)
-        if tokens is not None:
-            weights = weights[tokens]
+        if request.top_k or request.top_p < 1:
+            _keep_likeliest(weights, request.top_k or len(weights), request.top_p)
         sums = weights.cumsum()
-        place = int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
-        return int(place if tokens is None else tokens[place])
+        return int(np.searchsorted(sums, self._random.random() * sums[-1], side="right"))
 
 
-def _likeliest(weights, top_k, top_p):
-    """Return the tokens that top_k and top_p leave, likeliest first, or None where they leave all."""
-    size = len(weights)
-    most = min(top_k or size, size)
-    if most == size and top_p == 1:
-        return None
-    kept = weights if most == size else np.partition(weights, size - most)[size - most:]
-    wanted = top_p * kept.sum()
-    # Sorting the whole vocabulary takes longer than the rest together, and few tokens hold most of the mass.
-    for guess in (min(256, most), most):
-        tokens = np.argpartition(weights, size - guess)[size - guess:] if guess < size else np.arange(size)
-        tokens = tokens[np.lexsort((tokens, -weights[tokens]))]
-        sums = weights[tokens].cumsum()
-        if sums[-1] >= wanted:
-            break
-    return tokens[:int(np.searchsorted(sums, wanted)) + 1][:most]
+def _keep_likeliest(weights, top_k, top_p):
+    """Set to 0 all but the ``top_k`` largest weights, and of these all but the fewest that make up ``top_p``."""
+    ordered = np.sort(weights)[::-1][:top_k]
+    sums = ordered.cumsum()
+    count = min(int(np.searchsorted(sums, top_p * sums[-1])) + 1, len(ordered))
+    least = ordered[count - 1]
+    surplus = np.count_nonzero(weights >= least) - count
+    weights[weights < least] = 0
+    if surplus:
+        weights[np.flatnonzero(weights == least)[-surplus:]] = 0
 
 
 class Row:
@@ -446,33 +458,41 @@ class Batch:
     """
 
     def __init__(self, model, rows, pad, end_tokens):
-        self.rows, self._model, self._end_tokens, self._generator = rows, model, end_tokens, None
-        width, self._max_length = widest(rows)
+        self.rows, self._model, self._pad, self._end_tokens = rows, model, pad, end_tokens
+        self._width, self._max_length = widest(rows)
         self.cache_tokens = len(rows) * self._max_length
-        prompts = np.full((len(rows), width), pad, dtype=np.int32)
-        for place, row in enumerate(rows):
-            prompts[place, :len(row.prompt)] = row.prompt
-        # A batch takes its prompts in one call. That call keeps every other thread of this process waiting
-        # (it holds Python's lock), so a long prompt runs alone and comes in chunks. A chunk of one token
-        # would be computed another way, with another rounding: the last two chunks share.
-        cuts = [cut for cut in range(CHUNK, width, CHUNK) if width - cut > 1] if len(rows) == 1 else []
-        self._unread = np.split(prompts, cuts, axis=1)
+        self._generator = self._unread = None
 
     def _open(self):
         options = og.GeneratorParams(self._model)
         options.set_search_options(
             batch_size=len(self.rows), max_length=self._max_length, min_length=0, do_sample=False, num_beams=1,
             num_return_sequences=1, repetition_penalty=1.0, no_repeat_ngram_size=0)
-        return og.Generator(self._model, options)
+        self._generator = og.Generator(self._model, options)
+        prompts = np.full((len(self.rows), self._width), self._pad, dtype=np.int32)
+        for place, row in enumerate(self.rows):
+            prompts[place, :len(row.prompt)] = row.prompt
+        # A batch takes its prompts in one call. That call keeps every other thread of this process waiting
+        # (it holds Python's lock), so a long prompt runs alone and comes in chunks. A chunk of one token
+        # would be computed another way, with another rounding: the last two chunks share.
+        alone = len(self.rows) == 1
+        cuts = [cut for cut in range(CHUNK, self._width, CHUNK) if self._width - cut > 1] if alone else []
+        self._unread = np.split(prompts, cuts, axis=1)
 
     @property
     def alive(self):
         """Tell whether any row still wants a token."""
         return not all(row.ended for row in self.rows)
 
+    def end(self, error):
+        """End every row that has not ended."""
+        for row in self.rows:
+            row.end(error)
+
     def step(self):
         """Read a part of the prompt, or give each row its next token."""
-        self._generator = self._generator or self._open()
+        if self._generator is None:
+            self._open()
         if self._unread:
             self._generator.append_tokens(self._unread.pop(0))
             return
@@ -531,14 +551,29 @@ def choose_batch(waiting, room, must=None):
     return best
 
 
-_AFTER_FORK = threading.Lock()
 _logger = logging.getLogger("chat_model")
+_engines, _models_of_parents = weakref.WeakSet(), []
+
+
+def _after_fork():
+    for engine in list(_engines):
+        engine.leave_parent()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def _error(message, code=INVALID_STATE):
+    return MlflowException(message, error_code=code)
 
 
 class Engine:
     """Answers rows of tokens for callers on any thread; one thread of its own runs them in batches.
 
-    It knows nothing of messages. Its thread starts with the first row, and ends with ``close``.
+    It knows nothing of messages. Its thread starts with the first row, and ends with ``close``. After a fork, the
+    child loads the model anew with its first row. Such a child has to end as those of multiprocessing do, with
+    ``os._exit``: onnxruntime-genai waits for the parent's threads at a normal exit.
 
     Parameters
     ----------
@@ -547,87 +582,110 @@ class Engine:
     max_waiting : int
         Rows that may wait for their turn.
     threads : int or None
-        None takes one for each core.
+        None takes one for each core that this process may use.
     """
 
     def __init__(self, folder, max_waiting, threads=None):
         self._folder, self._max_waiting = folder, max_waiting
         # Left alone, the engine takes half of what the machine has, as if each core ran two threads.
-        self._threads = threads or psutil.cpu_count(logical=False) or 1
+        self._threads = threads or _cores()
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
         self.context_length = config["context_length"]
         ends = config["eos_token_id"]
         self._end_tokens = set(ends if isinstance(ends, list) else [ends])
         self._pad = config["pad_token_id"]
-        self._parent = None
-        self._start()
+        self._closed = False
+        self._begin()
+        self._model = self._load()
+        _engines.add(self)
 
-    def _start(self):
+    def _begin(self):
+        self._changed = threading.Condition()
+        self._waiting, self._thread, self._process = [], None, os.getpid()
+
+    def _load(self):
         config = og.Config(str(self._folder))
         config.overlay(json.dumps(
             {"model": {"decoder": {"session_options": {"intra_op_num_threads": self._threads}}}}))
-        self._model = og.Model(config)
-        self._process = os.getpid()
-        self._changed = threading.Condition()
-        self._waiting, self._thread, self._closed = [], None, False
+        return og.Model(config)
+
+    def leave_parent(self):
+        """Start anew in a child process: a fork takes the memory along and leaves the threads behind."""
+        # Freeing the parent's model would wait for its threads, which are not here.
+        _models_of_parents.append(self._model)
+        self._model = None
+        self._begin()
 
     def submit(self, rows):
         """Queue all of ``rows``, or none: then the error says why."""
-        if self._process != os.getpid():
-            with _AFTER_FORK:
-                if self._process != os.getpid():
-                    # A fork takes the memory along and leaves the threads behind: this process needs its own.
-                    self._parent = self._model
-                    self._start()
         with self._changed:
             if self._closed:
-                raise MlflowException("This model is closed. Load it again.", error_code=INVALID_STATE)
+                raise _error("This model is closed. Load it again.")
             self._waiting = [row for row in self._waiting if not row.ended]
             if len(self._waiting) + len(rows) > self._max_waiting:
-                raise MlflowException(
-                    f"The model is busy: {len(self._waiting)} answers wait, and {self._max_waiting} may. "
-                    "Try again later.", error_code=RESOURCE_EXHAUSTED)
+                raise _error(f"The model is busy: {len(self._waiting)} answers wait, and {self._max_waiting} may. "
+                             "Try again later.", RESOURCE_EXHAUSTED)
+            if self._thread is None:
+                thread = threading.Thread(target=self._run, name="chat-model-engine", daemon=True)
+                try:
+                    thread.start()
+                except RuntimeError:
+                    raise _error("The system has no thread left for the model. Try again later.",
+                                 RESOURCE_EXHAUSTED) from None
+                self._thread = thread
             now = time.monotonic()
             for place, row in enumerate(rows):
                 # A call of many rows takes its turns like many calls, one after the other; a stream does not wait.
                 row.due = now - PATIENCE if row.stream else now + place // MAX_BATCH * PATIENCE
             self._waiting += rows
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="chat-model-engine", daemon=True)
-                self._thread.start()
             self._changed.notify()
+
+    def check(self, process):
+        """Raise the error of a caller who waits, since ``process``, for what can't come any more."""
+        if process != os.getpid():
+            raise _error("This answer is the parent process's. Ask again.")
+        if self._closed and not (self._thread and self._thread.is_alive()):
+            raise _error("The model was closed before it had answered.")
 
     def close(self):
         """End the thread, and every answer in the making with an error. A closed engine stays closed."""
-        if self._process != os.getpid():
-            return  # the parent's business
         with self._changed:
             self._closed = True
             self._changed.notify()
         if self._thread not in (None, threading.current_thread()):
-            self._thread.join()
+            self._thread.join(timeout=60)  # a bound, for a signal that came while this thread was in `submit`
         self._model = None
 
     def _run(self):
         batches = []
         try:
-            while (rows := self._next_rows(batches)) is not None:
-                if rows:
-                    batches.append(Batch(self._model, rows, self._pad, self._end_tokens))
-                for batch in batches:
-                    try:
-                        batch.step()
-                    except Exception:  # whatever it is, the other batches go on
-                        _logger.exception("A batch of %d rows failed.", len(batch.rows))
-                        for row in batch.rows:
-                            row.end(MlflowException("The engine failed on this request.", error_code=INTERNAL_ERROR))
-                batches = [batch for batch in batches if batch.alive]
-        finally:
-            with self._changed:
-                self._closed = True
-                left, self._waiting = self._waiting, []
-            for row in [row for batch in batches for row in batch.rows] + left:
-                row.end(MlflowException("The model was closed before it had answered.", error_code=INVALID_STATE))
+            self._model = self._model or self._load()
+            while batches is not None:
+                batches = self._turn(batches)
+        except Exception:
+            _logger.exception("The engine ended.")
+        with self._changed:
+            self._closed = True
+            left, self._waiting = self._waiting, []
+        for row in left:
+            row.end(_error("The model was closed before it had answered."))
+
+    def _turn(self, batches):
+        """Let each batch make a step, and new rows begin. Return the batches that go on, None at the end."""
+        rows = self._next_rows(batches)
+        if rows is None:
+            for batch in batches:
+                batch.end(_error("The model was closed before it had answered."))
+            return None
+        if rows:
+            batches = [*batches, Batch(self._model, rows, self._pad, self._end_tokens)]
+        for batch in batches:
+            try:
+                batch.step()
+            except Exception:  # whatever it is, the other batches go on
+                _logger.exception("A batch of %d rows failed.", len(batch.rows))
+                batch.end(_error("The engine failed on this request.", INTERNAL_ERROR))
+        return [batch for batch in batches if batch.alive]
 
     def _next_rows(self, batches):
         """Return the rows that start now, none of them where there is nothing to start, None at the end."""
@@ -644,15 +702,27 @@ class Engine:
             if not self._waiting or len(batches) >= MAX_BATCHES:
                 return []
             first = min(self._waiting, key=lambda row: row.due)
-            late = time.monotonic() - first.due >= PATIENCE
-            if batches and not late:
+            waited = time.monotonic() - first.due
+            # Beside a lone row, a newcomer costs little. Beside a full batch it waits for the next one, which it
+            # will share, unless that takes too long.
+            beside = sum(len(batch.rows) for batch in batches)
+            patience = PATIENCE * min(1, max(0, beside - 1) / 8) + PATIENCE * (len(batches) >= EAGER_BATCHES)
+            if batches and waited < patience:
                 return []
             # A batch takes no more cache than one request of full context; all together, no more than two.
             room = min(self.context_length, 2 * self.context_length - sum(batch.cache_tokens for batch in batches))
             early = sorted(self._waiting, key=lambda row: row.due)[:4 * MAX_BATCH]
-            rows = choose_batch(early, room, first if late else None)
+            rows = choose_batch(early, room, first if batches or waited >= PATIENCE else None)
+            if not rows and waited < 10 * PATIENCE:
+                rows = choose_batch(early, room)  # smaller ones go first while the first one does not fit
             self._waiting = [row for row in self._waiting if row not in rows]
             return rows
+
+
+def _cores():
+    """Return the number of cores that this process may use."""
+    cores = psutil.cpu_count(logical=False) or 1
+    return min(cores, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else cores
 
 
 # --- the model ------------------------------------------------------------------------------
@@ -664,11 +734,19 @@ class ChatModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context):
         """Load the artifact ``model``, a folder for onnxruntime-genai."""
         folder = Path(context.artifacts["model"])
-        self._settings = SETTINGS | (context.model_config or {})
+        try:
+            self._settings = Settings.model_validate(SETTINGS | (context.model_config or {}))
+        except ValidationError as error:
+            name = str(error.errors()[0]["loc"][0])
+            field = Settings.model_fields.get(name)
+            raise invalid(f"model_config's {name}", field.description if field else
+                          f"left out: the settings are {', '.join(SETTINGS)}") from None
+        if hasattr(self, "_engine"):
+            self._engine.close()
         self._encoder = PromptEncoder(folder)
-        self._engine = Engine(folder, self._settings["max_waiting"], self._settings["threads"])
+        self._engine = Engine(folder, self._settings.max_waiting, self._settings.threads)
         # The engine's thread knows nothing of this object, so that it can be forgotten, and the thread then ends.
-        self._finalizer = weakref.finalize(self, self._engine.close)
+        weakref.finalize(self, self._engine.close)
         mlflow.models.set_model(ChatModel())  # MLflow holds on to the last one it was given: not to this one
 
     def predict(self, context, model_input: pd.DataFrame, params=None):
@@ -697,19 +775,21 @@ class ChatModel(mlflow.pyfunc.PythonModel):
             requests = read_table(model_input)
         else:
             requests = model_input if isinstance(model_input, list) else [model_input]
-        events, jobs = queue.SimpleQueue(), []
-        for number, values in enumerate(requests):
-            where = f"Row {number}: " if len(requests) > 1 else ""
-            request = self._read(values, where)
+        most = min(self._settings.max_rows, self._settings.max_waiting)
+        if len(requests) > most:
+            raise _too_many(len(requests), most)
+        named = {number: f"Row {number}: " if len(requests) > 1 else "" for number in range(len(requests))}
+        read = [self._read(values, named[number]) for number, values in enumerate(requests)]
+        for number, request in enumerate(read):
             if request.stream:
-                raise invalid("stream", ChatRequest.model_fields["stream"].description, where)
+                raise invalid("stream", ChatRequest.model_fields["stream"].description, named[number])
             if request.stream_options:
-                raise invalid("stream_options", "left out where the answer comes whole", where)
-            jobs.append(self._rows(request, events, where))
+                raise invalid("stream_options", "left out where the answer comes whole", named[number])
+        if (total := sum(request.n for request in read)) > most:
+            raise _too_many(total, most)
+        events = queue.SimpleQueue()
+        jobs = [self._rows(request, events, named[number]) for number, request in enumerate(read)]
         rows = [row for job in jobs for row in job]
-        if len(rows) > self._settings["max_rows"]:
-            raise MlflowException.invalid_parameter_value(
-                f"This call asks for {len(rows)} answers, and one call may ask for {self._settings['max_rows']}.")
         for _ in self._answers(rows, events):
             pass
         return [self._head("chat.completion") | {
@@ -765,12 +845,12 @@ class ChatModel(mlflow.pyfunc.PythonModel):
 
     def close(self):
         """Free the engine and its thread. Answers in the making end with an error."""
-        self._finalizer()
+        self._engine.close()
 
     def _read(self, values, where=""):
         request = read_request(values, where)
         if request.temperature is None:
-            request.temperature = self._settings["temperature"]
+            request.temperature = self._settings.temperature
         return request
 
     def _rows(self, request, events, where="", stream=False):
@@ -780,8 +860,8 @@ class ChatModel(mlflow.pyfunc.PythonModel):
         room = context_length - len(prompt)
         if room < 1:
             raise invalid("messages", f"fewer than {context_length} tokens, the model's context", where)
-        most = min(room, self._settings["max_tokens_limit"])
-        max_tokens = request.max_tokens or min(self._settings["max_tokens"], most)
+        most = min(room, self._settings.max_tokens_limit)
+        max_tokens = request.max_tokens or min(self._settings.max_tokens, most)
         if max_tokens > most:
             raise invalid("max_tokens", f"a whole number from 1 to {most} after these messages", where)
         greedy = not (request.temperature or request.frequency_penalty or request.presence_penalty)
@@ -790,16 +870,19 @@ class ChatModel(mlflow.pyfunc.PythonModel):
 
     def _answers(self, rows, events):
         """Submit rows; yield ``(row, text)`` as it comes and ``(row, None)`` at a row's end."""
-        self._engine.submit(rows)
+        process, left = os.getpid(), len(rows)
         try:
-            left = len(rows)
+            if rows:
+                self._engine.submit(rows)
             while left:
                 try:
                     row, text = events.get(timeout=1)  # Windows takes Ctrl-C only between two waits
                 except queue.Empty:
+                    self._engine.check(process)
                     continue
                 if row.error:
-                    raise row.error
+                    error, row.error = row.error, None  # a raised error holds its frames, and these the row
+                    raise error
                 left -= text is None
                 yield row, text
         finally:
@@ -808,7 +891,12 @@ class ChatModel(mlflow.pyfunc.PythonModel):
 
     def _head(self, kind):
         return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
-                "model": self._settings["model"]}
+                "model": self._settings.model}
+
+
+def _too_many(asked, most):
+    return MlflowException.invalid_parameter_value(
+        f"This call asks for {asked} answers, and one call may ask for {most}.")
 
 
 def usage(rows):

@@ -27,6 +27,8 @@ from transformers import AutoTokenizer
 from helpers.chat_model import SETTINGS, SIGNATURE, ChatRequest, PromptEncoder, Row, Sampler, TextWriter, choose_batch
 
 SECRET = "zqsecret"  # stands in every bad request; no error may quote it
+# An answer that repeats itself to the last allowed token.
+LONG = {"max_tokens": 2000, "frequency_penalty": -2.0}
 ASKED = ["The sky is", "1 2 3", "Once upon a time, there was", "x", "日本語 🙂", "A longer message. " * 12]
 
 
@@ -358,8 +360,8 @@ def test_any_tokens_are_written_as_the_tokenizer_decodes_them(tiny, data):
             break
     if not writer.stopped:
         written += writer.close()
-    places = [place for text in stop if (place := whole.find(text)) >= 0]
-    assert written == (whole[:min(places)] if places else whole)
+    ends = [(place + len(text), place) for text in stop if (place := whole.find(text)) >= 0]
+    assert written == (whole[:min(ends)[1]] if ends else whole)
 
 
 # --- sampling -------------------------------------------------------------------------------
@@ -401,6 +403,11 @@ def test_tokens_are_drawn_as_often_as_their_probability_says(fields):
     # Four standard deviations of a share of 20,000 draws, at the most.
     assert np.abs(counts / 20_000 - expected).max() < 4 * math.sqrt(0.25 / 20_000)
     assert counts[expected == 0].sum() == 0
+
+
+def test_of_equal_tokens_top_k_keeps_the_first():
+    logits = np.zeros(50, dtype=np.float32)
+    assert {sampler(temperature=1.0, top_k=3, seed=seed).choose(logits) for seed in range(60)} == {0, 1, 2}
 
 
 def test_penalties_count_the_tokens_of_the_answer():
@@ -470,7 +477,9 @@ def test_plain_text_becomes_the_tokens_that_the_template_gives(encoder):
 
 WORD = f"{SECRET} "
 BAD = [
-    ({"messages": []}, "messages has to be a list of at least one message"),
+    ({"messages": []}, "messages has to be a list of 1 to 1000 messages"),
+    ({"messages": user(SECRET) * 1001}, "messages has to be a list of 1 to 1000 messages"),
+    ({"messages": [SECRET] * 100_000}, "messages"),
     ({}, "messages has to be"),
     ({"messages": None}, "messages has to be"),
     ({"messages": SECRET}, "messages has to be"),
@@ -493,7 +502,6 @@ BAD = [
     ({"messages": [*user("a"), {"role": "assistant", "content": SECRET}]}, "The last message's role has to be user"),
     ({"temperature": -1}, "temperature has to be a number from 0 to 2"),
     ({"temperature": 2.1}, "temperature has to be"),
-    ({"temperature": math.nan}, "temperature has to be"),
     ({"temperature": math.inf}, "temperature has to be"),
     ({"temperature": SECRET}, "temperature has to be"),
     ({"temperature": True}, "temperature has to be"),
@@ -521,8 +529,9 @@ BAD = [
     ({"frequency_penalty": 2.5}, "frequency_penalty has to be a number from -2 to 2"),
     ({"presence_penalty": -2.5}, "presence_penalty has to be a number from -2 to 2"),
     ({"seed": -1}, "seed has to be a whole number from 0"),
-    ({"seed": 2**63}, "seed has to be"),
+    ({"seed": 2**53}, r"seed has to be a whole number from 0 to 2\*\*53 - 1"),
     ({"seed": SECRET}, "seed has to be"),
+    ({"stream_options": {"include_usage": SECRET}}, "stream_options.include_usage has to be true or false"),
     ({"stream": SECRET}, "stream has to be true for predict_stream"),
     ({"stream": True}, "stream has to be true for predict_stream, false for predict"),
 ]
@@ -556,6 +565,53 @@ def test_bad_input_is_refused_by_name_and_the_next_request_is_answered(model, be
             list(model.predict_stream(request))
         check_refusal(refusal, says)
     assert model.predict(AS_SHOWN)[0]["choices"] == before
+
+
+def test_what_mlflow_itself_refuses_is_not_quoted_where_a_server_says_so(model, before, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
+    for request in ({"messages": user(SECRET), "stream_options": 5}, [{"messages": user(SECRET)}, None],
+                    {"messages": user(SECRET), "stream_options": {SECRET: 1}}):
+        for ask in (model.predict, lambda request: list(model.predict_stream(request))):
+            with pytest.raises(MlflowException) as refusal:
+                ask(request)
+            assert SECRET not in refusal.value.message
+    raw = model.unwrap_python_model()
+    with pytest.raises(MlflowException, match="stream_options has to be include_usage: true or false, for a stream"):
+        raw.predict(None, {"messages": user(SECRET), "stream_options": 5})
+    with pytest.raises(MlflowException, match="stream_options holds a field that is not served"):
+        raw.predict(None, {"messages": user(SECRET), "stream_options": {SECRET: 1}})
+    assert model.predict(AS_SHOWN)[0]["choices"] == before
+
+
+@pytest.mark.parametrize("key", [5, None, b"x", "\ud83d", SECRET, ("a", 1)])
+def test_a_field_of_any_name_is_refused(model, key):
+    raw = model.unwrap_python_model()
+    for request in (AS_SHOWN | {key: 1}, {"messages": [AS_SHOWN["messages"][0] | {key: 1}]},
+                    AS_SHOWN | dict.fromkeys(range(200_000), 1)):
+        with pytest.raises(MlflowException) as refusal:
+            raw.predict(None, request)
+        check_refusal(refusal, r"holds a field that is not served|messages\[0\] has to be an object with role")
+
+
+def test_a_number_that_is_none_is_refused_in_a_request_and_a_gap_in_a_table(model, before):
+    with pytest.raises(MlflowException, match="temperature has to be a number from 0 to 2"):
+        model.unwrap_python_model().predict(None, AS_SHOWN | {"temperature": math.nan})
+    with pytest.raises(MlflowException, match="temperature has to be a number from 0 to 2"):
+        list(model.predict_stream(AS_SHOWN | {"temperature": math.nan}))
+    # A table's last batch may be one row with a gap: it is answered as it would be beside others.
+    assert model.predict(pd.DataFrame([AS_SHOWN | {"temperature": math.nan}]))[0]["choices"] == before
+    two = pd.DataFrame([[AS_SHOWN["messages"]] * 2], columns=["messages", "messages"])
+    with pytest.raises(MlflowException, match="A table has to be of one column for each field"):
+        model.unwrap_python_model().predict(None, two)
+
+
+@pytest.mark.parametrize(("setting", "value"), [
+    ("temperature", 5), ("temperature", "hot"), ("max_tokens", 0), ("max_tokens", "16"), ("max_waiting", None),
+    ("max_tokens_limit", -1), ("threads", 0), ("model", 5)])
+def test_a_setting_out_of_its_range_is_refused_at_load(logged, setting, value):
+    with pytest.raises(MlflowException, match=f"model_config's {setting} has to be") as refusal:
+        mlflow.pyfunc.load_model(logged, model_config={setting: value})
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
 
 
 @pytest.mark.parametrize("value", ["The sky is", 5, None, b"x", [["a"]]])
@@ -685,15 +741,15 @@ def test_an_answer_comes_when_it_is_there_and_not_when_its_batch_ends(model, loa
     sizes = []
     step = loaded_module.Batch.step
     monkeypatch.setattr(loaded_module.Batch, "step", lambda batch: (sizes.append(len(batch.rows)), step(batch)))
-    long = threading.Thread(target=lambda: model.predict([{"messages": user(text), "max_tokens": 2000, "top_k": 400,
-                                                           "temperature": 2, "seed": 1} for text in ASKED]))
+    long = threading.Thread(target=lambda: model.predict([{"messages": user(text)} | LONG for text in ASKED]))
     short = model.predict_stream({"messages": user("x"), "max_tokens": 4})
     long.start()
     while not sizes:  # the long ones run
         pass
     assert len(list(short)) > 2  # a stream joins them
     with ThreadPoolExecutor(2) as pool:
-        left, right = (pool.submit(model.predict, {"messages": user("x"), "max_tokens": size}) for size in (2, 1500))
+        left, right = (pool.submit(model.predict, LONG | {"messages": user("x"), "max_tokens": size})
+                       for size in (2, 1500))
         left.result()
         assert not right.done()
         assert right.result()[0]["choices"]
@@ -705,7 +761,7 @@ def test_who_goes_away_costs_nothing_more(model, loaded_module, monkeypatch):
     step = loaded_module.Batch.step
     monkeypatch.setattr(loaded_module.Batch, "step", lambda batch: (steps.append(1), step(batch)))
     for _ in range(6):  # more than may run side by side
-        stream = model.predict_stream({"messages": user("x"), "max_tokens": 2000})
+        stream = model.predict_stream({"messages": user("x")} | LONG)
         next(stream)
         stream.close()
     # Nor does an answer that met its stop string.
@@ -716,7 +772,7 @@ def test_who_goes_away_costs_nothing_more(model, loaded_module, monkeypatch):
 
 
 def test_the_caller_over_the_cap_gets_an_error_at_once(logged, before):
-    small = mlflow.pyfunc.load_model(logged, model_config={"max_rows": 3, "max_waiting": 2})
+    small = mlflow.pyfunc.load_model(logged, model_config={"max_rows": 3, "max_waiting": 3})
     with pytest.raises(MlflowException, match="asks for 4 answers, and one call may ask for 3") as refusal:
         small.predict({"messages": user(SECRET), "n": 4})
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
@@ -749,7 +805,34 @@ def test_a_batch_that_fails_takes_nobody_else_along(model, before, loaded_module
     assert refusal.value.error_code == "INTERNAL_ERROR"
     assert SECRET not in str(refusal.value)
     assert SECRET in caplog.text  # whoever runs the model can read why
+    refusal = None
     assert model.predict(AS_SHOWN)[0]["choices"] == before
+
+
+def test_where_the_system_has_no_thread_left_the_caller_is_told(logged, before, monkeypatch):
+    one = mlflow.pyfunc.load_model(logged)
+
+    def fail(thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(MlflowException, match="no thread left") as refusal:
+            one.predict(AS_SHOWN)
+        assert refusal.value.error_code == "RESOURCE_EXHAUSTED"
+    assert one.predict(AS_SHOWN)[0]["choices"] == before
+    one.unwrap_python_model().close()
+
+
+def test_a_caller_beside_one_stream_does_not_wait_for_its_end(model, loaded_module, monkeypatch):
+    steps = []
+    step = loaded_module.Batch.step
+    monkeypatch.setattr(loaded_module.Batch, "step", lambda batch: (steps.append(batch.rows[0].stream), step(batch)))
+    stream = model.predict_stream({"messages": user("x")} | LONG)
+    next(stream)
+    model.predict({"messages": user("y"), "max_tokens": 2})
+    assert steps.count(True) < 1500
+    stream.close()
 
 
 def row(prompt, max_tokens):
@@ -763,7 +846,7 @@ def test_a_batch_is_made_of_rows_of_similar_length_within_bounds():
     assert short[0] in choose_batch(mixed, 8192, must=short[0])
     assert len(choose_batch([row(10, 8) for _ in range(60)], 8192)) == 16
     assert len(choose_batch([row(100, 100) for _ in range(8)], 650)) == 3
-    assert len(choose_batch([row(500, 8) for _ in range(8)], 8192)) == 2
+    assert len(choose_batch([row(250, 8) for _ in range(8)], 8192)) == 2
     assert len(choose_batch([row(5000, 8) for _ in range(3)], 8192)) == 1
     assert choose_batch([row(100, 100)], 150) == []
     assert choose_batch([], 8192) == []
@@ -778,7 +861,7 @@ def test_closing_and_forgetting_a_model_frees_its_thread(logged, before):
     for one in (closed, forgotten):  # two at once, beside the one that all tests share
         assert one.predict(AS_SHOWN)[0]["choices"] == before
     assert len(set(engine_threads()) - running) == 2
-    stream = closed.predict_stream({"messages": user("x"), "max_tokens": 2000})
+    stream = closed.predict_stream({"messages": user("x")} | LONG)
     next(stream)
     closed.unwrap_python_model().close()
     with pytest.raises(MlflowException, match="closed before it had answered"):
@@ -786,20 +869,32 @@ def test_closing_and_forgetting_a_model_frees_its_thread(logged, before):
     with pytest.raises(MlflowException, match=r"This model is closed\. Load it again\."):
         closed.predict(AS_SHOWN)
     closed.unwrap_python_model().close()  # twice is no harm
+    # Not even a failed answer holds on to its model.
+    step = sys.modules[type(forgotten.unwrap_python_model()).__module__].Batch
+    step.step = None
+    with pytest.raises(MlflowException, match="The engine failed"):
+        forgotten.predict(AS_SHOWN)
     del forgotten, one
     gc.collect()
     assert set(engine_threads()) <= running
 
 
 FORK = """
-import json, multiprocessing, os, sys, threading, warnings
+import gc, json, multiprocessing, os, sys, threading, warnings
 warnings.simplefilter("ignore")
 import mlflow
 mlflow.set_tracking_uri(sys.argv[1])
 model = mlflow.pyfunc.load_model(sys.argv[2])
 request = {"messages": [{"role": "user", "content": "The sky is"}], "max_tokens": 8}
 ask = lambda: model.predict(request)[0]["choices"][0]["message"]["content"]
+idle = mlflow.pyfunc.load_model(sys.argv[2], model_config={"threads": 2})  # asked in the child alone
 def child(results, grandchild):
+    global idle
+    assert idle.predict(request)[0]["choices"][0]["message"]["content"] == expected[0]
+    if not grandchild:
+        idle.unwrap_python_model().close()
+        del idle
+        gc.collect()
     answers = []
     threads = [threading.Thread(target=lambda: answers.append(ask())) for _ in range(4)]
     [thread.start() for thread in threads]
@@ -808,11 +903,15 @@ def child(results, grandchild):
         again = context.Process(target=child, args=(results, False))
         again.start()
         again.join(60)
-    results.put(answers)
+    try:
+        list(stream)
+        results.put("the parent's stream went on")
+    except mlflow.exceptions.MlflowException:
+        results.put(answers)
 context = multiprocessing.get_context("fork")
 results = context.Queue()
 # A stream is open in the parent while it forks.
-stream = model.predict_stream(request | {"max_tokens": 200})
+stream = model.predict_stream(request | {"max_tokens": 2000, "frequency_penalty": -2.0})
 next(stream)
 expected = [ask()] * 4
 process = context.Process(target=child, args=(results, True))
