@@ -5,6 +5,7 @@ compared takes turns, so that a machine whose speed drifts drifts for all of the
 """
 
 import http.client
+import itertools
 import json
 import statistics
 import subprocess
@@ -84,7 +85,8 @@ def bench_chat(store):
 class _Contenders:
     """The four ways to ask for a story; each returns when the whole answer is there.
 
-    Every story has another number in it: a server that remembers prompts should not have met this one.
+    Every story has another number in it: a server that remembers prompts should not have met it lately. Numbers
+    whose answer ends too early to compare are left out before anything is measured.
     """
 
     def __init__(self, prepared):
@@ -96,7 +98,10 @@ class _Contenders:
         self.tokenizer = og.Tokenizer(self.engine)
         self.template = AutoTokenizer.from_pretrained(prepared.onnx_dir)
         self.lock = threading.Lock()
-        self.stories = 0
+        numbers = range(1000, 1200)
+        found = self.chat.predict([{"messages": self.story(number=number), "max_tokens": TOKENS} for number in numbers])
+        self.numbers = itertools.cycle([number for number, answer in zip(numbers, found, strict=True)
+                                        if answer["usage"]["completion_tokens"] == TOKENS])
         (gguf,) = (prepared.onnx_dir.parent / "gguf").glob("*.gguf")
         settings = xllamacpp.CommonParams()
         settings.model.path = str(gguf)
@@ -105,12 +110,11 @@ class _Contenders:
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = THREADS
         self.llama = xllamacpp.Server(settings)
 
-    def story(self, sentences=0):
-        """Return a conversation that nobody has seen, with so many sentences of 7 tokens before the question."""
-        self.stories += 1
+    def story(self, sentences=0, number=None):
+        """Return a conversation, with so many sentences of 7 tokens before the question."""
         return [{"role": "user", "content": "The harbour is full of ships. " * sentences
-                 + f"Tell me a long story about {1000 + self.stories} ships. Make it as long as you can, with many "
-                   "chapters."}]
+                 + f"Tell me a long story about {number or next(self.numbers)} ships. Make it as long as you can, with "
+                   "many chapters."}]
 
     def prompt(self, messages):
         return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
@@ -147,7 +151,8 @@ class _Contenders:
         _expect(len(answer), max_tokens)
 
     def ask_llama(self, messages, max_tokens):
-        body = {"prompt": self.prompt(messages), "n_predict": max_tokens, "temperature": 0, "stream": True}
+        body = {"prompt": self.prompt(messages), "n_predict": max_tokens, "temperature": 0, "stream": True,
+                "ignore_eos": True}
         connection = http.client.HTTPConnection(urlsplit(self.llama.listening_address).netloc, timeout=600)
         connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
         events = [json.loads(line[6:]) for line in connection.getresponse() if line.startswith(b"data: ")]
