@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from urllib.parse import urlsplit
 
 import mlflow
@@ -23,8 +22,9 @@ import xllamacpp
 from transformers import AutoTokenizer
 
 from helpers.errors import CourseError
-from helpers.measurement import folder_bytes, peak_memory_bytes
+from helpers.measurement import folder_bytes
 from helpers.models import prepare_model
+from helpers.paths import ROOT
 
 REPEATS = 5
 TOKENS = 64
@@ -265,24 +265,27 @@ def _growth(them):
     return {}, {"growth": {"tokens_per_second_by_callers": callers, "by_prompt_tokens": prompts}}
 
 
+# In a process that has loaded nothing else.
+_MEMORY = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+import mlflow
+from helpers.measurement import peak_memory_bytes
+store, uri, callers, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+mlflow.set_tracking_uri(store)
+model = mlflow.pyfunc.load_model(uri)
+load_bytes = peak_memory_bytes()
+def ask(number):
+    messages = [{"role": "user", "content": f"Tell me a long story about {number} ships."}]
+    model.predict({"messages": messages, "max_tokens": tokens})
+with ThreadPoolExecutor(callers) as pool:
+    list(pool.map(ask, range(2 * callers)))
+print(json.dumps({"load_bytes": load_bytes, "callers8_bytes": peak_memory_bytes()}))
+"""
+
+
 def _memory(store):
     """Return the peak memory, in bytes, of a process that loads the chat model and then serves 8 callers."""
-    result = subprocess.run([sys.executable, "-m", "helpers.bench_chat", store], capture_output=True, text=True,
-                            cwd=Path(__file__).parents[1], check=True)
+    command = [sys.executable, "-c", _MEMORY, store, CHAT, str(CALLERS), str(TOKENS)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     return json.loads(result.stdout.splitlines()[-1])
-
-
-def main(arguments):
-    """Load the chat model, serve 8 callers, print the peaks."""
-    mlflow.set_tracking_uri(arguments[0])
-    model = mlflow.pyfunc.load_model(CHAT)
-    load_bytes = peak_memory_bytes()
-    with ThreadPoolExecutor(CALLERS) as pool:
-        list(pool.map(lambda number: model.predict({
-            "messages": [{"role": "user", "content": f"Tell me a long story about {number} ships."}],
-            "max_tokens": TOKENS}), range(2 * CALLERS)))
-    print(json.dumps({"load_bytes": load_bytes, "callers8_bytes": peak_memory_bytes()}))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

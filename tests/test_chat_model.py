@@ -738,14 +738,13 @@ def test_200_requests_of_32_threads_with_cancellations_change_no_answer(model):
 
 
 def test_an_answer_comes_when_it_is_there_and_not_when_its_batch_ends(model, loaded_module, monkeypatch):
-    sizes = []
+    running = threading.Event()
     step = loaded_module.Batch.step
-    monkeypatch.setattr(loaded_module.Batch, "step", lambda batch: (sizes.append(len(batch.rows)), step(batch)))
+    monkeypatch.setattr(loaded_module.Batch, "step", lambda batch: (step(batch), running.set()))
     long = threading.Thread(target=lambda: model.predict([{"messages": user(text)} | LONG for text in ASKED]))
     short = model.predict_stream({"messages": user("x"), "max_tokens": 4})
     long.start()
-    while not sizes:  # the long ones run
-        pass
+    assert running.wait(60)  # the long ones are at work
     assert len(list(short)) > 2  # a stream joins them
     with ThreadPoolExecutor(2) as pool:
         left, right = (pool.submit(model.predict, LONG | {"messages": user("x"), "max_tokens": size})
