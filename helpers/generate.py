@@ -99,7 +99,7 @@ def figures_table(figures):
         lines += [
             f"| `{name}`: first token, then | {track['first_token_seconds']:.2f} s, "
             f"{track['tokens_per_second']:.0f} tokens per second | |",
-            f"| its logged model, on disk, for each run | {track['disk_bytes'] / 1e9:.2f} GB | |",
+            f"| a logged copy of it, on disk | {track['disk_bytes'] / 1e9:.2f} GB | |",
         ]
     return "\n".join(lines) + (
         f"\n\nMeasured by `make bench` on {machine['cores']} cores ({machine['processor']}, {machine['system']}), "
