@@ -14,8 +14,9 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")
 
-# The same examples each time: a test that fails, fails for everybody. `--hypothesis-seed=random` looks for more.
+# The same examples each time: a test that fails, fails for everybody. `--hypothesis-profile=search` looks for others.
 hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
+hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("course")
 
 
