@@ -7,6 +7,7 @@ From top to bottom: the contract (what a request may hold), the prompt (where te
 (rows in batches, on one thread), the model (what MLflow calls).
 """
 
+import itertools
 import json
 import logging
 import math
@@ -230,7 +231,7 @@ def _is_gap(value):
 # --- the prompt -----------------------------------------------------------------------------
 
 
-PRIVATE_USE = (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE))  # Unicode leaves these without a meaning
+PRIVATE_USE = (range(0xE000, 0xF900), range(0xF0000, 0xFFFFE))  # Unicode leaves these without a meaning
 
 
 class PromptEncoder:
@@ -263,10 +264,10 @@ class PromptEncoder:
         MlflowException
             The messages are too long, or the template refuses their order.
         """
-        if sum(len(message.content) for message in messages) > context_length * self._longest:
-            raise invalid("messages", f"short enough for the model's context of {context_length} tokens", where)
         text = "".join(message.content for message in messages)
-        cut = next((mark for mark in map(chr, PRIVATE_USE) if mark not in text), None)
+        if len(text) > context_length * self._longest:
+            raise invalid("messages", f"short enough for the model's context of {context_length} tokens", where)
+        cut = next((mark for mark in map(chr, itertools.chain(*PRIVATE_USE)) if mark not in text), None)
         if cut is None:
             raise invalid("messages", "without one character at least of Unicode's private use", where)
         turns = [{"role": message.role, "content": self._markup.sub(lambda found: found[0] + cut, message.content)}
@@ -568,6 +569,10 @@ def _error(message, code=INVALID_STATE):
     return MlflowException(message, error_code=code)
 
 
+def _unanswered():
+    return _error("The model was closed before it had answered.")
+
+
 class Engine:
     """Answers rows of tokens for callers on any thread; one thread of its own runs them in batches.
 
@@ -645,7 +650,7 @@ class Engine:
         if process != os.getpid():
             raise _error("This answer is the parent process's. Ask again.")
         if self._closed and not (self._thread and self._thread.is_alive()):
-            raise _error("The model was closed before it had answered.")
+            raise _unanswered()
 
     def close(self):
         """End the thread, and every answer in the making with an error. A closed engine stays closed."""
@@ -668,14 +673,14 @@ class Engine:
             self._closed = True
             left, self._waiting = self._waiting, []
         for row in left:
-            row.end(_error("The model was closed before it had answered."))
+            row.end(_unanswered())
 
     def _turn(self, batches):
         """Let each batch make a step, and new rows begin. Return the batches that go on, None at the end."""
         rows = self._next_rows(batches)
         if rows is None:
             for batch in batches:
-                batch.end(_error("The model was closed before it had answered."))
+                batch.end(_unanswered())
             return None
         if rows:
             batches = [*batches, Batch(self._model, rows, self._pad, self._end_tokens)]

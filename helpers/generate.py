@@ -119,7 +119,7 @@ def ratios_table(figures):
         f"16 rows {rates['rows16']['one_predict']:.0f}, 8 callers {rates['callers8']['chat_model']:.0f} "
         f"(llama.cpp {rates['callers8']['llama_cpp_8_slots']:.0f}, "
         f"the lesson's wrapper {rates['callers8']['lesson_behind_a_lock']:.0f}). "
-        "Its prompts are read in the time that these count.\n")
+        "The time to read the prompts is in these figures.\n")
 
 
 def bench_digest():
