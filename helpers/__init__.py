@@ -26,6 +26,8 @@ _HOME = {
     "prepare_model": "helpers.models",
     "check_parameters": "helpers.parameters",
     "check_fits": "helpers.parameters",
+    "torch_device": "helpers.devices",
+    "onnx_provider": "helpers.devices",
     "show_signature": "helpers.signatures",
     "compare_signatures": "helpers.signatures",
     "measure": "helpers.measurement",

@@ -58,6 +58,7 @@ class Settings(_Strict):
     max_rows: int = Field(256, ge=1, description="a whole number from 1")  # answers that one call may ask for
     max_waiting: int = Field(512, ge=1, description="a whole number from 1")  # answers that may wait for their turn
     threads: int | None = Field(None, ge=1, description="a whole number from 1, or null for one on each core")
+    provider: Literal["cpu", "cuda", "dml"] = Field("cpu", description="cpu, cuda or dml")
 
 
 SETTINGS = Settings().model_dump()
@@ -588,10 +589,12 @@ class Engine:
         Rows that may wait for their turn.
     threads : int or None
         None takes one for each core that this process may use.
+    provider : str
+        ``"cpu"``, ``"cuda"`` or ``"dml"``: what runs the model, where the package that is installed can.
     """
 
-    def __init__(self, folder, max_waiting, threads=None):
-        self._folder, self._max_waiting = folder, max_waiting
+    def __init__(self, folder, max_waiting, threads=None, provider="cpu"):
+        self._folder, self._max_waiting, self._provider = folder, max_waiting, provider
         # Left alone, the engine takes half of what the machine has, as if each core ran two threads.
         self._threads = threads or _cores()
         config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]
@@ -612,6 +615,13 @@ class Engine:
         config = og.Config(str(self._folder))
         config.overlay(json.dumps(
             {"model": {"decoder": {"session_options": {"intra_op_num_threads": self._threads}}}}))
+        if self._provider != "cpu":
+            if not {"cuda": og.is_cuda_available, "dml": og.is_dml_available}[self._provider]():
+                package = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}[self._provider]
+                raise _error(f"The provider is {self._provider}, and the onnxruntime-genai that is installed runs "
+                             f"without it. Install {package} in its place, or load with the provider cpu.")
+            config.clear_providers()
+            config.append_provider(self._provider)
         return og.Model(config)
 
     def leave_parent(self):
@@ -751,7 +761,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):
         if hasattr(self, "_engine"):
             self._engine.close()
         self._encoder = PromptEncoder(folder)
-        self._engine = Engine(folder, self._settings.max_waiting, self._settings.threads)
+        self._engine = Engine(folder, self._settings.max_waiting, self._settings.threads, self._settings.provider)
         # The engine's thread knows nothing of this object, so that it can be forgotten, and the thread then ends.
         weakref.finalize(self, self._engine.close)
         mlflow.models.set_model(ChatModel())  # MLflow holds on to the last one it was given: not to this one

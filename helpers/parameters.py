@@ -1,24 +1,25 @@
 """Checks what a learner, a workshop or CI puts into a notebook, before anything long starts.
 
-It knows the six parameters of the course and nothing of MLflow.
+It knows the parameters of the course and nothing of MLflow.
 """
 
 import ast
 import math
 
 from helpers.catalogue import find_card
+from helpers.devices import DEVICES
 from helpers.errors import CourseError
 
-PARAMETERS = ("model", "tracking_uri", "question", "system_prompt", "max_tokens", "temperature")
+PARAMETERS = ("model", "tracking_uri", "question", "system_prompt", "max_tokens", "temperature", "device")
 
 
-def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens, temperature):
+def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens, temperature, device):
     """Raise an error that says what to change, unless all parameters are usable.
 
     Parameters
     ----------
     model : str
-        A name of ``data/models.toml``.
+        A name of ``data/models.toml``, or ``hub:org/name``.
     tracking_uri : str
         An MLflow tracking URI; empty for the course's own store.
     question, system_prompt : str
@@ -27,6 +28,8 @@ def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens
         Most tokens of an answer: 1 to what the model's context leaves.
     temperature : float
         0 takes the likeliest token each time; up to 2.
+    device : str
+        One of ``helpers.devices.DEVICES``. Whether it is there, the track asks its engine.
 
     Raises
     ------
@@ -35,7 +38,7 @@ def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens
     """
     _refuse_injected()
     for name, value in (("model", model), ("tracking_uri", tracking_uri), ("question", question),
-                        ("system_prompt", system_prompt)):
+                        ("system_prompt", system_prompt), ("device", device)):
         if not isinstance(value, str):
             raise CourseError(f"{name} is {value!r}, and it has to be text.",
                               f"Put {name} in quotes; with papermill, use -r in place of -p.")
@@ -46,12 +49,16 @@ def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise CourseError(f"{name} holds a character that is not text (NUL or half a surrogate pair).",
                               "Take it out.")
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 0 < max_tokens < card.context_length:
-        raise CourseError(f"max_tokens is {max_tokens!r}.",
-                          f"Choose a whole number from 1 to {card.context_length - 1} for {card.title}.")
+    # What the Hub alone knows, is not known yet: check_fits looks once more.
+    limit = card.context_length or math.inf
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 0 < max_tokens < limit:
+        to = "" if limit == math.inf else f" to {limit - 1}"
+        raise CourseError(f"max_tokens is {max_tokens!r}.", f"Choose a whole number from 1{to} for {card.title}.")
     if (not isinstance(temperature, int | float) or isinstance(temperature, bool)
             or not math.isfinite(temperature) or not 0 <= temperature <= 2):
         raise CourseError(f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
+    if device not in DEVICES:
+        raise CourseError(f"device is {device!r}.", f"Choose one of: {', '.join(DEVICES)}.")
 
 
 def _refuse_injected():
@@ -82,7 +89,7 @@ def check_fits(prepared, messages, max_tokens):
     Parameters
     ----------
     prepared : PreparedModel
-        The model, whose tokenizer has a chat template.
+        The model, for either track; its tokenizer has a chat template.
     messages : list of dict
         ``role`` and ``content`` each.
     max_tokens : int
@@ -101,7 +108,7 @@ def check_fits(prepared, messages, max_tokens):
     """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir or prepared.onnx_dir)
     for message in messages:
         for token in tokenizer.get_added_vocab():
             if token in message["content"]:

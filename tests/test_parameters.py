@@ -5,18 +5,20 @@ Run: python -m helpers test tests/test_parameters.py
 
 import math
 
+import onnxruntime_genai as og
 import papermill
 import pytest
+import torch
 from conftest import ROOT, TRACKS
 
-from helpers import CourseError, check_fits, check_parameters
+from helpers import CourseError, check_fits, check_parameters, onnx_provider, torch_device
 from helpers.execute import execute
 
 GOOD = {"model": "tiny-phi3", "tracking_uri": "", "question": "What is the capital of Spain?",
-        "system_prompt": "", "max_tokens": 64, "temperature": 0.0}
+        "system_prompt": "", "max_tokens": 64, "temperature": 0.0, "device": "cpu"}
 
 BAD = [
-    ("model", "phi-9", "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k."),
+    ("model", "phi-9", "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini; or hub:"),
     ("model", None, "has to be text"),
     ("question", "", "question is empty"),
     ("question", " \n\t", "question is empty"),
@@ -43,6 +45,14 @@ BAD = [
     ("temperature", "hot", "from 0 to 2"),
     ("temperature", None, "from 0 to 2"),
     ("temperature", False, "from 0 to 2"),
+    ("device", "gpu", "cpu, cuda, mps, dml"),
+    ("device", 0, "has to be text"),
+    ("model", "hub:", "hub: and a name of the Hugging Face Hub"),
+    ("model", "hub:microsoft", "hub: and a name of the Hugging Face Hub"),
+    ("model", "hub:../etc/passwd", "hub: and a name of the Hugging Face Hub"),
+    ("model", "hub:org/..", "hub: and a name of the Hugging Face Hub"),
+    ("model", "hub:org/name@../x", "hub: and a name of the Hugging Face Hub"),
+    ("model", "https://huggingface.co/org/name", "hub: and a name of the Hugging Face Hub"),
 ]
 
 
@@ -59,6 +69,35 @@ def test_a_bad_parameter_is_refused_by_name(name, value, says):
     assert says in str(refusal.value)
     assert refusal.value.what
     assert refusal.value.fix
+
+
+def test_a_repository_of_the_hub_passes_before_anything_is_known_of_it():
+    check_parameters(**GOOD | {"model": "hub:org/name", "max_tokens": 100_000})
+    check_parameters(**GOOD | {"model": "hub:org/na.me-1@refs/pr/1"})
+    with pytest.raises(CourseError, match=r"max_tokens is 0\. Choose a whole number from 1 for"):
+        check_parameters(**GOOD | {"model": "hub:org/name", "max_tokens": 0})
+
+
+@pytest.mark.parametrize(("where", "device", "says"), [
+    (torch_device, "dml", "Track A has no DirectML"),
+    (torch_device, "cuda", r"torch [\d.]+\S* finds none here\. Install the build of torch"),
+    (torch_device, "mps", r"torch [\d.]+\S* finds none here\. Install the build of torch"),
+    (onnx_provider, "mps", "Track B does not run on Apple's GPU"),
+    (onnx_provider, "cuda", r"runs without it\. Install onnxruntime-genai-cuda==\d"),
+    (onnx_provider, "dml", r"runs without it\. Install onnxruntime-genai-directml==\d"),
+])
+def test_a_device_that_is_not_here_is_an_error_that_says_what_to_install(where, device, says):
+    there = {"cuda": torch.cuda.is_available() if where is torch_device else og.is_cuda_available(),
+             "mps": torch.backends.mps.is_available() and where is torch_device, "dml": og.is_dml_available()}
+    if there[device]:
+        assert where(device) == device
+        return
+    with pytest.raises(CourseError, match=says):
+        where(device)
+
+
+def test_the_cpu_is_everywhere():
+    assert torch_device("cpu") == onnx_provider("cpu") == "cpu"
 
 
 def conversation(text):
@@ -116,7 +155,7 @@ def test_an_error_in_a_notebook_is_two_sentences_without_a_stack(tmp_path):
     (["notebook", "Nothing"], "Choose one of: CustomPythonWrapper, TransformerPipeline."),
     (["notebook", "TransformerPipeline", "-p", "max_tokens", "many"], "max_tokens is 'many'"),
     (["notebook", "TransformerPipeline", "-p", "question", ""], "question is empty."),
-    (["run", "--model", "gpt-5"], "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k."),
+    (["run", "--model", "gpt-5"], "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini; or hub:"),
 ])
 def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, says):
     result = python("-m", "helpers", *arguments)

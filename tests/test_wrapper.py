@@ -37,6 +37,7 @@ def logged(wrapper_file, tiny, tmp_path_factory):
     mlflow.set_experiment("wrapper")
     info = mlflow.pyfunc.log_model(
         name="wrapper", python_model=str(wrapper_file), artifacts={"model": str(tiny.onnx_dir)},
+        model_config={"provider": "cpu"},
         signature=infer_signature({"prompt": "a"}, "b", params={"max_tokens": 16, "temperature": 0.0}),
         pip_requirements=["mlflow", "onnxruntime-genai"])
     return info.model_uri

@@ -1,0 +1,58 @@
+"""Says whether the engine of a track can run on a device, before a model is loaded. It moves nothing."""
+
+from helpers.errors import CourseError
+
+# What the parameter `device` may be. "mps" is Apple's GPU, "dml" is DirectML on Windows.
+DEVICES = ("cpu", "cuda", "mps", "dml")
+CPU = 'or leave device at "cpu".'
+
+
+def torch_device(device):
+    """Return ``device`` for ``transformers.pipeline``.
+
+    Parameters
+    ----------
+    device : str
+        ``"cpu"``, ``"cuda"`` or ``"mps"``.
+
+    Raises
+    ------
+    CourseError
+        torch was built without it, or this machine has no such thing.
+    """
+    import torch
+
+    if device == "dml":
+        raise CourseError("Track A has no DirectML: torch does not run on it.",
+                          "Take track B, which does; " + CPU)
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not there[device]:
+        raise CourseError(f'device is "{device}", and torch {torch.__version__} finds none here.',
+                          "Install the build of torch for it, as https://pytorch.org/get-started/locally says; " + CPU)
+    return device
+
+
+def onnx_provider(device):
+    """Return ``device`` as the execution provider of onnxruntime-genai.
+
+    Parameters
+    ----------
+    device : str
+        ``"cpu"``, ``"cuda"`` or ``"dml"``.
+
+    Raises
+    ------
+    CourseError
+        The package that is installed has been built without it.
+    """
+    import onnxruntime_genai as og
+
+    if device == "mps":
+        raise CourseError("Track B does not run on Apple's GPU: onnxruntime-genai has no provider for it.",
+                          "Take track A, which does; " + CPU)
+    there = {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}
+    if not there[device]:
+        package = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}[device]
+        raise CourseError(f'device is "{device}", and the onnxruntime-genai that is installed runs without it.',
+                          f"Install {package}=={og.__version__} in its place; " + CPU)
+    return device

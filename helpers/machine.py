@@ -1,0 +1,99 @@
+"""Measures what this machine has free, in megabytes (10**6 bytes), and refuses what does not fit."""
+
+import math
+import shutil
+from pathlib import Path
+
+import psutil
+
+from helpers.catalogue import read_catalogue
+from helpers.errors import CourseError
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory():
+    """Return the memory that this process can still take, with what it holds already.
+
+    In a container the container's limit counts, where it is lower than the machine's. A page that has
+    loaded a model and runs its first cells once more is not asked to find the memory twice.
+
+    Returns
+    -------
+    float
+        Megabytes.
+    """
+    available = min([psutil.virtual_memory().available, *_container_memory()])
+    return (available + psutil.Process().memory_info().rss) / 1e6
+
+
+def free_disk(folder):
+    """Return the free megabytes of the disk that ``folder`` is or will be on.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Absolute; it need not exist.
+    """
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(there).free / 1e6
+
+
+def _container_memory():
+    """Yield the bytes that a container's limit leaves: control groups, version 2 and version 1.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files. Memory that only caches files
+    counts as used there, and goes back when a program wants it.
+    """
+    for limit, used, cache in (("memory.max", "memory.current", "inactive_file"),
+                               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                                "total_inactive_file")):
+        try:
+            most, taken = (int((CGROUP / name).read_text()) for name in (limit, used))
+            lines = (CGROUP / used).with_name("memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # no control group, or "max": no limit
+            continue
+        yield most - taken + int(dict(line.split() for line in lines).get(cache, 0))
+
+
+def memory_needed(size):
+    """Return the megabytes that a notebook takes at its peak: its libraries, and two copies of the model at a time.
+
+    Parameters
+    ----------
+    size : int
+        Bytes of the model's files.
+    """
+    return 1000 + 2 * size / 1e6
+
+
+def check_memory(title, needed):
+    """Raise CourseError unless ``needed`` megabytes of memory are free."""
+    free = free_memory()
+    if free < needed:
+        raise CourseError(f"{title} takes {needed:,.0f} MB of memory, and {free:,.0f} MB are free.",
+                          f"Close programs, or choose a smaller model{_smaller(needed, free)}.")
+
+
+def check_disk(title, needed, folder):
+    """Raise CourseError unless ``needed`` megabytes are free on the disk of ``folder``."""
+    if free_disk(folder) < needed:
+        raise disk_full(title, needed, folder)
+
+
+def disk_full(title, needed, folder):
+    """Return the CourseError that says what is missing on the disk of ``folder``, in megabytes where it is known."""
+    room = f"{math.ceil(needed):,} MB" if needed else "more room"
+    return CourseError(
+        f"The disk is too full: {title} takes {room} in {folder}, and {free_disk(folder):,.0f} MB are free.",
+        "Free some space, or set COURSE_CACHE to a folder on another disk, and run this again; what is finished stays.",
+    )
+
+
+def _smaller(needed, free):
+    """Name the largest model of the catalogue that takes less memory and fits."""
+    fitting = [card for card in read_catalogue().values() if card.memory < needed and card.memory <= free]
+    if not fitting:
+        return ""
+    card = max(fitting, key=lambda card: card.memory)
+    return f", such as {card.name} ({card.memory:,} MB)"
