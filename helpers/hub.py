@@ -361,7 +361,7 @@ def explain(error, repo):
     if isinstance(error, httpx.TransportError):
         return CourseError(f"The network or the Hub, {endpoint}, has no answer.", again)
     if isinstance(error, json.JSONDecodeError | UnicodeDecodeError) \
-            or isinstance(error, OSError) and "Consistency check failed" in str(error):
+            or (isinstance(error, OSError) and "Consistency check failed" in str(error)):
         return CourseError(f"Something between you and {endpoint} answers in its place, such as a proxy's login page.",
                            "Log in to the network in a browser, or set HTTPS_PROXY, and run this again.")
     return None

@@ -4,8 +4,6 @@ import math
 import shutil
 from pathlib import Path
 
-import psutil
-
 from helpers.catalogue import read_catalogue
 from helpers.errors import CourseError
 
@@ -23,6 +21,8 @@ def free_memory():
     float
         Megabytes.
     """
+    import psutil  # the rest of this module serves before set-up, too
+
     available = min([psutil.virtual_memory().available, *_container_memory()])
     return (available + psutil.Process().memory_info().rss) / 1e6
 

@@ -193,6 +193,8 @@ def cached_models():
 def cache_state(name):
     """Compare the files of a model with what was written, down to the last byte.
 
+    A file that differs is noted in its receipt, so that ``prepare_model`` gets it anew.
+
     Returns
     -------
     str
@@ -201,10 +203,13 @@ def cache_state(name):
     card = find_card(name)
     home = model_cache() / card.folder
     whole = set()
-    for receipt in sorted(home.glob("*.receipt.json")):
-        part = receipt.name.removesuffix(".receipt.json")
-        for file, expected in _read_receipt(receipt)["files"].items():
+    for receipt_file in sorted(home.glob("*.receipt.json")):
+        part, receipt = receipt_file.name.removesuffix(".receipt.json"), _read_receipt(receipt_file)
+        for file, expected in receipt["files"].items():
             if not (home / part / file).is_file() or sha256(home / part / file) != expected["sha256"]:
+                expected["mtime_ns"] = 0  # its time and size may be right: they are not to be trusted
+                if _writable(home):
+                    _write_receipt(receipt_file, receipt["recipe"], receipt["files"], receipt["facts"])
                 return "damaged"
         whole.add(part)
     ready = whole & set(TRACKS) if "hub" in card.source else whole >= set(TRACKS)
@@ -367,22 +372,6 @@ def _disk_errors(folder, card):
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise disk_full(card.title, card.disk, folder) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            return False
-        raise
-    return True
-
-
-@contextlib.contextmanager
-def _disk_errors(folder, card):
-    """Turn what the disk refuses into sentences."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-            free = shutil.disk_usage(there).free / 1e6
-            raise _disk_full(folder, card, free) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise CourseError(
                 f"The model cache {folder} cannot be written.",

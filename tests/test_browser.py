@@ -17,6 +17,7 @@ from contextlib import contextmanager, suppress
 import nbformat
 import pytest
 
+from helpers.doctor import find_chromium
 from helpers.execute import TRACKS
 from helpers.paths import BUILD, NOTEBOOKS
 
@@ -25,11 +26,7 @@ try:
 except ModuleNotFoundError:
     sync_playwright = None
 
-CHROMIUM = next(filter(None, map(shutil.which, (
-    "chromium", "chromium-browser", "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    os.path.expandvars(r"%ProgramFiles%\Google\Chrome\Application\chrome.exe"),
-))), None)
+CHROMIUM = find_chromium()
 MISSING = " ".join([
     "" if CHROMIUM else "Install Chromium (on Debian: apt-get install chromium) or Google Chrome, on the PATH.",
     "" if sync_playwright else "Install Playwright: python -m helpers test does, with the other test packages.",

@@ -3,6 +3,7 @@
 Run: python -m helpers test tests/test_models.py
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -24,7 +25,8 @@ from conftest import ROOT
 from loopback_hub import LoopbackHub, certificate
 
 from helpers import CourseError, prepare_model, read_catalogue
-from helpers.models import cache_state, sha256
+from helpers.catalogue import find_card
+from helpers.models import _disk_errors, cache_state, sha256
 from helpers.paths import model_cache
 
 
@@ -279,6 +281,13 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(mounted):
     assert "The disk is too full: Tiny random Phi-3 takes 2 MB" in result.stderr
     assert "COURSE_CACHE" in result.stderr
     assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize(("name", "room"), [("tiny-phi3", "2 MB"), ("hub:org/name", "more room")])
+def test_a_disk_that_fills_up_on_the_way_is_the_same_error(tmp_path, name, room):
+    with pytest.raises(CourseError, match=f"The disk is too full: .* takes {room} in .* MB are free"), \
+            _disk_errors(tmp_path, find_card(name)):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(mounted):
