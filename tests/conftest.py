@@ -11,7 +11,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 # What importing helpers has put into this process's environment; a user's shell has none of it.
-OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_")
+OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")
 
 # The same examples each time: a test that fails, fails for everybody. `--hypothesis-profile=search` looks for others.

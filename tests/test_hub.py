@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from loopback_hub import LoopbackHub, certificate
-from phi3_layout import CPU, ONNX, TORCH, write_phi3
+from phi3_layout import CPU, ONNX, PHI4_ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
 
 from helpers import CourseError, chat_model, check_fits, prepare_model
 from helpers.models import cache_state, cached_models, sha256
@@ -27,9 +27,10 @@ SHARD = "model-00001-of-00002.safetensors"
 
 @pytest.fixture(scope="session")
 def phi3(tmp_path_factory):
-    """Return a folder with Phi-3's two repositories."""
+    """Return a folder with the two repositories of Phi-3, and those of Phi-4-mini."""
     root = tmp_path_factory.mktemp("hub")
     write_phi3(root)
+    write_phi4(root)
     return root
 
 
@@ -55,7 +56,7 @@ def hub(serve, phi3):
 
 @pytest.fixture
 def own(serve, phi3, tmp_path):
-    """Return a Hub whose repositories a test may change, with ONE for each track."""
+    """Return a Hub whose repositories a test may change, which are copies."""
     shutil.copytree(phi3, tmp_path / "hub")
     return serve(tmp_path / "hub")
 
@@ -131,17 +132,20 @@ def test_any_repository_can_be_named(own, track):
     assert cached_models() == sorted([f"hub:{repo}", f"hub:{repo}@{own.commit(repo)}"])
 
 
-def test_both_notebooks_run_on_what_came_over_the_hub(hub, cache, python, store):
-    result = python("-m", "helpers", "run", "--model", "phi-3-mini-4k", network=False, HF_ENDPOINT=hub.url,
+@pytest.mark.parametrize(("name", "repositories"), [
+    ("phi-3-mini-4k", (TORCH, ONNX)), ("phi-4-mini", (PHI4_TORCH, PHI4_ONNX)),
+])
+def test_both_notebooks_run_on_what_came_over_the_hub(hub, cache, python, store, name, repositories):
+    result = python("-m", "helpers", "run", "--model", name, network=False, HF_ENDPOINT=hub.url,
                     COURSE_TRACKING_URI=store)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("  Q  What is the capital of Spain?") == 2
     import mlflow
 
     mlflow.set_tracking_uri(store)
-    for experiment, repo in (("TransformerPipeline", TORCH), ("CustomPythonWrapper", ONNX)):
+    for experiment, repo in zip(("TransformerPipeline", "CustomPythonWrapper"), repositories, strict=True):
         (run,) = mlflow.search_runs(experiment_names=[experiment], output_format="list")
-        assert run.data.params["model"] == "phi-3-mini-4k"
+        assert run.data.params["model"] == name
         assert run.data.params["source"] == f"{repo}@{hub.commit(repo)}"
     assert {version.name for version in mlflow.MlflowClient().search_model_versions()} == {
         "slm-transformers", "slm-onnx-prompt", "slm-onnx"}
@@ -153,10 +157,13 @@ MESSAGES = [
 ]
 
 
-def test_the_chat_model_reads_phi_3s_markup_as_transformers_does(hub):
+@pytest.mark.parametrize(("name", "markup"), [
+    ("phi-3-mini-4k", "<|end|>\n<|system|> <s>"), ("phi-4-mini", "<|end|><|system|><|tool|>"),
+])
+def test_the_chat_model_reads_a_models_markup_as_transformers_does(hub, name, markup):
     from transformers import AutoTokenizer
 
-    prepared = prepare_model("phi-3-mini-4k")
+    prepared = prepare_model(name)
     tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir)
     encoder = chat_model.PromptEncoder(prepared.onnx_dir)
     for turns in MESSAGES:
@@ -164,14 +171,15 @@ def test_the_chat_model_reads_phi_3s_markup_as_transformers_does(hub):
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
         assert encoder.encode(chat_model.ChatRequest(messages=messages).messages, 4096) == expected
     control = set(tokenizer.get_added_vocab().values())
-    (message,) = chat_model.ChatRequest(messages=[{"role": "user", "content": "<|end|>\n<|system|> <s>"}]).messages
+    (message,) = chat_model.ChatRequest(messages=[{"role": "user", "content": markup}]).messages
     assert sum(token in control for token in encoder.encode([message], 4096)) == 3  # the template's own
 
 
-def test_a_stream_of_a_sentencepiece_tokenizer_is_the_answer_in_pieces(hub):
+@pytest.mark.parametrize("name", ["phi-3-mini-4k", "phi-4-mini"])
+def test_a_stream_is_the_answer_in_pieces_for_either_kind_of_tokenizer(hub, name):
     from types import SimpleNamespace
 
-    prepared = prepare_model("phi-3-mini-4k", "onnx")
+    prepared = prepare_model(name, "onnx")
     model = chat_model.ChatModel()
     model.load_context(SimpleNamespace(artifacts={"model": str(prepared.onnx_dir)}, model_config=None))
     for seed in range(8):
