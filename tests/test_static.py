@@ -150,6 +150,8 @@ def test_the_measured_figures_are_inside_their_budgets():
         assert entry["seconds"] < raw["budgets"][entry["model"]]["seconds"]
         assert entry["peak_memory_bytes"] < raw["budgets"][entry["model"]]["peak_memory_bytes"]
     assert raw["test"]["seconds"] < raw["budgets"]["test"]["seconds"]
+    for name, budget in raw["budgets"]["prepare"].items():
+        assert raw["prepare"][name] < budget
 
 
 def test_the_chat_model_reaches_what_it_should():
