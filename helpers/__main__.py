@@ -13,8 +13,8 @@ from helpers.errors import CourseError
 
 # No f-strings and no annotations in this file: an old Python must get as far as the sentence below.
 OLDEST, NEWEST = (3, 11), (3, 13)
-COMMANDS = ("run", "test", "lab", "ui", "bench", "doctor", "prepare", "notebook", "generate", "setup", "clean",
-            "distclean", "help")
+COMMANDS = ("run", "test", "lab", "ui", "bench", "doctor", "prepare", "notebook", "generate", "setup", "kit",
+            "clean", "distclean", "help")
 NEED_TESTS = ("test", "bench", "generate")
 
 
@@ -77,12 +77,12 @@ def _main(arguments):
     if command in ("clean", "distclean"):
         return setup.clean(everything=command == "distclean")
     tests = command in NEED_TESTS
-    if setup.inside_venv():
-        setup.set_up(tests)
-    elif command == "doctor" and not setup.is_set_up(tests):
-        from helpers.doctor import doctor
+    if command == "doctor" and (setup.inside_venv() or not setup.is_set_up(tests)):
+        from helpers.doctor import doctor  # it looks at what is there, and installs nothing
 
         return doctor()
+    if setup.inside_venv():
+        setup.set_up(tests)
     elif command != "help" and setup.differing_packages(tests):
         python = str(setup.set_up(tests))
         line = [python, "-m", "helpers"] + arguments

@@ -92,7 +92,7 @@ def _bench_prepare(folder):
         warm = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True,
                               capture_output=True, text=True).stdout
     figures = {"seconds": round(seconds, 1), "peak_memory_bytes": peak, "warm_seconds": round(float(warm), 4)}
-    print(f"smollm2-135m prepared: {seconds:.0f} s, {peak / 1e9:.2f} GB; found again in {float(warm):.3f} s", flush=True)
+    print(f"smollm2-135m: {seconds:.0f} s, {peak / 1e9:.2f} GB; found again in {float(warm):.3f} s", flush=True)
     return figures
 
 

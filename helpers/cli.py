@@ -11,6 +11,7 @@ from helpers.errors import CourseError
 from helpers.paths import BUILD, DATA, ROOT
 
 DEFAULT_MODEL = "smollm2-135m"
+SMALL_MODELS = ("tiny-phi3", DEFAULT_MODEL)
 # What `mlflow ui` and JupyterLab listen on: this machine alone.
 LOOPBACK = "127.0.0.1"
 
@@ -28,6 +29,8 @@ def main(arguments):
     notebook.add_argument("-p", metavar="NAME VALUE", help="as often as you like")
     prepare = commands.add_parser("prepare", help="download and convert a model")
     _add_model(prepare)
+    prepare.add_argument("--track", choices=("transformers", "onnx"), help="what one track needs; left out: both")
+    prepare.add_argument("--export", action="store_true", help="make the ONNX files of a hub: model here")
     commands.add_parser("test", help="run every test; further words go to pytest")
     commands.add_parser("lab", help="open JupyterLab on the course")
     commands.add_parser("ui", help="open the MLflow UI on the course's store").add_argument(
@@ -36,6 +39,7 @@ def main(arguments):
     commands.add_parser("doctor", help="say what this machine can run")
     commands.add_parser("generate", help="write environment.yml, constraints.txt and the README's table anew")
     commands.add_parser("setup", help="set up .venv and nothing else")
+    _add_kit(commands.add_parser("kit", help="build, serve or check an offline kit for a room without a network"))
     commands.add_parser("clean", help="remove build/")
     commands.add_parser("distclean", help="remove build/, data/models/ and .venv/")
     commands.add_parser("help", help="show this list")
@@ -54,7 +58,25 @@ def main(arguments):
 
 def _add_model(parser):
     parser.add_argument("--model", default=os.environ.get("COURSE_MODEL") or DEFAULT_MODEL,
-                        help="a name of data/models.toml")
+                        help="a name of data/models.toml, or hub:org/name")
+
+
+def _add_kit(parser):
+    from helpers.kit import PLATFORM_NAMES, PYTHONS
+
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="gather wheels, models and the course in a folder")
+    build.add_argument("folder", type=Path, metavar="DIR")
+    for option, choices, what in (("--model", None, f"names of models; left out: {' and '.join(SMALL_MODELS)}"),
+                                  ("--platform", list(PLATFORM_NAMES.values()), "left out: this machine's"),
+                                  ("--python", PYTHONS, "left out: the running one")):
+        build.add_argument(option, choices=choices, nargs="+", action="extend", default=[], help=what)
+    serve = actions.add_parser("serve", help="offer a kit to a room over HTTP")
+    serve.add_argument("folder", type=Path, metavar="DIR")
+    serve.add_argument("--host", default=LOOPBACK, help="0.0.0.0 for everybody in the network")
+    serve.add_argument("--port", type=_port, default=8750)
+    check = actions.add_parser("check", help="compare every file of a kit with what was built")
+    check.add_argument("address", metavar="DIR_OR_URL")
 
 
 def _split_parameters(arguments):
@@ -112,8 +134,10 @@ def _notebook(options):
 def _prepare(options):
     from helpers.models import prepare_model
 
-    prepared = prepare_model(options.model)
-    print(f"{prepared.card.title} is ready:\n  {prepared.transformers_dir}\n  {prepared.onnx_dir}")
+    prepared = prepare_model(options.model, options.track, options.export)
+    print(f"{prepared.card.title} is ready:")
+    for folder in filter(None, (prepared.transformers_dir, prepared.onnx_dir)):
+        print(f"  {folder}")
     return 0
 
 
@@ -121,7 +145,7 @@ def _test(words):
     # The model comes first: its progress bars belong in front of the tests, not inside one.
     from helpers.models import prepare_model
 
-    for name in ("tiny-phi3", DEFAULT_MODEL):
+    for name in SMALL_MODELS:
         prepare_model(name)
     command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", *words]
     return subprocess.call(command, cwd=ROOT)
@@ -176,6 +200,21 @@ def _doctor(options):
     from helpers.doctor import doctor
 
     return doctor()
+
+
+def _kit(options):
+    from helpers import kit
+
+    if options.action == "build":
+        from helpers import kit_build
+
+        return kit_build.build(options.folder.resolve(), options.model or SMALL_MODELS, options.platform,
+                               options.python)
+    if options.action == "serve":
+        from helpers import kit_serve
+
+        return kit_serve.serve(options.folder.resolve(), options.host, options.port)
+    return kit.check(options.address if "://" in options.address else str(Path(options.address).resolve()))
 
 
 def _generate(options):

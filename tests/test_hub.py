@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 from loopback_hub import LoopbackHub, certificate
-from phi3_layout import CPU, ONNX, PHI4_ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
+from phi3_layout import CPU, ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
 
 from helpers import CourseError, chat_model, check_fits, prepare_model
 from helpers.models import cache_state, cached_models, sha256
@@ -132,23 +132,33 @@ def test_any_repository_can_be_named(own, track):
     assert cached_models() == sorted([f"hub:{repo}", f"hub:{repo}@{own.commit(repo)}"])
 
 
-@pytest.mark.parametrize(("name", "repositories"), [
-    ("phi-3-mini-4k", (TORCH, ONNX)), ("phi-4-mini", (PHI4_TORCH, PHI4_ONNX)),
-])
-def test_both_notebooks_run_on_what_came_over_the_hub(hub, cache, python, store, name, repositories):
-    result = python("-m", "helpers", "run", "--model", name, network=False, HF_ENDPOINT=hub.url,
+def test_both_notebooks_run_on_what_came_over_the_hub(hub, cache, python, store):
+    result = python("-m", "helpers", "run", "--model", "phi-3-mini-4k", network=False, HF_ENDPOINT=hub.url,
                     COURSE_TRACKING_URI=store)
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.count("  Q  What is the capital of Spain?") == 2
     import mlflow
 
     mlflow.set_tracking_uri(store)
-    for experiment, repo in zip(("TransformerPipeline", "CustomPythonWrapper"), repositories, strict=True):
+    for experiment, repo in (("TransformerPipeline", TORCH), ("CustomPythonWrapper", ONNX)):
         (run,) = mlflow.search_runs(experiment_names=[experiment], output_format="list")
-        assert run.data.params["model"] == name
+        assert run.data.params["model"] == "phi-3-mini-4k"
         assert run.data.params["source"] == f"{repo}@{hub.commit(repo)}"
     assert {version.name for version in mlflow.MlflowClient().search_model_versions()} == {
         "slm-transformers", "slm-onnx-prompt", "slm-onnx"}
+
+
+def test_the_wrappers_need_no_change_for_phi_4_mini(hub, cache, python, store):
+    result = python("-m", "helpers", "notebook", "CustomPythonWrapper", "-p", "model", "phi-4-mini", "-p",
+                    "tracking_uri", store, network=False, HF_ENDPOINT=hub.url)
+    assert result.returncode == 0, result.stdout + result.stderr
+    import transformers
+
+    prepared = prepare_model("phi-4-mini", "transformers")
+    assert prepared.sources["transformers"] == f"{PHI4_TORCH}@{hub.commit(PHI4_TORCH)}"
+    pipeline = transformers.pipeline(prepared.card.task, model=str(prepared.transformers_dir), trust_remote_code=False)
+    conversation = pipeline([{"role": "user", "content": "Hi"}], max_new_tokens=5)[0]["generated_text"]
+    assert conversation[-1]["role"] == "assistant"
 
 
 MESSAGES = [

@@ -124,9 +124,7 @@ def test_a_mistyped_command_and_a_look_around_install_nothing(checkout):
     assert result.returncode == 1
     assert "There is no command called walk." in result.stderr
     assert user(checkout, "--help").returncode == 0
-    doctor = user(checkout, "doctor")
-    assert doctor.returncode == 1
-    assert "FAIL  the course's packages are not installed\n      Run: python -m helpers setup" in doctor.stdout
+    assert user(checkout, "doctor").returncode == 1
     assert not (checkout / ".venv").exists()
 
 
@@ -139,14 +137,6 @@ def test_an_unknown_command_names_the_ones_there_are(python):
     result = python("-m", "helpers", "walk")
     assert result.returncode == 1
     assert all(command in result.stderr for command in ("run", "test", "lab", "ui", "bench", "doctor"))
-
-
-def test_doctor_finds_this_machine_fit(python):
-    result = python("-m", "helpers", "doctor")
-    assert result.returncode == 0, result.stdout
-    assert "packages are as pinned" in result.stdout
-    assert "tiny-phi3: ready" in result.stdout
-    assert "FAIL" not in result.stdout
 
 
 def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(python, store):
