@@ -67,10 +67,10 @@ def _add_kit(parser):
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
     build = actions.add_parser("build", help="gather wheels, models and the course in a folder")
     build.add_argument("folder", type=Path, metavar="DIR")
-    for option, choices, what in (("--model", None, f"names of models; left out: {' and '.join(SMALL_MODELS)}"),
-                                  ("--platform", list(PLATFORM_NAMES.values()), "left out: this machine's"),
-                                  ("--python", PYTHONS, "left out: the running one")):
-        build.add_argument(option, choices=choices, nargs="+", action="extend", default=[], help=what)
+    many = {"nargs": "+", "action": "extend", "default": []}
+    build.add_argument("--model", help=f"names of models; left out: {' and '.join(SMALL_MODELS)}", **many)
+    build.add_argument("--platform", choices=list(PLATFORM_NAMES.values()), help="left out: this machine's", **many)
+    build.add_argument("--python", choices=PYTHONS, help="left out: the running one", **many)
     serve = actions.add_parser("serve", help="offer a kit to a room over HTTP")
     serve.add_argument("folder", type=Path, metavar="DIR")
     serve.add_argument("--host", default=LOOPBACK, help="0.0.0.0 for everybody in the network")
@@ -134,6 +134,8 @@ def _notebook(options):
 def _prepare(options):
     from helpers.models import prepare_model
 
+    if options.export and options.track == "transformers":
+        raise CourseError("--export makes ONNX files, and --track transformers wants none.", "Leave out one of them.")
     prepared = prepare_model(options.model, options.track, options.export)
     print(f"{prepared.card.title} is ready:")
     for folder in filter(None, (prepared.transformers_dir, prepared.onnx_dir)):

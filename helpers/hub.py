@@ -4,18 +4,23 @@
 at its import, whether it may use the network, and in the rest of the course it may not. It loads no model.
 """
 
+import errno
 import hashlib
 import json
+import os
 import re
 import ssl
 import sys
+import threading
 import time
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import httpx
 import tenacity
-from huggingface_hub import HfApi, constants
+import yaml
+from huggingface_hub import HfApi, ModelCard, constants
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -36,14 +41,15 @@ WEB = "https://huggingface.co"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What a tokenizer, a configuration or a reader needs. No *.py: the course runs no code of a repository.
 SMALL = (".json", ".jinja", ".txt", ".model", "README.md", "LICENSE")
+SMALL_BYTES = 100_000_000
 # Bytes that a cut connection may lose. The client's own blocks are of 10 MB: a minute of a bad network.
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
 BUSY = (429, 500, 502, 503, 504)
 TRIES, LONGEST_WAIT = 5, 60  # seconds
 
 
-def download(track, repo, revision, folder, onnx_folder=None):
-    """Bring the files of one track into ``folder``; what is there already and right, stays.
+def download(track, repo, folder, finished, *, revision=None, commit=None, onnx_folder=None):
+    """Bring the files of one track into ``folder``, but those that are right in ``folder`` or ``finished`` already.
 
     Parameters
     ----------
@@ -51,10 +57,12 @@ def download(track, repo, revision, folder, onnx_folder=None):
         ``"transformers"`` for safetensors, ``"onnx"`` for the folder of one ONNX model.
     repo : str
         Such as ``"microsoft/Phi-3-mini-4k-instruct"``.
-    revision : str or None
-        A commit, branch or tag; None for the repository's default branch.
-    folder : pathlib.Path
-        Exists. For ``"onnx"`` the files stand in it without their folder in the repository.
+    folder, finished : pathlib.Path
+        The first exists. For ``"onnx"`` the files stand in it without their folder in the repository.
+    revision : str, optional
+        A commit, branch or tag; left out, the repository's default branch.
+    commit : str, optional
+        The commit to look for first.
     onnx_folder : str, optional
         The folder in the repository; left out, the one for the CPU is looked for.
 
@@ -68,98 +76,150 @@ def download(track, repo, revision, folder, onnx_folder=None):
     CourseError
         All that can go wrong between here and a good folder.
     """
-    info = _retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
-    # A name goes to this disk: nothing in it may lead out of the folder, on Windows either.
-    listing = {sibling.rfilename: sibling for sibling in info.siblings if not re.search(r"[\\:]", sibling.rfilename)}
+    info = _info(repo, revision, commit)
+    listing = _listing(repo, info)
     if info.pipeline_tag not in (None, "text-generation"):
         raise CourseError(f"{repo} is a model for {info.pipeline_tag}, and the course runs text-generation.",
                           "Choose an instruct model.")
     prefix = ""
     if track == "onnx":
-        prefix = _onnx_folder(repo, listing, onnx_folder) + "/"
-        prefix = "" if prefix == "./" else prefix
-        wanted = [name for name in listing if name.startswith(prefix) and "/" not in name.removeprefix(prefix)
-                  and name.endswith((*SMALL, ".onnx", ".data"))]
-        first = [name for name in wanted if name.endswith(SMALL)]
+        prefix = (_onnx_folder(repo, listing, onnx_folder) + "/").removeprefix("./")
     else:
         _refuse_without_safetensors(repo, listing)
-        wanted = first = [name for name in listing if "/" not in name and name.endswith(SMALL)]
-    files = _Files(repo, info.sha, listing, folder, prefix)
+    here = [name for name in listing if name.startswith(prefix) and "/" not in name.removeprefix(prefix)]
+    files = _Files(repo, info.sha, listing, folder, finished, prefix)
     # The small files come first: they tell whether the large ones are worth the wait.
+    first = [name for name in here if name.endswith(SMALL) and listing[name].size <= SMALL_BYTES]
+    check_disk(repo, files.missing(first) / 1e6, folder)
     files.fetch(first, _Progress(None))
-    _refuse_without_template(repo, folder)
-    if track == "transformers":
-        wanted = [*first, *_safetensors(repo, listing, folder)]
-    facts = _facts(info, folder, [name.removeprefix(prefix) for name in wanted])
+    _refuse_without_template(repo, files, track)
+    wanted = [*first, *(_onnx_files(repo, files, here) if track == "onnx" else _safetensors(repo, files))]
+    facts = _facts(repo, info, files)
     facts["bytes"] = sum(listing[name].size for name in wanted)
     check_memory(repo, memory_needed(facts["bytes"]))
-    check_disk(repo, sum(files.missing(name) for name in wanted) / 1e6, folder)
+    check_disk(repo, files.missing(wanted) / 1e6, folder)
     files.fetch(wanted, _Progress(facts["bytes"]))
-    files.keep_only(wanted)
+    _drop_unreadable_card(files)
     return facts | {"sha256": files.sha256}
 
 
-def _facts(info, folder, names):
+def _info(repo, revision, commit):
+    """Return what the Hub says of a repository; of its newest commit where the recorded one is gone."""
+    try:
+        return _retried(lambda: HfApi().model_info(repo, revision=commit or revision, files_metadata=True))
+    except RevisionNotFoundError:
+        if not commit:
+            raise
+        return _retried(lambda: HfApi().model_info(repo, revision=revision, files_metadata=True))
+
+
+def _listing(repo, info):
+    """Return the files of a repository by name, those that have a plain name and a hash."""
+    listing, seen = {}, set()
+    for sibling in info.siblings or []:
+        name = sibling.rfilename
+        # It becomes a file on this disk: nothing in it may lead out of the folder, or be two files to Linux alone.
+        plain = all(re.fullmatch(r"[\w+-][\w.+-]*", part, re.ASCII) for part in name.split("/"))
+        if plain and type(sibling.size) is int and (sibling.lfs or sibling.blob_id) and name.lower() not in seen:
+            listing[name] = sibling
+            seen.add(name.lower())
+    return listing
+
+
+def _facts(repo, info, files):
     """Return what a repository says about its model, as far as the course shows it."""
-    config = _read_json(folder / "config.json")
-    genai = _read_json(folder / "genai_config.json").get("model", {})
+    config, genai = files.read_json("config.json"), files.read_json("genai_config.json").get("model", {})
+    nested = config.get("text_config") if isinstance(config.get("text_config"), dict) else {}
+    lengths = (genai.get("context_length"), config.get("max_position_embeddings"), config.get("n_positions"),
+               nested.get("max_position_embeddings"))
+    context_length = next((length for length in lengths if type(length) is int and length > 0), None)
+    if context_length is None:
+        raise CourseError(f"{repo} does not say how many tokens its model takes.",
+                          "Choose another repository; its config.json has max_position_embeddings.")
     licence = (info.card_data or {}).get("license")
     return {
         "commit": info.sha,
         "licence": licence if isinstance(licence, str) else "not stated",
         "task": "text-generation",
-        "context_length": genai.get("context_length") or config.get("max_position_embeddings"),
-        "parameters": info.safetensors.total if info.safetensors and "config.json" in names else None,
+        "context_length": context_length,
+        "parameters": info.safetensors.total if info.safetensors and not genai else None,
     }
 
 
+def _drop_unreadable_card(files):
+    """Leave out a model card whose fields nobody can read: the course then writes one."""
+    path = files.path("README.md")
+    if files.name("README.md") in files.listing and path.exists():
+        try:
+            ModelCard.load(path)
+        except (ValueError, yaml.YAMLError):  # UnicodeDecodeError is a ValueError
+            files.sha256.pop("README.md")
+
+
 class _Files:
-    """The files of one commit, and the folder that they go to.
+    """The files of one commit, and the folders that they go to.
 
     Parameters
     ----------
     repo, commit : str
     listing : dict of str to huggingface_hub.hf_api.RepoSibling
         With sizes and hashes.
-    folder : pathlib.Path
+    folder, finished : pathlib.Path
+        Where they arrive; where some may be already.
     prefix : str
         What to leave out at the start of a name.
     """
 
-    def __init__(self, repo, commit, listing, folder, prefix):
-        self.repo, self.commit, self.listing, self.folder, self.prefix = repo, commit, listing, folder, prefix
+    def __init__(self, repo, commit, listing, folder, finished, prefix):
+        self.repo, self.commit, self.listing = repo, commit, listing
+        self.folder, self.finished, self.prefix = folder, finished, prefix
         self.sha256 = {}
 
-    def path(self, name):
-        return self.folder / name.removeprefix(self.prefix)
+    def name(self, short):
+        """Return the name in the repository."""
+        return self.prefix + short
+
+    def path(self, short):
+        """Return where a file is, or will be."""
+        arrived = self.folder / short
+        return self.finished / short if short in self.sha256 and not arrived.exists() else arrived
+
+    def read_json(self, short):
+        """Return the object in a file that is here; an empty one for anything else."""
+        if short not in self.sha256:
+            return {}
+        try:
+            content = json.loads(self.path(short).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            return {}
+        return content if isinstance(content, dict) else {}
 
     def incomplete(self, name):
         """Return the file that a download goes on in. Its name holds the hash: other content, other file."""
-        sibling = self.listing[name]
+        sibling, short = self.listing[name], name.removeprefix(self.prefix)
         digest = sibling.lfs.sha256 if sibling.lfs else sibling.blob_id
-        return self.path(name).with_name(f"{self.path(name).name}.{digest[:12]}.incomplete")
+        return self.folder / f"{short}.{digest[:12]}.incomplete"
 
-    def missing(self, name):
+    def missing(self, names):
         """Return the bytes that are still to come."""
-        there = next((path.stat().st_size for path in (self.path(name), self.incomplete(name)) if path.exists()), 0)
-        return max(self.listing[name].size - there, 0)
+        total = 0
+        for name in names:
+            short = name.removeprefix(self.prefix)
+            there = (self.folder / short, self.incomplete(name), self.finished / short)
+            total += max(self.listing[name].size - max((path.stat().st_size for path in there if path.is_file()),
+                                                       default=0), 0)
+        return total
 
     def fetch(self, names, progress):
         """Bring each file that is not here yet, one after the other, and check what came."""
         for name in names:
-            path = self.path(name)
-            if path.name not in self.sha256 and not (path.exists() and self._is_right(name)):
-                self._fetch_one(name, progress)
+            short = name.removeprefix(self.prefix)
+            if short not in self.sha256 and not any(self._is_right(name, place / short)
+                                                    for place in (self.folder, self.finished)):
+                self._fetch_one(name, short, progress)
             progress.finished(self.listing[name].size)
 
-    def keep_only(self, names):
-        """Remove what an earlier try left behind."""
-        wanted = {self.path(name) for name in names}
-        for path in self.folder.iterdir():
-            if path not in wanted:
-                path.unlink()
-
-    def _fetch_one(self, name, progress):
+    def _fetch_one(self, name, short, progress):
         sibling, incomplete = self.listing[name], self.incomplete(name)
         url = hf_hub_url(self.repo, name, revision=self.commit)
 
@@ -172,17 +232,18 @@ class _Files:
                          headers=build_hf_headers(), tqdm_class=progress.bar)
 
         _retried(get)
-        incomplete.replace(self.path(name))
-        if not self._is_right(name):
-            self.path(name).unlink()
+        arrived = self.folder / short
+        incomplete.replace(arrived)
+        if not self._is_right(name, arrived):
+            arrived.unlink()
             raise CourseError(
                 f"{name} of {self.repo} came with other content than the Hub lists: its hash is another.",
                 "Run this again; if it stays, something between you and the Hub changes files: ask who runs the proxy.")
 
-    def _is_right(self, name):
+    def _is_right(self, name, path):
         """Tell whether a file has the hash that the Hub lists: sha256, or git's for what git itself keeps."""
-        sibling, path = self.listing[name], self.path(name)
-        if path.stat().st_size != sibling.size:
+        sibling = self.listing[name]
+        if not path.is_file() or path.stat().st_size != sibling.size:
             return False
         digest = hashlib.sha256()
         blob = hashlib.sha1(b"blob %d\0" % sibling.size, usedforsecurity=False)
@@ -191,8 +252,10 @@ class _Files:
                 digest.update(block)
                 if not sibling.lfs:
                     blob.update(block)
-        self.sha256[path.name] = digest.hexdigest()
-        return digest.hexdigest() == sibling.lfs.sha256 if sibling.lfs else blob.hexdigest() == sibling.blob_id
+        right = digest.hexdigest() == sibling.lfs.sha256 if sibling.lfs else blob.hexdigest() == sibling.blob_id
+        if right:
+            self.sha256[path.name] = digest.hexdigest()
+        return right
 
 
 class _Progress:
@@ -264,47 +327,81 @@ def _refuse_without_safetensors(repo, listing):
                       f"Choose the repository that {repo} was made from, or look at {WEB}/{repo}/tree/main.")
 
 
-def _safetensors(repo, listing, folder):
+def _safetensors(repo, files):
     """Return the names of the weights, and insist that the Hub has each."""
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(_read_json(index).get("weight_map", {}).values())) if index.exists() else ["model.safetensors"]
-    for name in names:
-        if name not in listing or "/" in name:
-            raise CourseError(f"{repo} says that it has {name}, and the Hub has no such file.",
+    index, names = "model.safetensors.index.json", ["model.safetensors"]
+    if index in files.listing:
+        weight_map = files.read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) for name in names):
+            raise CourseError(f"{index} of {repo} names no weights.",
                               f"Look at {WEB}/{repo}/tree/main, and choose another revision: hub:{repo}@REVISION.")
-    return names
+    for name in sorted(set(names)):
+        # Whatever an index says: nothing but safetensors comes.
+        if name not in files.listing or "/" in name or not name.endswith(".safetensors"):
+            raise CourseError(f"{repo} says that it has {name}, and the Hub has no such safetensors.",
+                              f"Look at {WEB}/{repo}/tree/main, and choose another revision: hub:{repo}@REVISION.")
+    config = files.read_json("config.json")
+    if config.get("auto_map"):
+        # Its folder tells whether transformers has the model built in, and does not take seconds to import.
+        built_in = Path(find_spec("transformers").origin).with_name("models") / str(config.get("model_type"))
+        if not built_in.is_dir():
+            raise CourseError(f"{repo} needs code of its own to be loaded, and the course runs no repository's code.",
+                              "Choose a model of a kind that transformers has built in, such as Phi-3.")
+    return sorted(set(names))
 
 
-def _refuse_without_template(repo, folder):
-    """Raise an error unless a tokenizer's folder has a chat template."""
-    # The user's own template stands in the finished folder, beside this one.
-    own = folder.with_name(folder.name.split(".")[0]) / "chat_template.jinja"
-    if (folder / "chat_template.jinja").exists() or own.exists() \
-            or "chat_template" in _read_json(folder / "tokenizer_config.json"):
+def _onnx_files(repo, files, here):
+    """Return the names of an ONNX model and its weights, and refuse what would load a library of somebody's."""
+    config = files.read_json("genai_config.json")
+    decoder = config.get("model", {}).get("decoder", {}) if isinstance(config.get("model"), dict) else {}
+    graph = decoder.get("filename") if isinstance(decoder, dict) else None
+    if not isinstance(graph, str) or files.name(graph) not in here or not graph.endswith(".onnx"):
+        raise CourseError(f"genai_config.json of {repo} names no ONNX file that is there.",
+                          f"Look at {WEB}/{repo}/tree/main, and choose another revision: hub:{repo}@REVISION.")
+    for key, value in _walk(config):
+        if key == "custom_ops_library" or (key == "provider_options" and value):
+            raise CourseError(f"genai_config.json of {repo} sets {key}, which can load a library and run any code.",
+                              "Choose another repository: the course takes plain models for the CPU.")
+    return [name for name in here if name.endswith(".onnx") or re.search(r"[._]data(\.\d+)?$", name)]
+
+
+def _walk(value):
+    """Yield every key and value of nested objects and lists."""
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield key, inner
+        yield from _walk(inner)
+
+
+def _refuse_without_template(repo, files, track):
+    """Raise an error unless there is a tokenizer with a chat template."""
+    if "tokenizer.json" not in files.sha256:
+        raise CourseError(f"{repo} has no tokenizer.json, which both tracks read.",
+                          "Choose a repository that has one; most that transformers has saved do.")
+    own = files.finished / "chat_template.jinja"
+    template = files.read_json("tokenizer_config.json").get("chat_template")
+    if isinstance(template, list) and track == "transformers":  # several, by name
+        template = next((each.get("template") for each in template if isinstance(each, dict)
+                         and each.get("name") == "default"), None)
+    if "chat_template.jinja" in files.sha256 or own.exists() or (isinstance(template, str) and template.strip()):
         return
     raise CourseError(
         f"{repo} has no chat template: nothing says how a conversation becomes its prompt, and llm/v1/chat needs that.",
         f"Choose an instruct model, or write the template that its authors describe to {own}, and run this again.")
 
 
-def _read_json(path):
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
-
-
 # --- what goes wrong on the way ---------------------------------------------------------------
 
 
 def _is_passing(error):
-    return isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY
+    return isinstance(error, httpx.ReadError | httpx.RemoteProtocolError) \
+        or (isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY)
 
 
 def _wait(state):
     """Return the seconds that the Hub asks for, or twice as many as the last time."""
-    asked = state.outcome.exception().response.headers.get("Retry-After", "")
+    error = state.outcome.exception()
+    asked = error.response.headers.get("Retry-After", "") if isinstance(error, HfHubHTTPError) else ""
     return min(int(asked) if asked.isdigit() else 2 ** (state.attempt_number - 1), LONGEST_WAIT)
 
 
@@ -315,7 +412,7 @@ def _retried(call):
 
 
 def explain(error, repo):
-    """Return the CourseError that says in two sentences what stopped a download, or None.
+    """Return the CourseError that says in two sentences what stopped a download; None for what a disk refuses.
 
     Parameters
     ----------
@@ -346,7 +443,8 @@ def explain(error, repo):
         if status in (401, 403):
             return CourseError(f"The Hub refuses {repo} to this token.",
                                f"Make a read token on {WEB}/settings/tokens and set HF_TOKEN to it, or unset HF_TOKEN.")
-        return CourseError(f"The Hub answers {status} for {repo}, also after {TRIES} tries.",
+        tries = f", also after {TRIES} tries" if status in BUSY else ""
+        return CourseError(f"The Hub answers {status} for {repo}{tries}.",
                            "Run this again later; what has arrived stays.")
     certificate = _certificate_trouble(error)
     if certificate:
@@ -364,7 +462,13 @@ def explain(error, repo):
             or (isinstance(error, OSError) and "Consistency check failed" in str(error)):
         return CourseError(f"Something between you and {endpoint} answers in its place, such as a proxy's login page.",
                            "Log in to the network in a browser, or set HTTPS_PROXY, and run this again.")
-    return None
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES):
+        return None  # the disk's own errors have their sentences
+    if isinstance(error, httpx.RequestError | httpx.InvalidURL | OSError | UnicodeError | ValueError):
+        return CourseError(f"The way to {endpoint} does not work: {type(error).__name__}: {str(error)[:200]}.",
+                           "Look at HF_ENDPOINT, HTTPS_PROXY, SSL_CERT_FILE and HF_TOKEN: unset what you do not need.")
+    return CourseError(f"The Hub describes {repo} in a way that its client does not read: {type(error).__name__}.",
+                       "Choose another repository or revision, and report it if it was one of the course's.")
 
 
 def _certificate_trouble(error):
@@ -378,11 +482,15 @@ def _certificate_trouble(error):
 
 def main(arguments):
     """Download for the process that started this one, and print facts or an error as a line of JSON."""
-    track, repo, revision, folder, onnx_folder = arguments
+    # When that process ends, however it ends, so does this one: nobody else may write to its folder.
+    threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
+    order = json.loads(arguments[0])
+    folder, finished = Path(order.pop("folder")), Path(order.pop("finished"))
     try:
-        result = {"facts": download(track, repo, revision or None, Path(folder), onnx_folder or None)}
+        result = {"facts": download(order.pop("track"), order["repo"], folder, finished,
+                                    **{key: value for key, value in order.items() if key != "repo"})}
     except Exception as error:
-        known = explain(error, repo)
+        known = explain(error, order["repo"])
         if known is None:
             raise
         result = {"error": [known.what, known.fix]}

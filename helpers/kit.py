@@ -27,8 +27,8 @@ from helpers.paths import ROOT
 MANIFEST, INDEX, WHEELS_INDEX, COURSE = "manifest.json", "index.html", "wheels/index.html", "course.zip"
 # One more where an older reader would misread what `kit build` writes.
 FORMAT = 1
-# What `kit build --platform` calls the systems that `platform.system()` names.
-PLATFORM_NAMES = {"Windows": "windows", "Darwin": "macos", "Linux": "linux"}
+# What `kit build --platform` calls the systems and processors that `platform` names.
+PLATFORM_NAMES = {("Windows", "AMD64"): "windows", ("Darwin", "arm64"): "macos", ("Linux", "x86_64"): "linux"}
 PYTHONS = ("3.11", "3.12", "3.13")
 BLOCK = 1 << 20
 LARGEST_MANIFEST = 64 << 20
@@ -56,13 +56,15 @@ def open_kit():
     return read_kit(address) if address else None
 
 
-def read_kit(address):
+def read_kit(address, complete=True):
     """Read the manifest of a kit.
 
     Parameters
     ----------
     address : str
         An ``http`` or ``https`` URL, or a folder. A relative folder starts at the course's folder.
+    complete : bool, optional
+        Whether a kit that is still being built is refused.
 
     Returns
     -------
@@ -77,15 +79,33 @@ def read_kit(address):
     try:
         with contextlib.closing(kit.open(MANIFEST)[0]) as stream:
             text = stream.read(LARGEST_MANIFEST)
-    except (urllib.error.HTTPError, FileNotFoundError, NotADirectoryError):
-        raise CourseError(f"{kit.address} is no kit: it has no {MANIFEST}.",
-                          "Name what `kit serve` printed, such as http://192.168.1.5:8750, or the folder that "
-                          "`kit build` filled.") from None
+    except urllib.error.HTTPError as error:
+        if error.code != http.HTTPStatus.NOT_FOUND:
+            raise CourseError(f"{kit.address} answers with HTTP {error.code} instead of a kit's {MANIFEST}.",
+                              "A proxy may stand in between, or the server be busy: set NO_PROXY to the kit's address, "
+                              "and run this again.") from None
+        raise _no_kit(kit) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise _no_kit(kit) from None
+    except ValueError:
+        raise _no_address(address) from None
     except (*BROKEN, OSError) as error:
         raise CourseError(f"The kit {kit.address} has no answer: {_reason(error)}.",
                           "Check the address, that `kit serve` runs there, and that this machine is in the same "
                           "network; or take the kit on a stick and set COURSE_KIT to its folder.") from None
-    return Kit(kit.address, _manifest(text, kit.address))
+    return Kit(kit.address, _manifest(text, kit.address, complete))
+
+
+def _no_kit(kit):
+    return CourseError(f"{kit.address} is no kit: it has no {MANIFEST}.",
+                       "Name what `kit serve` printed, such as http://192.168.1.5:8750, or the folder that "
+                       "`kit build` filled.")
+
+
+def _no_address(address):
+    return CourseError(f"{re.sub('//.*@', '//', address)!r} is no address that a kit is read from.",
+                       "Set COURSE_KIT to a URL such as http://192.168.1.5:8750, without a name or a password, or to a "
+                       "folder.")
 
 
 def local_address(url):
@@ -188,15 +208,16 @@ class Kit:
         try:
             receipt = json.loads(text)
             # Names that the manifest has lead nowhere out of a folder.
-            whole = {f"models/{name}/{part}/{file}" for file in receipt["files"]} == set(self._part(name, part))
+            whole = {f"models/{name}/{part}/{file}" for file in receipt["files"]} == set(self._part(name, part)) \
+                and isinstance(receipt["recipe"], dict) and isinstance(receipt["facts"], dict)
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
             raise self._changed(path)
         return receipt
 
-    def fetch(self, name, part, folder):
-        """Bring every file of one part of a model into a folder, and check each one's sha256.
+    def fetch(self, name, part, folder, finished=None):
+        """Bring every file of one part of a model into a folder, check each one's sha256, and return these by file.
 
         What is whole in ``folder`` stays, and half a file, with ``.part`` behind its name, is completed.
 
@@ -208,6 +229,13 @@ class Kit:
             ``"transformers"`` or ``"onnx"``.
         folder : pathlib.Path
             It exists.
+        finished : pathlib.Path, optional
+            A folder that may have some of the files already: these are left out.
+
+        Returns
+        -------
+        dict of str to str
+            The sha256 of every file of the part.
 
         Raises
         ------
@@ -223,12 +251,18 @@ class Kit:
         with progress_bar(f"Fetching {name} ({part}) from the kit",
                           sum(entry["size"] for entry in wanted.values())) as bar:
             for path, entry in wanted.items():
-                target = folder / path.removeprefix(f"models/{name}/{part}/")
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not (is_size(target, entry["size"]) and sha256(target) == entry["sha256"]):
-                    self._fetch_file(path, target, bar, done)
+                short = path.removeprefix(f"models/{name}/{part}/")
+                if not any(is_size(place / short, entry["size"]) and sha256(place / short) == entry["sha256"]
+                           for place in filter(None, (folder, finished))):
+                    (folder / short).parent.mkdir(parents=True, exist_ok=True)
+                    self._fetch_file(path, folder / short, bar, done)
                 done += entry["size"]
                 bar.update(done - bar.n)
+        return {path.removeprefix(f"models/{name}/{part}/"): entry["sha256"] for path, entry in wanted.items()}
+
+    def size(self, name, part):
+        """Return the bytes of one part of a model."""
+        return sum(entry["size"] for entry in self._part(name, part).values())
 
     def problems(self, hashes=True):
         """Yield a line for each file that is not as it was built.
@@ -239,11 +273,15 @@ class Kit:
             Whether to read every file; without, the sizes are compared.
         """
         total = sum(entry["size"] for entry in self.files.values())
+        root = None if self.is_url else Path(self.address).resolve()
         with progress_bar("Checking the kit", total) if hashes else contextlib.nullcontext() as bar:
             for name, entry in self.files.items():
+                if root and not (root / name).resolve().is_relative_to(root):
+                    yield f"{name} lies outside of the kit's folder, behind a link."
+                    continue
                 try:
                     if hashes:
-                        size, digest = self._measure(name, bar)
+                        size, digest = self._measure(name, bar, entry["size"])
                     else:
                         size, digest = Path(self.place(name)).stat().st_size, entry["sha256"]
                 except (FileNotFoundError, NotADirectoryError):
@@ -270,11 +308,11 @@ class Kit:
         prefix = f"models/{name}/{part}/"
         return {path: entry for path, entry in self.files.items() if path.startswith(prefix)}
 
-    def _measure(self, name, bar):
-        """Return the size and the sha256 of a file."""
+    def _measure(self, name, bar, expected):
+        """Return the size and the sha256 of a file; of one that does not end where it should, a little more."""
         size, digest = 0, hashlib.sha256()
         with contextlib.closing(self.open(name)[0]) as stream:
-            while block := stream.read(BLOCK):
+            while size <= expected and (block := stream.read(BLOCK)):
                 digest.update(block)
                 size += len(block)
                 bar.update(len(block))
@@ -354,8 +392,8 @@ def check(address):
         print(f"FAIL  {problem}")
     megabytes = sum(entry["size"] for entry in kit.files.values()) / 1e6
     if problems:
-        print(f"{len(problems)} of {len(kit.files)} files are not as they were built. Build it again: "
-              f"{build_command(kit)}")
+        again = "Tell whoever serves it" if kit.is_url else f"Build it again: {build_command(kit)}"
+        print(f"{len(problems)} of {len(kit.files)} files are not as they were built. {again}")
     else:
         print(f"{len(kit.files)} files, {megabytes:,.0f} MB: as they were built.")
     return int(bool(problems))
@@ -367,7 +405,9 @@ def build_command(kit, platforms=(), pythons=()):
     manifest = kit.manifest
     for option, names, more in (("--model", manifest["models"], ()), ("--platform", manifest["platforms"], platforms),
                                 ("--python", manifest["pythons"], pythons)):
-        words += [option, *dict.fromkeys([*names, *more])]
+        known = [name for name in dict.fromkeys([*names, *more]) if option != "--platform" or name in
+                 PLATFORM_NAMES.values()]  # left out, it means the machine that builds
+        words += [option, *known] if known else []
     return " ".join(words)
 
 
@@ -397,17 +437,27 @@ def is_size(path, size):
 
 def _normal(address):
     """Return a URL without what a browser's address line has behind it, or an absolute folder."""
+    address = address.strip()
     if re.match(r"https?://", address, re.IGNORECASE):
         address = re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address)
         scheme, rest = address.split("://", 1)
+        try:
+            parts = urlsplit(address)
+            whole = parts.hostname and (parts.port is None or parts.port > 0) and parts.username is None
+        except ValueError:
+            whole = False
+        if not whole:
+            raise _no_address(address)
         return f"{scheme.lower()}://{rest}"
     if "://" in address:
-        raise CourseError(f"{address} is no address that a kit is read from.",
-                          "Set COURSE_KIT to a URL such as http://192.168.1.5:8750, or to a folder.")
-    return str((ROOT / Path(address).expanduser()).resolve())
+        raise _no_address(address)
+    try:
+        return str((ROOT / Path(address).expanduser()).resolve())
+    except RuntimeError:  # ~somebody who is not here
+        raise _no_address(address) from None
 
 
-def _manifest(text, address):
+def _manifest(text, address, complete):
     """Return the manifest in ``text``, or raise CourseError where it is none that can be trusted to name files."""
     if text.lstrip()[:1] == b"<":
         raise CourseError(f"{address} answers with a web page instead of a kit's {MANIFEST}.",
@@ -415,27 +465,34 @@ def _manifest(text, address):
                           "to the kit's address.")
     try:
         manifest = json.loads(text)
-        wrong = [name for name, entry in manifest["files"].items()
-                 if not _is_plain(name) or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]) or entry["size"] < 0]
-        if wrong or not all(isinstance(manifest[key], list) for key in ("models", "platforms", "pythons")):
-            raise ValueError(wrong)
-        version, complete = int(manifest["format"]), manifest["complete"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+        sound = (type(manifest["format"]) is int and type(manifest["complete"]) is bool
+                 and all(is_plain(name) and _is_entry(entry) for name, entry in manifest["files"].items())
+                 # They come back as words of a command in an error.
+                 and all(re.fullmatch(r"[\w.:/@ -]+", word, re.ASCII)
+                         for key in ("models", "platforms", "pythons") for word in manifest[key]))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        sound = False
+    if not sound:
         raise CourseError(f"The {MANIFEST} of the kit {address} is broken.",
-                          "Build or copy the kit again.") from None
-    if version > FORMAT:
+                          "Build or copy the kit again.")
+    if manifest["format"] > FORMAT:
         raise CourseError(f"The kit {address} was built by a newer version of the course.",
                           f"Take the course from it, too: {COURSE} lies beside its {MANIFEST}.")
-    if not complete:
+    if complete and not manifest["complete"]:
         raise CourseError(f"The kit {address} is not finished.",
                           "Run `kit build` with the same folder again: it goes on where it stopped.")
     return manifest
 
 
-def _is_plain(name):
+def _is_entry(entry):
+    return type(entry["size"]) is int and 0 <= entry["size"] < 1 << 60 \
+        and bool(re.fullmatch("[0-9a-f]{64}", entry["sha256"]))
+
+
+def is_plain(name):
     """Tell whether a name stays inside the kit, on every system: no drive, no stream, no way up."""
-    return not re.search(r"[\\:\0]", name) and str(PurePosixPath(name)) == name and name not in (".", "") \
-        and not name.startswith("/") and ".." not in name.split("/")
+    return name.isprintable() and not re.search(r"[\\:]", name) and str(PurePosixPath(name)) == name \
+        and name not in (".", "") and not name.startswith("/") and ".." not in name.split("/")
 
 
 def _reason(error):

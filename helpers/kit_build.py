@@ -11,12 +11,10 @@ import json
 import os
 import platform
 import shutil
-import subprocess
 import sys
 import time
 import tomllib
 import zipfile
-from pathlib import Path
 from urllib.parse import quote
 
 import nbformat
@@ -45,13 +43,15 @@ from helpers.kit_wheels import (
     missing_wheels,
     this_platform,
 )
-from helpers.machine import free_disk
+from helpers.machine import free_disk, too_large
 from helpers.models import prepare_model
 from helpers.paths import DATA, ROOT, model_cache
 
-# What a checkout without git has besides the course's own files.
-NOT_OURS = {".git", ".venv", "build", "mlruns", "mlflow.db", "__pycache__", ".ipynb_checkpoints",
-            ".pytest_cache", ".ruff_cache", ".hypothesis"}
+# The course, and what lies among it that is not the course's.
+COURSE_PARTS = (".ci", ".gitattributes", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
+                "MLproject", "Makefile", "README.md", "constraints.txt", "data", "environment.yml", "helpers",
+                "notebooks", "pyproject.toml", "tests")
+NOT_OURS = {"__pycache__", ".ipynb_checkpoints", ".DS_Store"}
 
 
 def build(folder, models, platforms=(), pythons=()):
@@ -76,13 +76,15 @@ def build(folder, models, platforms=(), pythons=()):
     Raises
     ------
     CourseError
-        An unknown model, no package index or no wheel in it, only a CUDA build of torch, a full disk, a folder that
-        is a file, or a file in it that is somebody else's.
+        An unknown model, no package index or no wheel in it, only a CUDA build of torch, a full disk, or a folder
+        that is a file, holds something else than a kit, or is the course's own.
     """
+    os.environ.pop("COURSE_KIT", None)  # a kit is made from the originals
     models = list(dict.fromkeys(models))
     platforms = list(dict.fromkeys(platforms or [this_platform()]))
     pythons = list(dict.fromkeys(pythons or ["{}.{}".format(*sys.version_info[:2])]))
     homes = {name: find_card(name).folder for name in models}
+    _refuse_other_folders(folder)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         head = {"format": FORMAT, "course": _version(), "built_on": platform.platform(), "models": models,
@@ -90,13 +92,13 @@ def build(folder, models, platforms=(), pythons=()):
         targets = [Target(*pair) for pair in itertools.product(platforms, pythons)]
         with _alone(folder), _Site(folder, head) as site:
             for name in models:
-                prepare_model(name)
+                _prepare(name)
             _check_space(site, homes.values(), targets)
             for name, home in homes.items():
                 _add_model(site, name, home)
             for target in targets:
                 add_wheels(site, target)
-            site.add(COURSE, lambda draft: _write_course(draft, folder))
+            site.add(COURSE, _write_course)
             keep_wanted_wheels(site, targets)
             site.add(WHEELS_INDEX, lambda draft: draft.write_text(_wheels_page(site.wanted), encoding="utf-8"))
             site.add(INDEX, lambda draft: draft.write_text(_page(site), encoding="utf-8"))
@@ -108,6 +110,26 @@ def build(folder, models, platforms=(), pythons=()):
     return 0
 
 
+def _refuse_other_folders(folder):
+    """Raise CourseError unless a folder is new, empty or a kit, and apart from the course and its models."""
+    if any(place.is_relative_to(folder) or folder.is_relative_to(own) for place, own in (
+            (ROOT, ROOT / "data"), (model_cache(), model_cache()))):
+        raise CourseError(f"{folder} holds the course or its models.", "Build into a folder of its own, such as kit.")
+    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
+        try:
+            read_kit(str(folder), complete=False)
+        except CourseError:
+            raise CourseError(f"{folder} holds something else than a kit.", "Build into a new or an empty folder.",
+                              ) from None
+
+
+def _prepare(name):
+    """Prepare a model; a repository of the Hub for the one track that somebody has prepared it for."""
+    card = find_card(name)
+    parts = [receipt.name.split(".")[0] for receipt in _receipts(card.folder)]
+    prepare_model(name, parts[0] if "hub" in card.source and len(parts) == 1 else None)
+
+
 class _Site:
     """The folder of a kit while it is built: what its manifest lists, and what of that is wanted still."""
 
@@ -116,7 +138,7 @@ class _Site:
         self.staging = folder / "kit.partial"
         try:
             self.listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
+        except FileNotFoundError:
             self.listed = {}
         shutil.rmtree(self.staging, ignore_errors=True)
         self.staging.mkdir()
@@ -177,8 +199,8 @@ class _Site:
         """Remove what an earlier build listed and this one does not want, and write the manifest."""
         for name in self.listed.keys() - self.wanted.keys():
             path = self.folder / name
-            if ".." in Path(name).parts or not path.resolve().is_relative_to(self.folder.resolve()):
-                continue
+            if not path.resolve().is_relative_to(self.folder.resolve()):
+                continue  # behind a link that somebody has made
             path.unlink(missing_ok=True)
             for parent in path.parents:  # a folder that somebody has put a file into stays
                 if parent == self.folder or not parent.is_dir() or any(parent.iterdir()):
@@ -215,7 +237,9 @@ def _disk_errors(folder):
             raise CourseError(f"The disk is full: {free_disk(folder):,.0f} MB are free in {folder}.",
                               "Free some space, or ask for fewer models, platforms and Pythons, and run this again; "
                               "what is finished stays.") from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if error.errno == errno.EFBIG:
+            raise too_large(folder) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
             raise CourseError(f"{folder} cannot be written as a folder.",
                               "Name a folder that is yours: python -m helpers kit build DIR") from error
         raise
@@ -275,43 +299,25 @@ def _add_model(site, name, home):
 # --- the course and the pages -----------------------------------------------------------------
 
 
-def course_files(kit_folder):
-    """Return the course's own files, sorted, without the kit that may lie between them."""
-    asked = ["git", "-C", str(ROOT), "rev-parse", "--show-toplevel"]
-    try:
-        top = subprocess.run(asked, capture_output=True, text=True, encoding="utf-8")
-        ours = top.returncode == 0 and Path(top.stdout.strip()).resolve() == ROOT
-    except FileNotFoundError:  # no git on this machine
-        ours = False
-    if ours:
-        # With the modules that are not committed yet: what is committed may import them.
-        lists = (["--cached"], ["--others", "--exclude-standard", "helpers"])
-        names = {name for words in lists for name in subprocess.run(
-            ["git", "-C", str(ROOT), "ls-files", "-z", *words], capture_output=True, text=True, encoding="utf-8",
-            check=True).stdout.split("\0") if name}
-        files = [ROOT / name for name in names]
-    else:
-        files = _walk({kit_folder, model_cache(), DATA / "models"})
-    return sorted(path for path in files if path.is_file() and not path.is_relative_to(kit_folder))
+def course_files():
+    """Return the course's own files, sorted: what a user put beside them stays where it is."""
+    files = []
+    for name in COURSE_PARTS:
+        files += [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*")
+    return sorted(path for path in files if path.is_file() and not NOT_OURS & set(path.relative_to(ROOT).parts)
+                  and not path.is_relative_to(DATA / "models"))
 
 
-def _walk(leave_out):
-    """Yield the files of a checkout that git does not know."""
-    for parent, folders, names in os.walk(ROOT):
-        folders[:] = [name for name in folders if name not in NOT_OURS and not name.endswith(".egg-info")
-                      and Path(parent) / name not in leave_out]
-        yield from (Path(parent) / name for name in names if name not in NOT_OURS)
-
-
-def _write_course(draft, kit_folder):
+def _write_course(draft):
     """Write the course as an archive that is the same, byte for byte, as long as no file is touched."""
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in course_files(kit_folder):
+        for path in course_files():
             data = path.read_bytes()
             if path.suffix == ".ipynb":
                 data = _without_outputs(data)
             # The files' own times: Python takes a module that was unpacked over an older one for the older by them.
-            when = max(time.localtime(path.stat().st_mtime)[:6], (1980, 1, 1, 0, 0, 0))
+            # An archive knows those of 1980 to 2107.
+            when = min(max(time.localtime(path.stat().st_mtime)[:6], (1980, 1, 1, 0, 0, 0)), (2107, 12, 31, 0, 0, 0))
             entry = zipfile.ZipInfo("slm-mlflow-course/" + path.relative_to(ROOT).as_posix(), when)
             entry.compress_type = zipfile.ZIP_DEFLATED
             entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16

@@ -14,7 +14,6 @@ from starlette.routing import Route
 from helpers.errors import CourseError
 from helpers.kit import INDEX, MANIFEST, WHEELS_INDEX, build_command, read_kit
 
-EVERYWHERE = ("0.0.0.0", "::")
 PAGES = {"": INDEX, "wheels/": WHEELS_INDEX}
 
 
@@ -46,7 +45,7 @@ def serve(folder, host, port):
     # Bound here, not by uvicorn: two servers that start at once cannot both find the port free.
     with _listen(folder, host, port) as listener:
         print(f"The kit {folder}, {len(kit.files)} files   (Ctrl-C ends it)")
-        for address in _addresses() if host in EVERYWHERE else [host]:
+        for address in _addresses() if host == "0.0.0.0" else [host]:
             print(f"  http://{f'[{address}]' if ':' in address else address}:{port}")
         if host in ("127.0.0.1", "localhost", "::1"):
             print("This machine alone can read it. To offer it to everybody in the network: "
@@ -92,11 +91,14 @@ def application(kit):
 def _listen(folder, host, port):
     """Return a socket that listens, or say why there is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not host:
+        raise CourseError("--host is empty.", "Name 127.0.0.1 for this machine alone, or 0.0.0.0 for the room.")
     try:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         if error.errno == errno.EADDRINUSE or getattr(error, "winerror", None) == 10048:
-            again = f'python -m helpers kit serve "{folder}" --host {host} --port {port + 1}'
+            other = port + 1 if port < 65535 else port - 1
+            again = f'python -m helpers kit serve "{folder}" --host {host} --port {other}'
             raise CourseError(f"Port {port} is taken.", f"Choose another one: {again}") from None
         raise CourseError(f"This machine cannot listen on {host}, port {port}: {error.strerror or error}.",
                           "Use --host 0.0.0.0 for every address of this machine, and a port above 1023.") from None

@@ -12,7 +12,6 @@ import platform
 import re
 import subprocess
 import sys
-import zipfile
 from dataclasses import dataclass
 
 from packaging.markers import default_environment
@@ -22,7 +21,7 @@ from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel
 
 from helpers import setup
 from helpers.errors import CourseError
-from helpers.kit import PLATFORM_NAMES, progress_bar, sha256
+from helpers.kit import PLATFORM_NAMES, progress_bar
 from helpers.paths import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -90,10 +89,8 @@ class Target:
 
 def this_platform():
     """Return the name of this machine's system: a key of ``PLATFORMS``, or a name of its own."""
-    name = PLATFORM_NAMES.get(platform.system())
-    if name and PLATFORMS[name]["platform_machine"] == platform.machine():
-        return name
-    return f"{platform.system()} {platform.machine()}"
+    machine = platform.system(), platform.machine()
+    return PLATFORM_NAMES.get(machine, " ".join(machine))
 
 
 def _wheels(folder):
@@ -114,14 +111,9 @@ def _answers(wheel, requirement, tags):
 
 def missing_wheels(site, target, wanted):
     """Return the requirements that no whole wheel of the kit answers."""
-    tags, wheels = target.tags(), [wheel for wheel in _wheels(site.folder / "wheels") if _whole(site, wheel[0])]
+    tags, wheels = target.tags(), [wheel for wheel in _wheels(site.folder / "wheels")
+                                   if site.has(f"wheels/{wheel[0].name}")]
     return [one for one in wanted if not any(_answers(wheel, one, tags) for wheel in wheels)]
-
-
-def _whole(site, path):
-    """Tell whether a wheel is as it is listed, or, put there by hand, at least an archive to its end."""
-    name = f"wheels/{path.name}"
-    return bool(site.has(name)) if name in site.listed else zipfile.is_zipfile(path)
 
 
 def add_wheels(site, target):
@@ -176,7 +168,7 @@ def _pip(site, target, arguments):
     scratch.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "pip", *map(str, arguments), "--disable-pip-version-check"]
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-    done = subprocess.run(command, env=dict(os.environ, PYTHONUTF8="1", **places), stdout=subprocess.PIPE,
+    done = subprocess.run(command, env=dict(os.environ, PYTHONUTF8="1", PIP_USER="0", **places), stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
     if done.returncode == 0:
         return
@@ -194,7 +186,8 @@ def _pip(site, target, arguments):
                           "run this again; what is finished stays.")
     last = next((line.strip() for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
     raise CourseError(f"pip failed to fetch the wheels for {system}: {last[:300]}",
-                      "Run this again; if it stays, report it with that line.")
+                      "Look at pip's own settings (python -m pip config list) and run this again; if it stays, report "
+                      "it with that line.")
 
 
 def keep_wanted_wheels(site, targets):
@@ -204,8 +197,5 @@ def keep_wanted_wheels(site, targets):
         tags, wanted = target.tags(), [one for patch in PATCHES for one in target.requirements(patch)]
         for wheel in wheels:
             name = f"wheels/{wheel[0].name}"
-            if name not in site.wanted and _whole(site, wheel[0]) and any(
-                    _answers(wheel, one, tags) for one in wanted):
-                status = wheel[0].stat()
-                site.keep(name, site.has(name) or {"size": status.st_size, "sha256": sha256(wheel[0]),
-                                                   "mtime_ns": status.st_mtime_ns})
+            if name not in site.wanted and site.has(name) and any(_answers(wheel, one, tags) for one in wanted):
+                site.keep(name, site.has(name))

@@ -35,7 +35,9 @@ def free_disk(folder):
     folder : pathlib.Path
         Absolute; it need not exist.
     """
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
+    if there is None:
+        raise CourseError(f"There is no disk for {folder}.", "Choose a folder on a disk that is there.")
     return shutil.disk_usage(there).free / 1e6
 
 
@@ -71,8 +73,8 @@ def check_memory(title, needed):
     """Raise CourseError unless ``needed`` megabytes of memory are free."""
     free = free_memory()
     if free < needed:
-        raise CourseError(f"{title} takes {needed:,.0f} MB of memory, and {free:,.0f} MB are free.",
-                          f"Close programs, or choose a smaller model{_smaller(needed, free)}.")
+        raise CourseError(f"{title} takes {math.ceil(needed):,} MB of memory, and {free:,.0f} MB are free.",
+                          f"Close programs{_or_smaller('memory', needed, free)}.")
 
 
 def check_disk(title, needed, folder):
@@ -83,17 +85,26 @@ def check_disk(title, needed, folder):
 
 def disk_full(title, needed, folder):
     """Return the CourseError that says what is missing on the disk of ``folder``, in megabytes where it is known."""
+    free = free_disk(folder)
     room = f"{math.ceil(needed):,} MB" if needed else "more room"
     return CourseError(
-        f"The disk is too full: {title} takes {room} in {folder}, and {free_disk(folder):,.0f} MB are free.",
-        "Free some space, or set COURSE_CACHE to a folder on another disk, and run this again; what is finished stays.",
+        f"The disk is too full: {title} takes {room} in {folder}, and {free:,.0f} MB are free.",
+        f"Free some space, or set COURSE_CACHE to a folder on another disk{_or_smaller('disk', needed or 0, free)}; "
+        "what is finished stays.",
     )
 
 
-def _smaller(needed, free):
-    """Name the largest model of the catalogue that takes less memory and fits."""
-    fitting = [card for card in read_catalogue().values() if card.memory < needed and card.memory <= free]
+def too_large(folder):
+    """Return the CourseError for a file system that has a limit for one file, as a stick's FAT32 has: 4 GB."""
+    return CourseError(f"The disk of {folder} cannot hold a file of that size.",
+                       "Format it as exFAT, or choose a folder on another disk.")
+
+
+def _or_smaller(what, needed, free):
+    """Name the largest model of the catalogue that takes less memory or disk, and fits; nothing where none does."""
+    fitting = {name: getattr(card, what) for name, card in read_catalogue().items()
+               if getattr(card, what) < needed and getattr(card, what) <= free}
     if not fitting:
         return ""
-    card = max(fitting, key=lambda card: card.memory)
-    return f", such as {card.name} ({card.memory:,} MB)"
+    name = max(fitting, key=fitting.get)
+    return f", or choose a smaller model, such as {name} ({fitting[name]:,} MB)"

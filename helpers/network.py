@@ -18,6 +18,7 @@ from urllib.request import getproxies, proxy_bypass
 
 from helpers.catalogue import read_catalogue
 from helpers.errors import CourseError
+from helpers.kit import open_kit
 from helpers.paths import ROOT
 
 # Seconds, for all that is asked at once.
@@ -139,8 +140,6 @@ def clock(ahead):
 
 def kit():
     """Return the line on the offline kit, and None: its clock may be off as well."""
-    from helpers.kit import open_kit
-
     try:
         return ("OK", f"the kit {open_kit().address} answers", ""), None
     except CourseError as error:

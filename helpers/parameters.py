@@ -106,15 +106,20 @@ def check_fits(prepared, messages, max_tokens):
         The prompt and its answer are too long together, or a message holds the model's own markup,
         which would let the one who writes it speak in another role.
     """
+    from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir or prepared.onnx_dir)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir or prepared.onnx_dir, trust_remote_code=False)
     for message in messages:
         for token in tokenizer.get_added_vocab():
-            if token in message["content"]:
+            if token.strip() and token in message["content"]:
                 raise CourseError(f"The {message['role']}'s text holds {token}, which is markup to this model.",
                                   "Take it out, or write it with a space inside.")
-    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    try:
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except (TemplateError, ValueError) as error:
+        raise CourseError(f"The model's chat template refuses this conversation: {error}.",
+                          "Choose an instruct model whose template takes a system message and a user's.") from None
     count = len(tokenizer.encode(prompt, add_special_tokens=False))
     context_length = prepared.card.context_length
     if count + max_tokens > context_length:

@@ -4,6 +4,8 @@ import os
 import sys
 from pathlib import Path
 
+from helpers.errors import CourseError
+
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = ROOT / "notebooks"
 DATA = ROOT / "data"
@@ -21,8 +23,17 @@ def model_cache():
     -------
     pathlib.Path
         It may not exist yet.
+
+    Raises
+    ------
+    CourseError
+        COURSE_CACHE begins with ``~`` and a name that nobody has here.
     """
-    return (ROOT / Path(os.environ.get("COURSE_CACHE") or DATA / "models").expanduser()).resolve()
+    try:
+        return (ROOT / Path(os.environ.get("COURSE_CACHE") or DATA / "models").expanduser()).resolve()
+    except RuntimeError:
+        raise CourseError("COURSE_CACHE begins with the home folder of somebody who is not here.",
+                          "Set it to a folder that is yours.") from None
 
 
 def tracking_uri():

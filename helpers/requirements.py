@@ -2,6 +2,8 @@
 
 import importlib.metadata
 
+from helpers.setup import GPU_BUILDS
+
 
 def pinned(*names):
     """Return exact requirements for ``pip_requirements=``.
@@ -9,7 +11,8 @@ def pinned(*names):
     Parameters
     ----------
     *names : str
-        Distribution names, such as ``"torch"``.
+        Distribution names, such as ``"torch"``. Where a build for a GPU is installed in a package's place, such as
+        onnxruntime-genai-cuda, that one is named.
 
     Returns
     -------
@@ -17,4 +20,13 @@ def pinned(*names):
         Such as ``["torch==2.13.0"]``. A build tag such as ``+cpu`` is left out: the machine
         that loads the model may offer another build.
     """
-    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
+    return [f"{build}=={version.split('+')[0]}" for build, version in map(_installed, names)]
+
+
+def _installed(name):
+    for build in GPU_BUILDS.get(name, ()):
+        try:
+            return build, importlib.metadata.version(build)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return name, importlib.metadata.version(name)

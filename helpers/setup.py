@@ -20,12 +20,14 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from helpers.errors import CourseError
-from helpers.kit import PLATFORM_NAMES, WHEELS_INDEX, build_command, local_address, open_kit, this_machine
+from helpers.kit import COURSE, PLATFORM_NAMES, WHEELS_INDEX, build_command, local_address, open_kit, this_machine
 from helpers.paths import BUILD, DATA, ROOT, VENV, VENV_PYTHON
 
 # PyTorch's own index of CPU builds, https://pytorch.org/get-started/locally. On Linux the
 # build on PyPI is the CUDA one: 3 GB that a CPU never uses.
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# Distributions with the same modules, for a GPU.
+GPU_BUILDS = {"onnxruntime-genai": ("onnxruntime-genai-cuda", "onnxruntime-genai-directml")}
 LOG = BUILD / "setup.log"
 STAMP, TESTS_STAMP = VENV / "course.stamp", VENV / "course-tests.stamp"
 
@@ -63,13 +65,20 @@ def differing_packages(tests=False):
     """
     differing = {}
     for name, pinned in pins(tests).items():
-        try:
-            installed = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            installed = None
+        installed = installed_version(name)
         if installed is None or installed.split("+")[0] != pinned:
             differing[name] = (pinned, installed)
     return differing
+
+
+def installed_version(name):
+    """Return the version of a package, or of its build for a GPU that stands in its place; None for neither."""
+    for build in (name, *GPU_BUILDS.get(name, ())):
+        try:
+            return importlib.metadata.version(build)
+        except importlib.metadata.PackageNotFoundError:
+            pass
+    return None
 
 
 def is_set_up(tests):
@@ -262,9 +271,13 @@ def _explain_kit(kit, missing, lost, text):
         return CourseError(f"The kit {kit.address} has stopped answering.",
                            "Check that `kit serve` still runs there and that this machine is in the same network, and "
                            "run this again.")
+    python = "{}.{}".format(*sys.version_info[:2])
+    system = PLATFORM_NAMES.get((platform.system(), platform.machine()))
+    if missing and system in kit.manifest["platforms"] and python in kit.manifest["pythons"]:
+        return CourseError(f"The kit has another version of {re.split('[=<>~! ]', missing[1])[0]} than this course.",
+                           f"Take the course from the kit, too: {kit.place(COURSE)}.")
     if missing:
-        system = PLATFORM_NAMES.get(platform.system())
-        again = build_command(kit, [system] if system else [], ["{}.{}".format(*sys.version_info[:2])])
+        again = build_command(kit, [system] if system else [], [python])
         return CourseError(f"The kit has no wheel of {re.split('[=<>~! ]', missing[1])[0]} for {this_machine()}.",
                            f"Use a Python that it was built for ({', '.join(kit.manifest['pythons'])} on "
                            f"{', '.join(kit.manifest['platforms'])}), or build it with: {again}")

@@ -3,8 +3,6 @@
 A processor without an instruction or a broken library ends a process: that one, and not the one that asks.
 """
 
-import contextlib
-import io
 import os
 import re
 import signal
@@ -12,7 +10,6 @@ import subprocess
 import sys
 import time
 
-from helpers.errors import CourseError
 from helpers.paths import ROOT, model_cache
 
 TRACK_PATIENCE = 120  # seconds
@@ -20,29 +17,33 @@ TRACK_PATIENCE = 120  # seconds
 
 def smoke():
     """Yield a line for each track, once it has generated five tokens in a process of its own."""
-    from helpers.models import prepare_model
-
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):  # the progress bars
-            prepare_model("tiny-phi3")
-    except CourseError as error:
-        yield "FAIL", error.what, error.fix
+    code, said = _run("helpers", "prepare", "--model", "tiny-phi3")
+    if code:
+        told = re.search(r"^error: (.*)\n +(.*)$", said, re.MULTILINE)
+        yield ("FAIL", *told.groups()) if told else (
+            "FAIL", "tiny-phi3 could not be prepared, or another process is at it",
+            "Wait for the other process, and run: python -m helpers prepare --model tiny-phi3")
         return
     for name, track in (("A", "transformers"), ("B", "onnx")):
         begun = time.perf_counter()
-        try:
-            tried = subprocess.run([sys.executable, "-m", "helpers.smoke", track], cwd=ROOT, text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=TRACK_PATIENCE,
-                                   encoding="utf-8", errors="replace", env=dict(os.environ, PYTHONUTF8="1"))
-            code, said = tried.returncode, tried.stdout
-        except subprocess.TimeoutExpired:
-            code, said = 1, f"no answer in {TRACK_PATIENCE} s"
+        code, said = _run("helpers.smoke", track)
         if code == 0:
             tokens = re.search(r"^tokens: (\d+)$", said, re.MULTILINE)[1]
             seconds = time.perf_counter() - begun
             yield "OK", f"track {name} generated {tokens} tokens on tiny-phi3 in {seconds:.0f} s, loading included", ""
         else:
             yield _failure(name, code, said)
+
+
+def _run(*words):
+    """Run one of the course's modules; return its exit code, and what it printed."""
+    try:
+        tried = subprocess.run([sys.executable, "-m", *words], cwd=ROOT, text=True, stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, timeout=TRACK_PATIENCE, encoding="utf-8", errors="replace",
+                               env=dict(os.environ, PYTHONUTF8="1"))
+    except subprocess.TimeoutExpired:
+        return 1, f"no answer in {TRACK_PATIENCE} s"
+    return tried.returncode, tried.stdout
 
 
 def _failure(track, code, said):

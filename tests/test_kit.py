@@ -258,7 +258,7 @@ def only_wheels(folder, *names, requires=""):
                            f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n{requires}")
             wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n")
             wheel.writestr(f"{info}/RECORD", "")
-    return {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": str(folder), "HTTPS_PROXY": NOBODY,
+    return {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder.as_uri(), "HTTPS_PROXY": NOBODY,
             "https_proxy": NOBODY}
 
 
@@ -431,7 +431,7 @@ def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_pa
             return answer, answer.read()
 
         for path in ("/../secret", "/%2e%2e/secret", "/..%2fsecret", "/wheels/../../secret", "/%2e%2e%5csecret",
-                     f"/{tmp_path}/secret", f"//{tmp_path}/secret", "/notes.txt", "/link.txt", "/.lock", "/wheels",
+                     f"/{quote(str(tmp_path))}/secret", f"//{quote(str(tmp_path))}/secret", "/notes.txt", "/link.txt", "/.lock", "/wheels",
                      "/models/", "/nothing", "/wheels/index.html/", "/%00", "/%ff"):
             answer, body = ask(path)
             assert (path, answer.status) == (path, 404)
@@ -731,7 +731,7 @@ def test_a_wheel_that_the_kit_lacks_is_taken_from_nowhere_else(empty, course, bi
         list_wheel(empty, wheel, sha256(wheel))
     with web_server(empty) if over_http else contextlib.nullcontext(str(empty)) as address:
         # What the kit lacks, the first would have; with the second, pip would take no wheel at all.
-        result = user(course, "setup", COURSE_KIT=address, PIP_FIND_LINKS=str(big / "wheels"), PIP_NO_BINARY=":all:")
+        result = user(course, "setup", COURSE_KIT=address, PIP_FIND_LINKS=(big / "wheels").as_uri(), PIP_NO_BINARY=":all:")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "The kit has no wheel of {} for Python {}.{} on ".format(lacks, *sys.version_info[:2]) in result.stderr
     assert "--platform windows " in result.stderr.replace("windows linux", "windows ")
