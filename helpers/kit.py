@@ -103,7 +103,8 @@ def _no_kit(kit):
 
 
 def _no_address(address):
-    return CourseError(f"{re.sub('//.*@', '//', address)!r} is no address that a kit is read from.",
+    shown = re.sub("//.*@", "//", address)  # a password stays unsaid
+    return CourseError(f"{shown} is no address that a kit is read from.",
                        "Set COURSE_KIT to a URL such as http://192.168.1.5:8750, without a name or a password, or to a "
                        "folder.")
 
@@ -209,7 +210,7 @@ class Kit:
             receipt = json.loads(text)
             # Names that the manifest has lead nowhere out of a folder.
             whole = {f"models/{name}/{part}/{file}" for file in receipt["files"]} == set(self._part(name, part)) \
-                and isinstance(receipt["recipe"], dict) and isinstance(receipt["facts"], dict)
+                and isinstance(receipt["recipe"], dict) and isinstance(receipt.setdefault("facts", {}), dict)
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
@@ -440,7 +441,7 @@ def _normal(address):
     address = address.strip()
     if re.match(r"https?://", address, re.IGNORECASE):
         address = re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address)
-        scheme, rest = address.split("://", 1)
+        scheme, _, rest = address.partition("://")
         try:
             parts = urlsplit(address)
             whole = parts.hostname and (parts.port is None or parts.port > 0) and parts.username is None

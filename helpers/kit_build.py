@@ -51,7 +51,7 @@ from helpers.paths import DATA, ROOT, model_cache
 COURSE_PARTS = (".ci", ".gitattributes", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
                 "MLproject", "Makefile", "README.md", "constraints.txt", "data", "environment.yml", "helpers",
                 "notebooks", "pyproject.toml", "tests")
-NOT_OURS = {"__pycache__", ".ipynb_checkpoints", ".DS_Store"}
+NOT_OURS = {"__pycache__", ".ipynb_checkpoints", ".DS_Store", "mlruns", "mlflow.db"}
 
 
 def build(folder, models, platforms=(), pythons=()):

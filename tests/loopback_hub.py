@@ -6,6 +6,8 @@ It serves folders: ``root/org/name/...``. https://huggingface.co/docs/hub/api an
 import hashlib
 import json
 import re
+import socket
+import struct
 import threading
 import time
 from collections import Counter
@@ -36,7 +38,8 @@ class LoopbackHub:
         Bytes of content by path.
     faults : dict of str to list
         What happens to the next requests for a path that ends with the key, one each: a status such as 500,
-        ``("busy", seconds)``, ``("cut", bytes)``, ``("trickle", seconds)``, ``"html"``, or None for nothing.
+        ``("busy", seconds)``, ``("cut", bytes)``, ``("reset", bytes)``, ``("trickle", seconds)``, ``"html"``, or None
+        for nothing.
         The key ``"*"`` stands for all; ``"info"`` for the listing.
     forever : dict of str to object
         The same, each time.
@@ -163,7 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         kind, amount = fault if isinstance(fault, tuple) else (None, 0)
-        part = content[:amount] if kind == "cut" else content
+        part = content[:amount] if kind in ("cut", "reset") else content
         step = max(len(part) // 10, 1) if kind == "trickle" else len(part) or 1
         try:
             for start in range(0, len(part), step):
@@ -173,9 +176,13 @@ class _Handler(BaseHTTPRequestHandler):
                 time.sleep(amount if kind == "trickle" else 0)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        if kind == "cut":
+        if kind in ("cut", "reset"):
             self.wfile.flush()
             self.close_connection = True
+        if kind == "reset":  # the connection breaks, where a cut one ends too early
+            time.sleep(0.5)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
 
 def certificate(folder, first, last):

@@ -14,6 +14,7 @@ import time
 from datetime import datetime, timedelta
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from loopback_hub import LoopbackHub, certificate
@@ -228,6 +229,19 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub):
     assert ranges == ["", "bytes=65536-", "bytes=131072-"]
 
 
+def test_a_broken_connection_goes_on_where_it_stopped(hub):
+    hub.faults = {SHARD: [("reset", 140_000)]}
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert [asked for _, path, asked in hub.asked if path.endswith(SHARD)] == ["", "bytes=131072-"]
+
+
+def test_a_commit_that_is_gone_gives_way_to_the_newest(own):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    (own.root / TORCH / "config.json").write_text((own.root / TORCH / "config.json").read_text() + "\n")
+    (prepared.transformers_dir / SHARD).unlink()
+    assert prepare_model("phi-3-mini-4k", "transformers").sources["transformers"] == f"{TORCH}@{own.commit(TORCH)}"
+
+
 def test_a_network_that_is_gone_leaves_what_arrived_and_the_next_call_goes_on(hub, cache):
     hub.faults = {SHARD: [("cut", 70_000)]}
     hub.forever = {SHARD: ("cut", 0)}
@@ -375,6 +389,97 @@ def test_pickles_are_refused_with_the_reason(own):
     assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} has no model.safetensors")
 
 
+def _change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("evil", ["pytorch_model.bin", "configuration_phi3.py", "../x.safetensors", "a/b.safetensors"])
+def test_an_index_cannot_name_anything_but_safetensors(own, evil):
+    (own.root / TORCH / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    _change(own.root / TORCH / "model.safetensors.index.json", weight_map={"a": SHARD, "b": evil})
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} says that it has {evil}, and the Hub has no")
+    assert not [name for name in files_asked(own) if name.endswith((".bin", ".py", SHARD))]
+
+
+@pytest.mark.parametrize("weight_map", [{}, [], None, {"a": 1}])
+def test_an_index_that_names_no_weights_is_refused(own, weight_map):
+    _change(own.root / TORCH / "model.safetensors.index.json", weight_map=weight_map)
+    assert refused("phi-3-mini-4k", "transformers").startswith("model.safetensors.index.json of microsoft/Phi-3-mini-")
+
+
+@pytest.mark.parametrize(("options", "key"), [
+    ({"custom_ops_library": "ops.data"}, "custom_ops_library"), ({"provider_options": [{"cuda": {}}]}, "provider_op"),
+])
+def test_an_onnx_model_that_would_load_a_library_is_refused(own, options, key):
+    file = own.root / ONNX / CPU / "genai_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"] |= options
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (file.parent / "ops.data").write_bytes(b"\x7fELF")
+    says = refused("phi-3-mini-4k", "onnx")
+    assert f"sets {key}" in says
+    assert "run any code" in says
+    assert not [name for name in files_asked(own) if name.endswith((".onnx", ".data"))]
+
+
+@pytest.mark.parametrize("graph", ["../../secret.onnx", "other.onnx", "genai_config.json", 5])
+def test_an_onnx_file_that_is_not_there_is_refused(own, graph):
+    file = own.root / ONNX / CPU / "genai_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["filename"] = graph
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert refused("phi-3-mini-4k", "onnx").startswith(f"genai_config.json of {ONNX} names no ONNX file that is there")
+
+
+def test_weights_of_an_onnx_model_come_under_any_of_their_names(own):
+    folder = own.root / ONNX / CPU
+    for name in ("model.onnx_data", "model.onnx_data.1", "model.onnx.data.1"):
+        (folder / name).write_bytes(b"weights")
+    prepared = prepare_model("phi-3-mini-4k", "onnx")
+    assert (prepared.onnx_dir / "model.onnx_data").read_bytes() == b"weights"
+    assert (prepared.onnx_dir / "model.onnx_data.1").exists()
+    assert (prepared.onnx_dir / "model.onnx.data.1").exists()
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_before_its_weights_travel(own):
+    _change(own.root / TORCH / "config.json", model_type="homemade")
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} needs code of its own to be loaded")
+    assert SHARD not in files_asked(own)
+
+
+def test_a_model_that_does_not_say_its_context_is_refused_before_its_weights_travel(own):
+    _change(own.root / TORCH / "config.json", max_position_embeddings="4k")
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} does not say how many tokens its model takes")
+    assert SHARD not in files_asked(own)
+
+
+def test_without_a_tokenizer_nothing_travels(own):
+    (own.root / TORCH / "tokenizer.json").unlink()
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} has no tokenizer.json")
+
+
+def test_a_model_card_that_nobody_can_read_is_replaced(own):
+    from huggingface_hub import ModelCard
+
+    (own.root / TORCH / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    assert ModelCard.load(prepared.transformers_dir / "README.md").data.license == "mit"
+
+
+@pytest.mark.parametrize("says", [{"siblings": None}, {"siblings": [{"rfilename": "config.json"}]}, {"cardData": "x"}])
+def test_a_listing_that_makes_no_sense_is_refused_in_sentences(hub, says):
+    hub.says = {TORCH: says}
+    refused("phi-3-mini-4k", "transformers")
+
+
+def test_a_template_that_refuses_a_conversation_is_named(own):
+    _change(own.root / TORCH / "tokenizer_config.json",
+            chat_template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    with pytest.raises(CourseError, match=r"refuses this conversation: no system role\. Choose an instruct model"):
+        check_fits(prepared, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], 10)
+
+
 def test_a_model_for_another_task_is_refused(hub):
     hub.says = {TORCH: {"pipeline_tag": "text-to-image"}}
     assert refused("phi-3-mini-4k").startswith(f"{TORCH} is a model for text-to-image, and the course runs text-gen")
@@ -454,6 +559,60 @@ def test_a_truncated_file_alone_is_fetched_again_and_the_users_own_stays(hub, ca
     assert f"{SHARD} is not as it was written" in capsys.readouterr().out
     assert cache_state("phi-3-mini-4k") == "ready"
     assert (prepared.transformers_dir / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_file_of_the_users_is_put_aside_and_not_written_over(hub, cache, capsys):
+    folder = cache / "phi-3-mini-4k" / "transformers"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert (folder / "README.md.yours").read_text(encoding="utf-8") == "mine"
+    assert "yours is now README.md.yours" in capsys.readouterr().out
+
+
+def test_files_that_were_moved_before_an_interruption_are_not_fetched_again(hub, cache):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    receipt = cache / "phi-3-mini-4k" / "transformers.receipt.json"
+    # What stands between the first file that is moved and the last line.
+    known = json.loads(receipt.read_text(encoding="utf-8"))
+    receipt.write_text(json.dumps(known | {"recipe": None, "facts": {}}), encoding="utf-8")
+    hub.asked.clear()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert not files_asked(hub)
+    assert (prepared.transformers_dir / SHARD).is_file()
+
+
+def test_a_repair_without_a_network_leaves_the_folder_as_it_was(hub, cache):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    (prepared.transformers_dir / "LICENSE").unlink()
+    before = sorted(path.name for path in prepared.transformers_dir.iterdir())
+    hub.forever = {"*": 500}
+    refused("phi-3-mini-4k", "transformers")
+    assert sorted(path.name for path in prepared.transformers_dir.iterdir()) == before
+
+
+def test_a_receipt_that_names_a_file_elsewhere_is_not_believed(hub, cache, tmp_path):
+    prepare_model("phi-3-mini-4k", "transformers")
+    (tmp_path / "victim").write_text("mine", encoding="utf-8")
+    receipt = cache / "phi-3-mini-4k" / "transformers.receipt.json"
+    known = json.loads(receipt.read_text(encoding="utf-8"))
+    known["files"]["../../../victim"] = {"size": 1, "mtime_ns": 1, "sha256": "0" * 64}
+    receipt.write_text(json.dumps(known | {"recipe": None}), encoding="utf-8")
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert (tmp_path / "victim").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_download_ends_with_the_process_that_wants_it(hub, cache):
+    hub.faults = {SHARD: [("trickle", 2)]}
+    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not hub.sent[f"{TORCH}/{SHARD}"]:
+        assert process.poll() is None
+        time.sleep(0.02)
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    child.wait(timeout=20)  # raises an error where it goes on
 
 
 def test_a_folder_on_another_disk_works_through_a_link(hub, cache, tmp_path):

@@ -19,14 +19,14 @@ import threading
 import time
 import zipfile
 from pathlib import Path
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import pytest
 from conftest import OURS, ROOT
 from packaging.tags import sys_tags
 from test_setup import user
 
-from helpers import CourseError
+from helpers import CourseError, kit_build, kit_serve
 from helpers.kit import MANIFEST, check, local_address, open_kit, read_kit, sha256
 from helpers.kit_build import build
 from helpers.kit_wheels import PLATFORMS, Target
@@ -258,8 +258,8 @@ def only_wheels(folder, *names, requires=""):
                            f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n{requires}")
             wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n")
             wheel.writestr(f"{info}/RECORD", "")
-    return {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder.as_uri(), "HTTPS_PROXY": NOBODY,
-            "https_proxy": NOBODY}
+    return {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder.as_uri(),
+            "HTTPS_PROXY": NOBODY, "https_proxy": NOBODY}
 
 
 def test_the_cuda_build_of_torch_is_refused(tmp_path, python):
@@ -304,22 +304,42 @@ def test_a_second_build_keeps_what_is_there_drops_what_is_stale_and_leaves_the_u
     assert kit.unknown() == ["my.txt", "wheels/my notes.txt"]
 
 
-def test_a_file_of_somebody_else_is_not_written_over(tmp_path, few):
+@pytest.mark.parametrize("there", [
+    {"index.html": "my site"}, {"manifest.json": '{"name": "my app"}'}, {"photos/a.jpg": "mine"},
+    {"manifest.json": '{"files": {"thesis.txt": {"size": 4}}}', "thesis.txt": "mine"},
+])
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, few, there):
     folder = tmp_path / "kit"
-    folder.mkdir()
-    (folder / "index.html").write_text("my site", encoding="utf-8")
-    with pytest.raises(CourseError, match=r"index\.html is there already, and no kit has written it\. Move it away"):
+    for name, text in there.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(CourseError, match=r"kit holds something else than a kit\. Build into a new or an empty folder"):
         build(folder, ["tiny-phi3"], ["linux"], ["3.13"])
-    assert (folder / "index.html").read_text(encoding="utf-8") == "my site"
+    assert {name: (folder / name).read_text(encoding="utf-8") for name in files(folder)} == there
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT.parent, ROOT / "data", ROOT / "data" / "models"])
+def test_a_kit_is_not_built_over_the_course_or_its_models(folder):
+    with pytest.raises(CourseError, match="holds the course or its models"):
+        build(folder, ["tiny-phi3"])
 
 
 def test_a_manifest_cannot_make_a_build_remove_what_is_outside(small, few, tmp_path):
     (tmp_path / "precious").write_text("mine", encoding="utf-8")
     change_manifest(small, lambda manifest: manifest["files"].update(
         {"../precious": {"size": 4, "sha256": sha256(tmp_path / "precious")}}))
-    build(small, ["tiny-phi3"], ["linux"], ["3.13"])
+    with pytest.raises(CourseError, match="something else than a kit"):
+        build(small, ["tiny-phi3"], ["linux"], ["3.13"])
     assert (tmp_path / "precious").exists()
-    assert "../precious" not in read_kit(str(small)).files
+
+
+def test_the_course_in_a_kit_is_all_of_it_and_nothing_else():
+    ours = {path.relative_to(ROOT).as_posix() for path in kit_build.course_files()}
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()} <= ours
+    assert not [name for name in ours if name.startswith(("data/models/", "build/", ".venv/"))]
 
 
 def test_a_model_that_is_not_in_the_catalogue_is_refused_before_anything_is_made(tmp_path):
@@ -402,7 +422,7 @@ def test_check_names_a_file_that_is_not_as_it_was_built(small, damage, says, ove
     printed = capsys.readouterr().out
     assert f"FAIL  {name} {says}" in printed
     assert printed.count("FAIL") == 1
-    assert "Build it again: python -m helpers kit build" in printed
+    assert ("Tell whoever serves it" if over_http else "Build it again: python -m helpers kit build") in printed
 
 
 def test_check_names_a_file_that_is_the_users_and_does_not_fail(small, capsys):
@@ -415,12 +435,20 @@ def test_check_names_a_file_that_is_the_users_and_does_not_fail(small, capsys):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a symbolic link takes rights there")
-def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_path):
+def test_a_link_that_leads_out_of_a_kit_is_named_and_not_served(small, tmp_path, capsys):
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
-    (small / "notes.txt").write_text("secret", encoding="utf-8")
     (small / "link.txt").symlink_to(tmp_path / "secret")
     change_manifest(small, lambda manifest: manifest["files"].update(
         {"link.txt": {"size": 6, "sha256": sha256(tmp_path / "secret")}}))
+    assert check(str(small)) == 1
+    assert "FAIL  link.txt lies outside of the kit's folder, behind a link." in capsys.readouterr().out
+    with pytest.raises(CourseError, match=r"is not whole: link\.txt lies outside"):
+        kit_serve.serve(small, "127.0.0.1", 0)
+
+
+def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_path):
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    (small / "notes.txt").write_text("secret", encoding="utf-8")
     course = (small / "course.zip").read_bytes()
     with served(small) as url:
         connection = http.client.HTTPConnection(urlsplit(url).netloc)
@@ -431,7 +459,8 @@ def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_pa
             return answer, answer.read()
 
         for path in ("/../secret", "/%2e%2e/secret", "/..%2fsecret", "/wheels/../../secret", "/%2e%2e%5csecret",
-                     f"/{quote(str(tmp_path))}/secret", f"//{quote(str(tmp_path))}/secret", "/notes.txt", "/link.txt", "/.lock", "/wheels",
+                     f"/{quote(str(tmp_path))}/secret", f"//{quote(str(tmp_path))}/secret",
+                     "/notes.txt", "/.lock", "/wheels",
                      "/models/", "/nothing", "/wheels/index.html/", "/%00", "/%ff"):
             answer, body = ask(path)
             assert (path, answer.status) == (path, 404)
@@ -636,6 +665,11 @@ def test_a_model_that_the_kit_lacks_is_an_error_that_names_what_it_has(built, tm
     ("192.168.1.5:8750", "is no kit: it has no manifest.json. Name what `kit serve` printed, such as http://192.168"),
     ("ftp://kit", "ftp://kit is no address that a kit is read from. Set COURSE_KIT to a URL"),
     ("pyproject.toml", "is no kit: "),
+    ("http://", "http:// is no address that a kit is read from"),
+    ("http://[::1", "is no address that a kit is read from"),
+    ("http://host:port", "is no address that a kit is read from"),
+    ("http://ann:sesame@192.168.1.5:8750", "http://192.168.1.5:8750 is no address .* without a name or a password"),
+    ("~nobody-of-that-name/kit", "is no address that a kit is read from"),
 ])
 def test_an_address_that_is_no_kit_is_an_error_that_says_what_one_looks_like(value, says, monkeypatch):
     monkeypatch.setenv("COURSE_KIT", value)
@@ -643,9 +677,18 @@ def test_an_address_that_is_no_kit_is_an_error_that_says_what_one_looks_like(val
         open_kit()
 
 
+def _manifest(name="a", size=1, version=1, models=(), complete=True):
+    return json.dumps({"format": version, "complete": complete, "models": models, "platforms": [], "pythons": [],
+                       "files": {name: {"size": size, "sha256": "0" * 64}}}).encode()
+
+
 @pytest.mark.parametrize(("answer", "says"), [
     (b"<!DOCTYPE html><title>Sign in</title>", "answers with a web page instead of a kit's manifest.json"),
-    (b"{", "is broken"), (b"[]", "is broken"), (b'{"files": {}}', "is broken"), (b"\xff", "is broken")])
+    (b"{", "is broken"), (b"[]", "is broken"), (b'{"files": {}}', "is broken"), (b"\xff", "is broken"),
+    (b"[" * 200_000, "is broken"), (_manifest(size=1.5), "is broken"), (_manifest(size=10**400), "is broken"),
+    (_manifest(name="..\\x"), "is broken"), (_manifest(name="a\nb"), "is broken"),
+    (_manifest(models=["x; touch pwned"]), "is broken"), (_manifest(complete="no"), "is broken"),
+    (_manifest(complete=False), "is not finished"), (_manifest(version=99), "was built by a newer version")])
 def test_an_answer_that_is_no_manifest_is_an_error(answer, says, tmp_path, monkeypatch):
     with web_server(tmp_path, answer=answer) as url:
         monkeypatch.setenv("COURSE_KIT", url)
@@ -731,7 +774,8 @@ def test_a_wheel_that_the_kit_lacks_is_taken_from_nowhere_else(empty, course, bi
         list_wheel(empty, wheel, sha256(wheel))
     with web_server(empty) if over_http else contextlib.nullcontext(str(empty)) as address:
         # What the kit lacks, the first would have; with the second, pip would take no wheel at all.
-        result = user(course, "setup", COURSE_KIT=address, PIP_FIND_LINKS=(big / "wheels").as_uri(), PIP_NO_BINARY=":all:")
+        result = user(course, "setup", COURSE_KIT=address, PIP_FIND_LINKS=(big / "wheels").as_uri(),
+                      PIP_NO_BINARY=":all:")
     assert result.returncode == 1, result.stdout + result.stderr
     assert "The kit has no wheel of {} for Python {}.{} on ".format(lacks, *sys.version_info[:2]) in result.stderr
     assert "--platform windows " in result.stderr.replace("windows linux", "windows ")
