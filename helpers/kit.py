@@ -440,10 +440,10 @@ def _normal(address):
     """Return a URL without what a browser's address line has behind it, or an absolute folder."""
     address = address.strip()
     if re.match(r"https?://", address, re.IGNORECASE):
-        address = re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address)
-        scheme, _, rest = address.partition("://")
+        url = re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address)
+        scheme, _, rest = url.partition("://")
         try:
-            parts = urlsplit(address)
+            parts = urlsplit(url)
             whole = parts.hostname and (parts.port is None or parts.port > 0) and parts.username is None
         except ValueError:
             whole = False
