@@ -607,11 +607,22 @@ def test_a_number_that_is_none_is_refused_in_a_request_and_a_gap_in_a_table(mode
 
 @pytest.mark.parametrize(("setting", "value"), [
     ("temperature", 5), ("temperature", "hot"), ("max_tokens", 0), ("max_tokens", "16"), ("max_waiting", None),
-    ("max_tokens_limit", -1), ("threads", 0), ("model", 5)])
+    ("max_tokens_limit", -1), ("threads", 0), ("provider", "gpu"), ("model", 5)])
 def test_a_setting_out_of_its_range_is_refused_at_load(logged, setting, value):
     with pytest.raises(MlflowException, match=f"model_config's {setting} has to be") as refusal:
         mlflow.pyfunc.load_model(logged, model_config={setting: value})
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+@pytest.mark.parametrize(("provider", "package", "there"), [
+    ("cuda", "onnxruntime-genai-cuda", og.is_cuda_available),
+    ("dml", "onnxruntime-genai-directml", og.is_dml_available),
+])
+def test_a_provider_that_is_not_installed_is_refused_at_load(logged, provider, package, there):
+    if there():
+        pytest.skip("it is installed")
+    with pytest.raises(MlflowException, match=f"The provider is {provider}, .* Install {package} in its place"):
+        mlflow.pyfunc.load_model(logged, model_config={"provider": provider})
 
 
 @pytest.mark.parametrize("value", ["The sky is", 5, None, b"x", [["a"]]])
