@@ -22,7 +22,9 @@ from pathlib import Path
 
 from helpers import network
 from helpers.catalogue import read_catalogue
-from helpers.machine import free_disk, free_memory
+from helpers.folders import is_writable
+from helpers.kit import kit_address
+from helpers.machine import existing, free_disk, free_memory
 from helpers.paths import BUILD, ROOT, model_cache
 from helpers.setup import differing_packages, is_set_up, pins
 from helpers.smoke import smoke
@@ -88,7 +90,7 @@ def _checks():
     asked = {"the package index": network.in_background(network.index)}
     if ready:
         asked["the Hugging Face Hub"] = network.in_background(network.hub)
-    if os.environ.get("COURSE_KIT", "").strip():
+    if kit_address():
         asked["the kit of COURSE_KIT"] = network.in_background(network.kit)
 
     yield _cores()
@@ -188,8 +190,9 @@ def _memory():
     import psutil
 
     least = min(card.memory for card in read_catalogue().values())
-    what = f"{free_memory():,.0f} MB of memory are free, of {psutil.virtual_memory().total / 1e6:,.0f} MB"
-    return ("OK", what, "") if free_memory() >= least else (
+    free = free_memory()
+    what = f"{free:,.0f} MB of memory are free, of {psutil.virtual_memory().total / 1e6:,.0f} MB"
+    return ("OK", what, "") if free >= least else (
         "FAIL", f"{what}, and the smallest model needs {least:,} MB",
         "Close programs, or give the container more memory.")
 
@@ -200,8 +203,7 @@ def _models():
     from helpers.models import cache_state, cached_models
 
     cache, memory, cards, lacks = model_cache(), free_memory(), read_catalogue(), {}
-    there = next(parent for parent in (cache, *cache.parents) if parent.exists())
-    one_disk = there.stat().st_dev == ROOT.stat().st_dev
+    one_disk = existing(cache).stat().st_dev == ROOT.stat().st_dev
     try:
         states = {name: cache_state(name) for name in dict.fromkeys([*cards, *cached_models()])}
     except OSError as error:
@@ -235,10 +237,10 @@ def _models():
 def _writable(folder):
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".probe"
-        probe.touch()
-        probe.unlink()
+        writable = is_writable(folder)
     except OSError:
+        writable = False
+    if not writable:
         return "FAIL", f"{folder} cannot be written", "Move the course to a folder that is yours."
     return "OK", f"{folder} can be written", ""
 

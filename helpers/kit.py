@@ -39,6 +39,11 @@ UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS
 BROKEN = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError)
 
 
+def kit_address():
+    """Return what COURSE_KIT says, empty where it is not set."""
+    return (os.environ.get("COURSE_KIT") or "").strip()
+
+
 def open_kit():
     """Return the kit that COURSE_KIT names.
 
@@ -52,8 +57,7 @@ def open_kit():
     CourseError
         It has no answer, is no kit, or is not finished.
     """
-    address = (os.environ.get("COURSE_KIT") or "").strip()
-    return read_kit(address) if address else None
+    return read_kit(kit_address()) if kit_address() else None
 
 
 def read_kit(address, complete=True):
@@ -418,7 +422,7 @@ def this_machine():
 
 
 def progress_bar(title, total):
-    """Return a bar that counts bytes, on stdout: a notebook paints stderr red."""
+    """Return a bar on stdout: a notebook paints stderr red. It is painted twice a second, not at every byte."""
     from tqdm import tqdm
 
     return tqdm(desc=title, total=total, file=sys.stdout, mininterval=0.5,

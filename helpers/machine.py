@@ -35,10 +35,15 @@ def free_disk(folder):
     folder : pathlib.Path
         Absolute; it need not exist.
     """
+    return shutil.disk_usage(existing(folder)).free / 1e6
+
+
+def existing(folder):
+    """Return ``folder``, or the nearest of its parents that is there."""
     there = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
     if there is None:
         raise CourseError(f"There is no disk for {folder}.", "Choose a folder on a disk that is there.")
-    return shutil.disk_usage(there).free / 1e6
+    return there
 
 
 def _container_memory():

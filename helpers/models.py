@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from helpers.catalogue import HUB_NAME, Card, find_card, read_catalogue
 from helpers.errors import CourseError
 from helpers.folders import compare, ensure, is_whole, is_writable, read_receipt
-from helpers.kit import open_kit, sha256
+from helpers.kit import kit_address, open_kit, sha256
 from helpers.machine import check_disk, check_memory, disk_full, memory_needed, too_large
 from helpers.paths import ROOT, model_cache
 from helpers.setup import installed_version
@@ -201,7 +201,7 @@ def _prepare(card, home, tracks, export):
 
 
 def _make(card, folder, recipe, make):
-    """Make a folder on this machine, or take it from the kit that COURSE_KIT names."""
+    """Make a folder of a model of the catalogue, once there is room for it."""
 
     def guarded(partial):
         check_memory(card.title, card.memory)
@@ -209,8 +209,13 @@ def _make(card, folder, recipe, make):
         check_disk(card.title, card.disk - there / 1e6, partial)
         return make(partial)
 
+    return _ensure(card, folder, recipe, guarded)
+
+
+def _ensure(card, folder, recipe, make, resumes=False):
+    """Make a folder, or take it from the kit that COURSE_KIT names."""
     fetch = _from_kit(card, folder, recipe)
-    return ensure(folder, recipe, fetch or guarded, resumes=fetch is not None)
+    return ensure(folder, recipe, fetch or make, resumes or fetch is not None)
 
 
 def _prepare_from_hub(card, home, tracks, export):
@@ -243,9 +248,8 @@ def _prepare_from_hub(card, home, tracks, export):
 def _fetch(card, folder, track):
     """Bring one track's files of a repository of the Hub."""
     source = card.source["hub"][track]
-    recipe = {"hub": source}
-    make = _from_kit(card, folder, recipe) or (lambda partial: _from_hub(card, track, source, folder, partial))
-    return ensure(folder, recipe, make, resumes=True)
+    return _ensure(card, folder, {"hub": source},
+                   lambda partial: _from_hub(card, track, source, folder, partial), resumes=True)
 
 
 def _make_export(card, home, source, recipe):
@@ -260,8 +264,7 @@ def _make_export(card, home, source, recipe):
         _export(home / "transformers", partial)
         return {"facts": facts}
 
-    fetch = _from_kit(card, home / "onnx", recipe)
-    return ensure(home / "onnx", recipe, fetch or make, resumes=fetch is not None)
+    return _ensure(card, home / "onnx", recipe, make)
 
 
 def _known_recipe(card, folder):
@@ -295,12 +298,14 @@ def _model_card(card):
 
 def _from_kit(card, folder, recipe):
     """Return a function that brings a folder from the kit, or None where none is in use or needed."""
+    if not kit_address():
+        return None
     old = read_receipt(folder)
     if old["recipe"] == recipe and old["files"] and not compare(folder, old)[1]:
         return None  # it is here: the kit need not answer
     kit = open_kit()
-    receipt = kit.receipt(card.folder, folder.name) if kit else None
-    if kit is None or ("seed" in card.source and (receipt is None or receipt["recipe"] != recipe)):
+    receipt = kit.receipt(card.folder, folder.name)
+    if "seed" in card.source and (receipt is None or receipt["recipe"] != recipe):
         return None  # random weights are made anywhere
     if receipt is None:
         raise CourseError(f"The kit has no files of {card.name} for the track {folder.name}.",

@@ -11,9 +11,8 @@ import subprocess
 import sys
 from datetime import datetime
 
-from tqdm import tqdm
-
 from helpers.errors import CourseError
+from helpers.kit import progress_bar
 from helpers.paths import ROOT
 
 
@@ -50,9 +49,7 @@ def run_step(title, command, progress=None, environment=None):
     )
     output = ""
     try:
-        # stdout: a notebook paints stderr red. mininterval: a bar, not a thousand lines.
-        with tqdm(desc=title, total=100, file=sys.stdout, mininterval=0.5,
-                  bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}") as bar:
+        with progress_bar(title, 100) as bar:
             while block := process.stdout.read(65536):
                 text = block.decode("utf-8", errors="replace")
                 output += text

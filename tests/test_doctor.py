@@ -22,9 +22,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from conftest import ROOT
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from loopback_hub import certificate
 
 from helpers import doctor, machine, network, smoke
 from helpers.catalogue import read_catalogue
@@ -379,15 +377,8 @@ def test_what_the_hub_answers(body, status, level, says, serve, nobody):
 
 
 def test_an_expired_certificate(serve, tmp_path, nobody):
-    key, now = ec.generate_private_key(ec.SECP256R1()), datetime.datetime.now(datetime.UTC)
-    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
-    signed = (x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
-              .serial_number(1).not_valid_before(now - datetime.timedelta(9)).not_valid_after(
-                  now - datetime.timedelta(1)).sign(key, hashes.SHA256()))
-    (tmp_path / "server.pem").write_bytes(
-        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
-        + signed.public_bytes(serialization.Encoding.PEM))
-    address = f"https://127.0.0.1:{serve(LOGIN, certificate=tmp_path / 'server.pem')}"
+    file = certificate(tmp_path, datetime.timedelta(-9), datetime.timedelta(-1))
+    address = f"https://127.0.0.1:{serve(LOGIN, certificate=file)}"
     nobody.setenv("PIP_INDEX_URL", address + "/simple")
     nobody.setenv("HF_ENDPOINT", address)
     for (level, what, fix), ahead in (network.index(), network.hub()):
