@@ -3,10 +3,13 @@ PYTHON ?= python3
 MODEL ?= $(or $(COURSE_MODEL),smollm2-135m)
 HELPERS = $(PYTHON) -m helpers
 
-.PHONY: run test lab ui bench doctor setup generate clean distclean
+.PHONY: run check test lab ui bench doctor mutate setup generate clean distclean
 
 run:
 	@$(HELPERS) run --model "$(MODEL)"
+
+check:
+	@$(HELPERS) check
 
 test:
 	@$(HELPERS) test
@@ -22,6 +25,9 @@ bench:
 
 doctor:
 	@$(HELPERS) doctor
+
+mutate:
+	@$(HELPERS) mutate
 
 setup:
 	@$(HELPERS) setup

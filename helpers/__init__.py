@@ -1,4 +1,4 @@
-"""What the notebooks import: model set-up, parameter checks, signature tables, measurements.
+"""What a page imports: model set-up, parameter checks, signature tables, measurements.
 
 The names are loaded on first use, so that ``python -m helpers`` starts on a bare Python
 that has none of the course's packages yet.
@@ -21,10 +21,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 _HOME = {
     "CourseError": "helpers.errors",
-    "Card": "helpers.catalogue",
-    "read_catalogue": "helpers.catalogue",
-    "PreparedModel": "helpers.models",
-    "prepare_model": "helpers.models",
+    "CatalogueEntry": "helpers.models.catalogue",
+    "read_catalogue": "helpers.models.catalogue",
+    "PreparedModel": "helpers.models.prepare",
+    "prepare_model": "helpers.models.prepare",
     "check_parameters": "helpers.parameters",
     "check_fits": "helpers.parameters",
     "torch_device": "helpers.devices",

@@ -1,19 +1,15 @@
 """Says whether the engine of a track can run on a device, before a model is loaded. It moves nothing."""
 
 from helpers.errors import CourseError
+from helpers.requirements import GPU_BUILDS
 
 # What the parameter `device` may be. "mps" is Apple's GPU, "dml" is DirectML on Windows.
 DEVICES = ("cpu", "cuda", "mps", "dml")
 CPU = 'or leave device at "cpu".'
 
 
-def torch_device(device):
-    """Return ``device`` for ``transformers.pipeline``.
-
-    Parameters
-    ----------
-    device : str
-        ``"cpu"``, ``"cuda"`` or ``"mps"``.
+def torch_device(device: str) -> str:
+    """Return ``device`` for ``transformers.pipeline``: ``"cpu"``, ``"cuda"`` or ``"mps"``.
 
     Raises
     ------
@@ -23,22 +19,18 @@ def torch_device(device):
     import torch
 
     if device == "dml":
-        raise CourseError("Track A has no DirectML: torch does not run on it.",
+        raise CourseError("device-track", "Track A has no DirectML: torch does not run on it.",
                           "Take track B, which does; " + CPU)
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if not there[device]:
-        raise CourseError(f'device is "{device}", and torch {torch.__version__} finds none here.',
-                          "Install the build of torch for it, as https://pytorch.org/get-started/locally says; " + CPU)
+        raise CourseError(
+            "device-absent", f'device is "{device}", and torch {torch.__version__} finds none here.',
+            "Install the build of torch for it, as https://pytorch.org/get-started/locally says; " + CPU)
     return device
 
 
-def onnx_provider(device):
-    """Return ``device`` as the execution provider of onnxruntime-genai.
-
-    Parameters
-    ----------
-    device : str
-        ``"cpu"``, ``"cuda"`` or ``"dml"``.
+def onnx_provider(device: str) -> str:
+    """Return ``device`` as the execution provider of onnxruntime-genai: ``"cpu"``, ``"cuda"`` or ``"dml"``.
 
     Raises
     ------
@@ -48,11 +40,12 @@ def onnx_provider(device):
     import onnxruntime_genai as og
 
     if device == "mps":
-        raise CourseError("Track B does not run on Apple's GPU: onnxruntime-genai has no provider for it.",
+        raise CourseError("device-track",
+                          "Track B does not run on Apple's GPU: onnxruntime-genai has no provider for it.",
                           "Take track A, which does; " + CPU)
     there = {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}
     if not there[device]:
-        package = {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}[device]
-        raise CourseError(f'device is "{device}", and the onnxruntime-genai that is installed runs without it.',
-                          f"Install {package}=={og.__version__} in its place; " + CPU)
+        raise CourseError(
+            "device-absent", f'device is "{device}", and the onnxruntime-genai that is installed runs without it.',
+            f"Install {GPU_BUILDS['onnxruntime-genai'][device]}=={og.__version__} in its place; " + CPU)
     return device

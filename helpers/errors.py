@@ -1,6 +1,6 @@
-"""The one error that the course raises: what happened, and what to do about it.
+"""The one error that the course raises: what happened, what to do about it, and a code for programs.
 
-It knows nothing about where it is shown. A notebook and a terminal both print its two sentences.
+It is read by whatever Python a user has, to say which one the course needs: no newer syntax here.
 """
 
 
@@ -9,14 +9,17 @@ class CourseError(Exception):
 
     Parameters
     ----------
+    code : str
+        What kind of failure it is, such as ``"disk-full"``. It stays when the sentences get better.
     what : str
         One sentence: what happened, to which thing.
     fix : str
         One sentence: what to do next.
     """
 
-    def __init__(self, what, fix):
-        Exception.__init__(self, what, fix)
+    def __init__(self, code, what, fix):
+        Exception.__init__(self, code, what, fix)
+        self.code = code
         self.what = what
         self.fix = fix
 

@@ -4,6 +4,7 @@ import re
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import mlflow
@@ -12,7 +13,7 @@ import psutil
 REPEATS = 3
 
 
-def measure(model_uri, ask, tokens):
+def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> dict[str, float]:
     """Load a logged model once more and time what it does.
 
     Parameters
@@ -57,12 +58,12 @@ def _timed(ask, model, max_tokens):
     return count, time.perf_counter() - started
 
 
-def folder_bytes(folder):
+def folder_bytes(folder: Path | str) -> int:
     """Return the bytes of all files below ``folder``."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
 
 
-def peak_memory_bytes():
+def peak_memory_bytes() -> int:
     """Return the most memory that this process has held so far, in bytes."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset

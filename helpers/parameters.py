@@ -1,19 +1,18 @@
-"""Checks what a learner, a workshop or CI puts into a notebook, before anything long starts.
-
-It knows the parameters of the course and nothing of MLflow.
-"""
+"""Checks what a learner, a workshop or CI puts into a page, before anything long starts."""
 
 import ast
 import math
+from collections.abc import Iterable
 
-from helpers.catalogue import find_card
 from helpers.devices import DEVICES
 from helpers.errors import CourseError
+from helpers.models.catalogue import find_entry
 
 PARAMETERS = ("model", "tracking_uri", "question", "system_prompt", "max_tokens", "temperature", "device")
 
 
-def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens, temperature, device):
+def check_parameters(*, model: str, tracking_uri: str, question: str, system_prompt: str, max_tokens: int,
+                     temperature: float, device: str) -> None:
     """Raise an error that says what to change, unless all parameters are usable.
 
     Parameters
@@ -40,25 +39,28 @@ def check_parameters(*, model, tracking_uri, question, system_prompt, max_tokens
     for name, value in (("model", model), ("tracking_uri", tracking_uri), ("question", question),
                         ("system_prompt", system_prompt), ("device", device)):
         if not isinstance(value, str):
-            raise CourseError(f"{name} is {value!r}, and it has to be text.",
+            raise CourseError("parameter-type", f"{name} is {value!r}, and it has to be text.",
                               f"Put {name} in quotes; with papermill, use -r in place of -p.")
-    card = find_card(model)
+    entry = find_entry(model)
     if not question.strip():
-        raise CourseError("question is empty.", "Ask something, such as: What is the capital of Spain?")
+        raise CourseError("question-empty", "question is empty.",
+                          "Ask something, such as: What is the capital of Spain?")
     for name, value in (("question", question), ("system_prompt", system_prompt)):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
-            raise CourseError(f"{name} holds a character that is not text (NUL or half a surrogate pair).",
-                              "Take it out.")
+            raise CourseError(
+                "parameter-text", f"{name} holds a character that is not text (NUL or half a surrogate pair).",
+                "Take it out.")
     # What the Hub alone knows, is not known yet: check_fits looks once more.
-    limit = card.context_length or math.inf
+    limit = entry.context_length or math.inf
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 0 < max_tokens < limit:
         to = "" if limit == math.inf else f" to {limit - 1}"
-        raise CourseError(f"max_tokens is {max_tokens!r}.", f"Choose a whole number from 1{to} for {card.title}.")
+        raise CourseError("max-tokens-range", f"max_tokens is {max_tokens!r}.",
+                          f"Choose a whole number from 1{to} for {entry.title}.")
     if (not isinstance(temperature, int | float) or isinstance(temperature, bool)
             or not math.isfinite(temperature) or not 0 <= temperature <= 2):
-        raise CourseError(f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
+        raise CourseError("temperature-range", f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
     if device not in DEVICES:
-        raise CourseError(f"device is {device!r}.", f"Choose one of: {', '.join(DEVICES)}.")
+        raise CourseError("device-unknown", f"device is {device!r}.", f"Choose one of: {', '.join(DEVICES)}.")
 
 
 def _refuse_injected():
@@ -70,21 +72,26 @@ def _refuse_injected():
         shell = get_ipython()
     except NameError:
         return
-    injected = [source for source in shell.user_ns.get("In", []) if source.startswith("# Parameters\n")]
-    if injected:  # of several, the last: the cell was corrected and run again
-        refuse_unknown(node.targets[0].id for node in ast.parse(injected[-1]).body if isinstance(node, ast.Assign))
+    refuse_unknown(injected_names(shell.user_ns.get("In", [])))
 
 
-def refuse_unknown(names):
+def injected_names(cells: list[str]) -> list[str]:
+    """Return the names that papermill's injected cell sets; of several such cells, the last: it was corrected."""
+    injected = [source for source in cells if source.startswith("# Parameters\n")]
+    statements = ast.parse(injected[-1]).body if injected else []
+    return [statement.targets[0].id for statement in statements if isinstance(statement, ast.Assign)]
+
+
+def refuse_unknown(names: Iterable[str]) -> None:
     """Raise CourseError unless all ``names`` are parameters of the notebooks."""
     unknown = [name for name in names if name not in PARAMETERS]
     if unknown:
-        raise CourseError(f"This notebook has no parameter called {', '.join(unknown)}.",
+        raise CourseError("parameter-unknown", f"This notebook has no parameter called {', '.join(unknown)}.",
                           f"Choose among: {', '.join(PARAMETERS)}.")
 
 
-def check_fits(prepared, messages, max_tokens):
-    """Count a conversation's tokens, and refuse what the model cannot take.
+def check_fits(prepared, messages: list[dict[str, str]], max_tokens: int) -> int:
+    """Count a conversation's tokens, markup included, and refuse what the model cannot take.
 
     Parameters
     ----------
@@ -94,11 +101,6 @@ def check_fits(prepared, messages, max_tokens):
         ``role`` and ``content`` each.
     max_tokens : int
         Most tokens of the answer.
-
-    Returns
-    -------
-    int
-        Tokens of the prompt, markup included.
 
     Raises
     ------
@@ -113,19 +115,19 @@ def check_fits(prepared, messages, max_tokens):
     for message in messages:
         for token in tokenizer.get_added_vocab():
             if token.strip() and token in message["content"]:
-                raise CourseError(f"The {message['role']}'s text holds {token}, which is markup to this model.",
-                                  "Take it out, or write it with a space inside.")
+                raise CourseError(
+                    "markup", f"The {message['role']}'s text holds {token}, which is markup to this model.",
+                    "Take it out, or write it with a space inside.")
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError) as error:
-        raise CourseError(f"The model's chat template refuses this conversation: {error}.",
+        raise CourseError("template", f"The model's chat template refuses this conversation: {error}.",
                           "Choose an instruct model whose template takes a system message and a user's.") from None
     count = len(tokenizer.encode(prompt, add_special_tokens=False))
-    context_length = prepared.card.context_length
+    context_length = prepared.entry.context_length
     if count + max_tokens > context_length:
         raise CourseError(
-            f"The prompt takes {count} of the model's {context_length} tokens, "
+            "too-long", f"The prompt takes {count} of the model's {context_length} tokens, "
             f"which leaves {max(context_length - count, 0)} for the answer, and max_tokens is {max_tokens}.",
-            "Lower max_tokens or shorten the question.",
-        )
+            "Lower max_tokens or shorten the question.")
     return count

@@ -1,32 +1,29 @@
-"""Writes the requirements of a logged model from the versions that are installed."""
+"""Says which builds of packages are installed here, and writes the requirements of a logged model from them."""
 
 import importlib.metadata
 
-from helpers.setup import GPU_BUILDS
+# Distributions with the same modules as a package, for a GPU.
+GPU_BUILDS = {"onnxruntime-genai": {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}}
 
 
-def pinned(*names):
-    """Return exact requirements for ``pip_requirements=``.
+def installed_build(name: str) -> tuple[str, str | None]:
+    """Return the distribution that is installed as the package ``name``, a build for a GPU first, and its version.
 
-    Parameters
-    ----------
-    *names : str
-        Distribution names, such as ``"torch"``. Where a build for a GPU is installed in a package's place, such as
-        onnxruntime-genai-cuda, that one is named.
-
-    Returns
-    -------
-    list of str
-        Such as ``["torch==2.13.0"]``. A build tag such as ``+cpu`` is left out: the machine
-        that loads the model may offer another build.
+    The version is None where neither is installed.
     """
-    return [f"{build}=={version.split('+')[0]}" for build, version in map(_installed, names)]
-
-
-def _installed(name):
-    for build in GPU_BUILDS.get(name, ()):
+    for build in (*GPU_BUILDS.get(name, {}).values(), name):
         try:
             return build, importlib.metadata.version(build)
         except importlib.metadata.PackageNotFoundError:
             pass
-    return name, importlib.metadata.version(name)
+    return name, None
+
+
+def pinned(*names: str) -> list[str]:
+    """Return exact requirements for ``pip_requirements=``, such as ``["torch==2.13.0"]``.
+
+    Where a build for a GPU is installed in a package's place, that one is named. A build tag such as ``+cpu`` is left
+    out: the machine that loads the model may offer another build.
+    """
+    found = [installed_build(name) for name in names]
+    return [f"{build}=={(version or importlib.metadata.version(build)).split('+')[0]}" for build, version in found]

@@ -1,7 +1,8 @@
-"""Shows MLflow model signatures as tables, nested fields and all, alone or side by side. It changes no model."""
+"""Shows MLflow model signatures as tables: a model comes in, a row for each field goes out, nested ones too."""
 
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, get_model_info
+from mlflow.models.model import ModelInfo
 from mlflow.pyfunc import PyFuncModel
 from mlflow.types.schema import Array, Map, Object, TensorSpec
 
@@ -11,19 +12,12 @@ from helpers.tables import Table
 COLUMNS = ("Field", "Part", "Type", "Required", "Default")
 
 
-def show_signature(model):
+def show_signature(model: ModelSignature | ModelInfo | PyFuncModel | str) -> Table:
     """Return a table of a signature's inputs, outputs and parameters.
 
-    Parameters
-    ----------
-    model : ModelSignature, ModelInfo, PyFuncModel or str
-        A signature, whatever has one, or the URI of a logged or registered model.
-
-    Returns
-    -------
-    Table
-        One row per field. ``messages[].role`` is the field ``role`` of each element of ``messages``,
-        ``properties{}`` stands for every value of a map.
+    ``model`` is a signature, whatever has one, or the URI of a logged or registered model. In the table,
+    ``messages[].role`` is the field ``role`` of each element of ``messages``, ``properties{}`` stands for every value
+    of a map.
 
     Raises
     ------
@@ -35,8 +29,9 @@ def show_signature(model):
     for part, schema in (("input", signature.inputs), ("output", signature.outputs)):
         for index, column in enumerate(schema or []):
             if isinstance(column, TensorSpec):
+                # MLflow requires every tensor.
                 rows.append((column.name or str(index), part, f"tensor of {column.type}, shape {column.shape}",
-                             "required" if column.required else "optional", ""))
+                             "required", ""))
             else:
                 rows += _fields(part, str(column.name or ("" if len(schema.inputs) == 1 else index)),
                                 column.type, column.required)
@@ -45,20 +40,11 @@ def show_signature(model):
     return Table("Signature", COLUMNS, tuple(rows))
 
 
-def compare_signatures(a, b, names=("first", "second")):
-    """Return a table of two signatures side by side.
+def compare_signatures(a, b, names: tuple[str, str] = ("first", "second")) -> Table:
+    """Return a table of two signatures side by side, each given as for ``show_signature``.
 
-    Parameters
-    ----------
-    a, b : ModelSignature, ModelInfo, PyFuncModel or str
-        As for ``show_signature``.
-    names : tuple of str, optional
-        What to call them.
-
-    Returns
-    -------
-    Table
-        One row per field of either, the first one's in front. A dash stands where a signature lacks the field.
+    ``names`` says what to call them. The table has one row per field of either, the first one's in front. A dash
+    stands where a signature lacks the field.
 
     Raises
     ------
@@ -73,19 +59,19 @@ def compare_signatures(a, b, names=("first", "second")):
     return Table("Two signatures", ("Field", "Part", *names), tuple(rows))
 
 
-def find_signature(model):
+def find_signature(model) -> ModelSignature:
     """Return the ModelSignature of whatever ``show_signature`` takes."""
     if isinstance(model, str):
         try:
             model = get_model_info(model)
         except (MlflowException, OSError) as error:
-            raise CourseError(f"There is no model at {model!r}.",
+            raise CourseError("model-absent", f"There is no model at {model!r}.",
                               "Check the name, the alias and the tracking URI.") from error
     signature = model if isinstance(model, ModelSignature) else getattr(model, "signature", None)
     if signature is None and isinstance(model, PyFuncModel):
         signature = model.metadata.signature
     if not isinstance(signature, ModelSignature):
-        raise CourseError(f"This {type(model).__name__} has no signature.",
+        raise CourseError("signature-absent", f"This {type(model).__name__} has no signature.",
                           "Log the model with signature= or input_example=, and show that one.")
     return signature
 

@@ -1,4 +1,4 @@
-"""Shows rows as a table: HTML in a notebook, aligned text in a terminal. It computes nothing."""
+"""Shows rows as a table: rows come in, HTML goes to a notebook and aligned text to a terminal."""
 
 import html
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Table:
     columns: tuple
     rows: tuple
 
-    def _repr_html_(self):
+    def _repr_html_(self) -> str:
         head = "".join(f'<th scope="col" style="{_LEFT}">{html.escape(column)}</th>' for column in self.columns)
         head = f"<thead><tr>{head}</tr></thead>" if head else ""
         body = "".join(
@@ -31,7 +31,7 @@ class Table:
         return (f'<table><caption style="caption-side: top; white-space: nowrap; {_LEFT}">'
                 f"{html.escape(self.caption)}</caption>{head}<tbody>{body}</tbody></table>")
 
-    def __repr__(self):
+    def __repr__(self) -> str:
         lines = [*([self.columns] if self.columns else []), *self.rows]
         lines = [[" ".join(cell.splitlines()) for cell in line] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -50,22 +50,10 @@ def _keep(text):
     return f'<span style="white-space: pre-wrap">{html.escape(text)}</span>'
 
 
-def show_table(caption, rows, columns=()):
-    """Return a table for the last line of a cell.
+def show_table(caption: str, rows: dict | list[tuple], columns: tuple = ()) -> Table:
+    """Return a table for the last line of a cell: a notebook renders it as HTML, ``print`` as text.
 
-    Parameters
-    ----------
-    caption : str
-        What the table shows.
-    rows : dict or list of tuple
-        A dict gives two columns, its keys and its values.
-    columns : tuple of str, optional
-        The headings of the columns; none for a table of keys and values.
-
-    Returns
-    -------
-    Table
-        A notebook renders it as HTML, ``print`` as text.
+    A dict gives two columns, its keys and its values, and needs no headings in ``columns``.
     """
     pairs = rows.items() if isinstance(rows, dict) else rows
     return Table(caption, tuple(columns), tuple(tuple(str(cell) for cell in row) for row in pairs))

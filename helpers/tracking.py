@@ -1,4 +1,4 @@
-"""Says where MLflow keeps what the course logs. The notebooks make the MLflow calls themselves."""
+"""Says where MLflow keeps what the course logs: a URI comes in, the store to use goes out."""
 
 import socket
 from dataclasses import dataclass
@@ -27,20 +27,14 @@ class TrackingStore:
     artifact_location: str | None
 
 
-def tracking_store(uri=""):
+def tracking_store(uri: str = "") -> TrackingStore:
     """Return the store to log to, and make its folder.
 
-    Parameters
-    ----------
-    uri : str, optional
-        ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the
-        ``http`` address of a tracking server; empty for the course's own store under ``build/``.
+    ``uri`` is ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the ``http``
+    address of a tracking server; empty for the course's own store under ``build/``.
 
-    Returns
-    -------
-    TrackingStore
-        A local database keeps its artifacts in ``mlartifacts`` beside it: MLflow's own default
-        is the folder that a notebook happens to run in.
+    A local database keeps its artifacts in ``mlartifacts`` beside it: MLflow's own default is the folder that a
+    notebook happens to run in.
 
     Raises
     ------
@@ -53,7 +47,7 @@ def tracking_store(uri=""):
         _check_server(uri)
         return TrackingStore(uri, None)
     if not uri.startswith(SQLITE) or not uri.removeprefix(SQLITE):
-        raise CourseError(f"tracking_uri is {uri!r}, which is no store that the course can use.",
+        raise CourseError("store-kind", f"tracking_uri is {uri!r}, which is no store that the course can use.",
                           "Give sqlite:/// with a path, or the http address of a tracking server.")
     database = (ROOT / uri.removeprefix(SQLITE)).resolve()
     artifacts = (database.parent / "mlartifacts").as_uri()
@@ -69,21 +63,28 @@ def _check_folder(database, artifacts):
         if not database.exists() or not note.exists():
             note.write_text(artifacts, encoding="utf-8")
     except OSError as error:
-        raise CourseError(f"The folder of the tracking store, {database.parent}, cannot be written.",
+        raise CourseError("store-not-writable",
+                          f"The folder of the tracking store, {database.parent}, cannot be written.",
                           "Choose another tracking_uri, or make the folder yours.") from error
     noted = note.read_text(encoding="utf-8")
     if noted != artifacts:
-        raise CourseError(f"The tracking store {database} was made elsewhere, and its models are still in {noted}.",
-                          "Move it back, choose another tracking_uri, or start anew: make clean")
+        raise CourseError(
+            "store-moved",
+            f"The tracking store {database} was made elsewhere, and its models are still in {noted}.",
+            "Move it back, choose another tracking_uri, or start anew: make clean.")
 
 
 def _check_server(uri):
     """Ask once whether somebody listens: MLflow itself would try for minutes."""
-    parts = urlsplit(uri)
     try:
-        address = (parts.hostname, parts.port or (443 if parts.scheme == "https" else 80))
-        socket.create_connection(address, timeout=SERVER_SECONDS).close()
+        socket.create_connection(server_address(uri), timeout=SERVER_SECONDS).close()
     except (OSError, ValueError) as error:
-        raise CourseError(f"No tracking server answers at {uri}.",
+        raise CourseError("store-no-answer", f"No tracking server answers at {uri}.",
                           "Start it, correct tracking_uri, or leave tracking_uri empty for the course's own store.",
                           ) from error
+
+
+def server_address(uri: str) -> tuple[str | None, int]:
+    """Return the host and the port of an ``http`` or ``https`` URI; ValueError where the port is no port."""
+    parts = urlsplit(uri)
+    return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)

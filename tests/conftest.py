@@ -1,18 +1,15 @@
 """What the tests share: the models, a store of their own, and programs run as a user runs them."""
 
+import functools
 import os
 import shutil
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 
 import hypothesis
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-# What importing helpers has put into this process's environment; a user's shell has none of it.
-OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_")
-TRACKS = ("TransformerPipeline", "CustomPythonWrapper")
+from support import ROOT, run_python
 
 # The same examples each time: a test that fails, fails for everybody. `--hypothesis-profile=search` looks for others.
 hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
@@ -21,11 +18,21 @@ hypothesis.settings.load_profile("course")
 
 
 def pytest_configure(config):
-    """Give nbmake's notebooks the tiny model and a fresh store: nbmake cannot inject parameters."""
-    store = ROOT / "build" / "test"
+    """Give nbmake's notebooks the tiny model and a fresh store of each worker's own: nbmake injects no parameters."""
+    store = ROOT / "build" / "test" / os.environ.get("PYTEST_XDIST_WORKER", "main")
     shutil.rmtree(store, ignore_errors=True)
     os.environ["COURSE_MODEL"] = "tiny-phi3"
     os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (store / "mlflow.db").as_posix()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow what runs a page or loads the real model, and let files with slow tests begin: they take longest."""
+    for item in items:
+        if item.path.suffix == ".ipynb" or "smol" in getattr(item, "fixturenames", ()):
+            item.add_marker("slow")
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
@@ -44,29 +51,17 @@ def smol():
 
 @pytest.fixture
 def python(tmp_path):
-    """Return a function that runs this Python as a user would, and gives back what it printed.
-
-    ``network=False`` refuses every address but this machine's and fails the test if one was asked for.
-    """
-
-    def run(*arguments, network=True, cwd=ROOT, **variables):
-        environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
-        refused = tmp_path / "refused.log"
-        if not network:
-            environment |= {"PYTHONPATH": str(ROOT / "tests" / "no_network"), "REFUSED_LOG": str(refused)}
-        result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
-                                capture_output=True, text=True, encoding="utf-8", errors="replace")
-        assert not refused.exists(), refused.read_text(encoding="utf-8")
-        return result
-
-    return run
+    """Return ``support.run_python`` for this test's folder."""
+    return functools.partial(run_python, tmp_path)
 
 
 @pytest.fixture
 def store(tmp_path):
-    """Return the URI of an empty tracking store, in a folder whose name is not plain."""
-    folder = tmp_path / "störe 1"
-    folder.mkdir()
+    """Return the URI of an empty tracking store, in a folder whose name is not plain and never comes twice.
+
+    MLflow remembers every database that a process has opened by its path, also when the file is another one by now.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="störe ", dir=tmp_path))
     return "sqlite:///" + (folder / "mlflow.db").as_posix()
 
 

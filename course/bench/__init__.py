@@ -1,0 +1,1 @@
+"""Measurements of the pages and of the chat model, for the README."""

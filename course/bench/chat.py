@@ -1,0 +1,291 @@
+"""Measures the chat model against the lesson's wrapper, a bare engine and llama.cpp, side by side in one run.
+
+It asks the models that the notebooks registered, all of them ``smollm2-135m``, greedy, with two threads. Who is
+compared takes turns, so that a machine whose speed drifts drifts for all of them.
+"""
+
+import http.client
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import mlflow
+import onnxruntime_genai as og
+import psutil
+import xllamacpp
+from transformers import AutoTokenizer
+
+from helpers.errors import CourseError
+from helpers.measurement import folder_bytes
+from helpers.models.prepare import prepare_model
+from helpers.paths import ROOT
+
+REPEATS = 5
+TOKENS = 64
+MIXED = (8, 16, 24, 32, 40, 48, 56, 64)
+CALLERS = 8
+PAUSE = 0.3  # seconds, in which the threads of the one before stop looking for work
+THREADS = psutil.cpu_count(logical=False)
+# What each ratio should reach. Names are those of `ratios` in bench.json.
+REACH = {
+    "single_overhead": {"at_least": 0.97, "what": "one conversation through `predict`",
+                        "against": "a bare engine loop"},
+    "rows16": {"at_least": 1.8, "what": "16 rows in one `predict`", "against": "16 times `predict`"},
+    "callers8": {"at_least": 1.5, "what": "8 threads, 32 requests of mixed length",
+                 "against": "the lesson's wrapper behind a lock"},
+    "callers8_llamacpp": {"at_least": 1.0, "what": "the same load", "against": "llama.cpp with 8 slots"},
+    "single_llamacpp": {"at_least": 0.9, "what": "one stream", "against": "llama.cpp, one stream"},
+    "stream_ttft": {"under": 1.0, "what": "seconds to a stream's first chunk, with 7 others generating",
+                    "against": "their whole batch and then the stream alone"},
+    "track_ratio": {"at_least": 4.0, "what": "track B's tokens per second", "against": "track A's"},
+    "memory": {"under": 1.6, "what": "peak memory of a process that loads it, less 200 MB",
+               "against": "the size of the model's folder"},
+    "log_disk": {"under": 1.05, "what": "bytes that logging adds", "against": "the size of the model's folder"},
+}
+CHAT, PROMPT = "models:/slm-onnx@champion", "models:/slm-onnx-prompt@champion"
+
+
+def bench_chat(store):
+    """Run all comparisons on the champions of a tracking store.
+
+    Parameters
+    ----------
+    store : str
+        A tracking URI, to which both notebooks have logged ``smollm2-135m``.
+
+    Returns
+    -------
+    tuple of dict
+        Ratios by name, and the figures behind them.
+    """
+    mlflow.set_tracking_uri(store)
+    prepared = prepare_model("smollm2-135m")
+    ratios, raw = {}, {}
+    memory = _memory(store)
+    contenders = _Contenders(prepared)
+    for measure in (_single, _rows, _callers, _stream, _growth):
+        print(f"measuring: {measure.__name__.strip('_')}", flush=True)
+        found, figures = measure(contenders)
+        ratios |= found
+        raw |= figures
+    model_bytes = folder_bytes(prepared.onnx_dir)
+    logged_bytes = folder_bytes(mlflow.artifacts.download_artifacts(CHAT))
+    ratios |= {"memory": _ratio(memory["load_bytes"] - 200e6, model_bytes),
+               "log_disk": _ratio(logged_bytes, model_bytes, 3)}
+    raw |= {"memory": memory | {"model_bytes": model_bytes}, "log_disk": {"logged_bytes": logged_bytes}}
+    return ratios, raw
+
+
+class _Contenders:
+    """The four ways to ask for a story; each returns when the whole answer is there.
+
+    Every story has another number in it: a server that remembers prompts should not have met it lately. Numbers
+    whose answer ends too early to compare are left out before anything is measured.
+    """
+
+    def __init__(self, prepared):
+        self.chat = mlflow.pyfunc.load_model(CHAT)
+        self.lesson = mlflow.pyfunc.load_model(PROMPT)
+        config = og.Config(str(prepared.onnx_dir))
+        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": THREADS}}}}))
+        self.engine = og.Model(config)
+        self.tokenizer = og.Tokenizer(self.engine)
+        self.template = AutoTokenizer.from_pretrained(prepared.onnx_dir)
+        self.lock = threading.Lock()
+        numbers = range(1000, 1200)
+        found = self.chat.predict([{"messages": self.story(number=number), "max_tokens": TOKENS} for number in numbers])
+        self.numbers = itertools.cycle([number for number, answer in zip(numbers, found, strict=True)
+                                        if answer["usage"]["completion_tokens"] == TOKENS])
+        (gguf,) = (prepared.onnx_dir.parent / "gguf").glob("*.gguf")
+        settings = xllamacpp.CommonParams()
+        settings.model.path = str(gguf)
+        settings.port, settings.verbosity = 0, -1
+        settings.n_parallel, settings.n_ctx = CALLERS, CALLERS * 512
+        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = THREADS
+        self.llama = xllamacpp.Server(settings)
+
+    def story(self, sentences=0, number=None):
+        """Return a conversation, with so many sentences of 7 tokens before the question."""
+        return [{"role": "user", "content": "The harbour is full of ships. " * sentences
+                 + f"Tell me a long story about {number or next(self.numbers)} ships. Make it as long as you can, with "
+                   "many chapters."}]
+
+    def prompt(self, messages):
+        return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+
+    def ask_chat(self, messages, max_tokens):
+        (answer,) = self.chat.predict({"messages": messages, "max_tokens": max_tokens})
+        _expect(answer["usage"]["completion_tokens"], max_tokens)
+
+    def ask_stream(self, messages, max_tokens):
+        """Return the seconds until the first chunk, and from there to the last."""
+        started, first = time.perf_counter(), None
+        request = {"messages": messages, "max_tokens": max_tokens, "stream_options": {"include_usage": True}}
+        chunks = []
+        for chunk in self.chat.predict_stream(request):
+            first = first or time.perf_counter()
+            chunks.append(chunk)
+        _expect(chunks[-1]["usage"]["completion_tokens"], max_tokens)
+        return first - started, time.perf_counter() - first
+
+    def ask_lesson(self, messages, max_tokens):
+        with self.lock:
+            self.lesson.predict({"prompt": self.prompt(messages)}, params={"max_tokens": max_tokens})
+
+    def ask_bare(self, messages, max_tokens):
+        tokens = self.tokenizer.encode(self.prompt(messages))
+        options = og.GeneratorParams(self.engine)
+        options.set_search_options(max_length=len(tokens) + max_tokens, do_sample=False)
+        generator = og.Generator(self.engine, options)
+        generator.append_tokens(tokens)
+        while not generator.is_done():
+            generator.generate_next_token()
+        answer = generator.get_sequence(0)[len(tokens):]
+        self.tokenizer.decode(answer)
+        _expect(len(answer), max_tokens)
+
+    def ask_llama(self, messages, max_tokens):
+        body = {"prompt": self.prompt(messages), "n_predict": max_tokens, "temperature": 0, "stream": True,
+                "ignore_eos": True}
+        connection = http.client.HTTPConnection(urlsplit(self.llama.listening_address).netloc, timeout=600)
+        connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
+        events = [json.loads(line[6:]) for line in connection.getresponse() if line.startswith(b"data: ")]
+        connection.close()
+        _expect(events[-1]["tokens_predicted"], max_tokens)
+
+
+def _expect(count, tokens):
+    if count != tokens:
+        raise CourseError(f"An answer has {count} tokens, and {tokens} were asked for.",
+                          "The benchmark compares answers of equal length: choose another story.")
+
+
+def _turns(*works, repeats=REPEATS):
+    """Time each work after a warm-up, in turns. Return each one's median seconds."""
+    seconds = [[] for _ in works]
+    for turn in range(repeats + 1):
+        for work, taken in zip(works, seconds, strict=True):
+            time.sleep(PAUSE)
+            started = time.perf_counter()
+            work()
+            if turn:
+                taken.append(time.perf_counter() - started)
+    return [statistics.median(taken) for taken in seconds]
+
+
+def _ratio(one, other, digits=2):
+    return round(one / other, digits)
+
+
+def _rates(tokens, **seconds):
+    return {name: round(tokens / taken, 1) for name, taken in seconds.items()}
+
+
+def _single(them):
+    bare, chat, stream, llama = _turns(*(
+        lambda ask=ask: ask(them.story(), TOKENS)
+        for ask in (them.ask_bare, them.ask_chat, them.ask_stream, them.ask_llama)), repeats=4 * REPEATS)
+    return ({"single_overhead": _ratio(bare, chat), "single_llamacpp": _ratio(llama, stream)},
+            {"single": {"tokens": TOKENS, "tokens_per_second": _rates(
+                TOKENS, bare_engine=bare, chat_model=chat, chat_model_stream=stream, llama_cpp=llama)}})
+
+
+def _rows(them):
+    def together():
+        them.chat.predict([{"messages": them.story(), "max_tokens": TOKENS} for _ in range(16)])
+
+    def one_by_one():
+        for _ in range(16):
+            them.ask_chat(them.story(), TOKENS)
+
+    batch, alone = _turns(together, one_by_one)
+    return ({"rows16": _ratio(alone, batch)},
+            {"rows16": {"tokens": 16 * TOKENS, "tokens_per_second": _rates(
+                16 * TOKENS, one_predict=batch, sixteen_predicts=alone)}})
+
+
+def _load(them, ask, callers, lengths):
+    """Let ``callers`` threads work off requests of these lengths, each as soon as it is free."""
+    with ThreadPoolExecutor(callers) as pool:
+        list(pool.map(lambda length: ask(them.story(), length), lengths))
+
+
+def _callers(them):
+    lengths = [MIXED[(5 * number) % len(MIXED)] for number in range(4 * CALLERS)]
+    chat, lesson, llama = _turns(*(lambda ask=ask: _load(them, ask, CALLERS, lengths)
+                                   for ask in (them.ask_chat, them.ask_lesson, them.ask_llama)))
+    return ({"callers8": _ratio(lesson, chat), "callers8_llamacpp": _ratio(llama, chat)},
+            {"callers8": {"requests": len(lengths), "tokens": sum(lengths), "tokens_per_second": _rates(
+                sum(lengths), chat_model=chat, lesson_behind_a_lock=lesson, llama_cpp_8_slots=llama)}})
+
+
+def _stream(them):
+    others = [TOKENS] * (CALLERS - 1)
+    alone, company = [], []
+    (batch,) = _turns(lambda: _load(them, them.ask_chat, len(others), others))
+    for turn in range(REPEATS + 1):
+        first_alone, _ = them.ask_stream(them.story(), 8)
+        crowd = threading.Thread(target=_load, args=(them, them.ask_chat, len(others), others))
+        crowd.start()
+        time.sleep(batch / 2)  # they are generating now
+        first, _ = them.ask_stream(them.story(), 8)
+        crowd.join()
+        if turn:
+            alone.append(first_alone)
+            company.append(first)
+    alone, company = statistics.median(alone), statistics.median(company)
+    return ({"stream_ttft": _ratio(company, batch + alone)},
+            {"stream_ttft": {"alone_seconds": round(alone, 3), "with_7_others_seconds": round(company, 3),
+                             "batch_of_7_seconds": round(batch, 3)}})
+
+
+def _growth(them):
+    callers = {}
+    for count in (1, 2, 4, 8, 16):
+        (seconds,) = _turns(lambda count=count: _load(them, them.ask_chat, count, [32] * 2 * count))
+        callers[str(count)] = round(64 * count / seconds, 1)
+    prompts = {}
+    for sentences in (0, 4, 13, 32, 68, 142, 288):
+        taken = []
+        for turn in range(REPEATS + 1):
+            # In place of the template's own system message, which is as long as the shortest prompt here.
+            messages = [{"role": "system", "content": "Write."}, *them.story(sentences)]
+            seconds = them.ask_stream(messages, 17)
+            if turn:
+                taken.append(seconds)
+        first, rest = map(statistics.median, zip(*taken, strict=True))
+        size = len(them.tokenizer.encode(them.prompt(messages)))
+        prompts[str(size)] = {"first_token_seconds": round(first, 3), "then_tokens_per_second": round(16 / rest, 1)}
+    return {}, {"growth": {"tokens_per_second_by_callers": callers, "by_prompt_tokens": prompts}}
+
+
+# In a process that has loaded nothing else.
+_MEMORY = """
+import json, sys
+from concurrent.futures import ThreadPoolExecutor
+import mlflow
+from helpers.measurement import peak_memory_bytes
+store, uri, callers, tokens = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+mlflow.set_tracking_uri(store)
+model = mlflow.pyfunc.load_model(uri)
+load_bytes = peak_memory_bytes()
+def ask(number):
+    messages = [{"role": "user", "content": f"Tell me a long story about {number} ships."}]
+    model.predict({"messages": messages, "max_tokens": tokens})
+with ThreadPoolExecutor(callers) as pool:
+    list(pool.map(ask, range(2 * callers)))
+print(json.dumps({"load_bytes": load_bytes, "callers8_bytes": peak_memory_bytes()}))
+"""
+
+
+def _memory(store):
+    """Return the peak memory, in bytes, of a process that loads the chat model and then serves 8 callers."""
+    command = [sys.executable, "-c", _MEMORY, store, CHAT, str(CALLERS), str(TOKENS)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+    return json.loads(result.stdout.splitlines()[-1])

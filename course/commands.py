@@ -1,0 +1,309 @@
+"""The commands of ``python -m helpers``: one table with each one's help, options and work.
+
+A command line comes in, an exit code goes out. Before anything is installed this module reads the command line on a
+bare Python, so it imports the standard library alone; the work imports the rest.
+"""
+
+import argparse
+import ast
+import os
+import subprocess
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from course import environment
+from helpers.errors import CourseError
+from helpers.models.kit import PLATFORM_NAMES, PYTHONS
+from helpers.paths import BUILD, DATA, ROOT
+
+DEFAULT_MODEL = "smollm2-135m"
+SMALL_MODELS = ("tiny-phi3", DEFAULT_MODEL)
+# What `mlflow ui` and JupyterLab listen on: this machine alone.
+LOOPBACK = "127.0.0.1"
+NUMBERS = ("max_tokens", "temperature")
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command: what the list says of it, what does its work, and what it takes."""
+
+    help: str
+    work: Callable[[Namespace], int]
+    options: tuple[Callable[[ArgumentParser], None], ...] = ()  # each adds some to the command's parser
+    needs: str = "course"  # what has to be installed: "nothing", "course" or, with the tests' packages, "tests"
+    takes_parameters: bool = False  # -p NAME VALUE, for a page
+    takes_words: bool = False  # what is no option of its own goes on to the program that it starts
+
+
+def run_command(arguments: list[str]) -> int:
+    """Read a command line, set up what the command needs, and do its work. Return the exit code."""
+    name = arguments[0] if arguments else "help"
+    name = "help" if name in ("-h", "--help") else name
+    if name not in COMMANDS:
+        raise CourseError("command-unknown", f"There is no command called {name}.",
+                          f"Choose one of: {', '.join(COMMANDS)}.")
+    command, words = COMMANDS[name], arguments[1:]
+    parser = ArgumentParser(prog=f"python -m helpers {name}", description=command.help, allow_abbrev=False)
+    for add_options in command.options:
+        add_options(parser)
+    parameters = {}
+    if command.takes_parameters:
+        parser.epilog = "-p NAME VALUE sets a parameter of the notebook; as often as you like."
+        words, parameters = _split_parameters(words)
+    options, rest = parser.parse_known_args(words, Namespace(parameters=parameters))
+    if rest and not command.takes_words:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.words = rest
+    return _in_environment(command, options, arguments)
+
+
+def _in_environment(command, options, arguments):
+    """Do a command's work in an environment that has what it needs: this one, or else ``.venv``."""
+    tests = command.needs == "tests"
+    if command.needs == "nothing":
+        return command.work(options)
+    if environment.inside_venv():
+        environment.set_up(tests)
+    elif environment.differing_packages(tests):
+        line = [str(environment.set_up(tests)), "-m", "helpers", *arguments]
+        if os.name == "posix":
+            os.execv(line[0], line)
+        return subprocess.call(line)
+    return command.work(options)
+
+
+def _split_parameters(words):
+    """Take each ``-p NAME VALUE`` out of a command line: argparse refuses a value that starts with a dash."""
+    from helpers.parameters import refuse_unknown
+
+    rest, parameters, left = [], {}, iter(words)
+    for word in left:
+        if word != "-p":
+            rest.append(word)
+            continue
+        name, value = next(left, None), next(left, None)
+        if value is None:
+            raise CourseError("parameter-incomplete", "-p stands without a name and a value.",
+                              "Such as: -p question \"Who wrote Hamlet?\".")
+        try:
+            parameters[name] = ast.literal_eval(value) if name in NUMBERS else value
+        except (ValueError, SyntaxError):
+            raise CourseError("parameter-type", f"{name} is {value!r}, and it has to be a number.",
+                              f"Such as: -p {name} 1.") from None
+    refuse_unknown(parameters)
+    return rest, parameters
+
+
+# --- options that commands have ---------------------------------------------------------------
+
+
+def _model_option(parser):
+    parser.add_argument("--model", default=os.environ.get("COURSE_MODEL") or DEFAULT_MODEL,
+                        help="a name of data/models.toml, or hub:org/name")
+
+
+def _prepare_options(parser):
+    parser.add_argument("--track", choices=("transformers", "onnx"), help="what one track needs; left out: both")
+    parser.add_argument("--export", action="store_true", help="make the ONNX files of a hub: model here")
+
+
+def _notebook_options(parser):
+    parser.add_argument("name", help="such as TransformerPipeline")
+    parser.add_argument("--output", type=Path, default=BUILD / "course", help="folder for the page")
+
+
+def _ui_options(parser):
+    parser.add_argument("--port", type=_port, default=5000)
+
+
+def _kit_options(parser):
+    actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
+    build = actions.add_parser("build", help="gather wheels, models and the course in a folder")
+    build.add_argument("folder", type=Path, metavar="DIR")
+    many = {"nargs": "+", "action": "extend", "default": []}
+    build.add_argument("--model", help=f"names of models; left out: {' and '.join(SMALL_MODELS)}", **many)
+    build.add_argument("--platform", choices=list(PLATFORM_NAMES.values()), help="left out: this machine's", **many)
+    build.add_argument("--python", choices=PYTHONS, help="left out: the running one", **many)
+    serve = actions.add_parser("serve", help="offer a kit to a room over HTTP")
+    serve.add_argument("folder", type=Path, metavar="DIR")
+    serve.add_argument("--host", default=LOOPBACK, help="0.0.0.0 for everybody in the network")
+    serve.add_argument("--port", type=_port, default=8750, help="0 for any that is free")
+    check = actions.add_parser("check", help="compare every file of a kit with what was built")
+    check.add_argument("address", metavar="DIR_OR_URL")
+
+
+def _port(text):
+    port = int(text)
+    if not 0 <= port < 65536:
+        raise argparse.ArgumentTypeError("a port is a number from 0 to 65535")
+    return port
+
+
+# --- what they do -----------------------------------------------------------------------------
+
+
+def _run(options):
+    from course.execute import PAGES, execute, print_answers
+    from helpers.models.prepare import prepare_model
+
+    parameters = {"model": options.model} | options.parameters
+    prepare_model(parameters["model"])
+    for name in PAGES:
+        print(f"\nRunning notebooks/{name}.ipynb", flush=True)
+        print_answers(execute(name, parameters))
+    print("\nOpen a page in a browser; `make lab` to step through it; `make ui` to see the runs in MLflow.")
+    return 0
+
+
+def _notebook(options):
+    from course.execute import execute, print_answers
+
+    print_answers(execute(options.name, options.parameters, options.output.resolve()))
+    return 0
+
+
+def _prepare(options):
+    from helpers.models.prepare import prepare_model
+
+    if options.export and options.track == "transformers":
+        raise CourseError("export-without-onnx",
+                          "--export makes ONNX files, and --track transformers wants none.", "Leave out one of them.")
+    prepared = prepare_model(options.model, options.track, options.export)
+    print(f"{prepared.entry.title} is ready:")
+    for folder in filter(None, (prepared.transformers_dir, prepared.onnx_dir)):
+        print(f"  {folder}")
+    return 0
+
+
+def _check(options):
+    return _pytest(SMALL_MODELS[:1], ["-m", "not slow and not index", *options.words])
+
+
+def _test(options):
+    return _pytest(SMALL_MODELS, options.words)
+
+
+def _pytest(models, words):
+    """Prepare models, whose progress bars belong in front of the tests, and run pytest on two or more cores."""
+    from helpers.models.prepare import prepare_model
+
+    for name in models:
+        prepare_model(name)
+    command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", "--numprocesses=auto",
+               "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder", *words]
+    return subprocess.call(command, cwd=ROOT)
+
+
+def _lab(options):
+    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={LOOPBACK}", f"--ServerApp.root_dir={ROOT}",
+               # No look-ups of news and newer versions, and no question about them.
+               f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
+               "--LabApp.default_url=/lab/tree/notebooks/TransformerPipeline.ipynb",
+               "--KernelManager.transport_encryption=auto"]
+    if hasattr(os, "geteuid") and os.geteuid() == 0:
+        command.append("--allow-root")  # as in a container; it listens to this machine alone
+    return _serve(command)
+
+
+def _ui(options):
+    from course.doctor.checks import port_is_taken
+    from helpers.tracking import SQLITE, tracking_store
+
+    store = tracking_store().uri
+    if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
+        raise CourseError("store-empty", "There is nothing to show yet.", "Run the course first: make run.")
+    if port_is_taken(options.port):
+        raise CourseError("port-taken", f"Port {options.port} is taken.",
+                          f"Choose another one: python -m helpers ui --port {options.port + 1}.")
+    print(f"The MLflow UI: http://{LOOPBACK}:{options.port}   (Ctrl-C ends it)", flush=True)
+    # MLflow imports a module of Starlette's that is on its way out; the reader of the log can't help it.
+    quiet = "ignore:starlette.middleware.wsgi is deprecated"
+    return _serve([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--registry-store-uri", store,
+                   "--host", LOOPBACK, "--port", str(options.port)], PYTHONWARNINGS=quiet)
+
+
+def _serve(command, **variables):
+    """Turn this process into a server; Ctrl-C is then the server's own business."""
+    # Programs such as uvicorn are looked up on the PATH; the environment may not be activated.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    variables = dict(os.environ, PATH=path, **variables)
+    if os.name == "posix":
+        os.chdir(ROOT)
+        os.execve(command[0], command, variables)
+    return subprocess.call(command, cwd=ROOT, env=variables)
+
+
+def _bench(options):
+    from course.bench.notebooks import bench
+
+    return bench()
+
+
+def _mutate(options):
+    from course.mutate import mutate
+
+    return mutate(options.words)
+
+
+def _doctor(options):
+    if not environment.inside_venv() and environment.is_set_up(tests=False):
+        return _in_environment(Command("", _doctor), options, ["doctor"])
+    from course.doctor.checks import doctor  # it looks at what is there, and installs nothing
+
+    return doctor()
+
+
+def _generate(options):
+    from course.generate import generate
+
+    return generate()
+
+
+def _kit(options):
+    if options.action == "build":
+        from course.kit.build import build
+
+        return build(options.folder.resolve(), options.model or SMALL_MODELS, options.platform, options.python)
+    if options.action == "serve":
+        from course.kit.serve import serve
+
+        return serve(options.folder.resolve(), options.host, options.port)
+    from course.kit.check import check
+
+    return check(options.address if "://" in options.address else str(Path(options.address).resolve()))
+
+
+def _help(options):
+    print("python -m helpers COMMAND, with one of:")
+    for name, command in COMMANDS.items():
+        print(f"  {name:<10} {command.help}")
+    print("`python -m helpers COMMAND --help` shows its options. The first that needs it sets up .venv.")
+    return 0
+
+
+COMMANDS = {
+    "run": Command("run the course's pages and say what came out", _run, (_model_option,), takes_parameters=True),
+    "notebook": Command("run one page with parameters of your own", _notebook, (_notebook_options,),
+                        takes_parameters=True),
+    "prepare": Command("download and convert a model", _prepare, (_model_option, _prepare_options)),
+    "check": Command("run the tests that take no real model, in under a minute; further words go to pytest", _check,
+                     needs="tests", takes_words=True),
+    "test": Command("run every test; further words go to pytest", _test, needs="tests", takes_words=True),
+    "lab": Command("open JupyterLab on the course", _lab),
+    "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
+    "bench": Command("measure, and write build/bench/bench.json", _bench, needs="tests"),
+    "mutate": Command("plant faults in the policies, and count those that the tests notice", _mutate, needs="tests",
+                      takes_words=True),
+    "doctor": Command("say what this machine can run", _doctor, needs="nothing"),
+    "generate": Command("write environment.yml, constraints.txt and the README's tables anew", _generate,
+                        needs="tests"),
+    "setup": Command("set up .venv and nothing else", lambda options: 0),
+    "kit": Command("build, serve or check an offline kit for a room without a network", _kit, (_kit_options,)),
+    "clean": Command("remove build/", lambda options: environment.clean(everything=False), needs="nothing"),
+    "distclean": Command("remove build/, data/models/ and .venv/",
+                         lambda options: environment.clean(everything=True), needs="nothing"),
+    "help": Command("show this list", _help, needs="nothing"),
+}

@@ -1,0 +1,276 @@
+"""Says what this machine can run: one line per check, with the fix beside it.
+
+It changes nothing, except that it prepares tiny-phi3 to try both tracks on it. Before set-up it runs on the standard
+library alone, and does the checks that need no more.
+"""
+
+import csv
+import importlib.metadata
+import os
+import platform
+import queue
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+import tomllib
+import webbrowser
+from pathlib import Path
+
+from course.doctor import network
+from helpers.models.catalogue import read_catalogue
+from helpers.models.folders import is_writable
+from helpers.models.kit import kit_address
+from helpers.models.space import existing, free_disk, free_memory
+from helpers.paths import BUILD, ROOT, model_cache
+from course.environment import differing_packages, is_set_up, pins
+from course.doctor.smoke import smoke
+
+# Megabytes (10**6 bytes): what set-up takes, and what a run writes beside its copies of the model.
+SETUP_MEGABYTES, PAGES_MEGABYTES = 4000, 100
+# A run logs track A's folder once and track B's twice: this times what the model has on disk.
+COPIES = 1.3
+# Where the browser tests find a browser.
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome",
+            "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+            os.path.expandvars(r"%ProgramFiles%\Google\Chrome\Application\chrome.exe"))
+
+
+def doctor():
+    """Check the machine, print a line per check, and return the exit code: 1 if anything failed."""
+    print(_course(), flush=True)
+    levels = []
+    for level, what, fix in _checks():
+        levels.append(level)
+        print(_public(f"{level:<4}  {what}" + (f"\n      {fix}" if fix else "")), flush=True)
+    failed, warnings = levels.count("FAIL"), levels.count("WARN")
+    print((f"{failed} of {len(levels)} checks failed" if failed else "Fit: no check failed") +
+          f", {warnings} warning{'' if warnings == 1 else 's'}.")
+    return int(failed > 0)
+
+
+def _public(text):
+    """Write ``~`` for the home folder, whose name is often the user's, and mask passwords in addresses."""
+    home = os.path.expanduser("~").rstrip("/\\") or "~"  # noqa: PTH111, as Path.home() raises where there is none
+    for written in (home, home.replace("\\", "\\\\"), home.replace("\\", "/")):
+        text = re.sub(re.escape(written) + r"(?!\w)", "~", text)
+    return re.sub(r"://[^\s'\"]*@", "://***@", text)
+
+
+def port_is_taken(port):
+    """Tell whether somebody listens on this machine's ``port``."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def find_chromium():
+    """Return the path of the browser that the tests drive, or None."""
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
+
+
+def _course():
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+    described = ""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
+                                   capture_output=True, text=True).stdout.strip()
+    return f"The course {version}" + (f", commit {described}" if described else "")
+
+
+def _checks():
+    """Yield ``(level, what, fix)`` with a level of OK, WARN or FAIL; ``fix`` is empty for OK."""
+    yield _platform(sysconfig.get_platform(), platform.machine(), sys.maxsize)
+    differing, gone = differing_packages(), list(_files_gone())
+    yield from _packages(differing, gone)
+    ready = not gone and all(installed for _, installed in differing.values())
+    begun, clocks = time.monotonic(), []
+    asked = {"the package index": network.in_background(network.index)}
+    if ready:
+        asked["the Hugging Face Hub"] = network.in_background(network.hub)
+    if kit_address():
+        asked["the kit of COURSE_KIT"] = network.in_background(network.kit)
+
+    yield _cores()
+    yield _writable(BUILD)
+    yield _room(ready)
+    if ready:
+        yield _memory()
+        yield from _models()
+    for port, use in ((8888, "JupyterLab"), (5000, "the MLflow UI")):
+        yield ("WARN", f"port {port} is taken: {use} starts on it",
+               "JupyterLab takes the next one by itself; for the other: python -m helpers ui --port 5001"
+               ) if port_is_taken(port) else ("OK", f"port {port} is free for {use}", "")
+    yield _java()
+    yield from _browsers()
+    yield from network.proxy()
+    if ready:
+        yield from smoke()
+
+    for name, answers in asked.items():
+        try:
+            line, ahead = answers.get(timeout=max(network.PATIENCE - (time.monotonic() - begun), 0.1))
+        except queue.Empty:  # looking up a name has no time limit of its own
+            line, ahead = ("FAIL" if "kit" in name else "WARN", f"{name} does not answer in {network.PATIENCE} s",
+                           "Check the network, HTTPS_PROXY and that address."), None
+        yield line
+        clocks += [] if ahead is None else [ahead]
+    yield network.clock(min(clocks, key=abs, default=None))
+
+
+# --- Python and its packages ----------------------------------------------------------------
+
+
+def _platform(built_for, machine, largest):
+    """Return the line on this Python: ``sysconfig.get_platform()``, ``platform.machine()``, ``sys.maxsize``."""
+    # course.__main__ has refused a version that is too old or too new.
+    what = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, {built_for}"
+    if largest <= 2**32:
+        return "FAIL", f"{what}: a 32-bit Python", "Install the 64-bit Python: the packages have no other builds."
+    # What torch has builds of; for win-arm64 and Intel's Macs it has none.
+    if built_for == "win-arm64":
+        return "WARN", f"{what}: torch has no build for it", "Install Python for x64, which Windows runs here, too."
+    if built_for.startswith("macosx") and machine == "x86_64":
+        return ("WARN", f"{what}: torch has no build for a Mac with Intel's processor",
+                "On a Mac with Apple's processor, install a Python for arm64; otherwise, use another machine.")
+    return "OK", what, ""
+
+
+def _packages(differing, gone):
+    """Yield the lines on the packages: what differs from the pins, and ``(package, file)`` for what is gone."""
+    # Set-up does nothing in an environment that it has finished.
+    fix = f"{'Delete .venv and run' if is_set_up(tests=False) else 'Run'}: python -m helpers setup"
+    missing = [name for name, (_, installed) in differing.items() if installed is None]
+    if len(missing) > len(pins(tests=False)) / 2:
+        yield "FAIL", "the course's packages are not installed", fix
+        return
+    for name, (pinned, installed) in differing.items():
+        yield "FAIL", f"{name} is {installed or 'not installed'}, and {pinned} is pinned", fix
+    for name in dict(gone):
+        files = [file for package, file in gone if package == name]
+        yield ("FAIL", f"{name} lacks {len(files)} of its files, such as {files[0]}",
+               f"If an antivirus took it, tell it to leave .venv alone. {fix}")
+    if not differing and not gone:
+        yield "OK", "packages are as pinned, and whole", ""
+    for name, (pinned, installed) in differing_packages(tests=True).items():
+        if installed and name not in differing:
+            yield "WARN", f"{name} is {installed}, and {pinned} is pinned, for the tests", fix
+
+
+def _files_gone():
+    """Yield package and file for each file that pip has installed and that is not there any more."""
+    for package in importlib.metadata.distributions():
+        # conda's own packages list files that conda leaves out.
+        if (package.read_text("INSTALLER") or "").strip() in ("pip", "uv"):
+            for file, *_ in csv.reader((package.read_text("RECORD") or "").splitlines()):
+                if not file.endswith(".pyc") and not Path(package.locate_file(file)).exists():
+                    yield package.metadata["Name"], file
+
+
+# --- the machine ----------------------------------------------------------------------------
+
+
+def _cores():
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ("OK", f"{cores} cores", "") if cores > 1 else (
+        "WARN", "1 core", "The course runs, at less than half the speed.")
+
+
+def _room(ready):
+    """Return the line on the disk of the course's folder."""
+    needed, free = PAGES_MEGABYTES if ready else SETUP_MEGABYTES, free_disk(ROOT)
+    what = f"{free:,.0f} MB are free on the disk of {ROOT}"
+    return ("OK", what, "") if free >= needed else (
+        "FAIL", f"{what}, and {'a run' if ready else 'set-up'} needs {needed:,} MB", "Free some space.")
+
+
+def _memory():
+    import psutil
+
+    least = min(card.memory for card in read_catalogue().values())
+    free = free_memory()
+    what = f"{free:,.0f} MB of memory are free, of {psutil.virtual_memory().total / 1e6:,.0f} MB"
+    return ("OK", what, "") if free >= least else (
+        "FAIL", f"{what}, and the smallest model needs {least:,} MB",
+        "Close programs, or give the container more memory.")
+
+
+def _models():
+    """Yield a line for each model of the catalogue, and for each other one in the cache."""
+    from helpers.models.catalogue import find_card
+    from helpers.models.prepare import cache_state, cached_models
+
+    cache, memory, cards, lacks = model_cache(), free_memory(), read_catalogue(), {}
+    one_disk = existing(cache).stat().st_dev == ROOT.stat().st_dev
+    try:
+        states = {name: cache_state(name) for name in dict.fromkeys([*cards, *cached_models()])}
+    except OSError as error:
+        yield "FAIL", f"{error.filename} cannot be read", "Set COURSE_CACHE to a folder that is yours."
+        return
+    for name, card in cards.items():
+        stays = card.disk if states[name] == "not prepared" else 0
+        runs = round(card.disk * COPIES) + PAGES_MEGABYTES
+        disks = [(ROOT, runs + stays)] if one_disk else [(ROOT, runs), (cache, stays)]
+        short = [f"{needed:,} MB of disk for {folder}, and {free_disk(folder):,.0f} MB are free"
+                 for folder, needed in disks if free_disk(folder) < needed]
+        if memory < card.memory:
+            short.insert(0, f"{card.memory:,} MB of memory, and {memory:,.0f} MB are free")
+        lacks[name] = short
+    for name, state in states.items():
+        if state == "damaged":
+            yield ("WARN", f"{name}: files in {cache / find_card(name).folder} are not as they were written",
+                   f"Get them anew: python -m helpers prepare --model {name}")
+        elif lacks.get(name):
+            fits = max((other for other in cards if not lacks[other] and cards[other].memory < cards[name].memory),
+                       key=lambda other: cards[other].memory, default=None)
+            yield ("WARN", f"{name}: {state}; a run needs {lacks[name][0]}",
+                   ("Close programs" if "memory" in lacks[name][0] else "Free some space, or set COURSE_CACHE to "
+                    "a folder on another disk") + (f", or choose a smaller model: MODEL={fits}." if fits else "."))
+        elif name in cards:
+            yield "OK", f"{name}: {state}, with memory and disk for a run", ""
+        else:
+            yield "OK", f"{name}: {state}", ""
+
+
+def _writable(folder):
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = is_writable(folder)
+    except OSError:
+        writable = False
+    if not writable:
+        return "FAIL", f"{folder} cannot be written", "Move the course to a folder that is yours."
+    return "OK", f"{folder} can be written", ""
+
+
+def _java():
+    """Return the line on Java, looked for where Spark looks."""
+    fix = "For the section on Spark alone: install Java 17, from https://adoptium.net or your system's packages."
+    home = os.environ.get("JAVA_HOME")
+    java = shutil.which("java", path=Path(home) / "bin") if home else shutil.which("java")
+    if home and not java:
+        return "WARN", f"JAVA_HOME is {home}, and there is no Java in it", "Correct JAVA_HOME or unset it. " + fix
+    try:
+        said = subprocess.run([java or "", "-version"], capture_output=True, text=True, errors="replace", timeout=20)
+        version = re.search(r'version "((?:1\.)?(\d+)[^"]*)"', said.stderr + said.stdout)
+    except (OSError, subprocess.TimeoutExpired):
+        version = None
+    if version is None:  # a Mac has a `java` that only says where to get one
+        return "WARN", "there is no Java", fix
+    return ("OK", f"Java {version[1]}", "") if int(version[2]) >= 17 else ("WARN", f"Java is {version[1]}", fix)
+
+
+def _browsers():
+    try:
+        browser = getattr(webbrowser.get(), "name", "")
+        yield "OK", f"JupyterLab opens the browser {browser}".strip(), ""
+    except webbrowser.Error:
+        yield ("WARN", "JupyterLab finds no browser to open",
+               "Open the address that it prints in a browser, on this machine or through a tunnel.")
+    if not any(installed is None for _, installed in differing_packages(tests=True).values()):
+        chromium = find_chromium()
+        yield ("OK", f"the browser tests drive {chromium}", "") if chromium else (
+            "WARN", "the browser tests find neither Chromium nor Chrome, and are skipped",
+            "Only for `make test`: install Google Chrome, or Chromium, on the PATH.")

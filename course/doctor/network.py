@@ -1,0 +1,146 @@
+"""Asks the package index, the Hub and an offline kit whether they answer, for ``course.doctor.checks``.
+
+Each function returns ``(level, what, fix)``, as doctor prints it. It downloads nothing. Before set-up it runs on the
+standard library alone.
+"""
+
+import email.utils
+import json
+import os
+import queue
+import re
+import subprocess
+import sys
+import threading
+import time
+from datetime import timedelta
+from urllib.request import getproxies, proxy_bypass
+
+from helpers.models.catalogue import read_catalogue
+from helpers.errors import CourseError
+from helpers.models.kit import open_kit
+from helpers.paths import ROOT
+
+# Seconds, for all that is asked at once.
+PATIENCE = 10
+CERTIFICATES = ("Where a firewall or an antivirus reads along, set PIP_CERT and SSL_CERT_FILE to the file of its "
+                "certificate; otherwise check this machine's clock.")
+
+
+def proxy():
+    """Yield the lines on the proxy: what is set, and whether this machine is left out of it."""
+    proxies = getproxies()
+    # Whether it has a scheme or not, what stands before an @ is a name and a password.
+    shown = [name + "_proxy=" + re.sub("^(.*://)?.*@", r"\1***@", value) for name, value in sorted(proxies.items())]
+    yield "OK", ", ".join(shown) or "no proxy is set", ""
+    # requests and httpx, and so MLflow, make no exception for this machine.
+    if {"http", "all"} & set(proxies) and not proxy_bypass("127.0.0.1"):
+        yield ("WARN", "what asks a server on this machine (127.0.0.1) asks the proxy instead",
+               "Add 127.0.0.1 and localhost to NO_PROXY.")
+
+
+def in_background(ask):
+    """Start ``ask`` on a thread, which nobody waits for at the end, and return the queue of its answer."""
+    answers = queue.SimpleQueue()
+    threading.Thread(target=lambda: answers.put(ask()), daemon=True).start()
+    return answers
+
+
+def index():
+    """Return the line on the package index, and how far this clock is ahead of the index's: seconds, or None."""
+    # pip knows its own index, proxy and certificates; nothing here needs to.
+    wheel = next(card.source["wheel"]["requirement"] for card in read_catalogue().values() if "wheel" in card.source)
+    name = wheel.split("==")[0]
+    command = [sys.executable, "-m", "pip", "-vv", "--no-input", "--retries", "1", "--timeout", "4",
+               "--disable-pip-version-check", "index", "versions", name]
+    try:
+        asked = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               text=True, encoding="utf-8", errors="replace", timeout=PATIENCE - 1)
+        said, found = asked.stdout, asked.returncode == 0
+    except subprocess.TimeoutExpired:
+        said, found = "", False
+    statuses = re.findall(r'HTTP/\S+ (\d{3}) ', said)
+    page = re.search(r"Getting page (https?://)(?:\S*@)?([^/\s]+)(\S*)", said)
+    ahead = _ahead("".join(page.groups())) if page and statuses else None
+    site = page[1] + page[2] if page else "it"
+    needed = "Only set-up and a model's first download need it: "
+    if found:
+        return ("OK", "the package index answers", ""), ahead
+    if "No module named pip" in said:
+        return ("WARN", "the package index was not asked: this Python has no pip",
+                "Set-up brings its own: python -m helpers setup"), None
+    if re.search("confirming the ssl certificate|SSLError", said):
+        return ("WARN", "pip does not trust the package index's certificate", CERTIFICATES), ahead
+    if "404" in statuses:
+        return ("WARN", f"the package index has no {name}",
+                needed + "ask whoever runs it for that package, or see `pip config list`."), ahead
+    if "200" in statuses:
+        return ("WARN", "the package index answers with a page that is no index, such as a proxy's log-in page",
+                needed + f"open {site} in a browser and log in, or see `pip config list`."), ahead
+    return ("WARN", "the package index does not answer" + (f": HTTP {statuses[-1]}" if statuses else ""),
+            needed + "check the network, HTTPS_PROXY and `pip config list`."), ahead
+
+
+def hub():
+    """Return the line on the Hugging Face Hub, and how far this clock is ahead of its."""
+    import httpx  # what the Hub's own client uses: the same proxy, the same certificates
+
+    endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
+    sources = {name: card.source["hub"] for name, card in read_catalogue().items() if "hub" in card.source}
+    repo = next(iter(sources.values()))["transformers"]["repo"]
+    fix = f"Only {', '.join(sources)} and hub: models need it: check the network, HTTPS_PROXY and HF_ENDPOINT."
+    try:
+        answer = httpx.get(f"{endpoint}/{repo}/resolve/main/config.json", follow_redirects=True, timeout=4)
+        ahead = _seconds_ahead(answer)
+        if answer.status_code != 200:
+            return ("WARN", f"{endpoint} answers with HTTP {answer.status_code}", fix), ahead
+        answer.json()
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return ("WARN", f"{endpoint} answers with a page that is no file, such as a proxy's log-in page", fix), ahead
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError) as error:
+        if "CERTIFICATE" in str(error):
+            return ("WARN", f"the certificate of {endpoint} is not trusted", CERTIFICATES), None
+        return ("WARN", f"{endpoint} does not answer", fix), None
+    return ("OK", f"{endpoint} answers", ""), ahead
+
+
+def _ahead(url):
+    try:
+        import httpx
+    except ModuleNotFoundError:  # before set-up
+        return None
+    try:
+        return _seconds_ahead(httpx.head(url, timeout=4))
+    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError):
+        return None
+
+
+def _seconds_ahead(answer):
+    """Return by how many seconds this clock is ahead of the server's that gave ``answer``, or None."""
+    try:
+        return time.time() - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
+    except (KeyError, ValueError):
+        return None
+
+
+def clock(ahead):
+    """Return the line on the clock: it is so many seconds ahead of a server's, or None where no server answered."""
+    against = "a server's on the network"
+    if ahead is None:  # the course's own files are from before now, and say no more than that
+        against = "the time of the course's own files"
+        ahead = min(time.time() - max(file.stat().st_mtime for file in (ROOT / "helpers").glob("*.py")), 0)
+    off = timedelta(minutes=round(abs(ahead) / 60))
+    if off <= timedelta(minutes=5):
+        return "OK", f"the clock agrees with {against}", ""
+    # Within a day, certificates hold; and the clock of an archive's files may be that of another time zone.
+    return ("FAIL" if off > timedelta(days=1) else "WARN",
+            f"the clock is {off} {'ahead of' if ahead > 0 else 'behind'} {against}",
+            "Set the clock, and let it follow the network's time: certificates are refused at a wrong time.")
+
+
+def kit():
+    """Return the line on the offline kit, and None: its clock may be off as well."""
+    try:
+        return ("OK", f"the kit {open_kit().address} answers", ""), None
+    except CourseError as error:
+        return ("FAIL", error.what, error.fix), None

@@ -1,0 +1,112 @@
+"""Offers a kit to a room over HTTP: what its manifest lists, to be read, and nothing else of the disk."""
+
+import errno
+import socket
+from pathlib import Path
+
+import psutil
+import uvicorn
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.responses import FileResponse
+from starlette.routing import Route
+
+from helpers.errors import CourseError
+from helpers.models.kit import INDEX, MANIFEST, WHEELS_INDEX, build_command, read_kit
+
+PAGES = {"": INDEX, "wheels/": WHEELS_INDEX}
+
+
+def serve(folder, host, port):
+    """Serve a kit until Ctrl-C.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        Absolute.
+    host : str
+        Address to listen on: ``127.0.0.1`` for this machine alone, ``0.0.0.0`` for the room.
+    port : int
+
+    Returns
+    -------
+    int
+        The exit code.
+
+    Raises
+    ------
+    CourseError
+        No kit, a kit with missing files, or an address or port that cannot be had.
+    """
+    kit = read_kit(str(folder))
+    problems = list(kit.problems(hashes=False))
+    if problems:
+        raise CourseError(f"The kit {folder} is not whole: {problems[0]}", f"Build it again: {build_command(kit)}")
+    # Bound here, not by uvicorn: two servers that start at once cannot both find the port free.
+    with _listen(folder, host, port) as listener:
+        print(f"The kit {folder}, {len(kit.files)} files   (Ctrl-C ends it)")
+        for address in _addresses() if host == "0.0.0.0" else [host]:
+            print(f"  http://{f'[{address}]' if ':' in address else address}:{port}")
+        if host in ("127.0.0.1", "localhost", "::1"):
+            print("This machine alone can read it. To offer it to everybody in the network: "
+                  f"python -m helpers kit serve \"{folder}\" --host 0.0.0.0")
+        else:
+            print("Participants open that address. Whoever is in this network can read the kit, and nothing else here.")
+        print(end="", flush=True)
+        config = uvicorn.Config(application(kit), log_level="error", access_log=False, server_header=False,
+                                lifespan="off", timeout_graceful_shutdown=1)
+        try:
+            uvicorn.Server(config).run(sockets=[listener])
+        except KeyboardInterrupt:  # uvicorn raises the signal again once it has closed its connections
+            print("Ended.")
+    return 0
+
+
+def application(kit):
+    """Return the ASGI application that serves a kit's files.
+
+    Parameters
+    ----------
+    kit : Kit
+        In a folder.
+    """
+    root = Path(kit.address).resolve()
+    served = {MANIFEST, *kit.files}
+
+    def answer(request):
+        path = request.path_params["path"]
+        name = PAGES.get(path, path)
+        # A name is looked up among those listed, as it stands: no path is put together from a request.
+        file = (root / name).resolve() if name in served else None
+        if file is None or not file.is_relative_to(root) or not file.is_file():
+            raise HTTPException(404, "The kit has no such file.")
+        try:
+            return FileResponse(file, stat_result=file.stat(), headers={"cache-control": "no-cache"})
+        except OSError:
+            raise HTTPException(404, "The kit has no such file.") from None
+
+    return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "HEAD"])])
+
+
+def _listen(folder, host, port):
+    """Return a socket that listens, or say why there is none."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    if not host:
+        raise CourseError("--host is empty.", "Name 127.0.0.1 for this machine alone, or 0.0.0.0 for the room.")
+    try:
+        return socket.create_server((host, port), family=family, backlog=256)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE or getattr(error, "winerror", None) == 10048:
+            other = port + 1 if port < 65535 else port - 1
+            again = f'python -m helpers kit serve "{folder}" --host {host} --port {other}'
+            raise CourseError(f"Port {port} is taken.", f"Choose another one: {again}") from None
+        raise CourseError(f"This machine cannot listen on {host}, port {port}: {error.strerror or error}.",
+                          "Use --host 0.0.0.0 for every address of this machine, and a port above 1023.") from None
+
+
+def _addresses():
+    """Return this machine's own IPv4 addresses in the networks that it is in."""
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    found = [entry.address for name, entries in psutil.net_if_addrs().items() if name in up
+             for entry in entries if entry.family == socket.AF_INET and not entry.address.startswith("127.")]
+    return found or ["127.0.0.1"]

@@ -1,0 +1,70 @@
+"""Looks at single files and folders: hashes, safe names, whether a folder takes files, one bar, one lock."""
+
+import contextlib
+import errno
+import hashlib
+import re
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
+
+# What the disk or its owner refuses, which is no fault of whoever sent the file.
+FULL = (errno.ENOSPC, errno.EDQUOT)
+FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_size(path: Path, size: int) -> bool:
+    """Tell whether ``path`` is a file of that many bytes."""
+    return path.is_file() and path.stat().st_size == size
+
+
+def is_plain(name: str) -> bool:
+    """Tell whether a relative name stays inside its folder, on every system: no drive, no stream, no way up."""
+    return name.isprintable() and not re.search(r"[\\:]", name) and str(PurePosixPath(name)) == name \
+        and name not in (".", "") and not name.startswith("/") and ".." not in name.split("/")
+
+
+def is_writable(folder: Path) -> bool:
+    """Tell whether files can be made in ``folder``. os.access is not asked: it says yes to root."""
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        if error.errno in (*FORBIDDEN, *FULL):
+            return False
+        raise
+    return True
+
+
+def progress_bar(title: str, total: int):
+    """Return a tqdm bar on stdout: a notebook paints stderr red. It is painted twice a second, not at every byte."""
+    from tqdm import tqdm  # set-up reads this module before there is one
+
+    return tqdm(desc=title, total=total, file=sys.stdout, mininterval=0.5,
+                bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}")
+
+
+@contextlib.contextmanager
+def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
+    """Hold ``folder/.lock`` against other processes. Where one has it, call ``on_busy``, then wait for it.
+
+    ``on_busy`` prints that somebody waits, or raises where nobody should.
+    """
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_busy()
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()

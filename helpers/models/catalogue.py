@@ -1,0 +1,83 @@
+"""Reads ``data/models.toml``, the list of models, and the names ``hub:org/name``. It downloads nothing."""
+
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from helpers.errors import CourseError
+from helpers.paths import DATA
+
+TRACKS = ("transformers", "onnx")
+HUB_NAME = re.compile(r"hub:(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class CatalogueEntry:
+    """What the course knows about a model before it has any of its files.
+
+    Attributes
+    ----------
+    name : str
+        The value of the parameter ``model``.
+    title, summary, licence, homepage, task : str
+        For the reader. ``task`` is the Hub's name of what the model does.
+    parameters : int or None
+        Number of weights.
+    context_length : int or None
+        Tokens that a prompt and its answer may take together.
+    download, disk, memory : int or None
+        Megabytes (10**6 bytes): what travels, what stays, what a run needs at its peak.
+        Of a model that only the Hub knows, all these numbers are None until it is here.
+    source : dict
+        The rest of the entry, for ``helpers.models.sources``: where the files come from.
+    """
+
+    name: str
+    title: str
+    summary: str
+    licence: str
+    homepage: str
+    task: str
+    parameters: int | None
+    context_length: int | None
+    download: int | None
+    disk: int | None
+    memory: int | None
+    source: dict = field(repr=False)
+
+    @property
+    def folder(self) -> str:
+        """Name of the model's folder in the cache."""
+        return self.name.replace(":", "--").replace("/", "--")
+
+
+def read_catalogue(path: Path = DATA / "models.toml") -> dict[str, CatalogueEntry]:
+    """Return the entries of the catalogue by name, in the file's order."""
+    known = set(CatalogueEntry.__dataclass_fields__) - {"name", "source"}
+    return {
+        name: CatalogueEntry(name=name, source={key: value for key, value in table.items() if key not in known},
+                             **{key: table[key] for key in known})
+        for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items()
+    }
+
+
+def find_entry(name: str) -> CatalogueEntry:
+    """Return the entry of a model: a name of the catalogue, or ``hub:org/name`` for a repository of the Hugging Face Hub.
+
+    ``hub:org/name@revision`` stands for another than the repository's newest commit. CourseError lists the catalogue's
+    names where ``name`` is neither.
+    """
+    entries = read_catalogue()
+    if name in entries:
+        return entries[name]
+    hub = HUB_NAME.fullmatch(name)
+    if not hub or ".." in name:
+        raise CourseError("model-unknown", f"There is no model called {name!r}.",
+                          f"Choose one of: {', '.join(entries)}; or hub: and a name of the Hugging Face Hub, "
+                          "such as hub:microsoft/Phi-3-mini-4k-instruct.")
+    repository = {"repo": hub["repo"]} | ({"revision": hub["revision"]} if hub["revision"] else {})
+    return CatalogueEntry(
+        name=name, title=hub["repo"], summary="a repository of the Hugging Face Hub", licence="not stated",
+        homepage=f"https://huggingface.co/{hub['repo']}", task="text-generation", parameters=None, context_length=None,
+        download=None, disk=None, memory=None, source={"hub": dict.fromkeys(TRACKS, repository)})

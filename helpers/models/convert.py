@@ -1,0 +1,144 @@
+"""Writes Hugging Face folders: one from a GGUF file, one for a tiny random Phi-3.
+
+``helpers.models.prepare`` runs this in a process of its own (``python -m helpers.models.convert``), so that
+the memory goes back when a folder is written. It knows nothing about caches, downloads or ONNX.
+"""
+
+import sys
+from pathlib import Path
+
+from helpers.paths import ROOT
+
+# https://github.com/openai/gpt-2/blob/master/src/encoder.py. Spelled out here because onnxruntime-genai
+# reads it from a Split as everybody does, and reads ByteLevel's built-in copy differently beside other splits.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+PHI3_MARKUP = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
+
+# Phi-3's own template, https://huggingface.co/microsoft/Phi-3-mini-4k-instruct/blob/main/tokenizer_config.json
+PHI3_TEMPLATE = (
+    "{% for message in messages %}{% if message['role'] in ['system', 'user', 'assistant'] %}"
+    "{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def _splits(*patterns):
+    """Return a pre-tokenizer that cuts text by each pattern in turn, then into bytes."""
+    from tokenizers import Regex, pre_tokenizers
+
+    return pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+
+
+def gguf_to_transformers(gguf_file, folder):
+    """Write a GGUF Llama model as a Hugging Face folder with fp32 weights.
+
+    The tokenizer is built from the GGUF's own vocabulary and merges: the conversion inside
+    transformers leaves out the split of numbers into digits and mixes up the end token.
+
+    Parameters
+    ----------
+    gguf_file, folder : pathlib.Path
+        The model to read; the folder to write.
+    """
+    import gguf
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    quantized = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
+    config = quantized.config
+    # The weights are plain floats now, but the model still calls itself quantized and
+    # refuses to be saved; a fresh model with the same weights does not.
+    del config.quantization_config
+    model = LlamaForCausalLM(config)
+    model.load_state_dict(quantized.state_dict())
+
+    fields = gguf.GGUFReader(gguf_file).fields
+    entry = {key.removeprefix("tokenizer."): value.contents() for key, value in fields.items()
+             if key.startswith("tokenizer.")}
+    tokens = entry["ggml.tokens"]
+    tokenizer = Tokenizer(models.BPE(
+        vocab={token: number for number, token in enumerate(tokens)},
+        merges=[tuple(merge.split(" ")) for merge in entry["ggml.merges"]],
+    ))
+    # llama.cpp's pre-tokenizer "smollm" (src/llama-vocab.cpp): each digit alone, then GPT-2's words.
+    tokenizer.pre_tokenizer = _splits(r"\p{N}", GPT2_WORDS)
+    tokenizer.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, entry["ggml.token_type"], strict=True)
+               if kind == gguf.TokenType.CONTROL]
+    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
+    special = {name: tokens[entry[f"ggml.{key}_token_id"]] for name, key in
+               (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=entry["chat_template"], clean_up_tokenization_spaces=False,
+        model_max_length=config.max_position_embeddings, **special,
+    ).save_pretrained(folder)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.save_pretrained(folder)
+
+
+def tiny_phi3(folder, seed, context_length):
+    """Write a random model with Phi-3's architecture, tokens of markup and chat template.
+
+    Parameters
+    ----------
+    folder : pathlib.Path
+        The folder to write.
+    seed : int
+        Same seed, same weights.
+    context_length : int
+        Tokens.
+    """
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = _splits(GPT2_WORDS)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.train_from_iterator(
+        # Any English that stays the same will do for a vocabulary.
+        (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines(),
+        trainers.BpeTrainer(vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+                            special_tokens=[AddedToken(token, special=True, normalized=False)
+                                            for token in PHI3_MARKUP]),
+    )
+    end_of_text, assistant, _, end, _ = (tokenizer.token_to_id(token) for token in PHI3_MARKUP)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, chat_template=PHI3_TEMPLATE, clean_up_tokenization_spaces=False,
+        model_max_length=context_length, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
+        pad_token="<|endoftext|>", unk_token="<|endoftext|>",
+    ).save_pretrained(folder)
+    torch.manual_seed(seed)
+    model = Phi3ForCausalLM(Phi3Config(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, max_position_embeddings=context_length,
+        original_max_position_embeddings=context_length,
+        # Wider than Phi-3's own 0.02, so that different prompts get different answers.
+        initializer_range=0.2,
+        bos_token_id=end_of_text, eos_token_id=end_of_text, pad_token_id=end_of_text,
+    ))
+    # Phi-3 itself ends an answer at any of these three.
+    model.generation_config = GenerationConfig(
+        bos_token_id=end_of_text, eos_token_id=[end, assistant, end_of_text], pad_token_id=end_of_text)
+    model.save_pretrained(folder)
+
+
+def main(arguments):
+    """Run one conversion, named on the command line."""
+    kind, *rest = arguments
+    if kind == "gguf":
+        gguf_to_transformers(Path(rest[0]), Path(rest[1]))
+    elif kind == "tiny-phi3":
+        tiny_phi3(Path(rest[0]), int(rest[1]), int(rest[2]))
+    else:
+        raise SystemExit(f"no conversion called {kind!r}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

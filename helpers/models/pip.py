@@ -1,0 +1,116 @@
+"""Runs pip, and reads what it says when it fails: its words are read here and nowhere else.
+
+Set-up calls it on a bare Python, so it imports the standard library alone.
+"""
+
+import os
+import re
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+
+from helpers.errors import CourseError
+from helpers.models.steps import last_line, run_behind_a_bar, run_program
+
+
+@dataclass(frozen=True)
+class PipFailure:
+    """Why pip failed.
+
+    Attributes
+    ----------
+    kind : str
+        ``"disk-full"``, ``"changed"`` (a file differs from its hash or is cut off), ``"certificate"``, ``"missing"``
+        (no file of that package and version fits), ``"unreachable"`` (no index answers, or something else answers in
+        its place), ``"conflict"`` (to pip, a version that a constraint names and nobody has), or ``"other"``.
+    package : str
+        The requirement or the file that pip names, such as ``"torch==2.13.0"``; empty where it names none.
+    line : str
+        The last line that pip printed.
+    """
+
+    kind: str
+    package: str
+    line: str
+
+
+def read_failure(output: str) -> PipFailure:
+    """Read why pip failed from all that it printed."""
+    line = last_line(output)
+    missing = re.search(r"No matching distribution found for (\S+)", output)
+    constrained = re.search(r"The user requested \(constraint\) (\S+)", output)
+    if "No space left on device" in output:
+        return PipFailure("disk-full", "", line)
+    if "DO NOT MATCH THE HASHES" in output or "is invalid." in output:
+        changed = re.search(r"DO NOT MATCH THE HASHES.*?^ +(\S+)", output, re.DOTALL | re.MULTILINE)
+        return PipFailure("changed", changed[1] if changed else "", line)
+    if "CERTIFICATE_VERIFY_FAILED" in output:
+        return PipFailure("certificate", "", line)
+    if re.search(r"Retrying|Connection|getaddrinfo|Read timed out|Name or service|Temporary failure", output):
+        return PipFailure("unreachable", missing[1] if missing else "", line)
+    if missing:
+        return PipFailure("missing", missing[1], line)
+    if constrained or "ResolutionImpossible" in output or "Could not find a version" in output:
+        return PipFailure("conflict", constrained[1] if constrained else "", line)
+    return PipFailure("other", "", line)
+
+
+class PipError(Exception):
+    """pip ended with an error; ``failure`` says which. Who called pip turns it into a CourseError."""
+
+    def __init__(self, failure: PipFailure):
+        super().__init__(failure)
+        self.failure = failure
+
+
+def run_pip(*arguments: str, python: str = sys.executable, environment: dict[str, str] | None = None,
+            on_output: Callable[[str], None] = lambda text: None) -> str:
+    """Run a Python's pip and return what it printed; raise PipError where it fails.
+
+    ``environment`` takes the place of this process's environment.
+    """
+    command = [python, "-m", "pip", *arguments, "--disable-pip-version-check"]
+    return _result(*run_program(command, dict(os.environ) if environment is None else environment, on_output))
+
+
+def download_wheel(title: str, requirement: str, folder) -> None:
+    """Download one wheel into ``folder``, behind a bar; raise CourseError or, where the disk is full, PipError."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--progress-bar", "raw",
+               "--disable-pip-version-check", "--dest", folder, requirement]
+    try:
+        _result(*run_behind_a_bar(title, command, r"Progress (\d+) of (\d+)"))
+    except PipError as error:
+        raise explain(error.failure, title) from None
+
+
+def _result(code, output):
+    if code:
+        raise PipError(read_failure(output))
+    return output
+
+
+def explain(failure: PipFailure, title: str) -> Exception:
+    """Return what to raise where pip failed at ``title``: an OSError for a full disk, a CourseError for the rest."""
+    if failure.kind == "disk-full":
+        return OSError(28, "No space left on device")
+    if failure.kind == "certificate":
+        return CourseError(
+            "pip-certificate",
+            f"{title} failed: the package index shows a certificate that is not accepted; this machine's clock says "
+            f"{datetime.now():%Y-%m-%d %H:%M}.",
+            "Set the clock if it is off; if it is right, a proxy opens the connection: set PIP_CERT to the certificate "
+            "that its owner gives you.")
+    if failure.kind == "changed":
+        return CourseError(
+            "pip-changed", f"{title} failed: a file came with other content than the package index lists.",
+            "Run this again; if it stays, something on the way changes files: ask who runs the proxy.")
+    if failure.kind in ("missing", "unreachable"):
+        return CourseError(
+            "pip-unreachable",
+            f"{title} failed: the package index has no answer, or something else answers in its place.",
+            "Check the network, the proxy (HTTPS_PROXY) and the index that pip uses, and run this again; "
+            "or choose a model that is already in the cache.")
+    return CourseError("pip-failed", f"{title} failed: {failure.line}",
+                       "Look at pip's own settings (python -m pip config list) and run this again; if it stays, report "
+                       "it with that line.")

@@ -1,0 +1,122 @@
+"""Measures what this machine has free, in megabytes (10**6 bytes), and says in sentences what does not fit."""
+
+import contextlib
+import errno
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from helpers.errors import CourseError
+from helpers.files import FORBIDDEN, FULL
+from helpers.models.catalogue import read_catalogue
+
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def free_memory() -> float:
+    """Return the megabytes of memory that this process can still take, with what it holds already.
+
+    In a container the container's limit counts, where it is lower than the machine's. A page that has
+    loaded a model and runs its first cells once more is not asked to find the memory twice.
+    """
+    import psutil  # the rest of this module serves before set-up, too
+
+    available = min([psutil.virtual_memory().available, *_container_memory()])
+    return (available + psutil.Process().memory_info().rss) / 1e6
+
+
+def free_disk(folder: Path) -> float:
+    """Return the free megabytes of the disk that ``folder`` (absolute) is or will be on."""
+    return shutil.disk_usage(existing(folder)).free / 1e6
+
+
+def existing(folder: Path) -> Path:
+    """Return ``folder``, or the nearest of its parents that is there."""
+    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
+    if there is None:
+        raise CourseError("disk-absent", f"There is no disk for {folder}.", "Choose a folder on a disk that is there.")
+    return there
+
+
+def _container_memory():
+    """Yield the bytes that a container's limit leaves: control groups, version 2 and version 1.
+
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files. Memory that only caches files
+    counts as used there, and goes back when a program wants it.
+    """
+    for limit, used, cache in (("memory.max", "memory.current", "inactive_file"),
+                               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
+                                "total_inactive_file")):
+        try:
+            most, taken = (int((CGROUP / name).read_text()) for name in (limit, used))
+            lines = (CGROUP / used).with_name("memory.stat").read_text().splitlines()
+        except (OSError, ValueError):  # no control group, or "max": no limit
+            continue
+        yield most - taken + int(dict(line.split() for line in lines).get(cache, 0))
+
+
+def memory_needed(size: int) -> float:
+    """Return the megabytes that a page takes at its peak for a model of ``size`` bytes: its libraries, and two copies."""
+    return 1000 + 2 * size / 1e6
+
+
+def check_memory(title: str, needed: float) -> None:
+    """Raise CourseError unless ``needed`` megabytes of memory are free."""
+    free = free_memory()
+    if free < needed:
+        raise CourseError("memory-short",
+                          f"{title} takes {math.ceil(needed):,} MB of memory, and {free:,.0f} MB are free.",
+                          f"Close programs{_or_smaller('memory', needed, free)}.")
+
+
+def check_disk(title: str, needed: float, folder: Path) -> None:
+    """Raise CourseError unless ``needed`` megabytes are free on the disk of ``folder``."""
+    if free_disk(folder) < needed:
+        raise disk_full(title, needed, folder)
+
+
+def disk_full(title: str, needed: float | None, folder: Path) -> CourseError:
+    """Return the error that says what is missing on the disk of ``folder``, in megabytes where it is known."""
+    free = free_disk(folder)
+    amount = f"{math.ceil(needed):,} MB" if needed else "more room"
+    return CourseError(
+        "disk-full", f"The disk is too full: {title} takes {amount} in {folder}, and {free:,.0f} MB are free.",
+        f"Free some space, or set COURSE_CACHE to a folder on another disk{_or_smaller('disk', needed or 0, free)}; "
+        "what is finished stays.")
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path, full: Callable[[], CourseError], refused: CourseError) -> Iterator[None]:
+    """Turn what the disk of ``folder`` refuses into sentences.
+
+    ``full`` makes the error for a full disk, when it is needed: it measures. ``refused`` is the one for a folder that
+    cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise full() from error
+        if error.errno == errno.EFBIG:
+            raise too_large(folder) from error
+        if error.errno in (*FORBIDDEN, errno.ENOTDIR, errno.EEXIST, errno.EISDIR) \
+                or (error.errno == errno.ENOENT and not folder.exists()):
+            raise refused from error
+        raise
+
+
+def too_large(folder: Path) -> CourseError:
+    """Return the error for a file system that has a limit for one file, as a stick's FAT32 has: 4 GB."""
+    return CourseError("file-too-large", f"The disk of {folder} cannot hold a file of that size.",
+                       "Format it as exFAT, or choose a folder on another disk.")
+
+
+def _or_smaller(what, needed, free):
+    """Name the largest model of the catalogue that takes less memory or disk, and fits; nothing where none does."""
+    fitting = {name: getattr(entry, what) for name, entry in read_catalogue().items()
+               if getattr(entry, what) < needed and getattr(entry, what) <= free}
+    if not fitting:
+        return ""
+    name = max(fitting, key=fitting.get)
+    return f", or choose a smaller model, such as {name} ({fitting[name]:,} MB)"

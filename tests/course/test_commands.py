@@ -1,0 +1,159 @@
+"""The command line: one table, and what it does with words that it does not know.
+
+Run: python -m helpers test tests/course/test_commands.py
+"""
+
+import errno
+import re
+import socket
+from argparse import ArgumentParser
+from pathlib import Path
+
+import pytest
+from support import ROOT, refuses
+
+from course.__main__ import _explain, main
+from course.commands import COMMANDS, SMALL_MODELS, run_command
+
+
+@pytest.fixture
+def done(monkeypatch):
+    """Let commands set nothing up, execute nothing and prepare nothing; return the list of what they would do."""
+    done = []
+    monkeypatch.setattr("course.environment.inside_venv", lambda: False)
+    monkeypatch.setattr("course.environment.differing_packages", lambda tests: {})
+    monkeypatch.setattr("course.execute.execute", lambda *arguments: done.append(arguments))
+    monkeypatch.setattr("course.execute.print_answers", lambda execution: None)
+    monkeypatch.setattr("helpers.models.prepare.prepare_model", lambda *arguments: done.append(arguments))
+    return done
+
+
+def test_run_asks_the_question_that_it_was_given(done):
+    assert run_command(["run", "--model", "tiny-phi3", "-p", "question", "-5?", "-p", "max_tokens", "7"]) == 0
+    parameters = {"model": "tiny-phi3", "question": "-5?", "max_tokens": 7}
+    assert done == [("tiny-phi3",), ("TransformerPipeline", parameters), ("CustomPythonWrapper", parameters)]
+
+
+def test_run_takes_its_model_as_a_parameter_too(done, monkeypatch):
+    monkeypatch.setenv("COURSE_MODEL", "smollm2-135m")
+    run_command(["run"])
+    run_command(["run", "-p", "model", "tiny-phi3"])
+    assert [arguments[0] for arguments in done] == ["smollm2-135m", "TransformerPipeline", "CustomPythonWrapper",
+                                                    "tiny-phi3", "TransformerPipeline", "CustomPythonWrapper"]
+    assert done[4][1] == {"model": "tiny-phi3"}
+
+
+def test_a_notebook_gets_its_parameters_as_text_and_as_numbers(done, tmp_path):
+    words = ["-p", "temperature", "0.5", "-p", "question", "1", "-p", "device", "cpu"]
+    run_command(["notebook", "TransformerPipeline", *words, "--output", str(tmp_path)])
+    assert done == [("TransformerPipeline", {"temperature": 0.5, "question": "1", "device": "cpu"}, tmp_path)]
+
+
+@pytest.mark.parametrize(("words", "code"), [
+    (["run", "-p", "question"], "parameter-incomplete"),
+    (["notebook", "X", "-p"], "parameter-incomplete"),
+    (["run", "-p", "modle", "x"], "parameter-unknown"),
+    (["run", "-p", "max_tokens", "many"], "parameter-type"),
+    (["notebook", "X", "-p", "temperature", "__import__('os')"], "parameter-type"),
+    (["walk"], "command-unknown"),
+    (["prepare", "--export", "--track", "transformers"], "export-without-onnx"),
+])
+def test_a_command_line_that_makes_no_sense_is_refused_before_any_work(done, words, code):
+    with refuses(code):
+        run_command(words)
+    assert not done
+
+
+@pytest.mark.parametrize("words", [
+    ["prepare", "-p", "question", "Who?"], ["doctor", "-p", "question", "Who?"], ["bench", "now"], ["run", "fast"],
+    ["kit"], ["kit", "serve"], ["ui", "--port", "70000"], ["ui", "--port", "x"], ["kit", "build", "x", "--mod", "y"],
+])
+def test_an_option_that_a_command_does_not_have_is_refused(done, words, capsys):
+    with pytest.raises(SystemExit) as end:
+        run_command(words)
+    assert end.value.code == 2
+    assert "usage: python -m helpers" in capsys.readouterr().err
+    assert not done
+
+
+def test_the_words_after_test_and_check_go_to_pytest(done, monkeypatch):
+    started = []
+    monkeypatch.setattr("subprocess.call", lambda command, cwd: started.append(command) or 3)
+    assert run_command(["test", "-k", "no_such", "--collect-only", "tests/x.py"]) == 3
+    assert run_command(["check", "-q"]) == 3
+    whole, fast = started
+    assert whole[-4:] == ["-k", "no_such", "--collect-only", "tests/x.py"]
+    assert "-m" not in whole[3:]
+    assert fast[-3:] == ["-m", "not slow and not index", "-q"]
+    assert done == [(name,) for name in (*SMALL_MODELS, SMALL_MODELS[0])]
+
+
+def test_every_command_has_help_and_stands_in_the_list(capsys):
+    assert run_command([]) == run_command(["help"]) == run_command(["--help"]) == 0
+    listed = re.findall(r"^  (\w+) +(.+)$", capsys.readouterr().out, re.MULTILINE)
+    assert listed[:len(COMMANDS)] == [(name, command.help) for name, command in COMMANDS.items()]
+    for name, command in COMMANDS.items():
+        parser = ArgumentParser()
+        for add_options in command.options:
+            add_options(parser)
+        with pytest.raises(SystemExit) as end:
+            run_command([name, "--help"])
+        assert end.value.code == 0
+        assert command.help in " ".join(capsys.readouterr().out.split())
+
+
+def test_the_readme_and_the_makefile_name_commands_that_there_are():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert set(re.findall(r"\$\(HELPERS\) (\w+)", makefile)) <= set(COMMANDS)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"python3? -m helpers (\w+)", readme))
+    assert named <= set(COMMANDS)
+    assert {"run", "check", "test", "lab", "ui", "doctor", "bench"} <= named
+
+
+# --- as a user sees it --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("arguments", "says"), [
+    (["notebook", "Nothing"], "Choose one of: CustomPythonWrapper, TransformerPipeline."),
+    (["run", "--model", "gpt-5"], "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini; or hub:"),
+    (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, bench, mutate, doctor, generate, setup,"),
+])
+def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, says):
+    result = python("-m", "helpers", *arguments)
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: \S.*\n       \S.*\n", result.stderr)
+    assert says in result.stderr
+
+
+def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(done, store, monkeypatch):
+    monkeypatch.setenv("COURSE_TRACKING_URI", store)
+    with refuses("store-empty"):
+        run_command(["ui"])
+    Path(store.removeprefix("sqlite:///")).touch()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        with refuses("port-taken") as refusal:
+            run_command(["ui", "--port", str(port)])
+    assert refusal.value.what == f"Port {port} is taken."
+    assert f"--port {port + 1}" in refusal.value.fix
+
+
+@pytest.mark.parametrize(("number", "code", "says"), [
+    (errno.ENOSPC, "disk-full", "The disk is full."), (errno.EROFS, "not-writable", "/course/build cannot be written."),
+    (errno.EACCES, "not-writable", "/course/build cannot be written."),
+])
+def test_what_a_disk_refuses_becomes_two_sentences(number, code, says):
+    error = _explain(OSError(number, "no", "/course/build"))
+    assert (error.code, error.what) == (code, says)
+    assert _explain(OSError(errno.ENOENT, "no")) is None
+
+
+def test_an_interruption_is_no_stack(monkeypatch, capsys):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("course.commands.run_command", interrupt)
+    assert main(["run"]) == 130
+    assert capsys.readouterr().err == (
+        "\nInterrupted. What is finished stays: the same command goes on from there.\n")

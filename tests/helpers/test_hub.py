@@ -1,0 +1,657 @@
+"""Models of the Hugging Face Hub: the real client against a Hub on loopback, which may misbehave.
+
+Run: python -m helpers test tests/test_hub.py
+"""
+
+import json
+import os
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from datetime import datetime, timedelta
+from pathlib import Path
+
+import psutil
+import pytest
+from support import ROOT
+from support.loopback_hub import LoopbackHub, certificate
+from support.phi3_layout import CPU, ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
+
+from helpers import CourseError, chat_model, check_fits, prepare_model
+from helpers.models.prepare import cache_state, cached_models, sha256
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture(scope="session")
+def phi3(tmp_path_factory):
+    """Return a folder with the two repositories of Phi-3, and those of Phi-4-mini."""
+    root = tmp_path_factory.mktemp("hub")
+    write_phi3(root)
+    write_phi4(root)
+    return root
+
+
+@pytest.fixture
+def serve(monkeypatch, cache):
+    """Return a function that starts a Hub on a folder, for this process and its children."""
+    hubs = []
+
+    def start(root, wrap=None):
+        hubs.append(LoopbackHub(root, wrap))
+        monkeypatch.setenv("HF_ENDPOINT", hubs[-1].url)
+        return hubs[-1]
+
+    yield start
+    for hub in hubs:
+        hub.close()
+
+
+@pytest.fixture
+def hub(serve, phi3):
+    return serve(phi3)
+
+
+@pytest.fixture
+def own(serve, phi3, tmp_path):
+    """Return a Hub whose repositories a test may change, which are copies."""
+    shutil.copytree(phi3, tmp_path / "hub")
+    return serve(tmp_path / "hub")
+
+
+def files_asked(hub):
+    return {path.split("/resolve/")[1].split("/", 1)[1] for _, path, _ in hub.asked if "/resolve/" in path}
+
+
+def refused(name, track=None, **options):
+    """Return the sentences that a model is refused with."""
+    with pytest.raises(CourseError) as refusal:
+        prepare_model(name, track, **options)
+    assert refusal.value.what.endswith(".")
+    assert refusal.value.fix.endswith(".")
+    return str(refusal.value)
+
+
+# --- what comes, and what is made of it -------------------------------------------------------
+
+
+def test_track_b_fetches_the_one_folder_for_the_cpu(hub, cache):
+    prepared = prepare_model("phi-3-mini-4k", "onnx")
+    assert files_asked(hub) == {f"{CPU}/{name}" for name in (
+        "model.onnx", "model.onnx.data", "genai_config.json", "config.json", "tokenizer.json", "tokenizer.model",
+        "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")}
+    assert prepared.onnx_dir == cache / "phi-3-mini-4k" / "onnx"
+    assert prepared.transformers_dir is None
+    for name in ("model.onnx", "model.onnx.data"):
+        assert sha256(prepared.onnx_dir / name) == sha256(hub.root / ONNX / CPU / name)
+    assert not list(cache.rglob("*.partial"))
+
+
+def test_track_a_fetches_safetensors_and_no_code(hub, cache):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    asked = files_asked(hub)
+    assert {SHARD, "model.safetensors.index.json", "tokenizer.json", "config.json"} <= asked
+    assert not [name for name in asked if name.endswith((".py", ".bin", ".onnx"))]
+    assert not list(cache.rglob("*.py"))
+    assert prepared.onnx_dir is None
+    assert {path.name for path in prepared.transformers_dir.iterdir()} == asked
+
+
+def test_the_commit_is_recorded_and_a_lost_file_comes_from_the_same_one(own, cache, capsys):
+    commit = own.commit(TORCH)
+    prepared = prepare_model("phi-3-mini-4k")
+    assert prepared.sources == {"transformers": f"{TORCH}@{commit}", "onnx": f"{ONNX}@{own.commit(ONNX)}"}
+    (prepared.transformers_dir / SHARD).unlink()
+    own.asked.clear()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert own.asked[0][1] == f"/api/models/{TORCH}/revision/{commit}"
+    assert f"{SHARD} is not as it was written; getting it anew." in capsys.readouterr().out
+
+
+def test_a_prepared_model_asks_nothing_of_the_hub_again(hub, cache):
+    first = prepare_model("phi-3-mini-4k")
+    hub.asked.clear()
+    assert prepare_model("phi-3-mini-4k") == first
+    assert not hub.asked
+
+
+@pytest.mark.parametrize("track", ["transformers", "onnx"])
+def test_any_repository_can_be_named(own, track):
+    repo = TORCH if track == "transformers" else ONNX
+    for name in (f"hub:{repo}", f"hub:{repo}@{own.commit(repo)}"):
+        prepared = prepare_model(name, track)
+        assert prepared.card.name == name
+        assert prepared.card.context_length == 4096
+        assert prepared.card.licence == "mit"
+        assert prepared.card.memory >= 1000
+        assert prepared.sources[track] == f"{repo}@{own.commit(repo)}"
+        assert cache_state(name) == "ready"
+        assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
+    assert cached_models() == sorted([f"hub:{repo}", f"hub:{repo}@{own.commit(repo)}"])
+
+
+def test_both_notebooks_run_on_what_came_over_the_hub(hub, cache, python, store):
+    result = python("-m", "helpers", "run", "--model", "phi-3-mini-4k", network=False, HF_ENDPOINT=hub.url,
+                    COURSE_TRACKING_URI=store)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("  Q  What is the capital of Spain?") == 2
+    import mlflow
+
+    mlflow.set_tracking_uri(store)
+    for experiment, repo in (("TransformerPipeline", TORCH), ("CustomPythonWrapper", ONNX)):
+        (run,) = mlflow.search_runs(experiment_names=[experiment], output_format="list")
+        assert run.data.params["model"] == "phi-3-mini-4k"
+        assert run.data.params["source"] == f"{repo}@{hub.commit(repo)}"
+    assert {version.name for version in mlflow.MlflowClient().search_model_versions()} == {
+        "slm-transformers", "slm-onnx-prompt", "slm-onnx"}
+
+
+def test_the_wrappers_need_no_change_for_phi_4_mini(hub, cache, python, store):
+    result = python("-m", "helpers", "notebook", "CustomPythonWrapper", "-p", "model", "phi-4-mini", "-p",
+                    "tracking_uri", store, network=False, HF_ENDPOINT=hub.url)
+    assert result.returncode == 0, result.stdout + result.stderr
+    import transformers
+
+    prepared = prepare_model("phi-4-mini", "transformers")
+    assert prepared.sources["transformers"] == f"{PHI4_TORCH}@{hub.commit(PHI4_TORCH)}"
+    pipeline = transformers.pipeline(prepared.card.task, model=str(prepared.transformers_dir), trust_remote_code=False)
+    conversation = pipeline([{"role": "user", "content": "Hi"}], max_new_tokens=5)[0]["generated_text"]
+    assert conversation[-1]["role"] == "assistant"
+
+
+MESSAGES = [
+    [("user", "What is the capital of Spain?")], [("system", "Be brief."), ("user", "  Hi   there\n\n")],
+    [("user", "é 漢字 123 ")], [("user", "\nfirst a line")], [("user", "a"), ("assistant", " b c"), ("user", "d")],
+]
+
+
+@pytest.mark.parametrize(("name", "markup"), [
+    ("phi-3-mini-4k", "<|end|>\n<|system|> <s>"), ("phi-4-mini", "<|end|><|system|><|tool|>"),
+])
+def test_the_chat_model_reads_a_models_markup_as_transformers_does(hub, name, markup):
+    from transformers import AutoTokenizer
+
+    prepared = prepare_model(name)
+    tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir)
+    encoder = chat_model.PromptEncoder(prepared.onnx_dir)
+    for turns in MESSAGES:
+        messages = [{"role": role, "content": content} for role, content in turns]
+        expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+        assert encoder.encode(chat_model.ChatRequest(messages=messages).messages, 4096) == expected
+    control = set(tokenizer.get_added_vocab().values())
+    (message,) = chat_model.ChatRequest(messages=[{"role": "user", "content": markup}]).messages
+    assert sum(token in control for token in encoder.encode([message], 4096)) == 3  # the template's own
+
+
+@pytest.mark.parametrize("name", ["phi-3-mini-4k", "phi-4-mini"])
+def test_a_stream_is_the_answer_in_pieces_for_either_kind_of_tokenizer(hub, name):
+    from types import SimpleNamespace
+
+    prepared = prepare_model(name, "onnx")
+    model = chat_model.ChatModel()
+    model.load_context(SimpleNamespace(artifacts={"model": str(prepared.onnx_dir)}, model_config=None))
+    for seed in range(8):
+        request = {"messages": [{"role": "user", "content": "Go on."}], "temperature": 1, "seed": seed,
+                   "max_tokens": 60}
+        (completion,) = model.predict(None, [request])
+        pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in model.predict_stream(None, request)]
+        assert "".join(pieces) == completion["choices"][0]["message"]["content"]
+        assert len(pieces) > 5
+    model.close()
+
+
+# --- a Hub and a network that misbehave -------------------------------------------------------
+
+
+def test_a_busy_hub_is_asked_again_when_it_says(hub):
+    hub.faults = {"info": [("busy", 0), ("busy", 0)], SHARD: [("busy", 0)]}
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert [path for _, path, _ in hub.asked].count(f"/api/models/{TORCH}") == 3
+
+
+def test_an_error_of_the_hub_that_passes_is_no_error(hub):
+    hub.faults = {"info": [500], SHARD: [503, 500], "tokenizer.json": [502]}
+    prepare_model("phi-3-mini-4k", "transformers")
+
+
+def test_an_error_of_the_hub_that_stays_is_named(hub):
+    hub.forever = {SHARD: 500}
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"The Hub answers 500 for {TORCH}, also after 5 tries.")
+
+
+def test_a_cut_connection_goes_on_where_it_stopped(hub):
+    hub.faults = {SHARD: [("cut", 70_000), ("cut", 70_000)]}
+    prepare_model("phi-3-mini-4k", "transformers")
+    ranges = [asked for _, path, asked in hub.asked if path.endswith(SHARD)]
+    assert ranges == ["", "bytes=65536-", "bytes=131072-"]
+
+
+def test_a_broken_connection_goes_on_where_it_stopped(hub):
+    hub.faults = {SHARD: [("reset", 140_000)]}
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert [asked for _, path, asked in hub.asked if path.endswith(SHARD)] == ["", "bytes=131072-"]
+
+
+def test_a_commit_that_is_gone_gives_way_to_the_newest(own):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    (own.root / TORCH / "config.json").write_text((own.root / TORCH / "config.json").read_text() + "\n")
+    (prepared.transformers_dir / SHARD).unlink()
+    assert prepare_model("phi-3-mini-4k", "transformers").sources["transformers"] == f"{TORCH}@{own.commit(TORCH)}"
+
+
+def test_a_network_that_is_gone_leaves_what_arrived_and_the_next_call_goes_on(hub, cache):
+    hub.faults = {SHARD: [("cut", 70_000)]}
+    hub.forever = {SHARD: ("cut", 0)}
+    assert "has no answer. Check the network and the proxy" in refused("phi-3-mini-4k", "transformers")
+    assert cache_state("phi-3-mini-4k") == "not prepared"
+    hub.forever = {}
+    hub.asked.clear()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert [asked for _, path, asked in hub.asked if path.endswith(SHARD)] == ["bytes=65536-"]
+
+
+def test_a_slow_trickle_arrives(hub):
+    hub.forever = {SHARD: ("trickle", 0.1)}
+    prepare_model("phi-3-mini-4k", "transformers")
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json"])
+def test_other_content_than_the_hub_lists_is_not_used(hub, name):
+    hub.wrong = {f"{TORCH}/{name}"}
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{name} of {TORCH} came with other content")
+    assert cache_state("phi-3-mini-4k") == "not prepared"
+    hub.wrong = set()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert hub.sent[f"{TORCH}/tokenizer.json"] == (hub.root / TORCH / "tokenizer.json").stat().st_size
+
+
+def test_a_file_that_the_hub_lists_and_lacks_is_named(hub):
+    hub.hidden = {f"{TORCH}/{SHARD}"}
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"The Hub lists {SHARD} of {TORCH} and does not")
+
+
+def test_a_shard_that_the_index_names_and_the_repository_lacks_is_named(own):
+    (own.root / TORCH / SHARD).unlink()
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} says that it has {SHARD}, and the Hub has")
+
+
+def test_a_gated_repository_says_where_to_accept_its_licence(hub, monkeypatch):
+    hub.gated = {TORCH}
+    says = refused("phi-3-mini-4k", "transformers")
+    assert says.startswith(f"{TORCH} is gated: its owner wants you to accept a licence first.")
+    assert "HF_TOKEN" in says
+    monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
+    prepare_model("phi-3-mini-4k", "transformers")
+
+
+def test_an_unknown_repository_and_an_unknown_revision_are_named(hub):
+    assert refused("hub:microsoft/Phi-9").startswith("The Hub has no repository called microsoft/Phi-9, or it is")
+    assert refused(f"hub:{TORCH}@v9").startswith(f"{TORCH} has no such revision.")
+
+
+def test_no_hub_is_an_error_that_says_what_to_check(cache, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
+    assert "The network or the Hub, http://127.0.0.1:9, has no answer. Check" in refused("phi-3-mini-4k")
+
+
+@pytest.mark.parametrize("where", ["info", "tokenizer.json", SHARD])
+def test_a_login_page_in_place_of_the_hub_is_seen(hub, where):
+    hub.forever = {where: "html"}
+    assert "answers in its place, such as a proxy's login page. Log in" in refused("phi-3-mini-4k", "transformers")
+
+
+def test_a_proxy_that_answers_html_is_seen(hub, monkeypatch):
+    hub.forever = {"*": "html"}
+    for name in ("http_proxy", "HTTP_PROXY"):
+        monkeypatch.setenv(name, hub.url)
+    monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
+    assert "answers in its place, such as a proxy's login page. Log in" in refused("phi-3-mini-4k")
+    assert hub.asked  # the proxy was asked
+
+
+@pytest.mark.parametrize(("first", "last"), [(-20, -10), (10, 20)])
+def test_a_certificate_out_of_its_time_says_what_the_clock_says(serve, phi3, tmp_path, monkeypatch, first, last):
+    file = certificate(tmp_path, timedelta(days=first), timedelta(days=last))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(file)
+    serve(phi3, lambda server: context.wrap_socket(server, server_side=True))
+    monkeypatch.setenv("SSL_CERT_FILE", str(file))
+    says = refused("phi-3-mini-4k")
+    assert "expired" in says if first < 0 else "not yet valid" in says
+    assert f"this machine's clock says {datetime.now():%Y-%m-%d}" in says
+    assert "Set the clock if it is off" in says
+
+
+# --- repositories that a track cannot use -----------------------------------------------------
+
+
+def _without_template(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    template = config.pop("chat_template")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return template
+
+
+@pytest.mark.parametrize(("track", "repo", "folder"), [("transformers", TORCH, TORCH), ("onnx", ONNX, f"{ONNX}/{CPU}")])
+def test_no_chat_template_is_found_out_before_the_weights_travel(own, cache, track, repo, folder):
+    template = _without_template(own.root / folder)
+    says = refused("phi-3-mini-4k", track)
+    assert says.startswith(f"{repo} has no chat template: nothing says how a conversation becomes its prompt, and "
+                           "llm/v1/chat needs that. Choose an instruct model, or write the template")
+    assert not [name for name in files_asked(own) if name.endswith((".safetensors", ".data"))]
+    # What the error says to do, works.
+    written = cache / "phi-3-mini-4k" / track / "chat_template.jinja"
+    assert str(written) in says
+    written.parent.mkdir()
+    written.write_text(template, encoding="utf-8")
+    prepared = prepare_model("phi-3-mini-4k", track)
+    assert written.read_text(encoding="utf-8") == template
+    assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
+
+
+def test_without_onnx_files_the_export_is_offered_and_works(hub, cache):
+    name = f"hub:{TORCH}"
+    offer = f"python -m helpers prepare --model {name} --export to"
+    says = refused(name, "onnx")
+    assert says.startswith(f"{TORCH} has no ONNX files for onnxruntime-genai.")
+    assert offer in says
+    assert subprocess.run([sys.executable, *offer.split()[1:-1]], cwd=ROOT, capture_output=True).returncode == 0
+    prepared = prepare_model(name)
+    assert prepared.sources["onnx"] == f"{TORCH}@{hub.commit(TORCH)}, exported with int8 weights"
+    from types import SimpleNamespace
+
+    model = chat_model.ChatModel()
+    model.load_context(SimpleNamespace(artifacts={"model": str(prepared.onnx_dir)}, model_config=None))
+    (completion,) = model.predict(None, [{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}])
+    assert completion["usage"]["completion_tokens"] > 0
+    model.close()
+
+
+def test_onnx_files_for_another_processor_are_named(own):
+    for name in ("cpu_and_mobile", "directml"):
+        shutil.rmtree(own.root / ONNX / name)
+    says = refused(f"hub:{ONNX}", "onnx")
+    assert "has no ONNX files for the CPU: it has cuda/cuda-fp16, cuda/cuda-int4-rtn-block-32." in says
+    assert f"--model hub:{TORCH} --export" in says
+
+
+def test_pickles_are_refused_with_the_reason(own):
+    for path in (own.root / TORCH).glob("model*"):
+        path.unlink()
+    (own.root / TORCH / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    says = refused("phi-3-mini-4k", "transformers")
+    assert says.startswith(f"{TORCH} has its weights only as pickles, and a pickle can run any code while it is load")
+    assert not files_asked(own)
+    (own.root / TORCH / "pytorch_model.bin").unlink()
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} has no model.safetensors")
+
+
+def _change(path, **fields):
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
+@pytest.mark.parametrize("evil", ["pytorch_model.bin", "configuration_phi3.py", "../x.safetensors", "a/b.safetensors"])
+def test_an_index_cannot_name_anything_but_safetensors(own, evil):
+    (own.root / TORCH / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    _change(own.root / TORCH / "model.safetensors.index.json", weight_map={"a": SHARD, "b": evil})
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} says that it has {evil}, and the Hub has no")
+    assert not [name for name in files_asked(own) if name.endswith((".bin", ".py", SHARD))]
+
+
+@pytest.mark.parametrize("weight_map", [{}, [], None, {"a": 1}])
+def test_an_index_that_names_no_weights_is_refused(own, weight_map):
+    _change(own.root / TORCH / "model.safetensors.index.json", weight_map=weight_map)
+    assert refused("phi-3-mini-4k", "transformers").startswith("model.safetensors.index.json of microsoft/Phi-3-mini-")
+
+
+@pytest.mark.parametrize(("options", "key"), [
+    ({"custom_ops_library": "ops.data"}, "custom_ops_library"), ({"provider_options": [{"cuda": {}}]}, "provider_op"),
+])
+def test_an_onnx_model_that_would_load_a_library_is_refused(own, options, key):
+    file = own.root / ONNX / CPU / "genai_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["session_options"] |= options
+    file.write_text(json.dumps(config), encoding="utf-8")
+    (file.parent / "ops.data").write_bytes(b"\x7fELF")
+    says = refused("phi-3-mini-4k", "onnx")
+    assert f"sets {key}" in says
+    assert "run any code" in says
+    assert not [name for name in files_asked(own) if name.endswith((".onnx", ".data"))]
+
+
+@pytest.mark.parametrize("graph", ["../../secret.onnx", "other.onnx", "genai_config.json", 5])
+def test_an_onnx_file_that_is_not_there_is_refused(own, graph):
+    file = own.root / ONNX / CPU / "genai_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["filename"] = graph
+    file.write_text(json.dumps(config), encoding="utf-8")
+    assert refused("phi-3-mini-4k", "onnx").startswith(f"genai_config.json of {ONNX} names no ONNX file that is there")
+
+
+def test_weights_of_an_onnx_model_come_under_any_of_their_names(own):
+    folder = own.root / ONNX / CPU
+    for name in ("model.onnx_data", "model.onnx_data.1", "model.onnx.data.1"):
+        (folder / name).write_bytes(b"weights")
+    prepared = prepare_model("phi-3-mini-4k", "onnx")
+    assert (prepared.onnx_dir / "model.onnx_data").read_bytes() == b"weights"
+    assert (prepared.onnx_dir / "model.onnx_data.1").exists()
+    assert (prepared.onnx_dir / "model.onnx.data.1").exists()
+
+
+def test_a_model_that_needs_code_of_its_own_is_refused_before_its_weights_travel(own):
+    _change(own.root / TORCH / "config.json", model_type="homemade")
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} needs code of its own to be loaded")
+    assert SHARD not in files_asked(own)
+
+
+def test_a_model_that_does_not_say_its_context_is_refused_before_its_weights_travel(own):
+    _change(own.root / TORCH / "config.json", max_position_embeddings="4k")
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} does not say how many tokens its model takes")
+    assert SHARD not in files_asked(own)
+
+
+def test_without_a_tokenizer_nothing_travels(own):
+    (own.root / TORCH / "tokenizer.json").unlink()
+    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} has no tokenizer.json")
+
+
+def test_a_model_card_that_nobody_can_read_is_replaced(own):
+    from huggingface_hub import ModelCard
+
+    (own.root / TORCH / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    assert ModelCard.load(prepared.transformers_dir / "README.md").data.license == "mit"
+
+
+@pytest.mark.parametrize("says", [{"siblings": None}, {"siblings": [{"rfilename": "config.json"}]}, {"cardData": "x"}])
+def test_a_listing_that_makes_no_sense_is_refused_in_sentences(hub, says):
+    hub.says = {TORCH: says}
+    refused("phi-3-mini-4k", "transformers")
+
+
+def test_a_template_that_refuses_a_conversation_is_named(own):
+    _change(own.root / TORCH / "tokenizer_config.json",
+            chat_template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    with pytest.raises(CourseError, match=r"refuses this conversation: no system role\. Choose an instruct model"):
+        check_fits(prepared, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], 10)
+
+
+def test_a_model_for_another_task_is_refused(hub):
+    hub.says = {TORCH: {"pipeline_tag": "text-to-image"}}
+    assert refused("phi-3-mini-4k").startswith(f"{TORCH} is a model for text-to-image, and the course runs text-gen")
+
+
+def test_a_name_that_leads_out_of_the_folder_is_not_written(own, cache):
+    (own.root / TORCH / "..\\evil.json").write_text("{}", encoding="utf-8")
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert not [name for name in files_asked(own) if "evil" in name]
+
+
+# --- machines that are too small, and bad luck ------------------------------------------------
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_before_it_travels(hub):
+    hub.says = {TORCH: {"sizes": {SHARD: 10**13}}}
+    says = refused("phi-3-mini-4k", "transformers")
+    assert says.startswith(f"{TORCH} takes 20,001,001 MB of memory, and ")
+    assert "MB are free. Close programs, or choose a smaller model, such as " in says
+    assert SHARD not in files_asked(hub)
+
+
+def test_a_model_that_the_disk_cannot_hold_is_refused_before_it_travels(hub, mounted):
+    command = [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k", "--track", "transformers"]
+    result = mounted("size=300k", command)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"The disk is too full: {TORCH} takes 1 MB in " in result.stderr
+    assert SHARD not in files_asked(hub)
+
+
+def prepare(track="transformers"):
+    return [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k", "--track", track]
+
+
+def test_two_at_once_download_once(hub):
+    hub.forever = {SHARD: ("trickle", 0.1)}
+    both = [subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+            for _ in range(2)]
+    outputs = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    assert sorted("Another process prepares" in output for output in outputs) == [False, True]
+    assert hub.sent[f"{TORCH}/{SHARD}"] == (hub.root / TORCH / SHARD).stat().st_size
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(hub, cache):
+    hub.faults = {SHARD: [("trickle", 0.5)]}
+    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8", start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not hub.sent[f"{TORCH}/{SHARD}"]:
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    time.sleep(0.7)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert "Interrupted. What is finished stays" in errors
+    assert "Traceback" not in errors
+    assert cache_state("phi-3-mini-4k") == "not prepared"
+    (incomplete,) = cache.rglob("*.incomplete")
+    arrived = incomplete.stat().st_size
+    hub.asked.clear()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert [asked for _, path, asked in hub.asked if path.endswith(SHARD)] == [f"bytes={arrived}-" if arrived else ""]
+    assert "tokenizer.json" not in files_asked(hub)
+
+
+def test_a_truncated_file_alone_is_fetched_again_and_the_users_own_stays(hub, cache, capsys):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    (prepared.transformers_dir / "notes.txt").write_text("mine", encoding="utf-8")
+    (prepared.transformers_dir / SHARD).write_bytes(b"short")
+    assert cache_state("phi-3-mini-4k") == "damaged"
+    hub.asked.clear()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert files_asked(hub) == {SHARD}
+    assert f"{SHARD} is not as it was written" in capsys.readouterr().out
+    assert cache_state("phi-3-mini-4k") == "ready"
+    assert (prepared.transformers_dir / "notes.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_file_of_the_users_is_put_aside_and_not_written_over(hub, cache, capsys):
+    folder = cache / "phi-3-mini-4k" / "transformers"
+    folder.mkdir(parents=True)
+    (folder / "README.md").write_text("mine", encoding="utf-8")
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert (folder / "README.md.yours").read_text(encoding="utf-8") == "mine"
+    assert "yours is now README.md.yours" in capsys.readouterr().out
+
+
+def test_files_that_were_moved_before_an_interruption_are_not_fetched_again(hub, cache):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    receipt = cache / "phi-3-mini-4k" / "transformers.receipt.json"
+    # What stands between the first file that is moved and the last line.
+    known = json.loads(receipt.read_text(encoding="utf-8"))
+    receipt.write_text(json.dumps(known | {"recipe": None, "facts": {}}), encoding="utf-8")
+    hub.asked.clear()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert not files_asked(hub)
+    assert (prepared.transformers_dir / SHARD).is_file()
+
+
+def test_a_repair_without_a_network_leaves_the_folder_as_it_was(hub, cache):
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    (prepared.transformers_dir / "LICENSE").unlink()
+    before = sorted(path.name for path in prepared.transformers_dir.iterdir())
+    hub.forever = {"*": 500}
+    refused("phi-3-mini-4k", "transformers")
+    assert sorted(path.name for path in prepared.transformers_dir.iterdir()) == before
+
+
+def test_a_receipt_that_names_a_file_elsewhere_is_not_believed(hub, cache, tmp_path):
+    prepare_model("phi-3-mini-4k", "transformers")
+    (tmp_path / "victim").write_text("mine", encoding="utf-8")
+    receipt = cache / "phi-3-mini-4k" / "transformers.receipt.json"
+    known = json.loads(receipt.read_text(encoding="utf-8"))
+    known["files"]["../../../victim"] = {"size": 1, "mtime_ns": 1, "sha256": "0" * 64}
+    receipt.write_text(json.dumps(known | {"recipe": None}), encoding="utf-8")
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert (tmp_path / "victim").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_download_ends_with_the_process_that_wants_it(hub, cache):
+    hub.faults = {SHARD: [("trickle", 2)]}
+    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not hub.sent[f"{TORCH}/{SHARD}"]:
+        assert process.poll() is None
+        time.sleep(0.02)
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    child.wait(timeout=20)  # raises an error where it goes on
+
+
+def test_a_folder_on_another_disk_works_through_a_link(hub, cache, tmp_path):
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("needs a second disk")
+    folder = other / f"course-{os.getpid()}"
+    folder.mkdir()
+    try:
+        (cache / "phi-3-mini-4k").mkdir(parents=True)
+        (cache / "phi-3-mini-4k" / "transformers").symlink_to(folder)
+        prepare_model("phi-3-mini-4k", "transformers")
+        assert (folder / SHARD).is_file()
+        (folder / SHARD).unlink()
+        prepare_model("phi-3-mini-4k", "transformers")
+        assert cache_state("phi-3-mini-4k") == "ready"
+    finally:
+        shutil.rmtree(folder)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own account of a process")
+def test_memory_does_not_grow_with_the_size_of_a_file(serve, phi3, tmp_path):
+    peaks = []
+    for megabytes in (5, 205):
+        root = tmp_path / f"hub {megabytes}"
+        shutil.copytree(phi3 / TORCH, root / "org" / "name")
+        for path in (root / "org" / "name").glob("model*"):
+            path.unlink()
+        with (root / "org" / "name" / "model.safetensors").open("wb") as file:
+            file.truncate(megabytes * 1_000_000)
+        hub = serve(root)
+        code = ("import sys; from pathlib import Path; from helpers.models.hub import download; "
+                "download('transformers', 'org/name', Path(sys.argv[1]), Path(sys.argv[1] + ' none')); "
+                "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])")
+        (tmp_path / f"got {megabytes}").mkdir()
+        result = subprocess.run(
+            [sys.executable, "-c", code, tmp_path / f"got {megabytes}"], cwd=ROOT, capture_output=True, text=True,
+            env=dict(os.environ, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"))
+        assert result.returncode == 0, result.stderr
+        peaks.append(int(result.stdout.split()[-1]) / 1000)
+        assert hub.sent["org/name/model.safetensors"] == megabytes * 1_000_000
+    assert peaks[1] - peaks[0] < 60  # megabytes, of 200 more

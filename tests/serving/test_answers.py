@@ -1,0 +1,342 @@
+"""What is answered: on a toy model against the engine itself, alone and in company, whole and in chunks."""
+
+import json
+import random
+
+import numpy as np
+import onnxruntime_genai as og
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from support.chat import AS_SHOWN, ASKED, FRAGMENTS, SECRET, contents, deltas, load_chat, mixed_requests, user
+from transformers import AutoTokenizer
+
+from serving import chat_model
+
+
+@pytest.fixture(scope="module")
+def real(smol):
+    """Return the chat model on the real model."""
+    model = load_chat(smol.onnx_dir)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def reference(tiny):
+    """Return the engine's own greedy answer to a message, in the fewest calls."""
+    engine = og.Model(str(tiny.onnx_dir))
+    tokenizer = AutoTokenizer.from_pretrained(tiny.transformers_dir)
+
+    def answer(messages, max_tokens):
+        prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        tokens = tokenizer.encode(prompt, add_special_tokens=False)
+        options = og.GeneratorParams(engine)
+        options.set_search_options(max_length=len(tokens) + max_tokens, do_sample=False)
+        generator = og.Generator(engine, options)
+        generator.append_tokens(np.array(tokens, dtype=np.int32))
+        new = []
+        while not generator.is_done():
+            generator.generate_next_token()
+            new.append(int(generator.get_next_tokens()[0]))
+        ended = new[-1] in (0, 1, 3)  # of genai_config.json
+        return tokenizer.decode(new, skip_special_tokens=True), len(new) - ended, "stop" if ended else "length"
+
+    return answer
+
+
+@pytest.fixture
+def batches(monkeypatch):
+    """Return the batches that run, as they are made."""
+    made, init = [], chat_model.Batch.__init__
+    monkeypatch.setattr(chat_model.Batch, "__init__",
+                        lambda batch, *arguments: (init(batch, *arguments), made.append(batch))[0])
+    return made
+
+
+def ask(model, request):
+    (completion,) = model.predict(None, request)
+    return completion
+
+
+@pytest.mark.parametrize("max_tokens", [1, 2, 7, 40])
+def test_a_greedy_answer_is_the_engines_own(chat, reference, max_tokens):
+    for text in ASKED:
+        messages = [{"role": "system", "content": "Be brief."}, *user(text)]
+        completion = ask(chat, {"messages": messages, "max_tokens": max_tokens})
+        expected, count, reason = reference(messages, max_tokens)
+        assert contents(completion) == [expected]
+        assert completion["usage"]["completion_tokens"] == count
+        assert completion["choices"][0]["finish_reason"] == reason
+
+
+def test_usage_counts_what_the_tokenizer_counts(real, smol):
+    tokenizer = AutoTokenizer.from_pretrained(smol.transformers_dir)
+    messages = [*user("Name a fruit."), {"role": "assistant", "content": "Apple."}, *user("And another one?")]
+    completion = ask(real, {"messages": messages, "max_tokens": 12})
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert completion["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
+    assert completion["usage"]["completion_tokens"] == len(tokenizer.encode(contents(completion)[0]))
+
+
+def test_the_finish_reason_is_true_at_the_last_allowed_token(real):
+    messages = [{"role": "system", "content": "Answer in one short sentence."}, *user("What is the capital of Spain?")]
+    whole = ask(real, {"messages": messages, "max_tokens": 64})
+    tokens = whole["usage"]["completion_tokens"]
+    assert contents(whole) == ["The capital of Spain is Madrid."]
+    for extra, reason in ((-1, "length"), (0, "length"), (1, "stop"), (2, "stop")):  # the end token is one more
+        completion = ask(real, {"messages": messages, "max_tokens": tokens + extra})
+        assert completion["choices"][0]["finish_reason"] == reason
+        assert completion["usage"]["completion_tokens"] == min(tokens, tokens + extra)
+    # The last allowed token may also be the one that ends a stop string.
+    completion = ask(real, {"messages": messages, "max_tokens": tokens, "stop": ["."]})
+    assert contents(completion) == ["The capital of Spain is Madrid"]
+    assert completion["choices"][0]["finish_reason"] == "stop"
+
+
+def test_a_stop_string_may_span_tokens_and_is_not_shown(chat):
+    request = {"messages": user("The sky is"), "max_tokens": 40}
+    (text,) = contents(ask(chat, request))
+    assert len(text) > 20
+    for start in range(1, 15):
+        for size in (1, 2, 5):
+            stop = text[start:start + size]
+            completion = ask(chat, request | {"stop": [stop, "never in there"]})
+            assert contents(completion) == [text[:text.find(stop)]]
+            assert completion["choices"][0]["finish_reason"] == "stop"
+            streamed = deltas(chat.predict_stream(None, request | {"stop": stop}))
+            assert "".join(piece for piece, _ in streamed) == text[:text.find(stop)]
+
+
+def test_max_tokens_and_temperature_default_to_the_models_own(tiny, chat):
+    completion = ask(chat, AS_SHOWN)
+    assert completion["usage"]["completion_tokens"] == 16
+    warm = load_chat(tiny.onnx_dir, temperature=2.0, max_tokens=30)
+    assert len({contents(ask(warm, AS_SHOWN))[0] for _ in range(4)}) > 1
+    assert ask(warm, AS_SHOWN | {"temperature": 0, "max_tokens": 16})["choices"] == completion["choices"]
+    warm.close()
+    # A model's own number gives way to its limit, and a request's to none.
+    short = load_chat(tiny.onnx_dir, max_tokens=30, max_tokens_limit=10)
+    assert ask(short, AS_SHOWN)["usage"]["completion_tokens"] == 10
+    with pytest.raises(MlflowException, match="max_tokens has to be a whole number from 1 to 10 after these messages"):
+        ask(short, AS_SHOWN | {"max_tokens": 11})
+    short.close()
+
+
+# --- rows and company -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("which", "texts"), [("chat", 6), pytest.param("real", 2, marks=pytest.mark.slow)])
+def test_an_answer_is_the_same_alone_and_in_company(which, texts, request, batches):
+    model = request.getfixturevalue(which)
+    requests = mixed_requests()[:4 * texts]
+    random.Random(1).shuffle(requests)
+    together = [completion["choices"] for completion in model.predict(None, requests)]
+    assert any(len({row.sampler is None for row in batch.rows}) == 2 for batch in batches)  # greedy beside drawn
+    assert max(len(batch.rows) for batch in batches) > 3
+    alone = [ask(model, one)["choices"] for one in requests]
+    assert together == alone
+    assert len({json.dumps(choices) for choices in together}) > texts
+
+
+def test_a_row_has_its_own_parameters_and_a_gap_is_the_default(chat):
+    table = pd.DataFrame([
+        {"messages": user("x"), "max_tokens": 3},
+        {"messages": user("x"), "temperature": 0.5, "seed": 1},
+        {"messages": user("x"), "stop": ["a"], "n": 2, "top_k": 7},
+        {"messages": user("x")},
+    ])
+    assert table["max_tokens"].dtype == float  # pandas: a number with gaps is a float
+    answers = chat.predict(None, table)
+    assert answers[0]["usage"]["completion_tokens"] == 3
+    assert [len(row["choices"]) for row in answers] == [1, 1, 2, 1]
+    assert answers[3]["choices"] == ask(chat, {"messages": user("x")})["choices"]
+
+
+def test_n_answers_differ_and_a_seed_repeats_them(chat):
+    request = {"messages": user("The sky is"), "n": 3, "temperature": 1.0}
+    one, two = (ask(chat, request | {"seed": 7}) for _ in range(2))
+    other = ask(chat, request | {"seed": 8})
+    assert [choice["index"] for choice in one["choices"]] == [0, 1, 2]
+    assert len(set(contents(one))) == 3
+    assert one["choices"] == two["choices"] != other["choices"]
+    assert len({contents(ask(chat, {"messages": user("x"), "temperature": 2}))[0] for _ in range(5)}) > 1
+    assert one["usage"]["completion_tokens"] > 16
+
+
+def test_top_k_1_and_a_small_top_p_take_the_likeliest(chat):
+    greedy = ask(chat, AS_SHOWN)["choices"]
+    for field in ({"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-300}):
+        assert ask(chat, AS_SHOWN | {"temperature": 1.0} | field)["choices"] == greedy
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 130, 256, 257, 258, 700])
+def test_a_long_prompt_comes_in_chunks_and_gets_the_same_answer(chat, reference, batches, length):
+    # Around the edges of a chunk, the last one would be of one token.
+    def tokens(messages):
+        return len(chat._encoder.encode(chat_model.ChatRequest(messages=messages).messages, 4096))
+
+    messages = next(one for size in range(length) if tokens(one := user("1" * size)) == length)
+    completion = ask(chat, {"messages": messages, "max_tokens": 8})
+    assert completion["usage"]["prompt_tokens"] == length
+    assert contents(completion) == [reference(messages, 8)[0]]
+    assert len(batches) == 1
+
+
+def test_a_prompt_may_fill_the_context_to_the_last_token(chat):
+    messages = user("a b" * 1250)
+    completion = ask(chat, {"messages": messages, "max_tokens": 1})
+    left = 4096 - completion["usage"]["prompt_tokens"]
+    assert 0 < left < 500
+    assert ask(chat, {"messages": messages, "max_tokens": left})["usage"]["completion_tokens"] <= left
+    with pytest.raises(MlflowException, match=f"max_tokens has to be a whole number from 1 to {left} after"):
+        ask(chat, {"messages": messages, "max_tokens": left + 1})
+
+
+# --- streams --------------------------------------------------------------------------------
+
+
+def test_a_stream_says_what_predict_says(chat):
+    for request in mixed_requests():
+        pieces = deltas(chat.predict_stream(None, request), request.get("n", 1))
+        for index, content in enumerate(contents(ask(chat, request))):
+            assert "".join(text for text, place in pieces if place == index) == content
+
+
+def test_a_stream_comes_token_by_token_and_counts_if_asked(chat):
+    request = {"messages": user("The sky is"), "max_tokens": 20, "stream": True}
+    assert len(deltas(chat.predict_stream(None, request))) > 10
+    *chunks, last = chat.predict_stream(None, request | {"stream_options": {"include_usage": True}})
+    assert last["choices"] == []
+    assert last["usage"] == ask(chat, request | {"stream": False})["usage"]
+    assert not any("usage" in chunk for chunk in chunks)
+    assert {chunk["model"] for chunk in (*chunks, last)} == {"toy"}
+    assert all("usage" not in chunk for chunk in
+               chat.predict_stream(None, request | {"stream_options": {"include_usage": False}}))
+
+
+def test_a_stream_takes_one_conversation_as_a_dict_a_list_or_a_table(chat):
+    expected = deltas(chat.predict_stream(None, AS_SHOWN))
+    for one in ([AS_SHOWN], pd.DataFrame([AS_SHOWN])):
+        assert deltas(chat.predict_stream(None, one)) == expected
+    for none_or_two in ([], [AS_SHOWN] * 2, pd.DataFrame([AS_SHOWN] * 2)):
+        with pytest.raises(MlflowException, match=r"^A stream answers exactly one conversation\.$") as refusal:
+            chat.predict_stream(None, none_or_two)
+        assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+# --- what a model refuses after reading -----------------------------------------------------
+
+STREAM = "stream has to be true for predict_stream, false for predict, or left out."
+WORD = f"{SECRET} "
+
+
+@pytest.mark.parametrize(("fields", "says"), [
+    ({"messages": user(WORD * 200_000)}, "messages has to be short enough for the model's context of 4096 tokens."),
+    ({"messages": user(WORD * 3_000)}, "messages has to be fewer than 4096 tokens, the model's context."),
+    ({"max_tokens": 2049}, "max_tokens has to be a whole number from 1 to 2048 after these messages."),
+    ({"max_tokens": 10**30}, "max_tokens has to be a whole number from 1 to 2048 after these messages."),
+    ({"stream": True}, STREAM),
+    ({"stream_options": {"include_usage": False}}, "stream_options has to be left out where the answer comes whole."),
+    ({"temperature": 3}, "temperature has to be a number from 0 to 2."),
+], ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "")
+def test_a_bad_row_is_named_and_no_row_runs(chat, as_shown, batches, fields, says):
+    bad = {"messages": user(SECRET)} | fields
+    for request, prefix in ((bad, ""), ([bad], ""), ([bad, AS_SHOWN], "Row 0: "), ([AS_SHOWN] * 2 + [bad], "Row 2: "),
+                            (pd.DataFrame([AS_SHOWN, bad]), "Row 1: ")):
+        with pytest.raises(MlflowException) as refusal:
+            chat.predict(None, request)
+        assert refusal.value.message == prefix + says
+        assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+    if "stream" not in says:  # each of these is right for a stream
+        with pytest.raises(MlflowException) as refusal:
+            chat.predict_stream(None, bad)  # before its first chunk is asked for
+        assert refusal.value.message == says
+    with pytest.raises(MlflowException, match=STREAM):
+        chat.predict_stream(None, AS_SHOWN | {"stream": False})
+    assert batches == []
+    assert ask(chat, AS_SHOWN)["choices"] == as_shown
+
+
+@pytest.mark.parametrize("limit", ["max_rows", "max_waiting"])
+def test_a_call_that_asks_for_too_many_answers_is_refused(tiny, limit):
+    small = load_chat(tiny.onnx_dir, **{limit: 3})
+    for request in ({"messages": user(SECRET), "n": 4}, [AS_SHOWN] * 4, [AS_SHOWN | {"n": 2}] * 2,
+                    [{"messages": SECRET}] * 4):
+        with pytest.raises(MlflowException) as refusal:
+            small.predict(None, request)
+        assert refusal.value.message == "This call asks for 4 answers, and one call may ask for 3."
+        assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert len(small.predict(None, [AS_SHOWN] * 3)) == 3
+    assert len(ask(small, AS_SHOWN | {"n": 3})["choices"]) == 3
+    assert small.predict(None, []) == []
+    small.close()
+
+
+TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40) | st.lists(
+    st.sampled_from(FRAGMENTS), max_size=8).map("".join)
+TURNS = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXTS})
+STOPS = st.text(min_size=1, max_size=3)
+GOOD = {
+    "temperature": st.floats(0, 2),
+    "max_tokens": st.integers(1, 20),
+    "stop": STOPS | st.lists(STOPS, max_size=4),
+    "n": st.integers(1, 3),
+    "top_p": st.floats(0.01, 1),
+    "top_k": st.integers(1, 600),
+    "frequency_penalty": st.floats(-2, 2),
+    "presence_penalty": st.floats(-2, 2),
+    "seed": st.integers(0, 2**53 - 1),
+}
+REQUESTS = st.fixed_dictionaries(
+    {"messages": st.builds(lambda turns, last: [*turns, *user(last)], st.lists(TURNS, max_size=3), TEXTS)},
+    optional=GOOD)
+ANYTHING = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=4),
+    st.lists(st.none() | st.integers() | st.text(max_size=4) | TURNS, max_size=5),
+    st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
+    st.fixed_dictionaries({"include_usage": st.booleans()}))
+
+
+def check_answer(chat, request):
+    """Ask for an answer, and hold it against the contract; return it."""
+    (completion,) = chat.predict(None, dict(request))
+    n, stop = request.get("n") or 1, request.get("stop") or []
+    assert [choice["index"] for choice in completion["choices"]] == list(range(n))
+    stops = [stop] if isinstance(stop, str) else stop
+    for choice in completion["choices"]:
+        assert choice["finish_reason"] in ("stop", "length")
+        assert not [text for text in stops if text in choice["message"]["content"]]
+    limit = request.get("max_tokens") or 16
+    assert completion["usage"]["completion_tokens"] <= n * limit
+    if request.get("seed") is not None or not request.get("temperature"):
+        assert chat.predict(None, dict(request))[0]["choices"] == completion["choices"]
+    return completion
+
+
+@given(REQUESTS)
+@settings(max_examples=80)
+def test_any_request_within_the_contract_is_answered_by_it(chat, request_values):
+    completion = check_answer(chat, request_values)
+    request = request_values | {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(chat.predict_stream(None, request))
+    deltas(chunks, len(completion["choices"]))  # holds their shape
+    assert chunks[-1]["usage"]["prompt_tokens"] == completion["usage"]["prompt_tokens"]
+
+
+@given(REQUESTS, st.dictionaries(st.sampled_from([*chat_model.ChatRequest.model_fields, "tools"]), ANYTHING,
+                                 min_size=1, max_size=2))
+@settings(max_examples=250)
+def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, request_values, anything):
+    request_values |= anything
+    try:
+        if request_values.get("stream") is True:
+            chunks = list(chat.predict_stream(None, request_values))
+            assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+        else:
+            check_answer(chat, request_values)
+    except MlflowException as error:
+        assert error.error_code == "INVALID_PARAMETER_VALUE"
+        assert len(error.message) < 300

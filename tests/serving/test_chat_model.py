@@ -1,0 +1,226 @@
+"""The chat model behind MLflow: logged from its file, asked through its signature, alone in another process."""
+
+import gc
+import inspect
+import json
+import logging
+import math
+import sys
+import threading
+
+import mlflow
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from support import ROOT
+from support.chat import AS_SHOWN, ASKED, BAD, LONG, SECRET, contents, deltas, mixed_requests, user
+
+from serving import chat_model
+from serving.chat_model import SETTINGS, SIGNATURE, ChatRequest
+
+
+def engine_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "chat-model-engine"]
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory):
+    """Return the folder of the model as MLflow keeps it, whose name is not plain."""
+    folder = tmp_path_factory.mktemp("störe 1") / "slm-onnx"
+    mlflow.pyfunc.save_model(
+        folder, python_model=inspect.getfile(chat_model), signature=SIGNATURE,
+        artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS | {"model": "toy", "max_tokens": 16},
+        input_example={"messages": user("Hi")}, pip_requirements=["mlflow", "onnxruntime-genai"])
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(saved):
+    return mlflow.pyfunc.load_model(saved)
+
+
+@pytest.fixture(scope="module")
+def before(model):
+    return model.predict(AS_SHOWN)[0]["choices"]
+
+
+@pytest.fixture
+def mlflow_log(caplog):
+    """Return the text of what MLflow logs, which it keeps from other handlers."""
+    logger = logging.getLogger("mlflow")
+    logger.addHandler(caplog.handler)
+    yield caplog
+    logger.removeHandler(caplog.handler)
+
+
+# --- the answer -----------------------------------------------------------------------------
+
+
+def test_the_answer_is_an_openai_completion(model):
+    first, second = (model.predict({"messages": user("The sky is")})[0] for _ in range(2))
+    assert set(first) == {"id", "object", "created", "model", "choices", "usage"}
+    assert first["id"].startswith("chatcmpl-")
+    assert first["id"] != second["id"]
+    assert first["object"] == "chat.completion"
+    assert isinstance(first["created"], int)
+    assert first["model"] == "toy"
+    (choice,) = first["choices"]
+    assert set(choice) == {"index", "message", "finish_reason"}
+    assert choice["message"]["role"] == "assistant"
+    assert first["usage"]["total_tokens"] == first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
+    assert json.loads(json.dumps(first)) == first
+    assert {column.name for column in SIGNATURE.outputs} == set(first)
+
+
+def test_the_signature_is_the_files_own_and_no_type_hint_changes_it(model):
+    assert model.metadata.signature == SIGNATURE
+    assert model.unwrap_python_model().__class__.__module__ != "serving.chat_model"  # a copy of its own
+
+
+def test_rows_may_come_as_a_dict_a_list_or_a_table(model):
+    requests = [{"messages": user(text)} for text in ASKED]
+    expected = [model.predict(one)[0]["choices"] for one in requests]
+    table = pd.DataFrame({"messages": [user(text) for text in ASKED]}, index=[5, 5, 3, 2, 1, 0])
+    assert [row["choices"] for row in model.predict(requests)] == expected
+    assert [row["choices"] for row in model.predict(table)] == expected
+    arrays = pd.DataFrame({"messages": [np.array(user(text), dtype=object) for text in ASKED]})  # as Spark gives them
+    assert [row["choices"] for row in model.predict(arrays)] == expected
+    assert model.predict(table[:0]) == []
+
+
+def test_every_field_passes_the_signature_and_acts_as_it_does_without(model):
+    raw = model.unwrap_python_model()
+    requests = [*mixed_requests(), AS_SHOWN | {"temperature": 2, "seed": 1},
+                AS_SHOWN | {"stop": ["a", "e"], "top_k": 5.0}]
+    through = [completion["choices"] for completion in model.predict(requests)]
+    assert through == [completion["choices"] for completion in raw.predict(None, requests)]
+    for request in requests[:3]:
+        streamed = deltas(model.predict_stream(request), request.get("n", 1))
+        assert "".join(text for text, place in streamed if place == 0) == contents(model.predict(request)[0])[0]
+    *_, last = model.predict_stream(AS_SHOWN | {"stream": True, "stream_options": {"include_usage": True}})
+    assert last["usage"] == model.predict(AS_SHOWN | {"stream": False})[0]["usage"]
+
+
+def test_a_row_has_its_own_parameters_and_a_gap_is_the_default(model, before):
+    table = pd.DataFrame([AS_SHOWN | {"max_tokens": 3}, AS_SHOWN | {"stop": ["a"], "n": 2}, AS_SHOWN])
+    answers = model.predict(table)
+    assert answers[0]["usage"]["completion_tokens"] == 3
+    assert [len(row["choices"]) for row in answers] == [1, 2, 1]
+    assert answers[2]["choices"] == before
+
+
+def test_settings_change_at_load(saved, model, before):
+    short = mlflow.pyfunc.load_model(saved, model_config={"max_tokens": 4, "model": "other"})
+    (completion,) = short.predict(AS_SHOWN)
+    assert (completion["model"], completion["usage"]["completion_tokens"]) == ("other", 4)
+    short.unwrap_python_model().close()
+    with pytest.raises(MlflowException, match="model_config's temperature has to be a number from 0 to 2") as refusal:
+        mlflow.pyfunc.load_model(saved, model_config={"temperature": 5})
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert model.predict(AS_SHOWN)[0]["choices"] == before  # another model in the same process
+
+
+# --- bad input ------------------------------------------------------------------------------
+
+
+def check_refusal(refusal, says):
+    assert refusal.value.message == says
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+
+
+@pytest.mark.parametrize(("fields", "says"), BAD, ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "")
+def test_bad_input_is_refused_by_name_and_the_next_request_is_answered(model, before, fields, says):
+    request = fields if "messages" in fields or not fields else {"messages": user(SECRET)} | fields
+    with pytest.raises(MlflowException) as refusal:
+        model.predict(request)
+    check_refusal(refusal, says)
+    with pytest.raises(MlflowException) as refusal:
+        model.unwrap_python_model().predict(None, [dict(request), AS_SHOWN])
+    check_refusal(refusal, f"Row 0: {says}")
+    if fields != {}:  # of this, MLflow makes no conversation to stream
+        with pytest.raises(MlflowException) as refusal:
+            list(model.predict_stream(request))
+        check_refusal(refusal, says)
+    assert model.predict(AS_SHOWN)[0]["choices"] == before
+
+
+def test_what_mlflow_itself_refuses_is_not_quoted_where_a_server_says_so(model, before, monkeypatch):
+    monkeypatch.setenv("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
+    for request in ({"messages": user(SECRET), "stream_options": 5}, [{"messages": user(SECRET)}, None],
+                    {"messages": user(SECRET), "stream_options": {SECRET: 1}}):
+        for ask in (model.predict, lambda request: list(model.predict_stream(request))):
+            with pytest.raises(MlflowException) as refusal:
+                ask(request)
+            assert SECRET not in refusal.value.message
+    assert model.predict(AS_SHOWN)[0]["choices"] == before
+
+
+def test_an_unknown_field_is_left_out_with_a_warning(model, before, mlflow_log):
+    # The file itself refuses it. Behind a signature, MLflow drops it first, and says so.
+    assert model.predict(AS_SHOWN | {"tools": [SECRET]})[0]["choices"] == before
+    (record,) = mlflow_log.records
+    assert record.levelname == "WARNING"
+    assert "not defined in the model signature: `['tools']`. These inputs will be ignored." in record.getMessage()
+    assert SECRET not in record.getMessage()
+
+
+def test_a_gap_is_a_number_that_is_not_given_and_none_is_refused(model, before):
+    for ask in (lambda request: model.unwrap_python_model().predict(None, request),
+                lambda request: list(model.predict_stream(request))):
+        with pytest.raises(MlflowException, match=r"^temperature has to be a number from 0 to 2\.$"):
+            ask(AS_SHOWN | {"temperature": math.nan})
+    # A table's last batch may be one row with a gap: it is answered as it would be beside others.
+    assert model.predict(pd.DataFrame([AS_SHOWN | {"temperature": math.nan}]))[0]["choices"] == before
+
+
+def test_null_rows_among_good_ones_are_named_and_nothing_runs(model, before):
+    rows = [AS_SHOWN, {"messages": None, "max_tokens": 4}, AS_SHOWN]
+    for table in (rows, pd.DataFrame(rows), pd.DataFrame([AS_SHOWN, {"max_tokens": 4}])):
+        with pytest.raises(MlflowException, match=r"^Row 1: messages has to be a list") as refusal:
+            model.predict(table)
+        assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert model.predict(AS_SHOWN)[0]["choices"] == before
+
+
+def test_a_null_field_is_a_field_not_given(model, before):
+    nulls = dict.fromkeys(ChatRequest.model_fields) | {"tools": None}
+    message = AS_SHOWN["messages"][0] | {"refusal": None, "tool_calls": None}
+    assert model.predict(nulls | {"messages": [message]})[0]["choices"] == before
+
+
+# --- life -----------------------------------------------------------------------------------
+
+
+def test_closing_and_forgetting_a_model_frees_its_thread(saved, before):
+    running = set(engine_threads())
+    closed, forgotten = (mlflow.pyfunc.load_model(saved) for _ in range(2))
+    for one in (closed, forgotten):  # two at once, beside the one that all tests share
+        assert one.predict(AS_SHOWN)[0]["choices"] == before
+    assert len(set(engine_threads()) - running) == 2
+    stream = closed.predict_stream({"messages": user("x")} | LONG)
+    next(stream)
+    closed.unwrap_python_model().close()
+    with pytest.raises(MlflowException, match="closed before it had answered"):
+        list(stream)
+    with pytest.raises(MlflowException, match=r"This model is closed\. Load it again\."):
+        closed.predict(AS_SHOWN)
+    # Not even a failed answer holds on to its model, nor does MLflow. Each model's code is its own.
+    sys.modules[type(forgotten.unwrap_python_model()).__module__].Batch.step = None
+    with pytest.raises(MlflowException, match="The engine failed"):
+        forgotten.predict(AS_SHOWN)
+    del forgotten, one
+    gc.collect()
+    assert set(engine_threads()) <= running
+
+
+@pytest.mark.slow
+def test_it_loads_in_another_process_without_pickles_and_without_the_course(saved, before, python, tmp_path):
+    code = ("import sys, json, mlflow; sys.modules |= dict.fromkeys(['helpers', 'course', 'serving']); "
+            "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(json.loads(sys.argv[2]))))")
+    result = python("-c", code, saved, json.dumps(AS_SHOWN), cwd=tmp_path, network=False,
+                    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])[0]["choices"] == before
+    assert "Warning" not in result.stderr
+    assert str(ROOT) not in result.stderr

@@ -1,0 +1,176 @@
+"""What a request may hold, and the sentence for each that may not be answered. No model."""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from mlflow.exceptions import MlflowException
+from support import ROOT
+from support.chat import AS_SHOWN, BAD, FIELDS, MESSAGES, SECRET, TEMPERATURE, user
+
+from serving.chat_model import SETTINGS, SIGNATURE, ChatModel, ChatRequest, Row, read_request, read_table, usage
+
+
+def refusal_of(call, *arguments):
+    """Return the sentence of a refusal, which has the caller's code and is short."""
+    with pytest.raises(MlflowException) as refusal:
+        call(*arguments)
+    assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+    assert len(refusal.value.message) < 300
+    assert SECRET not in refusal.value.message
+    assert str(ROOT) not in refusal.value.message
+    return refusal.value.message
+
+
+def test_the_signature_has_the_fields_of_the_chat_contract_that_work():
+    fields = [column.name for column in SIGNATURE.inputs]
+    assert fields == list(ChatRequest.model_fields)
+    assert {"messages", "temperature", "max_tokens", "stop", "n", "stream", "top_p", "top_k", "frequency_penalty",
+            "presence_penalty", "seed"} <= set(fields)
+    assert ", ".join(fields) == FIELDS
+    assert not any(column.required for column in SIGNATURE.inputs)
+    assert [column.name for column in SIGNATURE.outputs] == ["id", "object", "created", "model", "choices", "usage"]
+
+
+@pytest.mark.parametrize(("fields", "says"), BAD, ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "")
+def test_bad_input_is_refused_by_name(fields, says):
+    request = fields if "messages" in fields or not fields else {"messages": user(SECRET)} | fields
+    assert refusal_of(read_request, request) == says
+    assert refusal_of(read_request, request, "Row 2: ") == f"Row 2: {says}"
+
+
+@pytest.mark.parametrize(("fields", "name", "value"), [
+    ({}, "n", 1), ({}, "stop", []), ({}, "temperature", None), ({}, "max_tokens", None), ({}, "top_p", 1.0),
+    ({}, "top_k", None), ({}, "frequency_penalty", 0.0), ({}, "presence_penalty", 0.0), ({}, "seed", None),
+    ({}, "stream", None), ({}, "stream_options", None),
+    ({"stop": "a"}, "stop", ["a"]), ({"stop": ["a", "b", "c", "d"]}, "stop", ["a", "b", "c", "d"]),
+    ({"stop": "s" * 100}, "stop", ["s" * 100]),
+    ({"temperature": 0}, "temperature", 0), ({"temperature": 2}, "temperature", 2),
+    ({"max_tokens": 1}, "max_tokens", 1), ({"max_tokens": 4.0}, "max_tokens", 4), ({"n": 8}, "n", 8),
+    ({"top_p": 1}, "top_p", 1), ({"top_k": 1}, "top_k", 1), ({"top_k": 7.0}, "top_k", 7),
+    ({"frequency_penalty": -2}, "frequency_penalty", -2), ({"presence_penalty": 2}, "presence_penalty", 2),
+    ({"seed": 0}, "seed", 0), ({"seed": 2**53 - 1}, "seed", 2**53 - 1),
+    ({"stream": True}, "stream", True), ({"stream": False}, "stream", False),
+    # Spark and pandas give numbers and lists of their own.
+    ({"n": np.int64(2)}, "n", 2), ({"temperature": np.float32(0.5)}, "temperature", 0.5),
+    ({"stop": np.array(["a", "b"], dtype=object)}, "stop", ["a", "b"]), ({"stop": ("a", "b")}, "stop", ["a", "b"]),
+])
+def test_a_good_field_is_read(fields, name, value):
+    assert getattr(read_request(AS_SHOWN | fields), name) == value
+
+
+def test_a_whole_number_is_an_int_however_it_came():
+    for number in (2, 2.0, np.int64(2), np.float64(2)):
+        assert type(read_request(AS_SHOWN | {"n": number}).n) is int
+
+
+def test_messages_are_read_as_they_came_in_lists_tuples_and_arrays():
+    messages = [{"role": "system", "content": "a"}, *user("b"), {"role": "assistant", "content": ""}, *user("d")]
+    for given in (messages, tuple(messages), np.array(messages, dtype=object)):
+        read = read_request({"messages": given}).messages
+        assert [message.model_dump() for message in read] == messages
+    assert len(read_request({"messages": user("a") * 1000}).messages) == 1000
+    assert read_request({"messages": [{"role": "system", "content": "a"}]}).messages[0].role == "system"
+    options = read_request(AS_SHOWN | {"stream_options": {"include_usage": np.True_}}).stream_options
+    assert options.include_usage is True
+    assert read_request(AS_SHOWN | {"stream_options": {}}).stream_options.include_usage is False
+
+
+def test_what_lies_too_deep_is_refused_and_not_followed():
+    deep = SECRET
+    for _ in range(100_000):
+        deep = [deep]
+    assert refusal_of(read_request, AS_SHOWN | {"stop": deep}).startswith("stop has to be up to 4 texts")
+    # A request is four levels deep: itself, its messages, a message, and an array in it is refused as such.
+    assert refusal_of(read_request, {"messages": user(np.array([SECRET]))}) == \
+        "messages[0].content has to be text, without NUL and without half a surrogate pair."
+
+
+@pytest.mark.parametrize("value", ["The sky is", 5, None, b"x", [["a"]], []])
+def test_what_is_no_conversation_is_refused(value):
+    assert refusal_of(read_request, value) == "A request has to be an object with messages."
+    assert refusal_of(read_request, value, "Row 1: ") == "Row 1: A request has to be an object with messages."
+
+
+@pytest.mark.parametrize("key", [5, None, b"x", "\ud83d", SECRET, ("a", 1), "tools"])
+def test_a_field_of_any_name_is_refused(key):
+    unknown = f"The request holds a field that is not served. The fields are: {FIELDS}."
+    assert refusal_of(read_request, AS_SHOWN | {key: SECRET}) == unknown
+    assert refusal_of(read_request, AS_SHOWN | {key: SECRET}, "Row 3: ") == f"Row 3: {unknown}"
+    says = refusal_of(read_request, {"messages": [AS_SHOWN["messages"][0] | {key: SECRET}]})
+    assert says in ("messages[0] has to be an object with role and content.",
+                    "messages[0] holds a field that is not served. The fields are: role, content.")
+    options = "stream_options has to be include_usage: true or false, for a stream."
+    assert refusal_of(read_request, AS_SHOWN | {"stream_options": {"include_usage": True, key: SECRET}}) in (
+        options, "stream_options holds a field that is not served. The fields are: include_usage.")
+    for value in (5, [SECRET], SECRET):
+        assert refusal_of(read_request, AS_SHOWN | {"stream_options": value}) == options
+
+
+@pytest.mark.parametrize("more", [89, 99, 100, 200_000])
+def test_a_hundred_thousand_unknown_fields_take_no_longer_than_one(monkeypatch, more):
+    checked = []
+    validate = ChatRequest.model_validate
+    monkeypatch.setattr(ChatRequest, "model_validate", lambda values: (checked.append(1), validate(values))[1])
+    says = refusal_of(read_request, AS_SHOWN | dict.fromkeys(range(more), 1), "Row 3: ")
+    assert says == f"Row 3: The request holds a field that is not served. The fields are: {FIELDS}."
+    assert bool(checked) == (more < 100)  # each unknown field would get an error of its own
+
+
+def test_a_null_field_is_a_field_not_given():
+    nulls = dict.fromkeys(ChatRequest.model_fields) | {"tools": None}
+    message = AS_SHOWN["messages"][0] | {"refusal": None, "tool_calls": None}
+    assert read_request(nulls | {"messages": [message]}) == read_request(AS_SHOWN)
+    # A content that is null is no text.
+    assert refusal_of(read_request, {"messages": [message | {"content": None}]}).startswith("messages[0].content has")
+
+
+def test_a_number_that_is_none_is_refused():
+    for nan in (math.nan, np.float64("nan"), -math.inf):
+        assert refusal_of(read_request, AS_SHOWN | {"temperature": nan}) == TEMPERATURE
+
+
+def test_a_table_gives_a_request_for_each_row_and_a_gap_is_null():
+    table = pd.DataFrame({
+        "messages": [user("a"), None], "max_tokens": [3, math.nan], "seed": pd.array([1, pd.NA], dtype="Int64"),
+        "stop": ["nan", pd.NaT]}, index=[5, 5])
+    assert read_table(table) == [
+        {"messages": user("a"), "max_tokens": 3.0, "seed": 1, "stop": "nan"},
+        {"messages": None, "max_tokens": None, "seed": None, "stop": None}]
+    assert read_table(table[:0]) == []
+    # A list that holds a gap is no gap.
+    assert math.isnan(read_table(pd.DataFrame({"stop": [[math.nan]]}))[0]["stop"][0])
+
+
+def test_a_table_without_columns_or_with_two_of_one_name_is_refused():
+    assert refusal_of(read_table, pd.DataFrame()) == MESSAGES
+    two = pd.DataFrame([[SECRET] * 2], columns=["messages", "messages"])
+    assert refusal_of(read_table, two) == "A table has to be of one column for each field."
+
+
+def test_usage_adds_up_the_answers():
+    rows = [Row([1, 2, 3], 9, None, None, None, False) for _ in range(2)]
+    rows[0].tokens, rows[1].tokens = 4, 5
+    assert usage(rows) == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}
+
+
+@pytest.mark.parametrize(("setting", "value", "allowed"), [
+    ("temperature", 5, "a number from 0 to 2"), ("temperature", "hot", "a number from 0 to 2"),
+    ("max_tokens", 0, "a whole number from 1"), ("max_tokens", "16", "a whole number from 1"),
+    ("max_waiting", None, "a whole number from 1"), ("max_rows", 0, "a whole number from 1"),
+    ("max_tokens_limit", -1, "a whole number from 1"), ("provider", "gpu", "cpu, cuda or dml"),
+    ("threads", 0, "a whole number from 1, or null for one on each core"),
+    ("model", 5, "the name that answers carry, a text"),
+    ("tokens", 5, f"left out: the settings are {', '.join(SETTINGS)}"),
+])
+def test_a_setting_out_of_its_range_is_refused(setting, value, allowed, tmp_path):
+    class Context:
+        artifacts, model_config = {"model": str(tmp_path)}, {setting: value}
+
+    assert refusal_of(ChatModel().load_context, Context) == f"model_config's {setting} has to be {allowed}."
+
+
+def test_the_settings_of_a_model_that_names_none():
+    assert SETTINGS == {"model": "slm-onnx", "max_tokens": 256, "temperature": 0.0, "max_tokens_limit": 2048,
+                        "max_rows": 256, "max_waiting": 512, "threads": None, "provider": "cpu"}

@@ -1,0 +1,46 @@
+"""What tests share: where things are, errors by their code, and programs run as a user runs them."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from helpers import CourseError
+
+ROOT = Path(__file__).resolve().parents[2]
+# What importing helpers has put into this process's environment; a user's shell has none of it.
+OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_")
+PAGES = ("TransformerPipeline", "CustomPythonWrapper")
+
+
+@contextmanager
+def refuses(code: str) -> Iterator[pytest.ExceptionInfo]:
+    """Expect a CourseError of this code; its sentences may get better without a test's breaking."""
+    with pytest.raises(CourseError) as refusal:
+        yield refusal
+    assert refusal.value.code == code, refusal.value
+    # Each is a sentence: it ends as one, and what to do begins as one.
+    for sentence in (refusal.value.what, refusal.value.fix):
+        assert sentence.endswith((".", "!", "?", ")")) and not sentence.isupper(), sentence
+    assert refusal.value.fix[0].isupper(), refusal.value.fix
+
+
+def run_python(folder: Path, *arguments, network: bool = True, cwd: Path = ROOT,
+               **variables: str) -> subprocess.CompletedProcess:
+    """Run this Python as a user would, and return what it printed.
+
+    ``network=False`` refuses every address but this machine's, and fails the test if one was asked for; ``folder`` gets
+    the note of it.
+    """
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
+    refused = folder / "refused.log"
+    if not network:
+        environment |= {"PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"), "REFUSED_LOG": str(refused)}
+    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
+                            capture_output=True, text=True, encoding="utf-8", errors="replace")
+    assert not refused.exists(), refused.read_text(encoding="utf-8")
+    return result
