@@ -18,7 +18,7 @@ import psutil
 
 from course.bench.chat import REACH, bench_chat
 from helpers.errors import CourseError
-from course.execute import TRACKS, latest_run
+from course.execute import PAGES
 from helpers.measurement import folder_bytes
 from helpers.paths import BUILD, ROOT
 

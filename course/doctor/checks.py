@@ -21,13 +21,13 @@ import webbrowser
 from pathlib import Path
 
 from course.doctor import network
-from helpers.models.catalogue import read_catalogue
-from helpers.models.folders import is_writable
+from course.doctor.smoke import smoke
+from course.environment import differing_packages, is_set_up, pins
+from helpers.files import is_writable
+from helpers.models.catalogue import find_entry, read_catalogue
 from helpers.models.kit import kit_address
 from helpers.models.space import existing, free_disk, free_memory
 from helpers.paths import BUILD, ROOT, model_cache
-from course.environment import differing_packages, is_set_up, pins
-from course.doctor.smoke import smoke
 
 # Megabytes (10**6 bytes): what set-up takes, and what a run writes beside its copies of the model.
 SETUP_MEGABYTES, PAGES_MEGABYTES = 4000, 100
@@ -39,7 +39,7 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome",
             os.path.expandvars(r"%ProgramFiles%\Google\Chrome\Application\chrome.exe"))
 
 
-def doctor():
+def doctor() -> int:
     """Check the machine, print a line per check, and return the exit code: 1 if anything failed."""
     print(_course(), flush=True)
     levels = []
@@ -60,14 +60,14 @@ def _public(text):
     return re.sub(r"://[^\s'\"]*@", "://***@", text)
 
 
-def port_is_taken(port):
+def port_is_taken(port: int) -> bool:
     """Tell whether somebody listens on this machine's ``port``."""
     with socket.socket() as probe:
         return probe.connect_ex(("127.0.0.1", port)) == 0
 
 
-def find_chromium():
-    """Return the path of the browser that the tests drive, or None."""
+def find_chromium() -> str | None:
+    """Return the path of the browser that the tests drive, None where there is none."""
     return next(filter(None, map(shutil.which, CHROMIUM)), None)
 
 
@@ -189,7 +189,7 @@ def _room(ready):
 def _memory():
     import psutil
 
-    least = min(card.memory for card in read_catalogue().values())
+    least = min(entry.memory for entry in read_catalogue().values())
     free = free_memory()
     what = f"{free:,.0f} MB of memory are free, of {psutil.virtual_memory().total / 1e6:,.0f} MB"
     return ("OK", what, "") if free >= least else (
@@ -199,36 +199,35 @@ def _memory():
 
 def _models():
     """Yield a line for each model of the catalogue, and for each other one in the cache."""
-    from helpers.models.catalogue import find_card
     from helpers.models.prepare import cache_state, cached_models
 
-    cache, memory, cards, lacks = model_cache(), free_memory(), read_catalogue(), {}
+    cache, memory, entries, lacks = model_cache(), free_memory(), read_catalogue(), {}
     one_disk = existing(cache).stat().st_dev == ROOT.stat().st_dev
     try:
-        states = {name: cache_state(name) for name in dict.fromkeys([*cards, *cached_models()])}
+        states = {name: cache_state(name) for name in dict.fromkeys([*entries, *cached_models()])}
     except OSError as error:
         yield "FAIL", f"{error.filename} cannot be read", "Set COURSE_CACHE to a folder that is yours."
         return
-    for name, card in cards.items():
-        stays = card.disk if states[name] == "not prepared" else 0
-        runs = round(card.disk * COPIES) + PAGES_MEGABYTES
+    for name, entry in entries.items():
+        stays = entry.disk if states[name] == "not prepared" else 0
+        runs = round(entry.disk * COPIES) + PAGES_MEGABYTES
         disks = [(ROOT, runs + stays)] if one_disk else [(ROOT, runs), (cache, stays)]
         short = [f"{needed:,} MB of disk for {folder}, and {free_disk(folder):,.0f} MB are free"
                  for folder, needed in disks if free_disk(folder) < needed]
-        if memory < card.memory:
-            short.insert(0, f"{card.memory:,} MB of memory, and {memory:,.0f} MB are free")
+        if memory < entry.memory:
+            short.insert(0, f"{entry.memory:,} MB of memory, and {memory:,.0f} MB are free")
         lacks[name] = short
     for name, state in states.items():
         if state == "damaged":
-            yield ("WARN", f"{name}: files in {cache / find_card(name).folder} are not as they were written",
+            yield ("WARN", f"{name}: files in {cache / find_entry(name).folder} are not as they were written",
                    f"Get them anew: python -m helpers prepare --model {name}")
         elif lacks.get(name):
-            fits = max((other for other in cards if not lacks[other] and cards[other].memory < cards[name].memory),
-                       key=lambda other: cards[other].memory, default=None)
+            smaller = [other for other in entries if not lacks[other] and entries[other].memory < entries[name].memory]
+            fits = max(smaller, key=lambda other: entries[other].memory, default=None)
             yield ("WARN", f"{name}: {state}; a run needs {lacks[name][0]}",
                    ("Close programs" if "memory" in lacks[name][0] else "Free some space, or set COURSE_CACHE to "
                     "a folder on another disk") + (f", or choose a smaller model: MODEL={fits}." if fits else "."))
-        elif name in cards:
+        elif name in entries:
             yield "OK", f"{name}: {state}, with memory and disk for a run", ""
         else:
             yield "OK", f"{name}: {state}", ""

@@ -9,16 +9,16 @@ import json
 import os
 import queue
 import re
-import subprocess
-import sys
 import threading
 import time
 from datetime import timedelta
 from urllib.request import getproxies, proxy_bypass
 
-from helpers.models.catalogue import read_catalogue
 from helpers.errors import CourseError
+from helpers.models.catalogue import read_catalogue
 from helpers.models.kit import open_kit
+from helpers.models.pip import ask_index
+from helpers.models.sources import GgufWheel, HubRepository, source_of
 from helpers.paths import ROOT
 
 # Seconds, for all that is asked at once.
@@ -46,39 +46,33 @@ def in_background(ask):
     return answers
 
 
-def index():
+def index() -> tuple[tuple[str, str, str], float | None]:
     """Return the line on the package index, and how far this clock is ahead of the index's: seconds, or None."""
-    # pip knows its own index, proxy and certificates; nothing here needs to.
-    wheel = next(card.source["wheel"]["requirement"] for card in read_catalogue().values() if "wheel" in card.source)
-    name = wheel.split("==")[0]
-    command = [sys.executable, "-m", "pip", "-vv", "--no-input", "--retries", "1", "--timeout", "4",
-               "--disable-pip-version-check", "index", "versions", name]
-    try:
-        asked = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, encoding="utf-8", errors="replace", timeout=PATIENCE - 1)
-        said, found = asked.stdout, asked.returncode == 0
-    except subprocess.TimeoutExpired:
-        said, found = "", False
-    statuses = re.findall(r'HTTP/\S+ (\d{3}) ', said)
-    page = re.search(r"Getting page (https?://)(?:\S*@)?([^/\s]+)(\S*)", said)
-    ahead = _ahead("".join(page.groups())) if page and statuses else None
-    site = page[1] + page[2] if page else "it"
+    wheel = next(source for source in _sources() if isinstance(source, GgufWheel))
+    name = wheel.requirement.split("==")[0]
+    answer = ask_index(name, PATIENCE - 1)
+    ahead = _ahead(answer.url) if answer.url else None
     needed = "Only set-up and a model's first download need it: "
-    if found:
+    if answer.kind == "found":
         return ("OK", "the package index answers", ""), ahead
-    if "No module named pip" in said:
+    if answer.kind == "no-pip":
         return ("WARN", "the package index was not asked: this Python has no pip",
                 "Set-up brings its own: python -m helpers setup"), None
-    if re.search("confirming the ssl certificate|SSLError", said):
+    if answer.kind == "certificate":
         return ("WARN", "pip does not trust the package index's certificate", CERTIFICATES), ahead
-    if "404" in statuses:
+    if answer.kind == "absent":
         return ("WARN", f"the package index has no {name}",
                 needed + "ask whoever runs it for that package, or see `pip config list`."), ahead
-    if "200" in statuses:
+    if answer.kind == "other-page":
         return ("WARN", "the package index answers with a page that is no index, such as a proxy's log-in page",
-                needed + f"open {site} in a browser and log in, or see `pip config list`."), ahead
-    return ("WARN", "the package index does not answer" + (f": HTTP {statuses[-1]}" if statuses else ""),
+                needed + f"open {answer.site} in a browser and log in, or see `pip config list`."), ahead
+    return ("WARN", "the package index does not answer" + (f": HTTP {answer.status}" if answer.status else ""),
             needed + "check the network, HTTPS_PROXY and `pip config list`."), ahead
+
+
+def _sources():
+    """Return the source of track A's folder of each model of the catalogue."""
+    return [source_of(entry, "transformers") for entry in read_catalogue().values()]
 
 
 def hub():
@@ -86,9 +80,9 @@ def hub():
     import httpx  # what the Hub's own client uses: the same proxy, the same certificates
 
     endpoint = (os.environ.get("HF_ENDPOINT") or "https://huggingface.co").rstrip("/")
-    sources = {name: card.source["hub"] for name, card in read_catalogue().items() if "hub" in card.source}
-    repo = next(iter(sources.values()))["transformers"]["repo"]
-    fix = f"Only {', '.join(sources)} and hub: models need it: check the network, HTTPS_PROXY and HF_ENDPOINT."
+    sources = [source for source in _sources() if isinstance(source, HubRepository)]
+    names, repo = ", ".join(source.entry.name for source in sources), sources[0].repo
+    fix = f"Only {names} and hub: models need it: check the network, HTTPS_PROXY and HF_ENDPOINT."
     try:
         answer = httpx.get(f"{endpoint}/{repo}/resolve/main/config.json", follow_redirects=True, timeout=4)
         ahead = _seconds_ahead(answer)
@@ -128,7 +122,8 @@ def clock(ahead):
     against = "a server's on the network"
     if ahead is None:  # the course's own files are from before now, and say no more than that
         against = "the time of the course's own files"
-        ahead = min(time.time() - max(file.stat().st_mtime for file in (ROOT / "helpers").glob("*.py")), 0)
+        files = [file for room in ("helpers", "course") for file in (ROOT / room).rglob("*.py")]
+        ahead = min(time.time() - max(file.stat().st_mtime for file in files), 0)
     off = timedelta(minutes=round(abs(ahead) / 60))
     if off <= timedelta(minutes=5):
         return "OK", f"the clock agrees with {against}", ""

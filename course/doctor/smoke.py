@@ -72,7 +72,7 @@ def _generate(track):
         import transformers
 
         pipeline = transformers.pipeline(
-            prepared.card.task, model=str(prepared.transformers_dir), trust_remote_code=False)
+            prepared.entry.task, model=str(prepared.transformers_dir), trust_remote_code=False)
         prompt = "The capital of Spain is"
         (answer,) = pipeline(prompt, min_new_tokens=5, max_new_tokens=5, do_sample=False, return_tensors=True)
         tokens, stopped = len(answer["generated_token_ids"]) - len(pipeline.tokenizer(prompt)["input_ids"]), False

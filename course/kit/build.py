@@ -1,10 +1,5 @@
-"""Builds an offline kit: prepared models, the course's own files, the pages and the manifest in one folder.
+"""Builds an offline kit: names come in; a folder of wheels, models, the course, pages and a manifest comes out."""
 
-``kit_wheels`` adds the wheels; ``kit`` reads what stands here.
-"""
-
-import contextlib
-import errno
 import html
 import itertools
 import json
@@ -15,25 +10,14 @@ import sys
 import time
 import tomllib
 import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from string import Template
 from urllib.parse import quote
 
 import nbformat
-from filelock import FileLock, Timeout
 from nbconvert.preprocessors import ClearOutputPreprocessor
 
-from helpers.models.catalogue import find_card
-from helpers.errors import CourseError
-from helpers.models.kit import (
-    COURSE,
-    FORMAT,
-    INDEX,
-    MANIFEST,
-    WHEELS_INDEX,
-    is_size,
-    progress_bar,
-    read_kit,
-    sha256,
-)
 from course.kit.wheels import (
     PATCHES,
     WHEELS_MEGABYTES,
@@ -43,35 +27,29 @@ from course.kit.wheels import (
     missing_wheels,
     this_platform,
 )
-from helpers.models.space import free_disk, too_large
+from helpers.errors import CourseError
+from helpers.files import is_size, locked, progress_bar, sha256
+from helpers.models.catalogue import TRACKS, find_entry
+from helpers.models.folders import is_as_listed, list_file
+from helpers.models.kit import COURSE, FORMAT, INDEX, MANIFEST, WHEELS_INDEX, read_kit
 from helpers.models.prepare import prepare_model
+from helpers.models.sources import is_from_hub
+from helpers.models.space import disk_errors, free_disk
 from helpers.paths import DATA, ROOT, model_cache
 
 # The course, and what lies among it that is not the course's.
 COURSE_PARTS = (".ci", ".gitattributes", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
-                "MLproject", "Makefile", "README.md", "constraints.txt", "data", "environment.yml", "helpers",
-                "notebooks", "pyproject.toml", "tests")
+                "MLproject", "Makefile", "README.md", "constraints.txt", "course", "data", "environment.yml",
+                "helpers", "notebooks", "pyproject.toml", "serving", "tests")
 NOT_OURS = {"__pycache__", ".ipynb_checkpoints", ".DS_Store", "mlruns", "mlflow.db"}
+FEWER = "ask for fewer models, platforms and Pythons"
 
 
-def build(folder, models, platforms=(), pythons=()):
-    """Fill a folder with a kit; what is whole in it stays, and so does what is not the kit's.
+def build(folder: Path, models: Sequence[str], platforms: Sequence[str] = (), pythons: Sequence[str] = ()) -> int:
+    """Fill a folder with a kit; what is whole in it stays, and so does what is not the kit's. Return the exit code.
 
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Absolute; it need not exist.
-    models : sequence of str
-        Names that ``prepare_model`` takes.
-    platforms : sequence of str, optional
-        Keys of ``kit_wheels.PLATFORMS``; this machine's where it is empty.
-    pythons : sequence of str, optional
-        Such as ``"3.12"``; the running one's where it is empty.
-
-    Returns
-    -------
-    int
-        The exit code.
+    ``platforms`` are keys of ``wheels.PLATFORMS``, this machine's where there are none; ``pythons`` are such as
+    ``"3.12"``, the running one where there are none.
 
     Raises
     ------
@@ -83,14 +61,14 @@ def build(folder, models, platforms=(), pythons=()):
     models = list(dict.fromkeys(models))
     platforms = list(dict.fromkeys(platforms or [this_platform()]))
     pythons = list(dict.fromkeys(pythons or ["{}.{}".format(*sys.version_info[:2])]))
-    homes = {name: find_card(name).folder for name in models}
+    homes = {name: find_entry(name).folder for name in models}
     _refuse_other_folders(folder)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         head = {"format": FORMAT, "course": _version(), "built_on": platform.platform(), "models": models,
                 "platforms": platforms, "pythons": pythons}
         targets = [Target(*pair) for pair in itertools.product(platforms, pythons)]
-        with _alone(folder), _Site(folder, head) as site:
+        with locked(folder, lambda: _refuse_to_wait(folder)), _Site(folder, head) as site:
             for name in models:
                 _prepare(name)
             _check_space(site, homes.values(), targets)
@@ -114,26 +92,46 @@ def _refuse_other_folders(folder):
     """Raise CourseError unless a folder is new, empty or a kit, and apart from the course and its models."""
     if any(place.is_relative_to(folder) or folder.is_relative_to(own) for place, own in (
             (ROOT, ROOT / "data"), (model_cache(), model_cache()))):
-        raise CourseError(f"{folder} holds the course or its models.", "Build into a folder of its own, such as kit.")
+        raise CourseError("kit-in-course", f"{folder} holds the course or its models.",
+                          "Build into a folder of its own, such as kit.")
     if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
         try:
             read_kit(str(folder), complete=False)
         except CourseError:
-            raise CourseError(f"{folder} holds something else than a kit.", "Build into a new or an empty folder.",
-                              ) from None
+            raise CourseError("kit-other-folder", f"{folder} holds something else than a kit.",
+                              "Build into a new or an empty folder.") from None
 
 
-def _prepare(name):
-    """Prepare a model; a repository of the Hub for the one track that somebody has prepared it for."""
-    card = find_card(name)
-    parts = [receipt.name.split(".")[0] for receipt in _receipts(card.folder)]
-    prepare_model(name, parts[0] if "hub" in card.source and len(parts) == 1 else None)
+def _refuse_to_wait(folder):
+    raise CourseError("kit-busy", f"Another build is at work in {folder}.", "Wait for its end, and run this again.")
+
+
+def _disk_errors(folder):
+    """Turn what the disk refuses into sentences."""
+    refused = CourseError("kit-not-writable", f"{folder} cannot be written as a folder.",
+                          "Name a folder that is yours: python -m helpers kit build DIR.")
+    return disk_errors(folder, lambda: CourseError(
+        "disk-full", f"The disk is full: {free_disk(folder):,.0f} MB are free in {folder}.",
+        f"Free some space, or {FEWER}, and run this again; what is finished stays."), refused)
+
+
+def _check_space(site, homes, targets):
+    """Refuse to start where the disk does not have what is still to come."""
+    needed = sum(entry["size"] for home in homes for file, entry in _model_files(home)
+                 if not is_size(site.folder / file, entry["size"])) / 1e6
+    for target in targets:
+        wanted = target.requirements(PATCHES[0])
+        needed += WHEELS_MEGABYTES * len(missing_wheels(site, target, wanted)) / len(wanted)
+    free = free_disk(site.folder)
+    if free < needed:
+        raise CourseError("disk-short", f"{site.folder} has {free:,.0f} MB free, and the rest of the kit takes about "
+                          f"{needed:,.0f} MB.", f"Free some space, or {FEWER}.")
 
 
 class _Site:
     """The folder of a kit while it is built: what its manifest lists, and what of that is wanted still."""
 
-    def __init__(self, folder, head):
+    def __init__(self, folder: Path, head: dict):
         self.folder, self.head, self.wanted = folder, head, {}
         self.staging = folder / "kit.partial"
         try:
@@ -150,34 +148,27 @@ class _Site:
     def __exit__(self, *exception):
         shutil.rmtree(self.staging, ignore_errors=True)
 
-    def has(self, name):
+    def has(self, name: str) -> dict | None:
         """Return the entry of a file that is there as it is listed, and None for another."""
-        entry, path = self.listed.get(name), self.folder / name
-        if not entry or not is_size(path, entry["size"]):
-            return None
-        touched = path.stat().st_mtime_ns
-        if touched != entry.get("mtime_ns"):
-            if sha256(path) != entry["sha256"]:
-                return None
-            entry["mtime_ns"] = touched
-        return entry
+        entry = self.listed.get(name)
+        return entry if entry and is_as_listed(self.folder / name, entry) else None
 
-    def keep(self, name, entry):
+    def keep(self, name: str, entry: dict) -> None:
         """Take a file that is there already."""
         self.wanted[name] = self.listed[name] = entry
 
-    def add(self, name, make):
+    def add(self, name: str, make: Callable[[Path], object]) -> None:
         """Let ``make`` write a file and put it in place, unless the same is there."""
         draft = self.staging / "draft"
         make(draft)
         self.take(name, draft)
 
-    def take(self, name, draft):
+    def take(self, name: str, draft: Path) -> None:
         """Move a finished file into the kit."""
         path, digest = self.folder / name, sha256(draft)
-        if path.exists() and not (is_size(path, draft.stat().st_size) and sha256(path) == digest):
+        if path.exists() and not (path.is_file() and sha256(path) == digest):
             if name not in self.listed:
-                raise CourseError(f"{path} is there already, and no kit has written it.",
+                raise CourseError("kit-file-of-yours", f"{path} is there already, and no kit has written it.",
                                   "Move it away, or build into another folder.")
             path.unlink()
         if path.exists():
@@ -185,17 +176,16 @@ class _Site:
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft.replace(path)
-        status = path.stat()
-        self.keep(name, {"size": status.st_size, "sha256": digest, "mtime_ns": status.st_mtime_ns})
+        self.keep(name, list_file(path, digest))
 
-    def note(self, files, complete=False):
+    def note(self, files: dict, complete: bool = False) -> None:
         """Write the manifest; until the last time it says that the kit is not finished."""
         draft = self.staging / MANIFEST
         manifest = self.head | {"complete": complete, "files": dict(sorted(files.items()))}
         draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         draft.replace(self.folder / MANIFEST)
 
-    def finish(self):
+    def finish(self) -> None:
         """Remove what an earlier build listed and this one does not want, and write the manifest."""
         for name in self.listed.keys() - self.wanted.keys():
             path = self.folder / name
@@ -209,75 +199,32 @@ class _Site:
         self.note(self.wanted, complete=True)
 
 
-def _version():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-
-
-@contextlib.contextmanager
-def _alone(folder):
-    """Keep a second build out of the same folder."""
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise CourseError(f"Another build is at work in {folder}.", "Wait for its end, and run this again.") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-@contextlib.contextmanager
-def _disk_errors(folder):
-    """Turn what the disk refuses into sentences."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise CourseError(f"The disk is full: {free_disk(folder):,.0f} MB are free in {folder}.",
-                              "Free some space, or ask for fewer models, platforms and Pythons, and run this again; "
-                              "what is finished stays.") from error
-        if error.errno == errno.EFBIG:
-            raise too_large(folder) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR):
-            raise CourseError(f"{folder} cannot be written as a folder.",
-                              "Name a folder that is yours: python -m helpers kit build DIR") from error
-        raise
-
-
-def _check_space(site, homes, targets):
-    """Refuse to start where the disk does not have what is still to come."""
-    needed = sum(entry["size"] for home in homes for file, entry in _model_files(home)
-                 if not is_size(site.folder / file, entry["size"])) / 1e6
-    for target in targets:
-        wanted = target.requirements(PATCHES[0])
-        missing = len(missing_wheels(site, target, wanted))
-        needed += WHEELS_MEGABYTES * missing / len(wanted)
-    free = free_disk(site.folder)
-    if free < needed:
-        raise CourseError(f"{site.folder} has {free:,.0f} MB free, and the rest of the kit takes about "
-                          f"{needed:,.0f} MB.", "Free some space, or ask for fewer models, platforms and Pythons.")
-
-
 # --- models ---------------------------------------------------------------------------------
 
 
+def _prepare(name):
+    """Prepare a model; a repository of the Hub for the one track that somebody has prepared it for."""
+    entry = find_entry(name)
+    parts = [receipt.name.split(".")[0] for receipt in _receipts(entry.folder)]
+    prepare_model(name, parts[0] if is_from_hub(entry) and len(parts) == 1 else None)
+
+
 def _receipts(home):
-    """Return the receipts of the parts that are there: a model of the Hub may be for one track alone."""
-    paths = (model_cache() / home / f"{part}.receipt.json" for part in ("transformers", "onnx"))
+    """Return the receipts of the folders that are there: a model of the Hub may be for one track alone."""
+    paths = (model_cache() / home / f"{track}.receipt.json" for track in TRACKS)
     return [path for path in paths if path.is_file()]
 
 
-def _model_files(home):
+def _model_files(home) -> Iterator[tuple[str, dict]]:
     """Yield the path in the kit and the entry of each file of a prepared model."""
     for receipt in _receipts(home):
-        part = receipt.name.removesuffix(".receipt.json")
+        track = receipt.name.removesuffix(".receipt.json")
         for file, entry in json.loads(receipt.read_text(encoding="utf-8"))["files"].items():
-            yield f"models/{home}/{part}/{file}", entry
+            yield f"models/{home}/{track}/{file}", entry
 
 
 def _add_model(site, name, home):
-    """Copy both parts of a prepared model and their receipts."""
+    """Copy both folders of a prepared model and their receipts."""
     files = list(_model_files(home))
     with progress_bar(f"Copying {name}", sum(entry["size"] for _, entry in files)) as bar:
         for path, entry in files:
@@ -288,8 +235,8 @@ def _add_model(site, name, home):
                 source = model_cache() / path.removeprefix("models/")
                 site.add(path, lambda draft, source=source: shutil.copyfile(source, draft))
                 if site.wanted[path]["sha256"] != entry["sha256"]:
-                    raise CourseError(f"{source} is not as it was prepared.",
-                                      f"Write it anew: python -m helpers prepare --model {name}")
+                    raise CourseError("model-changed", f"{source} is not as it was prepared.",
+                                      f"Write it anew: python -m helpers prepare --model {name}.")
             bar.update(entry["size"])
     for receipt in _receipts(home):
         site.add(f"models/{home}/{receipt.name}", lambda draft, receipt=receipt: shutil.copyfile(receipt, draft))
@@ -299,7 +246,7 @@ def _add_model(site, name, home):
 # --- the course and the pages -----------------------------------------------------------------
 
 
-def course_files():
+def course_files() -> list[Path]:
     """Return the course's own files, sorted: what a user put beside them stays where it is."""
     files = []
     for name in COURSE_PARTS:
@@ -333,6 +280,10 @@ def _without_outputs(data):
     return nbformat.writes(cleared).encode("utf-8")
 
 
+def _version():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+
+
 def _wheels_page(files):
     """Return a page of links with hashes, as pip reads it from a server and from a folder."""
     links = [f'<a href="{quote(name.removeprefix("wheels/"))}#sha256={entry["sha256"]}">'
@@ -345,30 +296,8 @@ def _wheels_page(files):
 def _page(site):
     """Return what a person sees who opens the kit's URL or its folder."""
     models = sorted({name.split("/")[1] for name in site.wanted if name.startswith("models/")})
-    systems = ", ".join(site.head["platforms"])
-    run = f"run --model {models[0]}" if "smollm2-135m" not in models and models else "run"
-    return f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><title>Small language models as MLflow models: offline kit</title>
-<style>body {{ font: 16px/1.5 sans-serif; max-width: 46em; margin: 2em auto; padding: 0 1em }}
-pre {{ background: #eee; padding: .6em; overflow-x: auto }}</style></head><body>
-<h1>Small language models as MLflow models</h1>
-<p>This is the course's offline kit: the course, the packages for {html.escape(systems)} with Python
-{html.escape(", ".join(site.head["pythons"]))}, and the models {html.escape(", ".join(models))}.
-You need one of these Pythons and no other network.</p>
-<ol>
-<li>Get <a href="{COURSE}">{COURSE}</a>.</li>
-<li>Unpack it, and open a terminal in its folder <code>slm-mlflow-course</code>.</li>
-<li>Run one command. On Linux and macOS:
-<pre>COURSE_KIT="<span class="kit">ADDRESS</span>" python3 -m helpers {html.escape(run)}</pre>
-On Windows, in PowerShell:
-<pre>$env:COURSE_KIT="<span class="kit">ADDRESS</span>"; python -m helpers {html.escape(run)}</pre></li>
-</ol>
-<p>ADDRESS is the URL of this page, or the folder that it lies in. <code>python -m helpers help</code> shows what else
-there is. If something goes wrong, the error says what to do.</p>
-<script>
-// The address that this browser has for the page; a folder is left to the reader, who knows it by its own name.
-if (location.protocol.startsWith("http"))
-  for (const span of document.querySelectorAll(".kit")) span.textContent = location.origin;
-</script>
-</body></html>
-"""
+    words = {"systems": ", ".join(site.head["platforms"]), "pythons": ", ".join(site.head["pythons"]),
+             "models": ", ".join(models), "course": COURSE,
+             "run": f"run --model {models[0]}" if "smollm2-135m" not in models and models else "run"}
+    page = Template((DATA / "kit.html").read_text(encoding="utf-8"))
+    return page.substitute({name: html.escape(text) for name, text in words.items()})

@@ -12,38 +12,25 @@ from starlette.responses import FileResponse
 from starlette.routing import Route
 
 from helpers.errors import CourseError
-from helpers.models.kit import INDEX, MANIFEST, WHEELS_INDEX, build_command, read_kit
+from helpers.models.kit import INDEX, MANIFEST, WHEELS_INDEX, Kit, build_command, read_kit
 
 PAGES = {"": INDEX, "wheels/": WHEELS_INDEX}
 
 
-def serve(folder, host, port):
-    """Serve a kit until Ctrl-C.
+def serve(folder: Path, host: str, port: int) -> int:
+    """Serve a kit until Ctrl-C, and return the exit code.
 
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Absolute.
-    host : str
-        Address to listen on: ``127.0.0.1`` for this machine alone, ``0.0.0.0`` for the room.
-    port : int
-
-    Returns
-    -------
-    int
-        The exit code.
-
-    Raises
-    ------
-    CourseError
-        No kit, a kit with missing files, or an address or port that cannot be had.
+    ``host`` is the address to listen on: ``127.0.0.1`` for this machine alone, ``0.0.0.0`` for the room. Port 0 takes
+    any that is free. Raises CourseError for no kit, one with missing files, or an address that cannot be had.
     """
     kit = read_kit(str(folder))
     problems = list(kit.problems(hashes=False))
     if problems:
-        raise CourseError(f"The kit {folder} is not whole: {problems[0]}", f"Build it again: {build_command(kit)}")
+        raise CourseError("kit-damaged", f"The kit {folder} is not whole: {problems[0]}",
+                          f"Build it again: {build_command(kit)}.")
     # Bound here, not by uvicorn: two servers that start at once cannot both find the port free.
     with _listen(folder, host, port) as listener:
+        port = listener.getsockname()[1]
         print(f"The kit {folder}, {len(kit.files)} files   (Ctrl-C ends it)")
         for address in _addresses() if host == "0.0.0.0" else [host]:
             print(f"  http://{f'[{address}]' if ':' in address else address}:{port}")
@@ -62,14 +49,8 @@ def serve(folder, host, port):
     return 0
 
 
-def application(kit):
-    """Return the ASGI application that serves a kit's files.
-
-    Parameters
-    ----------
-    kit : Kit
-        In a folder.
-    """
+def application(kit: Kit) -> Starlette:
+    """Return the ASGI application that serves the files of a kit in a folder."""
     root = Path(kit.address).resolve()
     served = {MANIFEST, *kit.files}
 
@@ -92,15 +73,17 @@ def _listen(folder, host, port):
     """Return a socket that listens, or say why there is none."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if not host:
-        raise CourseError("--host is empty.", "Name 127.0.0.1 for this machine alone, or 0.0.0.0 for the room.")
+        raise CourseError("host-empty", "--host is empty.",
+                          "Name 127.0.0.1 for this machine alone, or 0.0.0.0 for the room.")
     try:
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         if error.errno == errno.EADDRINUSE or getattr(error, "winerror", None) == 10048:
             other = port + 1 if port < 65535 else port - 1
             again = f'python -m helpers kit serve "{folder}" --host {host} --port {other}'
-            raise CourseError(f"Port {port} is taken.", f"Choose another one: {again}") from None
-        raise CourseError(f"This machine cannot listen on {host}, port {port}: {error.strerror or error}.",
+            raise CourseError("port-taken", f"Port {port} is taken.", f"Choose another one: {again}.") from None
+        why = error.strerror or error
+        raise CourseError("host-refused", f"This machine cannot listen on {host}, port {port}: {why}.",
                           "Use --host 0.0.0.0 for every address of this machine, and a port above 1023.") from None
 
 

@@ -1,27 +1,25 @@
 """Gathers the wheels that a system and a Python need, whatever machine this is.
 
-constraints.txt says which ones, with markers that are evaluated for that system; pip fetches them.
-``kit_build`` calls it, and owns the folder.
+constraints.txt says which ones, with markers that are evaluated for that system; pip fetches them into the kit.
 """
 
 import contextlib
-import errno
 import json
 import os
 import platform
 import re
-import subprocess
-import sys
 from dataclasses import dataclass
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
-from packaging.tags import compatible_tags, cpython_tags, mac_platforms, platform_tags
+from packaging.tags import Tag, compatible_tags, cpython_tags, mac_platforms, platform_tags
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
-from course import environment as setup
+from course.environment import cuda_refused, torch_index_options
 from helpers.errors import CourseError
-from helpers.models.kit import PLATFORM_NAMES, progress_bar
+from helpers.files import progress_bar
+from helpers.models.kit import PLATFORM_NAMES
+from helpers.models.pip import PipError, explain, run_pip
 from helpers.paths import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -45,20 +43,15 @@ BATCH = 8  # wheels in one call of pip: what is finished when somebody interrupt
 
 @dataclass(frozen=True)
 class Target:
-    """A system and a Python that the kit has wheels for.
+    """A system and a Python that the kit has wheels for, such as ``"3.12"``.
 
-    Attributes
-    ----------
-    platform : str
-        A key of ``PLATFORMS``, or this machine's own name where it is none of them.
-    python : str
-        Such as ``"3.12"``.
+    ``platform`` is a key of ``PLATFORMS``, or this machine's own name where it is none of them.
     """
 
     platform: str
     python: str
 
-    def requirements(self, patch):
+    def requirements(self, patch: int) -> list[Requirement]:
         """Return what constraints.txt wants on this target for a patch release of its Python."""
         environment = default_environment()
         if self.platform in PLATFORMS:
@@ -70,24 +63,24 @@ class Target:
         wanted = (Requirement(line) for line in lines if line and not line.startswith("#"))
         return [one for one in wanted if one.marker is None or one.marker.evaluate(environment)]
 
-    def platform_tags(self):
+    def platform_tags(self) -> tuple[str, ...]:
         """Return the tags of its wheels that are made for one system, best first."""
         return PLATFORMS[self.platform]["tags"] if self.platform in PLATFORMS else tuple(platform_tags())
 
-    def tags(self):
+    def tags(self) -> set[Tag]:
         """Return every tag that a wheel for it may have."""
         version, nodot = tuple(map(int, self.python.split("."))), self.python.replace(".", "")
         return {*cpython_tags(version, [f"cp{nodot}"], self.platform_tags()),
                 *compatible_tags(version, f"cp{nodot}", self.platform_tags())}
 
-    def pip_options(self, patch):
+    def pip_options(self, patch: int) -> list[str]:
         """Return the options that make pip choose wheels for it."""
         return ["--only-binary", ":all:", "--implementation", "cp", "--python-version", f"{self.python}.{patch}",
                 *(word for abi in (f"cp{self.python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)),
                 *(word for tag in self.platform_tags() for word in ("--platform", tag))]
 
 
-def this_platform():
+def this_platform() -> str:
     """Return the name of this machine's system: a key of ``PLATFORMS``, or a name of its own."""
     machine = platform.system(), platform.machine()
     return PLATFORM_NAMES.get(machine, " ".join(machine))
@@ -109,14 +102,14 @@ def _answers(wheel, requirement, tags):
         and not its_tags.isdisjoint(tags)
 
 
-def missing_wheels(site, target, wanted):
+def missing_wheels(site, target: Target, wanted: list[Requirement]) -> list[Requirement]:
     """Return the requirements that no whole wheel of the kit answers."""
     tags, wheels = target.tags(), [wheel for wheel in _wheels(site.folder / "wheels")
                                    if site.has(f"wheels/{wheel[0].name}")]
     return [one for one in wanted if not any(_answers(wheel, one, tags) for wheel in wheels)]
 
 
-def add_wheels(site, target):
+def add_wheels(site, target: Target) -> None:
     """Fetch what the kit lacks for one system and Python."""
     for patch in PATCHES:
         missing = missing_wheels(site, target, target.requirements(patch))
@@ -128,25 +121,22 @@ def add_wheels(site, target):
             continue
         with progress_bar(f"Fetching wheels for Python {target.python} on {target.platform}", len(missing)) as bar:
             for batch in batches:
-                options = _torch_index(site, target, patch, batch[0]) if batch is torch else []
+                options = _torch_options(site, target, patch, batch[0]) if batch is torch else []
                 _fetch(site, target, patch, batch, options)
                 bar.update(len(batch))
 
 
-def _torch_index(site, target, patch, torch):
+def _torch_options(site, target, patch, torch):
     """Return pip's options for the CPU build of torch, and raise CourseError where pip would take the CUDA one."""
     if "linux" not in target.platform.lower():
         return []
     requirement = f"torch{torch.specifier}"
-    options = []
-    if setup.reachable(setup.TORCH_CPU_INDEX + "/torch/", requirement.replace("==", "-")):
-        options = ["--extra-index-url", setup.TORCH_CPU_INDEX]
-    plan = site.staging / "plan.json"
-    _pip(site, target, ["install", "--dry-run", "--ignore-installed", "--no-deps", "--report", plan,
-                        "--target", site.staging / "none", *target.pip_options(patch), *options, requirement])
+    options, plan = torch_index_options(requirement), site.staging / "plan.json"
+    _pip(site, target, "install", "--dry-run", "--ignore-installed", "--no-deps", "--report", plan,
+         "--target", site.staging / "none", *target.pip_options(patch), *options, requirement)
     (chosen,) = json.loads(plan.read_text(encoding="utf-8"))["install"]
     if any(re.match(r"(nvidia|cuda)[-_]", needed) for needed in chosen["metadata"].get("requires_dist", [])):
-        raise setup.cuda_refused(requirement)
+        raise cuda_refused(requirement)
     return options
 
 
@@ -155,42 +145,35 @@ def _fetch(site, target, patch, batch, options):
     fetched = site.staging / "wheels"
     # Without the markers: pip would ask this machine about them.
     requirements = [f"{one.name}{one.specifier}" for one in batch]
-    _pip(site, target, ["download", "--no-deps", "--dest", fetched, *target.pip_options(patch), *options,
-                        *requirements])
+    _pip(site, target, "download", "--no-deps", "--dest", fetched, *target.pip_options(patch), *options, *requirements)
     for wheel in sorted(fetched.glob("*.whl")):
         site.take(f"wheels/{wheel.name}", wheel)
     site.note(site.listed)
 
 
-def _pip(site, target, arguments):
-    """Run pip with room for its temporary files in the kit's folder rather than in a small /tmp."""
+def _pip(site, target, *arguments):
+    """Run pip with space for its temporary files in the kit's folder rather than in a small /tmp."""
     scratch = site.staging / "tmp"
     scratch.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "pip", *map(str, arguments), "--disable-pip-version-check"]
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
-    done = subprocess.run(command, env=dict(os.environ, PYTHONUTF8="1", PIP_USER="0", **places), stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, text=True, encoding="utf-8", errors="replace")
-    if done.returncode == 0:
-        return
-    if "No space left on device" in done.stdout:
-        raise OSError(errno.ENOSPC, "No space left on device")
-    system = f"Python {target.python} on {target.platform}"
-    missing = re.search(r"No matching distribution found for (\S+)", done.stdout)
-    if missing and not re.search(r"Retrying|Connection|getaddrinfo", done.stdout):
-        raise CourseError(f"The package index has no wheel of {missing[1]} for {system}.",
-                          "Check the index that pip uses (python -m pip config list), or leave this platform or Python "
-                          "out.")
-    if missing or re.search(r"Retrying|Connection|getaddrinfo", done.stdout):
-        raise CourseError(f"pip could not get the wheels for {system} from the package index.",
-                          "Check the network, the proxy (HTTPS_PROXY) and pip's index (python -m pip config list), and "
-                          "run this again; what is finished stays.")
-    last = next((line.strip() for line in reversed(done.stdout.splitlines()) if line.strip()), "no output")
-    raise CourseError(f"pip failed to fetch the wheels for {system}: {last[:300]}",
-                      "Look at pip's own settings (python -m pip config list) and run this again; if it stays, report "
-                      "it with that line.")
+    try:
+        run_pip(*map(str, arguments), environment=dict(os.environ, PIP_USER="0", **places))
+    except PipError as error:
+        failure, system = error.failure, f"Python {target.python} on {target.platform}"
+        if failure.kind == "missing":
+            raise CourseError(
+                "wheel-absent", f"The package index has no wheel of {failure.package} for {system}.",
+                "Check the index that pip uses (python -m pip config list), or leave this platform or Python out.",
+            ) from None
+        if failure.kind == "unreachable":
+            raise CourseError(
+                "pip-unreachable", f"pip could not get the wheels for {system} from the package index.",
+                "Check the network, the proxy (HTTPS_PROXY) and pip's index (python -m pip config list), and "
+                "run this again; what is finished stays.") from None
+        raise explain(failure, f"Fetching the wheels for {system}") from None
 
 
-def keep_wanted_wheels(site, targets):
+def keep_wanted_wheels(site, targets: list[Target]) -> None:
     """Take each wheel that a target wants; the rest of those listed is stale."""
     wheels = _wheels(site.folder / "wheels")
     for target in targets:

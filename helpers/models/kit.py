@@ -169,8 +169,8 @@ class Kit:
         wanted, prefix = self._folder(name, track), f"models/{name}/{track}/"
         if not wanted:
             raise CourseError("kit-lacks-model", f"The kit {self.address} does not have {name} ({track}).",
-                              f"It has {', '.join(self.models()) or 'no model'}; build it with: "
-                              f"python -m helpers kit build DIR --model {name}")
+                              f"It has {', '.join(self.models()) or 'no model'}; build it with {name} "
+                              f"(python -m helpers kit build DIR --model {name}).")
         files = {short: [self.place(prefix + short), entry["size"], entry["sha256"]] for short, entry in wanted.items()}
         order = {"kit": self.address, "prefix": prefix, "files": files, "folder": str(folder),
                  "finished": str(finished or folder)}

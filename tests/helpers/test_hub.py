@@ -1,6 +1,6 @@
 """Models of the Hugging Face Hub: the real client against a Hub on loopback, which may misbehave.
 
-Run: python -m helpers test tests/test_hub.py
+Run: python -m helpers test tests/helpers/test_hub.py
 """
 
 import json
@@ -13,25 +13,41 @@ import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import psutil
 import pytest
-from support import ROOT
+from huggingface_hub import errors
+from support import ROOT, refuses
+from support.in_process import download_here
 from support.loopback_hub import LoopbackHub, certificate
 from support.phi3_layout import CPU, ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
 
-from helpers import CourseError, chat_model, check_fits, prepare_model
-from helpers.models.prepare import cache_state, cached_models, sha256
+from helpers import check_fits, prepare_model
+from helpers.files import sha256
+from helpers.models.folders import read_receipt
+from helpers.models.hub import explain
+from helpers.models.prepare import cache_state, cached_models
 
 SHARD = "model-00001-of-00002.safetensors"
 
 
 @pytest.fixture(scope="session")
 def phi3(tmp_path_factory):
-    """Return a folder with the two repositories of Phi-3, and those of Phi-4-mini."""
+    """Return a folder with the two repositories of Phi-3 and of Phi-4-mini, with noise for weights."""
     root = tmp_path_factory.mktemp("hub")
     write_phi3(root)
     write_phi4(root)
+    return root
+
+
+@pytest.fixture(scope="session")
+def real(tmp_path_factory):
+    """Return the same with weights that can be loaded."""
+    root = tmp_path_factory.mktemp("real hub")
+    write_phi3(root, real=True)
+    write_phi4(root, real=True)
     return root
 
 
@@ -51,27 +67,35 @@ def serve(monkeypatch, cache):
 
 
 @pytest.fixture
-def hub(serve, phi3):
+def far_hub(serve, phi3):
+    """Return a Hub that a process of its own asks, as a user has it."""
     return serve(phi3)
 
 
 @pytest.fixture
-def own(serve, phi3, tmp_path):
+def hub(far_hub, monkeypatch):
+    """Return a Hub that this process asks: no test waits for a start of Python."""
+    far_hub.pauses = download_here(monkeypatch, far_hub.url)
+    return far_hub
+
+
+@pytest.fixture
+def own(serve, phi3, tmp_path, monkeypatch):
     """Return a Hub whose repositories a test may change, which are copies."""
     shutil.copytree(phi3, tmp_path / "hub")
-    return serve(tmp_path / "hub")
+    hub = serve(tmp_path / "hub")
+    hub.pauses = download_here(monkeypatch, hub.url)
+    return hub
 
 
 def files_asked(hub):
     return {path.split("/resolve/")[1].split("/", 1)[1] for _, path, _ in hub.asked if "/resolve/" in path}
 
 
-def refused(name, track=None, **options):
+def refused(code, name="phi-3-mini-4k", track="transformers", **options):
     """Return the sentences that a model is refused with."""
-    with pytest.raises(CourseError) as refusal:
+    with refuses(code) as refusal:
         prepare_model(name, track, **options)
-    assert refusal.value.what.endswith(".")
-    assert refusal.value.fix.endswith(".")
     return str(refusal.value)
 
 
@@ -123,17 +147,25 @@ def test_any_repository_can_be_named(own, track):
     repo = TORCH if track == "transformers" else ONNX
     for name in (f"hub:{repo}", f"hub:{repo}@{own.commit(repo)}"):
         prepared = prepare_model(name, track)
-        assert prepared.card.name == name
-        assert prepared.card.context_length == 4096
-        assert prepared.card.licence == "mit"
-        assert prepared.card.memory >= 1000
+        assert prepared.entry.name == name
+        assert prepared.entry.context_length == 4096
+        assert prepared.entry.licence == "mit"
+        assert prepared.entry.memory >= 1000
         assert prepared.sources[track] == f"{repo}@{own.commit(repo)}"
         assert cache_state(name) == "ready"
         assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
     assert cached_models() == sorted([f"hub:{repo}", f"hub:{repo}@{own.commit(repo)}"])
 
 
-def test_both_notebooks_run_on_what_came_over_the_hub(hub, cache, python, store):
+@pytest.fixture
+def real_hub(serve, real):
+    """Return a Hub whose models can be loaded."""
+    return serve(real)
+
+
+@pytest.mark.slow
+def test_both_notebooks_run_on_what_came_over_the_hub(real_hub, cache, python, store):
+    hub = real_hub
     result = python("-m", "helpers", "run", "--model", "phi-3-mini-4k", network=False, HF_ENDPOINT=hub.url,
                     COURSE_TRACKING_URI=store)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -149,7 +181,9 @@ def test_both_notebooks_run_on_what_came_over_the_hub(hub, cache, python, store)
         "slm-transformers", "slm-onnx-prompt", "slm-onnx"}
 
 
-def test_the_wrappers_need_no_change_for_phi_4_mini(hub, cache, python, store):
+@pytest.mark.slow
+def test_the_wrappers_need_no_change_for_phi_4_mini(real_hub, cache, python, store):
+    hub = real_hub
     result = python("-m", "helpers", "notebook", "CustomPythonWrapper", "-p", "model", "phi-4-mini", "-p",
                     "tracking_uri", store, network=False, HF_ENDPOINT=hub.url)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -157,7 +191,7 @@ def test_the_wrappers_need_no_change_for_phi_4_mini(hub, cache, python, store):
 
     prepared = prepare_model("phi-4-mini", "transformers")
     assert prepared.sources["transformers"] == f"{PHI4_TORCH}@{hub.commit(PHI4_TORCH)}"
-    pipeline = transformers.pipeline(prepared.card.task, model=str(prepared.transformers_dir), trust_remote_code=False)
+    pipeline = transformers.pipeline(prepared.entry.task, model=str(prepared.transformers_dir), trust_remote_code=False)
     conversation = pipeline([{"role": "user", "content": "Hi"}], max_new_tokens=5)[0]["generated_text"]
     assert conversation[-1]["role"] == "assistant"
 
@@ -174,6 +208,8 @@ MESSAGES = [
 def test_the_chat_model_reads_a_models_markup_as_transformers_does(hub, name, markup):
     from transformers import AutoTokenizer
 
+    from serving import chat_model
+
     prepared = prepare_model(name)
     tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir)
     encoder = chat_model.PromptEncoder(prepared.onnx_dir)
@@ -186,9 +222,10 @@ def test_the_chat_model_reads_a_models_markup_as_transformers_does(hub, name, ma
     assert sum(token in control for token in encoder.encode([message], 4096)) == 3  # the template's own
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["phi-3-mini-4k", "phi-4-mini"])
-def test_a_stream_is_the_answer_in_pieces_for_either_kind_of_tokenizer(hub, name):
-    from types import SimpleNamespace
+def test_a_stream_is_the_answer_in_pieces_for_either_kind_of_tokenizer(real_hub, name):
+    from serving import chat_model
 
     prepared = prepare_model(name, "onnx")
     model = chat_model.ChatModel()
@@ -206,10 +243,11 @@ def test_a_stream_is_the_answer_in_pieces_for_either_kind_of_tokenizer(hub, name
 # --- a Hub and a network that misbehave -------------------------------------------------------
 
 
-def test_a_busy_hub_is_asked_again_when_it_says(hub):
-    hub.faults = {"info": [("busy", 0), ("busy", 0)], SHARD: [("busy", 0)]}
+def test_a_busy_hub_is_asked_again_when_it_says(hub, capsys):
+    hub.faults = {"info": [("busy", 7), ("busy", 3600)], SHARD: [("busy", 4)]}
     prepare_model("phi-3-mini-4k", "transformers")
     assert [path for _, path, _ in hub.asked].count(f"/api/models/{TORCH}") == 3
+    assert hub.pauses == [7, 60, 4]
 
 
 def test_an_error_of_the_hub_that_passes_is_no_error(hub):
@@ -217,9 +255,14 @@ def test_an_error_of_the_hub_that_passes_is_no_error(hub):
     prepare_model("phi-3-mini-4k", "transformers")
 
 
-def test_an_error_of_the_hub_that_stays_is_named(hub):
-    hub.forever = {SHARD: 500}
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"The Hub answers 500 for {TORCH}, also after 5 tries.")
+@pytest.mark.parametrize("where", [SHARD, "info"])
+def test_an_error_of_the_hub_that_stays_is_named(hub, where):
+    hub.forever = {where: ("busy", 5)}
+    says = refused("hub-busy")
+    assert f"429 for {TORCH}, also after 5 tries" in says
+    # One policy, nobody's tries around it.
+    assert hub.pauses == [5] * 4
+    assert len([path for _, path, _ in hub.asked if path.endswith(where) or where == "info"]) == 5
 
 
 def test_a_cut_connection_goes_on_where_it_stopped(hub):
@@ -229,8 +272,17 @@ def test_a_cut_connection_goes_on_where_it_stopped(hub):
     assert ranges == ["", "bytes=65536-", "bytes=131072-"]
 
 
-def test_a_broken_connection_goes_on_where_it_stopped(hub):
-    hub.faults = {SHARD: [("reset", 140_000)]}
+def test_a_cut_listing_is_asked_for_again(hub):
+    hub.faults = {"info": [("cut", 10)]}
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert hub.pauses == [1]
+
+
+def test_a_broken_connection_goes_on_where_it_stopped(hub, cache):
+    def has_read():
+        return any(path.stat().st_size == 131_072 for path in cache.rglob(f"{SHARD}.*"))
+
+    hub.faults = {SHARD: [("reset", 140_000, has_read)]}
     prepare_model("phi-3-mini-4k", "transformers")
     assert [asked for _, path, asked in hub.asked if path.endswith(SHARD)] == ["", "bytes=131072-"]
 
@@ -245,7 +297,8 @@ def test_a_commit_that_is_gone_gives_way_to_the_newest(own):
 def test_a_network_that_is_gone_leaves_what_arrived_and_the_next_call_goes_on(hub, cache):
     hub.faults = {SHARD: [("cut", 70_000)]}
     hub.forever = {SHARD: ("cut", 0)}
-    assert "has no answer. Check the network and the proxy" in refused("phi-3-mini-4k", "transformers")
+    assert f"{hub.url}, has no answer" in refused("hub-no-answer")
+    assert sum(hub.pauses) <= 6  # seconds
     assert cache_state("phi-3-mini-4k") == "not prepared"
     hub.forever = {}
     hub.asked.clear()
@@ -254,14 +307,14 @@ def test_a_network_that_is_gone_leaves_what_arrived_and_the_next_call_goes_on(hu
 
 
 def test_a_slow_trickle_arrives(hub):
-    hub.forever = {SHARD: ("trickle", 0.1)}
+    hub.forever = {SHARD: "trickle"}
     prepare_model("phi-3-mini-4k", "transformers")
 
 
 @pytest.mark.parametrize("name", [SHARD, "config.json"])
 def test_other_content_than_the_hub_lists_is_not_used(hub, name):
     hub.wrong = {f"{TORCH}/{name}"}
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"{name} of {TORCH} came with other content")
+    assert refused("hub-changed").startswith(f"{name} of {TORCH} came with other content")
     assert cache_state("phi-3-mini-4k") == "not prepared"
     hub.wrong = set()
     prepare_model("phi-3-mini-4k", "transformers")
@@ -270,46 +323,50 @@ def test_other_content_than_the_hub_lists_is_not_used(hub, name):
 
 def test_a_file_that_the_hub_lists_and_lacks_is_named(hub):
     hub.hidden = {f"{TORCH}/{SHARD}"}
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"The Hub lists {SHARD} of {TORCH} and does not")
+    assert refused("hub-no-file").startswith(f"The Hub lists {SHARD} of {TORCH} and does not")
 
 
 def test_a_shard_that_the_index_names_and_the_repository_lacks_is_named(own):
     (own.root / TORCH / SHARD).unlink()
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} says that it has {SHARD}, and the Hub has")
+    assert SHARD in refused("hub-weights")
 
 
 def test_a_gated_repository_says_where_to_accept_its_licence(hub, monkeypatch):
     hub.gated = {TORCH}
-    says = refused("phi-3-mini-4k", "transformers")
-    assert says.startswith(f"{TORCH} is gated: its owner wants you to accept a licence first.")
+    says = refused("hub-gated")
+    assert f"https://huggingface.co/{TORCH}," in says
     assert "HF_TOKEN" in says
     monkeypatch.setenv("HF_TOKEN", "hf_" + "x" * 30)
     prepare_model("phi-3-mini-4k", "transformers")
 
 
 def test_an_unknown_repository_and_an_unknown_revision_are_named(hub):
-    assert refused("hub:microsoft/Phi-9").startswith("The Hub has no repository called microsoft/Phi-9, or it is")
-    assert refused(f"hub:{TORCH}@v9").startswith(f"{TORCH} has no such revision.")
+    assert "microsoft/Phi-9" in refused("hub-no-repository", "hub:microsoft/Phi-9", None)
+    assert TORCH in refused("hub-no-revision", f"hub:{TORCH}@v9", None)
 
 
 def test_no_hub_is_an_error_that_says_what_to_check(cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
-    assert "The network or the Hub, http://127.0.0.1:9, has no answer. Check" in refused("phi-3-mini-4k")
+    says = refused("hub-no-answer", track=None)  # told by a process of its own, as a user has it
+    assert "http://127.0.0.1:9, has no answer" in says
+    assert "HTTPS_PROXY" in says
 
 
 @pytest.mark.parametrize("where", ["info", "tokenizer.json", SHARD])
-def test_a_login_page_in_place_of_the_hub_is_seen(hub, where):
+def test_a_login_page_in_place_of_the_hub_is_seen_and_does_no_harm(hub, where):
     hub.forever = {where: "html"}
-    assert "answers in its place, such as a proxy's login page. Log in" in refused("phi-3-mini-4k", "transformers")
+    assert "Log in" in refused("hub-other-answer")
+    hub.forever = {}
+    prepare_model("phi-3-mini-4k", "transformers")
 
 
-def test_a_proxy_that_answers_html_is_seen(hub, monkeypatch):
-    hub.forever = {"*": "html"}
+def test_a_proxy_that_answers_html_is_seen(far_hub, monkeypatch):
+    far_hub.forever = {"*": "html"}
     for name in ("http_proxy", "HTTP_PROXY"):
-        monkeypatch.setenv(name, hub.url)
+        monkeypatch.setenv(name, far_hub.url)
     monkeypatch.setenv("HF_ENDPOINT", "http://hub.example")
-    assert "answers in its place, such as a proxy's login page. Log in" in refused("phi-3-mini-4k")
-    assert hub.asked  # the proxy was asked
+    assert "http://hub.example" in refused("hub-other-answer", track=None)
+    assert far_hub.asked  # the proxy was asked
 
 
 @pytest.mark.parametrize(("first", "last"), [(-20, -10), (10, 20)])
@@ -319,10 +376,49 @@ def test_a_certificate_out_of_its_time_says_what_the_clock_says(serve, phi3, tmp
     context.load_cert_chain(file)
     serve(phi3, lambda server: context.wrap_socket(server, server_side=True))
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
-    says = refused("phi-3-mini-4k")
+    says = refused("hub-certificate")
     assert "expired" in says if first < 0 else "not yet valid" in says
     assert f"this machine's clock says {datetime.now():%Y-%m-%d}" in says
     assert "Set the clock if it is off" in says
+
+
+def answered(status, kind=errors.HfHubHTTPError, text="no"):
+    return kind(text, response=httpx.Response(status, request=httpx.Request("GET", "https://hub")))
+
+
+def caused_by(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+EXPIRED = ssl.SSLCertVerificationError()
+EXPIRED.verify_message = "certificate has expired"
+
+
+@pytest.mark.parametrize(("error", "code", "says"), [
+    (answered(403, errors.GatedRepoError), "hub-gated", "org/name"),
+    (answered(401, errors.RepositoryNotFoundError), "hub-no-repository", "org/name"),
+    (errors.HFValidationError("no"), "hub-no-repository", "org/name"),
+    (answered(404, errors.RevisionNotFoundError), "hub-no-revision", "org/name"),
+    (answered(404, errors.RemoteEntryNotFoundError, "Not found\nhttps://hub/org/name/resolve/c1/a/b.json."),
+     "hub-no-file", "a/b.json"),
+    (answered(404, errors.RemoteEntryNotFoundError), "hub-no-file", "a file"),
+    (answered(401), "hub-token", "HF_TOKEN"), (answered(403), "hub-token", "HF_TOKEN"),
+    (answered(503), "hub-busy", "503 for org/name, also after 5 tries"), (answered(418), "hub-status", "418 for org/na"),
+    (caused_by(httpx.ConnectError("no"), EXPIRED), "hub-certificate", "certificate has expired; this machine's clock"),
+    (httpx.ProxyError("407 who are {you}?"), "hub-proxy", "407 who are {you}?"),
+    (httpx.ConnectError("no"), "hub-no-answer", "HTTPS_PROXY"), (httpx.ReadTimeout("no"), "hub-no-answer", "HTTPS_PROXY"),
+    (json.JSONDecodeError("no", "<", 0), "hub-other-answer", "Log in"),
+    (OSError("Consistency check failed: file should be of size 9"), "hub-other-answer", "Log in"),
+    (httpx.InvalidURL("no port"), "hub-settings", "InvalidURL: no port"), (OSError("odd"), "hub-settings", "OSError: odd"),
+    (ValueError("x" * 999), "hub-settings", "ValueError: " + "x" * 200 + "."),
+    (TypeError("no"), "hub-unreadable", "TypeError"), (AttributeError("no"), "hub-unreadable", "AttributeError")])
+def test_what_stopped_a_download_is_said_in_two_sentences(error, code, says):
+    explained = explain(error, "org/name")
+    assert explained.code == code
+    assert says in str(explained)
+    assert explained.what.endswith(".")
+    assert explained.fix.endswith(".")
 
 
 # --- repositories that a track cannot use -----------------------------------------------------
@@ -338,9 +434,8 @@ def _without_template(folder):
 @pytest.mark.parametrize(("track", "repo", "folder"), [("transformers", TORCH, TORCH), ("onnx", ONNX, f"{ONNX}/{CPU}")])
 def test_no_chat_template_is_found_out_before_the_weights_travel(own, cache, track, repo, folder):
     template = _without_template(own.root / folder)
-    says = refused("phi-3-mini-4k", track)
-    assert says.startswith(f"{repo} has no chat template: nothing says how a conversation becomes its prompt, and "
-                           "llm/v1/chat needs that. Choose an instruct model, or write the template")
+    says = refused("hub-no-template", track=track)
+    assert f"{repo} has no chat template: nothing says how a conversation becomes its prompt" in says
     assert not [name for name in files_asked(own) if name.endswith((".safetensors", ".data"))]
     # What the error says to do, works.
     written = cache / "phi-3-mini-4k" / track / "chat_template.jinja"
@@ -352,16 +447,19 @@ def test_no_chat_template_is_found_out_before_the_weights_travel(own, cache, tra
     assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
 
 
-def test_without_onnx_files_the_export_is_offered_and_works(hub, cache):
+def test_without_onnx_files_the_export_is_offered(hub):
+    says = refused("hub-no-onnx", f"hub:{TORCH}", "onnx")
+    assert f"python -m helpers prepare --model hub:{TORCH} --export to make them here" in says
+
+
+@pytest.mark.slow
+def test_the_export_that_is_offered_works_and_counts_from_then_on(real_hub, cache):
     name = f"hub:{TORCH}"
-    offer = f"python -m helpers prepare --model {name} --export to"
-    says = refused(name, "onnx")
-    assert says.startswith(f"{TORCH} has no ONNX files for onnxruntime-genai.")
-    assert offer in says
-    assert subprocess.run([sys.executable, *offer.split()[1:-1]], cwd=ROOT, capture_output=True).returncode == 0
+    command = [sys.executable, "-m", "helpers", "prepare", "--model", name, "--export"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     prepared = prepare_model(name)
-    assert prepared.sources["onnx"] == f"{TORCH}@{hub.commit(TORCH)}, exported with int8 weights"
-    from types import SimpleNamespace
+    assert prepared.sources["onnx"] == f"{TORCH}@{real_hub.commit(TORCH)}, exported with int8 weights"
+    from serving import chat_model
 
     model = chat_model.ChatModel()
     model.load_context(SimpleNamespace(artifacts={"model": str(prepared.onnx_dir)}, model_config=None))
@@ -373,7 +471,7 @@ def test_without_onnx_files_the_export_is_offered_and_works(hub, cache):
 def test_onnx_files_for_another_processor_are_named(own):
     for name in ("cpu_and_mobile", "directml"):
         shutil.rmtree(own.root / ONNX / name)
-    says = refused(f"hub:{ONNX}", "onnx")
+    says = refused("hub-no-onnx", f"hub:{ONNX}", "onnx")
     assert "has no ONNX files for the CPU: it has cuda/cuda-fp16, cuda/cuda-int4-rtn-block-32." in says
     assert f"--model hub:{TORCH} --export" in says
 
@@ -382,11 +480,10 @@ def test_pickles_are_refused_with_the_reason(own):
     for path in (own.root / TORCH).glob("model*"):
         path.unlink()
     (own.root / TORCH / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    says = refused("phi-3-mini-4k", "transformers")
-    assert says.startswith(f"{TORCH} has its weights only as pickles, and a pickle can run any code while it is load")
+    assert "a pickle can run any code" in refused("hub-pickles")
     assert not files_asked(own)
     (own.root / TORCH / "pytorch_model.bin").unlink()
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} has no model.safetensors")
+    assert TORCH in refused("hub-no-safetensors")
 
 
 def _change(path, **fields):
@@ -396,19 +493,22 @@ def _change(path, **fields):
 @pytest.mark.parametrize("evil", ["pytorch_model.bin", "configuration_phi3.py", "../x.safetensors", "a/b.safetensors"])
 def test_an_index_cannot_name_anything_but_safetensors(own, evil):
     (own.root / TORCH / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+    (own.root / TORCH / "a").mkdir()
+    (own.root / TORCH / "a" / "b.safetensors").write_bytes(b"weights")
     _change(own.root / TORCH / "model.safetensors.index.json", weight_map={"a": SHARD, "b": evil})
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} says that it has {evil}, and the Hub has no")
+    assert f"says that it has {evil}, and" in refused("hub-weights")
     assert not [name for name in files_asked(own) if name.endswith((".bin", ".py", SHARD))]
 
 
 @pytest.mark.parametrize("weight_map", [{}, [], None, {"a": 1}])
 def test_an_index_that_names_no_weights_is_refused(own, weight_map):
     _change(own.root / TORCH / "model.safetensors.index.json", weight_map=weight_map)
-    assert refused("phi-3-mini-4k", "transformers").startswith("model.safetensors.index.json of microsoft/Phi-3-mini-")
+    assert f"model.safetensors.index.json of {TORCH}" in refused("hub-index")
 
 
 @pytest.mark.parametrize(("options", "key"), [
-    ({"custom_ops_library": "ops.data"}, "custom_ops_library"), ({"provider_options": [{"cuda": {}}]}, "provider_op"),
+    ({"custom_ops_library": "ops.data"}, "custom_ops_library"),
+    ({"provider_options": [{"cuda": {}}]}, "provider_options"),
 ])
 def test_an_onnx_model_that_would_load_a_library_is_refused(own, options, key):
     file = own.root / ONNX / CPU / "genai_config.json"
@@ -416,9 +516,7 @@ def test_an_onnx_model_that_would_load_a_library_is_refused(own, options, key):
     config["model"]["decoder"]["session_options"] |= options
     file.write_text(json.dumps(config), encoding="utf-8")
     (file.parent / "ops.data").write_bytes(b"\x7fELF")
-    says = refused("phi-3-mini-4k", "onnx")
-    assert f"sets {key}" in says
-    assert "run any code" in says
+    assert f"sets {key}, which can load a library and run any code" in refused("hub-library", track="onnx")
     assert not [name for name in files_asked(own) if name.endswith((".onnx", ".data"))]
 
 
@@ -428,7 +526,7 @@ def test_an_onnx_file_that_is_not_there_is_refused(own, graph):
     config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["decoder"]["filename"] = graph
     file.write_text(json.dumps(config), encoding="utf-8")
-    assert refused("phi-3-mini-4k", "onnx").startswith(f"genai_config.json of {ONNX} names no ONNX file that is there")
+    assert f"genai_config.json of {ONNX}" in refused("hub-graph", track="onnx")
 
 
 def test_weights_of_an_onnx_model_come_under_any_of_their_names(own):
@@ -441,21 +539,28 @@ def test_weights_of_an_onnx_model_come_under_any_of_their_names(own):
     assert (prepared.onnx_dir / "model.onnx.data.1").exists()
 
 
+def test_of_several_folders_for_the_cpu_the_fastest_is_taken(own):
+    prepared = prepare_model(f"hub:{ONNX}", "onnx")
+    assert {name.rsplit("/", 1)[0] for name in files_asked(own)} == {CPU}
+    assert prepared.onnx_dir.is_dir()
+
+
 def test_a_model_that_needs_code_of_its_own_is_refused_before_its_weights_travel(own):
     _change(own.root / TORCH / "config.json", model_type="homemade")
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} needs code of its own to be loaded")
+    assert TORCH in refused("hub-code")
     assert SHARD not in files_asked(own)
 
 
 def test_a_model_that_does_not_say_its_context_is_refused_before_its_weights_travel(own):
     _change(own.root / TORCH / "config.json", max_position_embeddings="4k")
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} does not say how many tokens its model takes")
+    assert TORCH in refused("hub-context")
     assert SHARD not in files_asked(own)
 
 
 def test_without_a_tokenizer_nothing_travels(own):
     (own.root / TORCH / "tokenizer.json").unlink()
-    assert refused("phi-3-mini-4k", "transformers").startswith(f"{TORCH} has no tokenizer.json")
+    assert TORCH in refused("hub-no-tokenizer")
+    assert SHARD not in files_asked(own)
 
 
 def test_a_model_card_that_nobody_can_read_is_replaced(own):
@@ -466,23 +571,26 @@ def test_a_model_card_that_nobody_can_read_is_replaced(own):
     assert ModelCard.load(prepared.transformers_dir / "README.md").data.license == "mit"
 
 
-@pytest.mark.parametrize("says", [{"siblings": None}, {"siblings": [{"rfilename": "config.json"}]}, {"cardData": "x"}])
-def test_a_listing_that_makes_no_sense_is_refused_in_sentences(hub, says):
+@pytest.mark.parametrize(("says", "code"), [
+    ({"siblings": None}, "hub-no-safetensors"), ({"siblings": [{"rfilename": "config.json"}]}, "hub-no-safetensors"),
+    ({"cardData": "x"}, "hub-unreadable")])
+def test_a_listing_that_makes_no_sense_is_refused_in_sentences(hub, says, code):
     hub.says = {TORCH: says}
-    refused("phi-3-mini-4k", "transformers")
+    refused(code)
 
 
 def test_a_template_that_refuses_a_conversation_is_named(own):
     _change(own.root / TORCH / "tokenizer_config.json",
             chat_template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
     prepared = prepare_model("phi-3-mini-4k", "transformers")
-    with pytest.raises(CourseError, match=r"refuses this conversation: no system role\. Choose an instruct model"):
+    with refuses("template") as refusal:
         check_fits(prepared, [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}], 10)
+    assert "no system role" in str(refusal.value)
 
 
 def test_a_model_for_another_task_is_refused(hub):
     hub.says = {TORCH: {"pipeline_tag": "text-to-image"}}
-    assert refused("phi-3-mini-4k").startswith(f"{TORCH} is a model for text-to-image, and the course runs text-gen")
+    assert "text-to-image" in refused("hub-task", track=None)
 
 
 def test_a_name_that_leads_out_of_the_folder_is_not_written(own, cache):
@@ -491,22 +599,29 @@ def test_a_name_that_leads_out_of_the_folder_is_not_written(own, cache):
     assert not [name for name in files_asked(own) if "evil" in name]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a disk that tells the two names apart")
+def test_of_two_names_that_differ_in_case_alone_one_comes(own, cache):
+    (own.root / TORCH / "Tokenizer.json").write_text("{}", encoding="utf-8")  # the Hub lists capitals first
+    (own.root / TORCH / "readme.md").write_text("another", encoding="utf-8")
+    (own.root / TORCH / "TOKENIZER_CONFIG.JSON").write_text("{}", encoding="utf-8")
+    with refuses("hub-no-tokenizer"):
+        prepare_model("phi-3-mini-4k", "transformers")
+    (own.root / TORCH / "Tokenizer.json").unlink()
+    (own.root / TORCH / "TOKENIZER_CONFIG.JSON").unlink()
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    names = [path.name.lower() for path in prepared.transformers_dir.iterdir()]
+    assert len(names) == len(set(names))
+    assert "license: mit" in (prepared.transformers_dir / "README.md").read_text(encoding="utf-8")
+
+
 # --- machines that are too small, and bad luck ------------------------------------------------
 
 
 def test_a_model_that_memory_cannot_hold_is_refused_before_it_travels(hub):
     hub.says = {TORCH: {"sizes": {SHARD: 10**13}}}
-    says = refused("phi-3-mini-4k", "transformers")
+    says = refused("memory-short")
     assert says.startswith(f"{TORCH} takes 20,001,001 MB of memory, and ")
     assert "MB are free. Close programs, or choose a smaller model, such as " in says
-    assert SHARD not in files_asked(hub)
-
-
-def test_a_model_that_the_disk_cannot_hold_is_refused_before_it_travels(hub, mounted):
-    command = [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k", "--track", "transformers"]
-    result = mounted("size=300k", command)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert f"The disk is too full: {TORCH} takes 1 MB in " in result.stderr
     assert SHARD not in files_asked(hub)
 
 
@@ -514,38 +629,71 @@ def prepare(track="transformers"):
     return [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k", "--track", track]
 
 
-def test_two_at_once_download_once(hub):
-    hub.forever = {SHARD: ("trickle", 0.1)}
-    both = [subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-            for _ in range(2)]
-    outputs = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted("Another process prepares" in output for output in outputs) == [False, True]
-    assert hub.sent[f"{TORCH}/{SHARD}"] == (hub.root / TORCH / SHARD).stat().st_size
+def test_a_model_that_the_disk_cannot_hold_is_refused_before_it_travels(far_hub, mounted):
+    result = mounted("size=300k", prepare())
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert f"The disk is too full: {TORCH} takes 1 MB in " in result.stderr
+    assert SHARD not in files_asked(far_hub)
+
+
+def test_a_disk_that_fills_up_while_a_file_comes_is_an_error_of_the_disk(hub, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("helpers.models.download.http_get", full)
+    assert "The disk is too full: Phi-3-mini-4k-instruct takes 10,400 MB in " in refused("disk-full")
+
+
+@pytest.mark.slow
+def test_two_at_once_download_once(far_hub):
+    far_hub.faults = {SHARD: [("hold", 10_000)]}
+    options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
+    first = subprocess.Popen(prepare(), **options)
+    while not far_hub.sent[f"{TORCH}/{SHARD}"]:
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.02)
+    second = subprocess.Popen(prepare(), **options)
+    assert "Another process prepares Phi-3-mini-4k-instruct; waiting for it." in second.stdout.readline()
+    far_hub.release.set()
+    assert [process.wait() for process in (first, second)] == [0, 0]
+    for process in (first, second):
+        process.communicate()
+    assert far_hub.sent[f"{TORCH}/{SHARD}"] == (far_hub.root / TORCH / SHARD).stat().st_size
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(hub, cache):
-    hub.faults = {SHARD: [("trickle", 0.5)]}
+def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(far_hub, cache):
+    far_hub.faults = {SHARD: [("hold", 140_000)]}
+    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
     process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                encoding="utf-8", start_new_session=True,
                                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not hub.sent[f"{TORCH}/{SHARD}"]:
+    while not [path for path in cache.rglob(f"{SHARD}.*") if path.stat().st_size == 131_072]:
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
-    time.sleep(0.7)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate()
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
+    _, said = process.communicate()
     assert process.returncode == 130
-    assert "Interrupted. What is finished stays" in errors
-    assert "Traceback" not in errors
+    assert "Interrupted. What is finished stays" in said
+    assert "Traceback" not in said
     assert cache_state("phi-3-mini-4k") == "not prepared"
-    (incomplete,) = cache.rglob("*.incomplete")
-    arrived = incomplete.stat().st_size
-    hub.asked.clear()
+    far_hub.asked.clear()
     prepare_model("phi-3-mini-4k", "transformers")
-    assert [asked for _, path, asked in hub.asked if path.endswith(SHARD)] == [f"bytes={arrived}-" if arrived else ""]
-    assert "tokenizer.json" not in files_asked(hub)
+    assert [asked for _, path, asked in far_hub.asked if path.endswith(SHARD)] == ["bytes=131072-"]
+    assert "tokenizer.json" not in files_asked(far_hub)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+def test_a_download_ends_with_the_process_that_wants_it(far_hub, cache):
+    far_hub.faults = {SHARD: [("hold", 10_000)]}
+    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
+    while not far_hub.sent[f"{TORCH}/{SHARD}"]:
+        assert process.poll() is None
+        time.sleep(0.02)
+    (child,) = psutil.Process(process.pid).children()
+    process.kill()
+    process.wait()
+    child.wait(timeout=20)  # raises an error where it goes on
 
 
 def test_a_truncated_file_alone_is_fetched_again_and_the_users_own_stays(hub, cache, capsys):
@@ -570,16 +718,25 @@ def test_a_file_of_the_users_is_put_aside_and_not_written_over(hub, cache, capsy
     assert "yours is now README.md.yours" in capsys.readouterr().out
 
 
-def test_files_that_were_moved_before_an_interruption_are_not_fetched_again(hub, cache):
-    prepared = prepare_model("phi-3-mini-4k", "transformers")
-    receipt = cache / "phi-3-mini-4k" / "transformers.receipt.json"
-    # What stands between the first file that is moved and the last line.
-    known = json.loads(receipt.read_text(encoding="utf-8"))
-    receipt.write_text(json.dumps(known | {"recipe": None, "facts": {}}), encoding="utf-8")
+@pytest.mark.parametrize("stop", ["config.json", SHARD, "tokenizer_config.json"])
+def test_files_that_were_moved_before_an_interruption_are_not_fetched_again(hub, cache, monkeypatch, stop):
+    folder, move = cache / "phi-3-mini-4k" / "transformers", Path.replace
+
+    def replace(self, target):
+        if target == folder / stop:
+            raise KeyboardInterrupt
+        return move(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "replace", replace)
+        prepare_model("phi-3-mini-4k", "transformers")
+    assert cache_state("phi-3-mini-4k") != "ready"
+    assert read_receipt(folder)["recipe"] is None
     hub.asked.clear()
     prepare_model("phi-3-mini-4k", "transformers")
     assert not files_asked(hub)
-    assert (prepared.transformers_dir / SHARD).is_file()
+    assert cache_state("phi-3-mini-4k") == "ready"
+    assert not list(cache.rglob("*.yours"))
 
 
 def test_a_repair_without_a_network_leaves_the_folder_as_it_was(hub, cache):
@@ -587,32 +744,8 @@ def test_a_repair_without_a_network_leaves_the_folder_as_it_was(hub, cache):
     (prepared.transformers_dir / "LICENSE").unlink()
     before = sorted(path.name for path in prepared.transformers_dir.iterdir())
     hub.forever = {"*": 500}
-    refused("phi-3-mini-4k", "transformers")
+    refused("hub-busy")
     assert sorted(path.name for path in prepared.transformers_dir.iterdir()) == before
-
-
-def test_a_receipt_that_names_a_file_elsewhere_is_not_believed(hub, cache, tmp_path):
-    prepare_model("phi-3-mini-4k", "transformers")
-    (tmp_path / "victim").write_text("mine", encoding="utf-8")
-    receipt = cache / "phi-3-mini-4k" / "transformers.receipt.json"
-    known = json.loads(receipt.read_text(encoding="utf-8"))
-    known["files"]["../../../victim"] = {"size": 1, "mtime_ns": 1, "sha256": "0" * 64}
-    receipt.write_text(json.dumps(known | {"recipe": None}), encoding="utf-8")
-    prepare_model("phi-3-mini-4k", "transformers")
-    assert (tmp_path / "victim").read_text(encoding="utf-8") == "mine"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
-def test_a_download_ends_with_the_process_that_wants_it(hub, cache):
-    hub.faults = {SHARD: [("trickle", 2)]}
-    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)
-    while not hub.sent[f"{TORCH}/{SHARD}"]:
-        assert process.poll() is None
-        time.sleep(0.02)
-    (child,) = psutil.Process(process.pid).children()
-    process.kill()
-    process.wait()
-    child.wait(timeout=20)  # raises an error where it goes on
 
 
 def test_a_folder_on_another_disk_works_through_a_link(hub, cache, tmp_path):
@@ -631,27 +764,3 @@ def test_a_folder_on_another_disk_works_through_a_link(hub, cache, tmp_path):
         assert cache_state("phi-3-mini-4k") == "ready"
     finally:
         shutil.rmtree(folder)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own account of a process")
-def test_memory_does_not_grow_with_the_size_of_a_file(serve, phi3, tmp_path):
-    peaks = []
-    for megabytes in (5, 205):
-        root = tmp_path / f"hub {megabytes}"
-        shutil.copytree(phi3 / TORCH, root / "org" / "name")
-        for path in (root / "org" / "name").glob("model*"):
-            path.unlink()
-        with (root / "org" / "name" / "model.safetensors").open("wb") as file:
-            file.truncate(megabytes * 1_000_000)
-        hub = serve(root)
-        code = ("import sys; from pathlib import Path; from helpers.models.hub import download; "
-                "download('transformers', 'org/name', Path(sys.argv[1]), Path(sys.argv[1] + ' none')); "
-                "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])")
-        (tmp_path / f"got {megabytes}").mkdir()
-        result = subprocess.run(
-            [sys.executable, "-c", code, tmp_path / f"got {megabytes}"], cwd=ROOT, capture_output=True, text=True,
-            env=dict(os.environ, HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1"))
-        assert result.returncode == 0, result.stderr
-        peaks.append(int(result.stdout.split()[-1]) / 1000)
-        assert hub.sent["org/name/model.safetensors"] == megabytes * 1_000_000
-    assert peaks[1] - peaks[0] < 60  # megabytes, of 200 more
