@@ -119,15 +119,19 @@ def _ui_options(parser):
     parser.add_argument("--port", type=_port, default=5000)
 
 
+def _bench_options(parser):
+    parser.add_argument("--keep", action="store_true", help="add the run to data/bench.json, for the README")
+
+
 def _kit_options(parser):
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    build = actions.add_parser("build", help="gather wheels, models and the course in a folder")
+    build = actions.add_parser("build", allow_abbrev=False, help="gather wheels, models and the course in a folder")
     build.add_argument("folder", type=Path, metavar="DIR")
     many = {"nargs": "+", "action": "extend", "default": []}
     build.add_argument("--model", help=f"names of models; left out: {' and '.join(SMALL_MODELS)}", **many)
     build.add_argument("--platform", choices=list(PLATFORM_NAMES.values()), help="left out: this machine's", **many)
     build.add_argument("--python", choices=PYTHONS, help="left out: the running one", **many)
-    serve = actions.add_parser("serve", help="offer a kit to a room over HTTP")
+    serve = actions.add_parser("serve", allow_abbrev=False, help="offer a kit to a room over HTTP")
     serve.add_argument("folder", type=Path, metavar="DIR")
     serve.add_argument("--host", default=LOOPBACK, help="0.0.0.0 for everybody in the network")
     serve.add_argument("--port", type=_port, default=8750, help="0 for any that is free")
@@ -239,7 +243,7 @@ def _serve(command, **variables):
 def _bench(options):
     from course.bench.notebooks import bench
 
-    return bench()
+    return bench(options.keep)
 
 
 def _mutate(options):
@@ -294,7 +298,7 @@ COMMANDS = {
     "test": Command("run every test; further words go to pytest", _test, needs="tests", takes_words=True),
     "lab": Command("open JupyterLab on the course", _lab),
     "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
-    "bench": Command("measure, and write build/bench/bench.json", _bench, needs="tests"),
+    "bench": Command("measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="tests"),
     "mutate": Command("plant faults in the policies, and count those that the tests notice", _mutate, needs="tests",
                       takes_words=True),
     "doctor": Command("say what this machine can run", _doctor, needs="nothing"),

@@ -1,23 +1,28 @@
-"""Writes the files that are made from others: environment.yml, constraints.txt, the README's tables and chart."""
+"""Writes the files that are made from others: environment.yml, constraints.txt, the README's tables and chart.
 
+In come pyproject.toml, data/models.toml and data/bench.json.
+"""
+
+import contextlib
 import hashlib
-import json
 import re
 import subprocess
 import sys
 import tomllib
 
+from course.bench.figures import BENCH, BUDGETS, REACH, misses, read_runs, show_range
+from course.environment import TORCH_CPU_INDEX
+from course.execute import PAGES
 from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
-from course.environment import TORCH_CPU_INDEX
 
-BENCH, CHART = DATA / "bench.json", DATA / "bench.svg"
+CHART = DATA / "bench.svg"
 TABLE = re.compile(r"(<!-- (figures|models|ratios) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 # What the CUDA build of torch asks for on Linux; the course takes the CPU build.
 CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
 
 
-def generate():
+def generate() -> int:
     """Write all of them. constraints.txt asks the package index; the rest needs no network."""
     constraints = ROOT / "constraints.txt"
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11",
@@ -31,11 +36,11 @@ def generate():
     (ROOT / "environment.yml").write_text(environment_yml(), encoding="utf-8")
     readme = ROOT / "README.md"
     readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
-    draw_chart(json.loads(BENCH.read_text(encoding="utf-8"))["raw"]["chat"]["growth"])
+    draw_chart(read_runs()[-1]["raw"]["chat"]["growth"])
     return 0
 
 
-def environment_yml():
+def environment_yml() -> str:
     """Return environment.yml as text, made from pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     oldest = re.search(r">=([\d.]+)", project["requires-python"])[1]
@@ -56,84 +61,106 @@ def environment_yml():
     ])
 
 
-def with_tables(readme):
+def with_tables(readme: str) -> str:
     """Return the README's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
-    figures = json.loads(BENCH.read_text(encoding="utf-8"))
-    tables = {"figures": figures_table(figures), "ratios": ratios_table(figures), "models": models_table()}
+    runs = read_runs()
+    tables = {"figures": figures_table(runs), "ratios": ratios_table(runs), "models": models_table()}
     return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], readme)
 
 
-def models_table():
+def models_table() -> str:
     """Return the catalogue as a Markdown table."""
     lines = ["| `MODEL=` | what it is | download | disk | memory |", "|---|---|---|---|---|"]
-    for name, card in read_catalogue().items():
-        download = f"{card.download:,} MB" if card.download else "none"
-        lines.append(f"| `{name}` | [{card.title}]({card.homepage}): {card.summary} "
-                     f"| {download} | {card.disk:,} MB | {card.memory:,} MB |")
+    for name, entry in read_catalogue().items():
+        download = f"{entry.download:,} MB" if entry.download else "none"
+        lines.append(f"| `{name}` | [{entry.title}]({entry.homepage}): {entry.summary} "
+                     f"| {download} | {entry.disk:,} MB | {entry.memory:,} MB |")
     return "\n".join(lines) + "\n"
 
 
-def figures_table(figures):
-    """Return the measurements as a Markdown table.
+def _collect(runs, find):
+    """Return a figure of each run that has it."""
+    values = []
+    for run in runs:
+        with contextlib.suppress(KeyError, StopIteration):
+            values.append(find(run["raw"]))
+    return values
 
-    Parameters
-    ----------
-    figures : dict
-        What ``course.bench.notebooks`` writes.
-    """
-    machine, raw = figures["machine"], figures["raw"]
+
+def figures_table(runs: list[dict]) -> str:
+    """Return what the pages and commands take, over all runs, as a Markdown table."""
     lines = ["| what | measured | budget |", "|---|---|---|"]
-    for entry in raw["notebooks"]:
-        budget = raw["budgets"][entry["model"]]
-        lines += [
-            f"| `{entry['notebook']}` on `{entry['model']}`, Run All | {entry['seconds']:.0f} s "
-            f"| {budget['seconds']} s |",
-            f"| its peak memory | {entry['peak_memory_bytes'] / 1e9:.1f} GB "
-            f"| {budget['peak_memory_bytes'] / 1e9:.0f} GB |",
-        ]
-    prepare, budget = raw["prepare"], raw["budgets"]["prepare"]
-    lines += [
-        f"| `smollm2-135m` fetched, converted and exported: peak memory | {prepare['peak_memory_bytes'] / 1e9:.1f} GB "
-        f"| {budget['peak_memory_bytes'] / 1e9} GB |",
-        f"| the same, found in the cache | {prepare['warm_seconds']:.3f} s | {budget['warm_seconds']} s |",
-    ]
-    test = raw["test"]
-    lines.append(f"| `make test` from a bare checkout, set-up and models in it | {test['seconds'] / 60:.0f} min "
-                 f"| {raw['budgets']['test']['seconds'] // 60} min |")
-    lines.append(f"| disk after that: packages, models, what the tests left | {test['disk_bytes'] / 1e9:.1f} GB | |")
-    for name, track in raw["tracks"].items():
-        lines += [
-            f"| `{name}`: first token, then | {track['first_token_seconds']:.2f} s, "
-            f"{track['tokens_per_second']:.0f} tokens per second | |",
-            f"| a logged copy of it, on disk | {track['disk_bytes'] / 1e9:.2f} GB | |",
-        ]
-    return "\n".join(lines) + (
-        f"\n\nMeasured by `make bench` on {machine['cores']} cores ({machine['processor']}, {machine['system']}), "
-        f"Python {figures['versions']['python']}, {figures['date']}.\n")
+
+    def add(what, find, unit, scale=1.0, digits=0, budget=None):
+        if values := _collect(runs, find):
+            bound = f"{budget / scale:g} {unit}" if budget else ""
+            shown = show_range([value / scale for value in values], digits)
+            lines.append(f"| {what} | {shown} {unit} | {bound} |".replace("|  |", "| |"))
+
+    for model, budget in list(BUDGETS.items())[:2]:
+        for page in PAGES:
+            def entry(raw, page=page, model=model):
+                return next(one for one in raw["notebooks"] if (one["notebook"], one["model"]) == (page, model))
+
+            add(f"`{page}` on `{model}`, Run All", lambda raw, of=entry: of(raw)["seconds"], "s", 1, 0,
+                budget["seconds"])
+            add("its peak memory", lambda raw, of=entry: of(raw)["peak_memory_bytes"], "GB", 1e9, 1,
+                budget["peak_memory_bytes"])
+    budget = BUDGETS["prepare"]
+    add("`smollm2-135m` fetched, converted and exported: peak memory", lambda raw: raw["prepare"]["peak_memory_bytes"],
+        "GB", 1e9, 1, budget["peak_memory_bytes"])
+    add("the same, found in the cache", lambda raw: raw["prepare"]["warm_seconds"], "s", 1, 3, budget["warm_seconds"])
+    budget = BUDGETS["test"]
+    add("`make test` from a bare checkout, set-up and models in it", lambda raw: raw["test"]["seconds"], "min", 60, 1,
+        budget["seconds"])
+    add("`make test` once set up", lambda raw: raw["test"]["tests_seconds"], "min", 60, 1, budget["tests_seconds"])
+    add("disk after that: packages, models, what the tests left", lambda raw: raw["test"]["disk_bytes"], "GB", 1e9, 1)
+    for page in PAGES:
+        def track(raw, page=page):
+            return raw["tracks"][page]
+
+        add(f"`{page}`: first token", lambda raw, of=track: of(raw)["first_token_seconds"], "s", 1, 2)
+        add("then tokens per second", lambda raw, of=track: of(raw)["tokens_per_second"], "", 1, 0)
+        add("a logged copy of it, on disk", lambda raw, of=track: of(raw)["disk_bytes"], "GB", 1e9, 2)
+    return "\n".join(lines).replace("  |", " |") + "\n\n" + _measured_on(runs)
 
 
-def ratios_table(figures):
-    """Return the chat model's comparisons as a Markdown table, from what ``course.bench.notebooks`` writes."""
-    raw = figures["raw"]
+def _measured_on(runs):
+    """Return the sentence that names the machines and dates of some runs."""
+    dates = {}
+    for run in runs:
+        machine = run["machine"]
+        dates.setdefault(f"{machine['cores']} cores ({machine['processor']}, {machine['system']}), Python "
+                         f"{run['versions']['python']}", []).append(run["date"])
+    return "Measured by `make bench` on " + "; ".join(
+        f"{machine}: {', '.join(days)}" for machine, days in dates.items()) + ".\n"
+
+
+def ratios_table(runs: list[dict]) -> str:
+    """Return the chat model's comparisons over all runs as a Markdown table, and what missed its reach."""
     lines = ["| what | against | times | reach |", "|---|---|---|---|"]
-    for name, reach in raw["reach"].items():
+    for name, reach in REACH.items():
         bound = f"at least {reach['at_least']}" if "at_least" in reach else f"under {reach['under']}"
-        lines.append(f"| {reach['what']} | {reach['against']} | {figures['ratios'][name]} | {bound} |")
-    rates = {name: raw["chat"][name]["tokens_per_second"] for name in ("single", "rows16", "callers8")}
-    return "\n".join(lines) + (
-        f"\n\nIn tokens per second: one conversation {rates['single']['chat_model']:.0f}, "
-        f"16 rows {rates['rows16']['one_predict']:.0f}, 8 callers {rates['callers8']['chat_model']:.0f} "
-        f"(llama.cpp {rates['callers8']['llama_cpp_8_slots']:.0f}, "
-        f"the lesson's wrapper {rates['callers8']['lesson_behind_a_lock']:.0f}). "
-        "The time to read the prompts is in these figures.\n")
+        values = [run["ratios"][name] for run in runs if name in run["ratios"]]
+        lines.append(f"| {reach['what']} | {reach['against']} | {show_range(values, 3)} | {bound} |")
+    missed = [f"{run['date']}: {REACH[name]['what']}, {run['ratios'][name]:.3f}"
+              for run in runs for name in misses(run) if name in REACH]
+    rates = [(what, [run["raw"]["chat"][part]["tokens_per_second"][name] for run in runs])
+             for what, part, name in (("one conversation", "single", "chat_model"),
+                                      ("16 rows", "rows16", "one_predict"), ("8 callers", "callers8", "chat_model"),
+                                      ("llama.cpp with 8 callers", "callers8", "llama_cpp_8_slots"),
+                                      ("the lesson's wrapper with 8 callers", "callers8", "lesson_behind_a_lock"))]
+    return "\n".join(lines) + "\n\n" + (f"Missed its reach: {'; '.join(missed)}.\n\n" if missed else "") + (
+        "In tokens per second: " + "; ".join(f"{what} {show_range(values, 0)}" for what, values in rates)
+        + ". The time to read the prompts is in these figures.\n")
 
 
-def bench_digest():
+def bench_digest() -> str:
     """Return the sha256 of ``data/bench.json``, which the chart carries as its source."""
     return hashlib.sha256(BENCH.read_bytes()).hexdigest()
 
 
-def draw_chart(growth):
+def draw_chart(growth: dict) -> None:
     """Write ``data/bench.svg``: tokens per second by callers, and what a longer prompt costs."""
     import matplotlib as mpl
     from matplotlib.figure import Figure

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 # What the disk or its owner refuses, which is no fault of whoever sent the file.
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -42,7 +43,7 @@ def is_writable(folder: Path) -> bool:
     return True
 
 
-def progress_bar(title: str, total: int):
+def progress_bar(title: str, total: int) -> Any:
     """Return a tqdm bar on stdout: a notebook paints stderr red. It is painted twice a second, not at every byte."""
     from tqdm import tqdm  # set-up reads this module before there is one
 

@@ -151,7 +151,7 @@ def _without_nulls(values):
     values = {name: value for name, value in values.items() if value is not None}
     if isinstance(values.get("messages"), list):
         values["messages"] = [
-            {name: value for name, value in message.items() if value is not None or name == "content"}
+            {name: value for name, value in message.items() if value is not None}
             if isinstance(message, dict) else message for message in values["messages"]]
     return values
 
@@ -175,10 +175,10 @@ def _unknown(name, fields, where):
         f"{where}{name} holds a field that is not served. The fields are: {', '.join(fields)}.")
 
 
-def _plain(value, depth=4):
+def _plain(value, depth=3):
     """Return a value as Python's own type: Spark gives arrays, pandas gives numpy's numbers.
 
-    A request is four levels deep. What lies deeper stays as it is, and no field takes it.
+    A request is three levels deep: itself, its messages, each of them. No field takes what lies deeper.
     """
     if isinstance(value, np.ndarray | np.generic):
         value = value.tolist()

@@ -1,7 +1,7 @@
-"""Measures the chat model against the lesson's wrapper, a bare engine and llama.cpp, side by side in one run.
+"""Measures the chat model against the lesson's wrapper, a bare engine and llama.cpp: a store comes in, ratios go out.
 
-It asks the models that the notebooks registered, all of them ``smollm2-135m``, greedy, with two threads. Who is
-compared takes turns, so that a machine whose speed drifts drifts for all of them.
+It asks the models that the pages registered, greedy, with two threads. Who is compared takes turns, so that a machine
+whose speed drifts drifts for all of them.
 """
 
 import http.client
@@ -28,47 +28,23 @@ from helpers.paths import ROOT
 
 REPEATS = 5
 TOKENS = 64
-MIXED = (8, 16, 24, 32, 40, 48, 56, 64)
 CALLERS = 8
 PAUSE = 0.3  # seconds, in which the threads of the one before stop looking for work
 THREADS = psutil.cpu_count(logical=False)
-# What each ratio should reach. Names are those of `ratios` in bench.json.
-REACH = {
-    "single_overhead": {"at_least": 0.97, "what": "one conversation through `predict`",
-                        "against": "a bare engine loop"},
-    "rows16": {"at_least": 1.8, "what": "16 rows in one `predict`", "against": "16 times `predict`"},
-    "callers8": {"at_least": 1.5, "what": "8 threads, 32 requests of mixed length",
-                 "against": "the lesson's wrapper behind a lock"},
-    "callers8_llamacpp": {"at_least": 1.0, "what": "the same load", "against": "llama.cpp with 8 slots"},
-    "single_llamacpp": {"at_least": 0.9, "what": "one stream", "against": "llama.cpp, one stream"},
-    "stream_ttft": {"under": 1.0, "what": "seconds to a stream's first chunk, with 7 others generating",
-                    "against": "their whole batch and then the stream alone"},
-    "track_ratio": {"at_least": 4.0, "what": "track B's tokens per second", "against": "track A's"},
-    "memory": {"under": 1.6, "what": "peak memory of a process that loads it, less 200 MB",
-               "against": "the size of the model's folder"},
-    "log_disk": {"under": 1.05, "what": "bytes that logging adds", "against": "the size of the model's folder"},
-}
 CHAT, PROMPT = "models:/slm-onnx@champion", "models:/slm-onnx-prompt@champion"
 
 
-def bench_chat(store):
-    """Run all comparisons on the champions of a tracking store.
+def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, tokens: int = TOKENS) -> tuple:
+    """Run all comparisons on the champions of a tracking store, to which both pages have logged ``model``.
 
-    Parameters
-    ----------
-    store : str
-        A tracking URI, to which both notebooks have logged ``smollm2-135m``.
-
-    Returns
-    -------
-    tuple of dict
-        Ratios by name, and the figures behind them.
+    Every answer of a story has ``tokens`` tokens, and every figure is the median of ``repeats``. Returns two dicts:
+    the ratios by name, and the figures behind them. A model without a GGUF file is not compared with llama.cpp.
     """
     mlflow.set_tracking_uri(store)
-    prepared = prepare_model("smollm2-135m")
+    prepared = prepare_model(model)
     ratios, raw = {}, {}
-    memory = _memory(store)
-    contenders = _Contenders(prepared)
+    memory = _memory(store, tokens)
+    contenders = _Contenders(prepared, repeats, tokens)
     for measure in (_single, _rows, _callers, _stream, _growth):
         print(f"measuring: {measure.__name__.strip('_')}", flush=True)
         found, figures = measure(contenders)
@@ -76,20 +52,21 @@ def bench_chat(store):
         raw |= figures
     model_bytes = folder_bytes(prepared.onnx_dir)
     logged_bytes = folder_bytes(mlflow.artifacts.download_artifacts(CHAT))
-    ratios |= {"memory": _ratio(memory["load_bytes"] - 200e6, model_bytes),
-               "log_disk": _ratio(logged_bytes, model_bytes, 3)}
+    ratios |= {"memory": (memory["load_bytes"] - 200e6) / model_bytes, "log_disk": logged_bytes / model_bytes}
     raw |= {"memory": memory | {"model_bytes": model_bytes}, "log_disk": {"logged_bytes": logged_bytes}}
     return ratios, raw
 
 
 class _Contenders:
-    """The four ways to ask for a story; each returns when the whole answer is there.
+    """The ways to ask for a story; each returns when the whole answer is there.
 
     Every story has another number in it: a server that remembers prompts should not have met it lately. Numbers
     whose answer ends too early to compare are left out before anything is measured.
     """
 
-    def __init__(self, prepared):
+    def __init__(self, prepared, repeats, tokens):
+        self.repeats, self.tokens = repeats, tokens
+        self.mixed = [max(tokens * eighth // 8, 1) for eighth in range(1, 9)]
         self.chat = mlflow.pyfunc.load_model(CHAT)
         self.lesson = mlflow.pyfunc.load_model(PROMPT)
         config = og.Config(str(prepared.onnx_dir))
@@ -99,16 +76,24 @@ class _Contenders:
         self.template = AutoTokenizer.from_pretrained(prepared.onnx_dir)
         self.lock = threading.Lock()
         numbers = range(1000, 1200)
-        found = self.chat.predict([{"messages": self.story(number=number), "max_tokens": TOKENS} for number in numbers])
+        found = self.chat.predict([{"messages": self.story(number=number), "max_tokens": tokens} for number in numbers])
         self.numbers = itertools.cycle([number for number, answer in zip(numbers, found, strict=True)
-                                        if answer["usage"]["completion_tokens"] == TOKENS])
-        (gguf,) = (prepared.onnx_dir.parent / "gguf").glob("*.gguf")
+                                        if answer["usage"]["completion_tokens"] == tokens])
+        self.llama = self._start_llama(next((prepared.onnx_dir.parent / "gguf").glob("*.gguf"), None))
+
+    def _start_llama(self, gguf):
+        if gguf is None:
+            return None
         settings = xllamacpp.CommonParams()
         settings.model.path = str(gguf)
         settings.port, settings.verbosity = 0, -1
         settings.n_parallel, settings.n_ctx = CALLERS, CALLERS * 512
         settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = THREADS
-        self.llama = xllamacpp.Server(settings)
+        return xllamacpp.Server(settings)
+
+    def with_llama(self, *asks):
+        """Return some ways to ask, and llama.cpp's, where it runs."""
+        return (*asks, self.ask_llama) if self.llama else asks
 
     def story(self, sentences=0, number=None):
         """Return a conversation, with so many sentences of 7 tokens before the question."""
@@ -162,11 +147,11 @@ class _Contenders:
 
 def _expect(count, tokens):
     if count != tokens:
-        raise CourseError(f"An answer has {count} tokens, and {tokens} were asked for.",
+        raise CourseError("bench-length", f"An answer has {count} tokens, and {tokens} were asked for.",
                           "The benchmark compares answers of equal length: choose another story.")
 
 
-def _turns(*works, repeats=REPEATS):
+def _turns(works, repeats):
     """Time each work after a warm-up, in turns. Return each one's median seconds."""
     seconds = [[] for _ in works]
     for turn in range(repeats + 1):
@@ -179,35 +164,31 @@ def _turns(*works, repeats=REPEATS):
     return [statistics.median(taken) for taken in seconds]
 
 
-def _ratio(one, other, digits=2):
-    return round(one / other, digits)
-
-
-def _rates(tokens, **seconds):
-    return {name: round(tokens / taken, 1) for name, taken in seconds.items()}
+def _rates(tokens, names, seconds):
+    """Return tokens per second by name; llama.cpp is the last of the names, and may be missing."""
+    return {name: tokens / taken for name, taken in zip(names, seconds, strict=False)}
 
 
 def _single(them):
-    bare, chat, stream, llama = _turns(*(
-        lambda ask=ask: ask(them.story(), TOKENS)
-        for ask in (them.ask_bare, them.ask_chat, them.ask_stream, them.ask_llama)), repeats=4 * REPEATS)
-    return ({"single_overhead": _ratio(bare, chat), "single_llamacpp": _ratio(llama, stream)},
-            {"single": {"tokens": TOKENS, "tokens_per_second": _rates(
-                TOKENS, bare_engine=bare, chat_model=chat, chat_model_stream=stream, llama_cpp=llama)}})
+    asks = them.with_llama(them.ask_bare, them.ask_chat, them.ask_stream)
+    bare, chat, stream, *llama = seconds = _turns(
+        [lambda ask=ask: ask(them.story(), them.tokens) for ask in asks], 4 * them.repeats)
+    ratios = {"single_overhead": bare / chat} | ({"single_llamacpp": llama[0] / stream} if llama else {})
+    names = ("bare_engine", "chat_model", "chat_model_stream", "llama_cpp")
+    return ratios, {"single": {"tokens": them.tokens, "tokens_per_second": _rates(them.tokens, names, seconds)}}
 
 
 def _rows(them):
     def together():
-        them.chat.predict([{"messages": them.story(), "max_tokens": TOKENS} for _ in range(16)])
+        them.chat.predict([{"messages": them.story(), "max_tokens": them.tokens} for _ in range(16)])
 
     def one_by_one():
         for _ in range(16):
-            them.ask_chat(them.story(), TOKENS)
+            them.ask_chat(them.story(), them.tokens)
 
-    batch, alone = _turns(together, one_by_one)
-    return ({"rows16": _ratio(alone, batch)},
-            {"rows16": {"tokens": 16 * TOKENS, "tokens_per_second": _rates(
-                16 * TOKENS, one_predict=batch, sixteen_predicts=alone)}})
+    batch, alone = seconds = _turns([together, one_by_one], them.repeats)
+    rates = _rates(16 * them.tokens, ("one_predict", "sixteen_predicts"), seconds)
+    return {"rows16": alone / batch}, {"rows16": {"tokens": 16 * them.tokens, "tokens_per_second": rates}}
 
 
 def _load(them, ask, callers, lengths):
@@ -216,52 +197,57 @@ def _load(them, ask, callers, lengths):
         list(pool.map(lambda length: ask(them.story(), length), lengths))
 
 
+def mix(lengths: list[int], count: int) -> list[int]:
+    """Return ``count`` lengths, each as often as the others, short and long ones by turns."""
+    return [lengths[5 * number % len(lengths)] for number in range(count)]
+
+
 def _callers(them):
-    lengths = [MIXED[(5 * number) % len(MIXED)] for number in range(4 * CALLERS)]
-    chat, lesson, llama = _turns(*(lambda ask=ask: _load(them, ask, CALLERS, lengths)
-                                   for ask in (them.ask_chat, them.ask_lesson, them.ask_llama)))
-    return ({"callers8": _ratio(lesson, chat), "callers8_llamacpp": _ratio(llama, chat)},
-            {"callers8": {"requests": len(lengths), "tokens": sum(lengths), "tokens_per_second": _rates(
-                sum(lengths), chat_model=chat, lesson_behind_a_lock=lesson, llama_cpp_8_slots=llama)}})
+    lengths = mix(them.mixed, 4 * CALLERS)
+    chat, lesson, *llama = seconds = _turns(
+        [lambda ask=ask: _load(them, ask, CALLERS, lengths) for ask in them.with_llama(them.ask_chat, them.ask_lesson)],
+        them.repeats)
+    ratios = {"callers8": lesson / chat} | ({"callers8_llamacpp": llama[0] / chat} if llama else {})
+    rates = _rates(sum(lengths), ("chat_model", "lesson_behind_a_lock", "llama_cpp_8_slots"), seconds)
+    return ratios, {"callers8": {"requests": len(lengths), "tokens": sum(lengths), "tokens_per_second": rates}}
 
 
 def _stream(them):
-    others = [TOKENS] * (CALLERS - 1)
+    others, few = [them.tokens] * (CALLERS - 1), min(8, them.tokens)
     alone, company = [], []
-    (batch,) = _turns(lambda: _load(them, them.ask_chat, len(others), others))
-    for turn in range(REPEATS + 1):
-        first_alone, _ = them.ask_stream(them.story(), 8)
+    (batch,) = _turns([lambda: _load(them, them.ask_chat, len(others), others)], them.repeats)
+    for turn in range(them.repeats + 1):
+        first_alone, _ = them.ask_stream(them.story(), few)
         crowd = threading.Thread(target=_load, args=(them, them.ask_chat, len(others), others))
         crowd.start()
         time.sleep(batch / 2)  # they are generating now
-        first, _ = them.ask_stream(them.story(), 8)
+        first, _ = them.ask_stream(them.story(), few)
         crowd.join()
         if turn:
             alone.append(first_alone)
             company.append(first)
     alone, company = statistics.median(alone), statistics.median(company)
-    return ({"stream_ttft": _ratio(company, batch + alone)},
-            {"stream_ttft": {"alone_seconds": round(alone, 3), "with_7_others_seconds": round(company, 3),
-                             "batch_of_7_seconds": round(batch, 3)}})
+    return ({"stream_ttft": company / (batch + alone)},
+            {"stream_ttft": {"alone_seconds": alone, "with_7_others_seconds": company, "batch_of_7_seconds": batch}})
 
 
 def _growth(them):
-    callers = {}
+    callers, half = {}, max(them.tokens // 2, 1)
     for count in (1, 2, 4, 8, 16):
-        (seconds,) = _turns(lambda count=count: _load(them, them.ask_chat, count, [32] * 2 * count))
-        callers[str(count)] = round(64 * count / seconds, 1)
-    prompts = {}
+        (seconds,) = _turns([lambda count=count: _load(them, them.ask_chat, count, [half] * 2 * count)], them.repeats)
+        callers[str(count)] = 2 * count * half / seconds
+    prompts, new = {}, max(them.tokens // 4, 1) + 1
     for sentences in (0, 4, 13, 32, 68, 142, 288):
         taken = []
-        for turn in range(REPEATS + 1):
+        for turn in range(them.repeats + 1):
             # In place of the template's own system message, which is as long as the shortest prompt here.
             messages = [{"role": "system", "content": "Write."}, *them.story(sentences)]
-            seconds = them.ask_stream(messages, 17)
+            seconds = them.ask_stream(messages, new)
             if turn:
                 taken.append(seconds)
         first, rest = map(statistics.median, zip(*taken, strict=True))
         size = len(them.tokenizer.encode(them.prompt(messages)))
-        prompts[str(size)] = {"first_token_seconds": round(first, 3), "then_tokens_per_second": round(16 / rest, 1)}
+        prompts[str(size)] = {"first_token_seconds": first, "then_tokens_per_second": (new - 1) / rest}
     return {}, {"growth": {"tokens_per_second_by_callers": callers, "by_prompt_tokens": prompts}}
 
 
@@ -284,8 +270,8 @@ print(json.dumps({"load_bytes": load_bytes, "callers8_bytes": peak_memory_bytes(
 """
 
 
-def _memory(store):
+def _memory(store, tokens):
     """Return the peak memory, in bytes, of a process that loads the chat model and then serves 8 callers."""
-    command = [sys.executable, "-c", _MEMORY, store, CHAT, str(CALLERS), str(TOKENS)]
+    command = [sys.executable, "-c", _MEMORY, store, CHAT, str(CALLERS), str(tokens)]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
     return json.loads(result.stdout.splitlines()[-1])

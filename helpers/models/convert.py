@@ -1,11 +1,13 @@
 """Writes Hugging Face folders: one from a GGUF file, one for a tiny random Phi-3.
 
-``helpers.models.prepare`` runs this in a process of its own (``python -m helpers.models.convert``), so that
-the memory goes back when a folder is written. It knows nothing about caches, downloads or ONNX.
+``helpers.models.sources`` runs this in a process of its own (``python -m helpers.models.convert``), so that the memory
+goes back when a folder is written. Raise CONVERTER_VERSION there when what this writes changes.
 """
 
 import sys
 from pathlib import Path
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from helpers.paths import ROOT
 
@@ -25,28 +27,24 @@ PHI3_TEMPLATE = (
 
 def _splits(*patterns):
     """Return a pre-tokenizer that cuts text by each pattern in turn, then into bytes."""
-    from tokenizers import Regex, pre_tokenizers
-
     return pre_tokenizers.Sequence([
         *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns),
         pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
     ])
 
 
-def gguf_to_transformers(gguf_file, folder):
+def _special(tokens):
+    return [AddedToken(token, special=True, normalized=False) for token in tokens]
+
+
+def gguf_to_transformers(gguf_file: Path, folder: Path) -> None:
     """Write a GGUF Llama model as a Hugging Face folder with fp32 weights.
 
     The tokenizer is built from the GGUF's own vocabulary and merges: the conversion inside
     transformers leaves out the split of numbers into digits and mixes up the end token.
-
-    Parameters
-    ----------
-    gguf_file, folder : pathlib.Path
-        The model to read; the folder to write.
     """
     import gguf
     import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models
     from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
     quantized = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32)
@@ -58,23 +56,22 @@ def gguf_to_transformers(gguf_file, folder):
     model.load_state_dict(quantized.state_dict())
 
     fields = gguf.GGUFReader(gguf_file).fields
-    entry = {key.removeprefix("tokenizer."): value.contents() for key, value in fields.items()
-             if key.startswith("tokenizer.")}
-    tokens = entry["ggml.tokens"]
+    kept = {key.removeprefix("tokenizer."): value.contents() for key, value in fields.items()
+            if key.startswith("tokenizer.")}
+    tokens = kept["ggml.tokens"]
     tokenizer = Tokenizer(models.BPE(
         vocab={token: number for number, token in enumerate(tokens)},
-        merges=[tuple(merge.split(" ")) for merge in entry["ggml.merges"]],
+        merges=[tuple(merge.split(" ")) for merge in kept["ggml.merges"]],
     ))
     # llama.cpp's pre-tokenizer "smollm" (src/llama-vocab.cpp): each digit alone, then GPT-2's words.
     tokenizer.pre_tokenizer = _splits(r"\p{N}", GPT2_WORDS)
     tokenizer.decoder = decoders.ByteLevel()
-    control = [token for token, kind in zip(tokens, entry["ggml.token_type"], strict=True)
-               if kind == gguf.TokenType.CONTROL]
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
-    special = {name: tokens[entry[f"ggml.{key}_token_id"]] for name, key in
+    tokenizer.add_special_tokens(_special(token for token, kind in zip(tokens, kept["ggml.token_type"], strict=True)
+                                          if kind == gguf.TokenType.CONTROL))
+    special = {name: tokens[kept[f"ggml.{key}_token_id"]] for name, key in
                (("bos_token", "bos"), ("eos_token", "eos"), ("pad_token", "padding"), ("unk_token", "unknown"))}
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, chat_template=entry["chat_template"], clean_up_tokenization_spaces=False,
+        tokenizer_object=tokenizer, chat_template=kept["chat_template"], clean_up_tokenization_spaces=False,
         model_max_length=config.max_position_embeddings, **special,
     ).save_pretrained(folder)
     model.generation_config = GenerationConfig(
@@ -82,22 +79,8 @@ def gguf_to_transformers(gguf_file, folder):
     model.save_pretrained(folder)
 
 
-def tiny_phi3(folder, seed, context_length):
-    """Write a random model with Phi-3's architecture, tokens of markup and chat template.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        The folder to write.
-    seed : int
-        Same seed, same weights.
-    context_length : int
-        Tokens.
-    """
-    import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
-
+def phi3_tokenizer() -> Tokenizer:
+    """Return a tokenizer with Phi-3's markup and a vocabulary of the words of LICENSE."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = _splits(GPT2_WORDS)
     tokenizer.decoder = decoders.ByteLevel()
@@ -105,14 +88,21 @@ def tiny_phi3(folder, seed, context_length):
         # Any English that stays the same will do for a vocabulary.
         (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines(),
         trainers.BpeTrainer(vocab_size=512, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-                            special_tokens=[AddedToken(token, special=True, normalized=False)
-                                            for token in PHI3_MARKUP]),
-    )
+                            special_tokens=_special(PHI3_MARKUP)))
+    return tokenizer
+
+
+def tiny_phi3(folder: Path, seed: int, context_length: int) -> None:
+    """Write a random model with Phi-3's architecture, tokens of markup and chat template; same seed, same weights."""
+    import torch
+    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
+
+    tokenizer = phi3_tokenizer()
     end_of_text, assistant, _, end, _ = (tokenizer.token_to_id(token) for token in PHI3_MARKUP)
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, chat_template=PHI3_TEMPLATE, clean_up_tokenization_spaces=False,
-        model_max_length=context_length, bos_token="<|endoftext|>", eos_token="<|endoftext|>",
-        pad_token="<|endoftext|>", unk_token="<|endoftext|>",
+        model_max_length=context_length,
+        **dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"), "<|endoftext|>"),
     ).save_pretrained(folder)
     torch.manual_seed(seed)
     model = Phi3ForCausalLM(Phi3Config(
@@ -129,16 +119,9 @@ def tiny_phi3(folder, seed, context_length):
     model.save_pretrained(folder)
 
 
-def main(arguments):
-    """Run one conversion, named on the command line."""
-    kind, *rest = arguments
-    if kind == "gguf":
-        gguf_to_transformers(Path(rest[0]), Path(rest[1]))
-    elif kind == "tiny-phi3":
-        tiny_phi3(Path(rest[0]), int(rest[1]), int(rest[2]))
-    else:
-        raise SystemExit(f"no conversion called {kind!r}")
-
-
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    kind, *rest = sys.argv[1:]
+    if kind == "gguf":
+        gguf_to_transformers(*map(Path, rest))
+    else:
+        tiny_phi3(Path(rest[0]), int(rest[1]), int(rest[2]))

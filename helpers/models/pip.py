@@ -3,6 +3,7 @@
 Set-up calls it on a bare Python, so it imports the standard library alone.
 """
 
+import errno
 import os
 import re
 import subprocess
@@ -94,7 +95,7 @@ def _result(code, output):
 def explain(failure: PipFailure, title: str) -> Exception:
     """Return what to raise where pip failed at ``title``: an OSError for a full disk, a CourseError for the rest."""
     if failure.kind == "disk-full":
-        return OSError(28, "No space left on device")
+        return OSError(errno.ENOSPC, "No space left on device")
     if failure.kind == "certificate":
         return CourseError(
             "pip-certificate",
@@ -112,7 +113,7 @@ def explain(failure: PipFailure, title: str) -> Exception:
             f"{title} failed: the package index has no answer, or something else answers in its place.",
             "Check the network, the proxy (HTTPS_PROXY) and the index that pip uses, and run this again; "
             "or choose a model that is already in the cache.")
-    return CourseError("pip-failed", f"{title} failed: {failure.line}",
+    return CourseError("pip-failed", f"{title} failed: {failure.line.rstrip('.')}.",
                        "Look at pip's own settings (python -m pip config list) and run this again; if it stays, report "
                        "it with that line.")
 

@@ -8,7 +8,6 @@ import importlib.metadata
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -80,7 +80,7 @@ def run_step(title: str, command: list, progress: str | None = None,
         raise {"error": CourseError, "disk": OSError}[told[-1][0]](*json.loads(told[-1][1]))
     if "No space left on device" in output or "os error 28" in output:
         raise OSError(errno.ENOSPC, "No space left on device")
-    raise CourseError("step-failed", f"{title} failed: {last_line(output)}",
+    raise CourseError("step-failed", f"{title} failed: {last_line(output).rstrip('.')}.",
                       "Run this again; if it stays, report it with that line.")
 
 

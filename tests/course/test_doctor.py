@@ -24,11 +24,11 @@ import yaml
 from support import ROOT
 from support.loopback_hub import certificate
 
+from course.environment import differing_packages
 from helpers import doctor, machine, network, smoke
 from helpers.models.catalogue import read_catalogue
 from helpers.models.prepare import cache_state
 from helpers.paths import model_cache
-from course.environment import differing_packages
 
 YEAR = 365 * 24 * 3600
 LOGIN = b"<html><body><form action='/login'>Please log in.</form></body></html>"

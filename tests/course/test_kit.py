@@ -4,7 +4,6 @@ Run: python -m helpers test tests/test_kit.py
 """
 
 import contextlib
-import functools
 import hashlib
 import http.client
 import http.server
@@ -22,16 +21,16 @@ from pathlib import Path
 from urllib.parse import quote, urlsplit
 
 import pytest
+from packaging.tags import sys_tags
 from support import OURS, ROOT
 from support.web_server import web_server
-from packaging.tags import sys_tags
 from test_setup import user
 
-from helpers import CourseError, kit_build, kit_serve
-from helpers.models.kit import MANIFEST, check, local_address, open_kit, read_kit, sha256
+from course.environment import pins
 from course.kit.build import build
 from course.kit.wheels import PLATFORMS, Target
-from course.environment import pins
+from helpers import CourseError, kit_build, kit_serve
+from helpers.models.kit import MANIFEST, check, read_kit, sha256
 
 COMMAND = [sys.executable, "-m", "helpers", "kit"]
 NOBODY = "http://127.0.0.1:9"  # the discard port

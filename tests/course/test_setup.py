@@ -17,8 +17,8 @@ import pytest
 from support import ROOT
 
 from course.__main__ import _explain, check_python
-from helpers.errors import CourseError
 from course.environment import clean, differing_packages, pins
+from helpers.errors import CourseError
 
 
 def user(checkout, *arguments, **variables):

@@ -404,13 +404,15 @@ EXPIRED.verify_message = "certificate has expired"
      "hub-no-file", "a/b.json"),
     (answered(404, errors.RemoteEntryNotFoundError), "hub-no-file", "a file"),
     (answered(401), "hub-token", "HF_TOKEN"), (answered(403), "hub-token", "HF_TOKEN"),
-    (answered(503), "hub-busy", "503 for org/name, also after 5 tries"), (answered(418), "hub-status", "418 for org/na"),
+    (answered(503), "hub-busy", "503 for org/name, also after 5 tries"), (answered(418), "hub-status", "418 for org/"),
     (caused_by(httpx.ConnectError("no"), EXPIRED), "hub-certificate", "certificate has expired; this machine's clock"),
     (httpx.ProxyError("407 who are {you}?"), "hub-proxy", "407 who are {you}?"),
-    (httpx.ConnectError("no"), "hub-no-answer", "HTTPS_PROXY"), (httpx.ReadTimeout("no"), "hub-no-answer", "HTTPS_PROXY"),
+    (httpx.ConnectError("no"), "hub-no-answer", "HTTPS_PROXY"),
+    (httpx.ReadTimeout("no"), "hub-no-answer", "HTTPS_PROXY"),
     (json.JSONDecodeError("no", "<", 0), "hub-other-answer", "Log in"),
     (OSError("Consistency check failed: file should be of size 9"), "hub-other-answer", "Log in"),
-    (httpx.InvalidURL("no port"), "hub-settings", "InvalidURL: no port"), (OSError("odd"), "hub-settings", "OSError: odd"),
+    (httpx.InvalidURL("no port"), "hub-settings", "InvalidURL: no port"),
+    (OSError("odd"), "hub-settings", "OSError: odd"),
     (ValueError("x" * 999), "hub-settings", "ValueError: " + "x" * 200 + "."),
     (TypeError("no"), "hub-unreadable", "TypeError"), (AttributeError("no"), "hub-unreadable", "AttributeError")])
 def test_what_stopped_a_download_is_said_in_two_sentences(error, code, says):

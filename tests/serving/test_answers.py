@@ -172,6 +172,14 @@ def test_top_k_1_and_a_small_top_p_take_the_likeliest(chat):
         assert ask(chat, AS_SHOWN | {"temperature": 1.0} | field)["choices"] == greedy
 
 
+def test_penalties_act_at_temperature_0_too(chat):
+    request = AS_SHOWN | {"max_tokens": 40}
+    answers = [contents(ask(chat, request | fields))[0] for fields in (
+        {}, {"frequency_penalty": 2.0}, {"frequency_penalty": -2.0}, {"presence_penalty": 2.0}, {"presence_penalty": -2.0})]
+    assert len(set(answers)) > 3
+    assert answers[0] not in answers[1:]
+
+
 @pytest.mark.parametrize("length", [127, 128, 129, 130, 256, 257, 258, 700])
 def test_a_long_prompt_comes_in_chunks_and_gets_the_same_answer(chat, reference, batches, length):
     # Around the edges of a chunk, the last one would be of one token.

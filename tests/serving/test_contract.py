@@ -70,6 +70,8 @@ def test_messages_are_read_as_they_came_in_lists_tuples_and_arrays():
     for given in (messages, tuple(messages), np.array(messages, dtype=object)):
         read = read_request({"messages": given}).messages
         assert [message.model_dump() for message in read] == messages
+    (message,) = read_request({"messages": np.array(user(np.str_("b")), dtype=object)}).messages
+    assert type(message.content) is str
     assert len(read_request({"messages": user("a") * 1000}).messages) == 1000
     assert read_request({"messages": [{"role": "system", "content": "a"}]}).messages[0].role == "system"
     options = read_request(AS_SHOWN | {"stream_options": {"include_usage": np.True_}}).stream_options
@@ -82,7 +84,6 @@ def test_what_lies_too_deep_is_refused_and_not_followed():
     for _ in range(100_000):
         deep = [deep]
     assert refusal_of(read_request, AS_SHOWN | {"stop": deep}).startswith("stop has to be up to 4 texts")
-    # A request is four levels deep: itself, its messages, a message, and an array in it is refused as such.
     assert refusal_of(read_request, {"messages": user(np.array([SECRET]))}) == \
         "messages[0].content has to be text, without NUL and without half a surrogate pair."
 

@@ -298,26 +298,25 @@ def test_of_64_callers_at_once_each_is_answered_or_told_that_the_model_is_busy(t
 # --- what breaks ----------------------------------------------------------------------------
 
 
-def test_a_batch_that_fails_takes_nobody_else_along(fresh, as_shown, monkeypatch, caplog):
-    step, failed = Batch.step, threading.Event()
+def test_a_batch_that_fails_takes_nobody_else_along(fresh, as_shown, gate, monkeypatch, caplog):
+    step = Batch.step
 
     def fail(batch):
         if any(row.max_tokens == 13 for row in batch.rows):
-            failed.set()
             raise RuntimeError(f"{chat_model.__file__} {SECRET}")
         step(batch)
 
     monkeypatch.setattr(Batch, "step", fail)
     stream = fresh.predict_stream(None, AS_SHOWN | LONG)
     next(stream)
+    (beside,) = gate.steps[0].rows
     with pytest.raises(MlflowException) as refusal:
         fresh.predict(None, {"messages": user(SECRET), "max_tokens": 13})
-    assert failed.is_set()
+    assert not beside.ended
     assert refusal.value.message == "The engine failed on this request."
     assert refusal.value.error_code == "INTERNAL_ERROR"
     assert SECRET in caplog.text  # whoever runs the model can read why
     assert "A batch of 1 rows failed." in caplog.text
-    assert next(stream)["choices"][0]["finish_reason"] is None
     stream.close()
     assert ask(fresh, AS_SHOWN) == as_shown
 
@@ -479,6 +478,20 @@ def test_an_engine_may_have_one_end_token(tmp_path, monkeypatch):
     engine = Engine(tmp_path, 4)
     assert (engine.context_length, engine._end_tokens, engine._pad) == (50, {7}, 8)
     assert engine._scheduler == Scheduler(50)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_child_process_keeps_nothing_of_its_parents_engine_running(fresh, as_shown):
+    assert ask(fresh, AS_SHOWN) == as_shown
+    engine = fresh._engine
+    child = os.fork()
+    if not child:  # no more than a look: the test's own process goes on in it
+        anew = (engine._thread, engine._model, engine._waiting, engine._closed) == (None, None, [], False)
+        os._exit(0 if anew and chat_model._models_of_parents else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert engine._model is not None
+    assert ask(fresh, AS_SHOWN) == as_shown
 
 
 FORK = """

@@ -94,6 +94,7 @@ class LoopbackHub:
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or each small answer waits 40 ms for an acknowledgement
 
     def log_message(self, *arguments):
         pass
@@ -121,7 +122,8 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("main", commit):
             return self.answer(b"", {"X-Error-Code": "RevisionNotFound"}, 404)
         if info:
-            return self.answer(json.dumps(self.info(repo, commit)).encode(), {"Content-Type": "application/json"})
+            return self.answer(json.dumps(self.info(repo, commit)).encode(), {"Content-Type": "application/json"}, 200,
+                               fault)
         return self.file(repo, commit, file[3], fault)
 
     def info(self, repo, commit):

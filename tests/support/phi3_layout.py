@@ -4,7 +4,7 @@ The kind of tokenizer, names of files and folders, the two shards, the remote co
 that swallow what follows, the pieces that begin with a blank: https://huggingface.co/microsoft/Phi-3-mini-4k-instruct/tree/main
 and https://huggingface.co/microsoft/Phi-3-mini-4k-instruct-onnx/tree/main. Phi-4-mini's differ in the tokenizer,
 which is one of bytes, in markup without line ends, in tied embeddings, grouped heads and two sets of rotary factors.
-Weights are noise that nothing can load, in files of the right names, unless ``real`` ones are asked for: they take long.
+Weights are noise that nothing can load, in files of the right names, unless ``real`` ones are asked for.
 """
 
 import json
@@ -181,8 +181,9 @@ def _write_noise(torch_folder, onnx_folder, tokenizer, config):
         (torch_folder / name).write_bytes(noise(200_000))
     files = {
         "model.safetensors.index.json": {"weight_map": {"embed": names[0], "lm_head": names[1]}},
-        "config.json": {"model_type": "phi3", "vocab_size": tokenizer.get_vocab_size(), "bos_token_id": 1,
-                        "eos_token_id": tokenizer.token_to_id("<|endoftext|>"), "auto_map": AUTO_MAP} | config,
+        "config.json": {"model_type": "phi3", "vocab_size": tokenizer.get_vocab_size(), "num_attention_heads": 4,
+                        "bos_token_id": 1, "eos_token_id": tokenizer.token_to_id("<|endoftext|>"),
+                        "auto_map": AUTO_MAP} | config,
         "generation_config.json": {"bos_token_id": 1}}
     _add(torch_folder, {name: json.dumps(content) for name, content in files.items()})
     _folder(onnx_folder)

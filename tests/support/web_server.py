@@ -10,6 +10,8 @@ from pathlib import Path
 class _Files(http.server.SimpleHTTPRequestHandler):
     """A server of plain files that knows ranges where it is told to, and drops connections where it is told to."""
 
+    disable_nagle_algorithm = True
+
     def do_GET(self):
         path = Path(self.translate_path(self.path))
         self.server.asked.append((self.path, self.headers["Range"]))
@@ -52,8 +54,8 @@ class _Files(http.server.SimpleHTTPRequestHandler):
 def web_server(folder, cuts=None, ranges=True, answer=None, log=None, leaves=False, gone=(), busy=None):
     """Serve a folder but for the paths ``gone``, and give its URL.
 
-    ``cuts`` has the byte at which the first answer for a path breaks off; where it ``leaves``, none follows. ``busy`` has
-    the first answers for a path, each a status and its Retry-After.
+    ``cuts`` has the byte at which the first answer for a path breaks off; where it ``leaves``, none follows.
+    ``busy`` has the first answers for a path, each a status and its Retry-After.
     """
     handler = functools.partial(_Files, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -1,0 +1,82 @@
+"""What is made from other files: environment.yml, the README's tables and chart.
+
+Run: python -m helpers test tests/course/test_generate.py
+"""
+
+import re
+
+import yaml
+from support import ROOT
+from support.runs import run
+
+from course.bench.figures import BUDGETS, REACH, misses, read_runs
+from course.environment import pins
+from course.generate import CHART, bench_digest, environment_yml, figures_table, models_table, ratios_table, with_tables
+from helpers import read_catalogue
+
+
+def test_environment_yml_is_what_pyproject_makes():
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert text == environment_yml()
+    pip = yaml.safe_load(text)["dependencies"][-1]["pip"]
+    assert {f"{name}=={version}" for name, version in pins(tests=True).items()} <= set(pip)
+
+
+def test_the_readme_shows_the_measurements_that_are_kept_and_the_catalogue():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for table in ("figures", "models", "ratios"):
+        assert readme.count(f"<!-- {table} -->") == 1
+    assert readme == with_tables(readme)
+    assert f"sha256 {bench_digest()}" in CHART.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in models_table() for name in read_catalogue())
+
+
+def cells(table, start):
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_table_shows_the_range_over_the_runs_and_what_missed_its_reach():
+    runs = [run(rows16=2.5, single_overhead=0.968), run("2026-01-03", 4, rows16=3.25, single_overhead=0.97)]
+    table = ratios_table(runs)
+    assert cells(table, "16 rows")[2:] == ["2.500 to 3.250", "at least 1.8"]
+    assert cells(table, "one conversation")[2:] == ["0.968 to 0.970", "at least 0.97"]
+    assert "Missed its reach: 2026-01-02: one conversation through `predict`, 0.968." in table
+    assert "one conversation 100; 16 rows 100;" in table
+    assert "Missed" not in ratios_table(runs[1:])
+    assert cells(ratios_table(runs[1:]), "16 rows")[2] == "3.250"
+
+
+def test_a_figure_that_a_run_lacks_is_left_out_of_its_range_and_its_row():
+    old, new = run(), run("2026-01-03", 4)
+    new["raw"]["test"] = {"seconds": 660, "tests_seconds": 480, "disk_bytes": 5.49e9}
+    new["raw"]["notebooks"][0]["seconds"] = 20.6
+    table = figures_table([old, new])
+    assert cells(table, "`make test` from a bare checkout")[1:] == ["11.0 min", "12 min"]
+    assert cells(table, "`make test` once set up")[1:] == ["8.0 min", "9 min"]
+    assert cells(table, "`TransformerPipeline` on `tiny-phi3`")[1:] == ["10 to 21 s", "60 s"]
+    assert cells(table, "the same, found in the cache")[1:] == ["0.010 s", "0.5 s"]
+    assert "`make test`" not in figures_table([old]).split("Measured by")[0]
+    assert table.endswith("on 2 cores (Fast, Linux), Python 3.11.7: 2026-01-02; 4 cores (Fast, Linux), Python 3.11.7: "
+                          "2026-01-03.\n")
+    assert len({len(line.strip("|").split("|")) for line in table.splitlines() if line.startswith("|")}) == 1
+
+
+def test_every_kept_run_is_inside_its_budgets_or_the_readme_says_what_missed():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    runs = read_runs()
+    assert len(runs) > 1
+    for one in runs:
+        assert {"processor", "cores", "memory_bytes"} <= set(one["machine"])
+        assert len(one["raw"]["notebooks"]) == 4
+        for name in misses(one):
+            assert name in REACH, f"{one['date']}: {name}"
+            assert f"{one['date']}: {REACH[name]['what']}, {one['ratios'][name]:.3f}" in readme
+    newest = runs[-1]
+    assert list(newest["ratios"]) == list(REACH)
+    assert set(BUDGETS) - {"prepare", "test"} == {one["model"] for one in newest["raw"]["notebooks"]}
+
+
+def test_the_kept_ratios_are_not_rounded():
+    ratios = [ratio for one in read_runs() for ratio in one["ratios"].values()]
+    assert sum(len(re.sub(r"^\d+\.", "", repr(ratio))) > 4 for ratio in ratios) > len(ratios) * 0.9
