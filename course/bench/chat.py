@@ -65,7 +65,7 @@ class _Contenders:
     """
 
     def __init__(self, prepared, repeats, tokens):
-        self.repeats, self.tokens = repeats, tokens
+        self.repeats, self.tokens, self.context_length = repeats, tokens, prepared.entry.context_length
         self.mixed = [max(tokens * eighth // 8, 1) for eighth in range(1, 9)]
         self.chat = mlflow.pyfunc.load_model(CHAT)
         self.lesson = mlflow.pyfunc.load_model(PROMPT)
@@ -242,12 +242,15 @@ def _growth(them):
         for turn in range(them.repeats + 1):
             # In place of the template's own system message, which is as long as the shortest prompt here.
             messages = [{"role": "system", "content": "Write."}, *them.story(sentences)]
+            size = len(them.tokenizer.encode(them.prompt(messages)))
+            if size + new > them.context_length:
+                break
             seconds = them.ask_stream(messages, new)
             if turn:
                 taken.append(seconds)
-        first, rest = map(statistics.median, zip(*taken, strict=True))
-        size = len(them.tokenizer.encode(them.prompt(messages)))
-        prompts[str(size)] = {"first_token_seconds": first, "then_tokens_per_second": (new - 1) / rest}
+        if taken:
+            first, rest = map(statistics.median, zip(*taken, strict=True))
+            prompts[str(size)] = {"first_token_seconds": first, "then_tokens_per_second": (new - 1) / rest}
     return {}, {"growth": {"tokens_per_second_by_callers": callers, "by_prompt_tokens": prompts}}
 
 

@@ -16,35 +16,21 @@ HUB_NAME = re.compile(r"hub:(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision
 class CatalogueEntry:
     """What the course knows about a model before it has any of its files.
 
-    Attributes
-    ----------
-    name : str
-        The value of the parameter ``model``.
-    title, summary, licence, homepage, task : str
-        For the reader. ``task`` is the Hub's name of what the model does.
-    parameters : int or None
-        Number of weights.
-    context_length : int or None
-        Tokens that a prompt and its answer may take together.
-    download, disk, memory : int or None
-        Megabytes (10**6 bytes): what travels, what stays, what a run needs at its peak.
-        Of a model that only the Hub knows, all these numbers are None until it is here.
-    source : dict
-        The rest of the entry, for ``helpers.models.sources``: where the files come from.
+    Of a model that only the Hub knows, all numbers are None until it is here.
     """
 
-    name: str
+    name: str  # the value of the parameter `model`
     title: str
     summary: str
     licence: str
     homepage: str
-    task: str
-    parameters: int | None
-    context_length: int | None
-    download: int | None
-    disk: int | None
-    memory: int | None
-    source: dict = field(repr=False)
+    task: str  # the Hub's name of what the model does
+    parameters: int | None  # number of weights
+    context_length: int | None  # tokens that a prompt and its answer may take together
+    download: int | None  # megabytes (10**6 bytes) that travel
+    disk: int | None  # megabytes that stay
+    memory: int | None  # megabytes that a run needs at its peak
+    source: dict = field(repr=False)  # the rest of the entry, for helpers.models.sources: where the files come from
 
     @property
     def folder(self) -> str:
@@ -63,10 +49,9 @@ def read_catalogue(path: Path = DATA / "models.toml") -> dict[str, CatalogueEntr
 
 
 def find_entry(name: str) -> CatalogueEntry:
-    """Return the entry of a model: a name of the catalogue, or ``hub:org/name`` for a repository of the Hugging Face Hub.
+    """Return the entry of a model by its name; CourseError lists the names where there is none.
 
-    ``hub:org/name@revision`` stands for another than the repository's newest commit. CourseError lists the catalogue's
-    names where ``name`` is neither.
+    ``hub:org/name`` names a repository of the Hugging Face Hub, ``hub:org/name@revision`` another than its newest commit.
     """
     entries = read_catalogue()
     if name in entries:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import httpx
 from huggingface_hub import constants, get_session
@@ -18,12 +18,11 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
 from tqdm import tqdm
 
-from helpers.models.kit import Kit, reason
+from helpers.models.kit import BLOCK, Kit, reason
 from helpers.models.steps import answer, is_of_the_disk
 
 # Bytes that a cut connection may lose. The client's own blocks are of 10 MB: a minute of a bad network.
 constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
-BLOCK = 1 << 20
 BUSY = (408, 429, 500, 502, 503, 504)
 TRIES, LONGEST_WAIT = 5, 60  # seconds
 
@@ -31,27 +30,21 @@ TRIES, LONGEST_WAIT = 5, 60  # seconds
 # --- when to ask again ------------------------------------------------------------------------
 
 
-def seconds_to_wait(status: int | None, attempt: int, headers: Mapping[str, str]) -> float | None:
+def seconds_to_wait(status: int | None, failures: int, headers: Mapping[str, str]) -> float | None:
     """Return how long to wait before a request is made again, and None where it is not.
 
-    Parameters
-    ----------
-    status : int or None
-        Of the answer; None for a connection that broke in the middle of one.
-    attempt : int
-        How many requests in a row have brought nothing, this one included.
-    headers : mapping of str to str
-        Of the answer. What the server asks for in Retry-After or RateLimit counts, up to LONGEST_WAIT.
+    ``status`` is the answer's, None for a connection that broke in the middle of one. ``failures`` counts the requests
+    in a row that have brought nothing, this one included. What the server asks for in the ``headers`` Retry-After or
+    RateLimit counts, up to LONGEST_WAIT.
     """
-    if attempt >= TRIES or status not in (None, *BUSY):
+    if failures >= TRIES or status not in (None, *BUSY):
         return None
     asked, limit = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
-    if asked.isdigit():
-        return min(int(asked), LONGEST_WAIT)
-    return min(limit.reset_in_seconds if limit else 2 ** (attempt - 1), LONGEST_WAIT)
+    wait = int(asked) if asked.isdigit() else limit.reset_in_seconds if limit else 2 ** (failures - 1)
+    return min(wait, LONGEST_WAIT)
 
 
-def retried(call: Callable, broken: tuple[type[Exception], ...], arrived: Callable[[], int] = lambda: 0):
+def retried(call: Callable[[], Any], broken: tuple[type[Exception], ...], arrived: Callable[[], int] = int) -> Any:
     """Call, and call again where the server is busy or the connection is ``broken``, as ``seconds_to_wait`` says.
 
     ``arrived`` returns the bytes so far: a call that brought some is no failure.
@@ -68,8 +61,7 @@ def retried(call: Callable, broken: tuple[type[Exception], ...], arrived: Callab
         except (HfHubHTTPError, *broken) as error:
             failures = 1 if arrived() > before else failures + 1
             response = getattr(error, "response", None)
-            wait = seconds_to_wait(*(None, failures, {}) if response is None
-                                   else (response.status_code, failures, response.headers))
+            wait = seconds_to_wait(getattr(response, "status_code", None), failures, getattr(response, "headers", {}))
             if wait is None:
                 raise
         print(f"Waiting {wait}s before retry", flush=True)
@@ -96,8 +88,7 @@ class File(NamedTuple):
         """Return the sha256 of what is at ``path``, and None where that is not this file."""
         if not path.is_file() or path.stat().st_size != self.size:
             return None
-        digest = hashlib.sha256()
-        blob = hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        digest, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
         with path.open("rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -112,31 +103,18 @@ class ContentError(Exception):
 
 
 class Download:
-    """Files on their way into a folder.
+    """Files on their way into ``folder``, by relative path; some may be in the folder ``finished`` already.
 
-    Attributes
-    ----------
-    files : dict of str to File
-        By relative path.
-    folder, finished : pathlib.Path
-        Where they arrive; where some may be already.
-    headers : dict
-        Of each request.
-    sha256 : dict of str to str
-        The hash of each file that is here and right.
-    current : str
-        The file that is on its way, for an error.
+    ``sha256`` has the hash of each that is here and right, ``current`` is the one that is on its way.
     """
 
     def __init__(self, files: dict[str, File], folder: Path, finished: Path, headers: dict | None = None):
         self.files, self.folder, self.finished, self.headers = files, folder, finished, headers
-        self.sha256, self.current = {}, ""
-        self._printed = 0.0
+        self.sha256, self.current, self._printed = {}, "", 0.0
 
     def path(self, name: str) -> Path:
-        """Return where a file is, or will be."""
-        arrived = self.folder / name
-        return self.finished / name if name in self.sha256 and not arrived.exists() else arrived
+        """Return where a file is that is here."""
+        return next(path for path in (self.folder / name, self.finished / name) if path.exists())
 
     def missing(self, names: Collection[str]) -> int:
         """Return the bytes that are still to come."""
@@ -190,8 +168,7 @@ class Download:
 
     def _incomplete(self, name):
         """Return the file that a download goes on in. Its name holds the hash: other content, other file."""
-        digest = self.files[name].sha256 or self.files[name].blob
-        return self.folder / f"{name}.{digest[:12]}.incomplete"
+        return self.folder / f"{name}.{(self.files[name].sha256 or self.files[name].blob)[:12]}.incomplete"
 
     def _take(self, name, path):
         digest = self.files[name].read_hash(path)
@@ -227,21 +204,17 @@ def work(order: dict) -> dict:
                         Path(order["folder"]), Path(order["finished"]))
     try:
         download.fetch(download.files)
-    except ContentError:
-        raise kit.changed(order["prefix"] + download.current) from None
     except Exception as error:
         if is_of_the_disk(error):
             raise
-        if "Consistency check failed" in str(error):  # http_get: as long as it should be, it is not
-            raise kit.changed(order["prefix"] + download.current) from error
-        raise kit.unread(order["prefix"] + download.current, _why(error)) from error
+        name = order["prefix"] + download.current
+        if isinstance(error, ContentError) or "Consistency check failed" in str(error):  # http_get: another length
+            raise kit.changed(name) from error
+        if isinstance(error, HfHubHTTPError):
+            raise kit.unread(name, f"the server answers {error.response.status_code}") from error
+        why = str(error).rstrip(".") if isinstance(error, httpx.HTTPError) else reason(error)
+        raise kit.unread(name, why) from error
     return download.sha256
-
-
-def _why(error):
-    if isinstance(error, HfHubHTTPError):
-        return f"the server answers {error.response.status_code}"
-    return str(error).rstrip(".") if isinstance(error, httpx.HTTPError) else reason(error)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def list_file(path: Path, digest: str | None = None) -> dict:
 def is_as_listed(path: Path, entry: dict) -> bool:
     """Tell whether a file is the one that ``entry`` lists.
 
-    A file of another time is hashed; where its content is right, ``entry`` takes the new time, so that it is hashed once.
+    A file of another time is hashed; where its content is right, ``entry`` takes the new time: it is hashed once.
     """
     if not is_size(path, entry["size"]):
         return False
@@ -46,8 +46,8 @@ def receipt_path(folder: Path) -> Path:
 def read_receipt(folder: Path) -> dict:
     """Return a folder's receipt; an empty one where there is none that can be trusted to name files.
 
-    It has the keys ``recipe`` (what the folder was made by, or None), ``facts`` (what its maker found out), and ``files``
-    (the entry of each, by relative path).
+    It has the keys ``recipe``, what the folder was made by, or None; ``facts``, what its maker found out; and
+    ``files``, the entry of each by relative path.
     """
     try:
         receipt = json.loads(receipt_path(folder).read_text(encoding="utf-8"))
@@ -94,17 +94,11 @@ def is_whole(folder: Path) -> bool:
 def ensure(folder: Path, recipe: dict, make: Callable[[Path], dict | None]) -> dict:
     """Make ``folder`` with ``make``, unless its receipt says that it is there, whole, by this recipe; return the facts.
 
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Its parent exists. It may be a link to another disk.
-    recipe : dict
-        What the content depends on.
-    make : callable
-        Gets a folder on the same disk and writes to it: an empty one, or the one that an earlier try with this recipe
-        has left. It returns None, or a dict with any of the keys ``"facts"``, what to keep, and ``"sha256"``, the hash
-        of every file that belongs into ``folder``: it may then leave out files that are right in ``folder`` already.
-        Without hashes, all that it has written belongs into ``folder``.
+    The folder's parent exists; it may itself be a link to another disk. ``recipe`` is what the content depends on.
+    ``make`` gets a folder on the same disk and writes to it: an empty one, or the one that an earlier try with this recipe
+    has left. It returns None, or a dict with any of the keys ``"facts"``, what to keep, and ``"sha256"``, the hash of every
+    file that belongs into ``folder``: it may then leave out files that are right in ``folder`` already. Without
+    hashes, all that it has written belongs into ``folder``.
     """
     old = read_receipt(folder)
     bad = compare(folder, old) if old["recipe"] == recipe else []

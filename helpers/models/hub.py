@@ -43,23 +43,10 @@ def download(track: str, repo: str, folder: Path, finished: Path, revision: str 
              commit: str | None = None, onnx_folder: str | None = None) -> dict:
     """Bring the files of one track into ``folder``, but those that are right in ``folder`` or ``finished`` already.
 
-    Parameters
-    ----------
-    track : str
-        ``"transformers"`` for safetensors, ``"onnx"`` for the folder of one ONNX model, whose files come without it.
-    repo : str
-        Such as ``"microsoft/Phi-3-mini-4k-instruct"``.
-    revision : str, optional
-        A commit, branch or tag; left out, the repository's default branch.
-    commit : str, optional
-        The commit to look for first.
-    onnx_folder : str, optional
-        The folder in the repository; left out, the one for the CPU is looked for.
+    For the track ``"onnx"`` they come from one folder of the repository: ``onnx_folder``, or else the one for the CPU.
+    ``commit`` is looked for first, then ``revision``: a commit, branch or tag, or else the default branch.
 
-    Returns
-    -------
-    dict
-        ``commit``, ``licence``, ``task``, ``context_length``, ``parameters``, ``bytes`` and ``sha256`` by file.
+    Returns ``commit``, ``licence``, ``task``, ``context_length``, ``parameters``, ``bytes``, and ``sha256`` by file.
     """
     info = _info(repo, revision, commit)
     listing = _listing(repo, info)
@@ -87,11 +74,9 @@ def download(track: str, repo: str, folder: Path, finished: Path, revision: str 
         check_disk(repo, files.missing(wanted) / 1e6, folder)
         files.fetch(wanted)
     except ContentError:
-        raise CourseError(
-            "hub-changed",
-            f"{prefix}{files.current} of {repo} came with other content than the Hub lists: its hash is another.",
-            "Run this again; if it stays, something between you and the Hub changes files: ask who runs the proxy.",
-        ) from None
+        raise CourseError("hub-changed", f"{prefix}{files.current} of {repo} came with other content than the Hub "
+                          "lists: its hash is another.", "Run this again; if it stays, something between you and the "
+                          "Hub changes files: ask who runs the proxy.") from None
     _drop_unreadable_card(files)
     return facts | {"sha256": files.sha256}
 
@@ -141,13 +126,9 @@ def _facts(repo, info, files):
         raise CourseError("hub-context", f"{repo} does not say how many tokens its model takes.",
                           "Choose another repository; its config.json has max_position_embeddings.")
     licence = (info.card_data or {}).get("license")
-    return {
-        "commit": info.sha,
-        "licence": licence if isinstance(licence, str) else "not stated",
-        "task": "text-generation",
-        "context_length": context_length,
-        "parameters": info.safetensors.total if info.safetensors and not genai else None,
-    }
+    return {"commit": info.sha, "licence": licence if isinstance(licence, str) else "not stated",
+            "task": "text-generation", "context_length": context_length,
+            "parameters": info.safetensors.total if info.safetensors and not genai else None}
 
 
 def _drop_unreadable_card(files):

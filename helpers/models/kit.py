@@ -50,7 +50,7 @@ def read_kit(address: str, complete: bool = True) -> "Kit":
 
     Raises CourseError where it has no answer, is no kit, or, unless ``complete`` is False, is still being built.
     """
-    kit = Kit(_normal(address), {})
+    kit = Kit(_place(address), {})
     try:
         with kit.open(MANIFEST) as stream:
             text = stream.read(LARGEST_MANIFEST)
@@ -63,7 +63,7 @@ def read_kit(address: str, complete: bool = True) -> "Kit":
         raise _no_kit(kit) from None
     except (FileNotFoundError, NotADirectoryError):
         raise _no_kit(kit) from None
-    except ValueError:
+    except ValueError:  # a host that nobody can have
         raise _no_address(address) from None
     except BROKEN as error:
         raise CourseError("kit-no-answer", f"The kit {kit.address} has no answer: {reason(error)}.",
@@ -137,9 +137,9 @@ class Kit:
     def receipt(self, name: str, track: str) -> dict | None:
         """Return the receipt of one track's folder of a model; None where the kit does not have it.
 
-        Raises CourseError where the receipt is not the one that the manifest has, or names other files than the kit has.
+        Raises CourseError where it is not the one that the manifest has, or lists other files than the kit has.
         """
-        path = f"models/{name}/{track}.receipt.json"
+        path, prefix = f"models/{name}/{track}.receipt.json", f"models/{name}/{track}/"
         if path not in self.files:
             return None
         try:
@@ -147,40 +147,33 @@ class Kit:
                 text = stream.read(self.files[path]["size"] + 1)
         except BROKEN as error:
             raise self.unread(path, reason(error)) from None
-        if hashlib.sha256(text).hexdigest() != self.files[path]["sha256"]:
-            raise self.changed(path)
         try:
             receipt = json.loads(text)
             # Names that the manifest has lead nowhere out of a folder.
-            whole = set(receipt["files"]) == set(self._folder(name, track)) and isinstance(receipt["recipe"], dict) \
-                and isinstance(receipt.setdefault("facts", {}), dict)
+            whole = hashlib.sha256(text).hexdigest() == self.files[path]["sha256"] \
+                and {prefix + file for file in receipt["files"]} == {file for file in self.files if
+                                                                     file.startswith(prefix)} \
+                and isinstance(receipt["recipe"], dict) and isinstance(receipt.setdefault("facts", {}), dict)
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
             raise self.changed(path)
         return receipt
 
-    def fetch(self, name: str, track: str, folder: Path, finished: Path | None = None) -> dict[str, str]:
+    def fetch(self, name: str, track: str, folder: Path, finished: Path) -> dict[str, str]:
         """Bring one track's folder of a model into ``folder``, and return the sha256 of each file by its name.
 
         What is whole in ``folder`` or in ``finished`` does not come again, and half a file is completed. Raises
-        CourseError where the kit lacks that folder, stopped answering, or has a file that is not as it was built.
+        CourseError where the kit has stopped answering, or has a file that is not as it was built.
         """
-        wanted, prefix = self._folder(name, track), f"models/{name}/{track}/"
-        if not wanted:
-            raise CourseError("kit-lacks-model", f"The kit {self.address} does not have {name} ({track}).",
-                              f"It has {', '.join(self.models()) or 'no model'}; build it with {name} "
-                              f"(python -m helpers kit build DIR --model {name}).")
-        files = {short: [self.place(prefix + short), entry["size"], entry["sha256"]] for short, entry in wanted.items()}
+        prefix = f"models/{name}/{track}/"
+        files = {file.removeprefix(prefix): [self.place(file), entry["size"], entry["sha256"]]
+                 for file, entry in self.files.items() if file.startswith(prefix)}
         order = {"kit": self.address, "prefix": prefix, "files": files, "folder": str(folder),
-                 "finished": str(finished or folder)}
-        # "*": the process asks this kit and nobody else.
+                 "finished": str(finished)}
+        # "*": that process asks this kit and nobody else.
         direct = {"NO_PROXY": "*", "no_proxy": "*"} if local_address(self.address) else {}
         return ask(f"Fetching {name} ({track}) from the kit", "helpers.models.download", order, direct)
-
-    def size(self, name: str, track: str) -> int:
-        """Return the bytes of one track's folder of a model."""
-        return sum(entry["size"] for entry in self._folder(name, track).values())
 
     def problems(self, hashes: bool = True) -> Iterator[str]:
         """Yield a line for each file that is not as it was built; without ``hashes``, sizes alone are compared."""
@@ -188,14 +181,12 @@ class Kit:
         root = None if self.is_url else Path(self.address).resolve()
         with progress_bar("Checking the kit", total) if hashes else contextlib.nullcontext() as bar:
             for name, entry in self.files.items():
-                if root and not (root / name).resolve().is_relative_to(root):
-                    yield f"{name} lies outside of the kit's folder, behind a link."
-                    continue
                 try:
-                    if hashes:
-                        size, digest = self._measure(name, bar, entry["size"])
-                    else:
-                        size, digest = Path(self.place(name)).stat().st_size, entry["sha256"]
+                    if root and not (root / name).resolve().is_relative_to(root):
+                        yield f"{name} lies outside of the kit's folder, behind a link."
+                        continue
+                    size, digest = self._measure(name, bar, entry["size"]) if hashes else \
+                        ((root / name).stat().st_size, entry["sha256"])
                 except (FileNotFoundError, NotADirectoryError):
                     yield f"{name} is missing."
                 except urllib.error.HTTPError as error:
@@ -208,13 +199,22 @@ class Kit:
                     elif digest != entry["sha256"]:
                         yield f"{name} has been changed: its sha256 is another."
 
+    def _measure(self, name, bar, expected):
+        """Return the size and the sha256 of a file; of one that does not end where it should, a little more."""
+        size, digest = 0, hashlib.sha256()
+        with self.open(name) as stream:
+            while size <= expected and (block := stream.read(BLOCK)):
+                digest.update(block)
+                size += len(block)
+                bar.update(len(block))
+        return size, digest.hexdigest()
+
     def unknown(self) -> list[str]:
         """Return the files in the kit's folder that are none of its own, sorted."""
         if self.is_url:
             return []
         root, own = Path(self.address), {MANIFEST, ".lock", *self.files}
-        there = (path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir())
-        return sorted(name for name in there if name not in own)
+        return sorted({path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()} - own)
 
     def unread(self, path: str, why: str) -> CourseError:
         """Return the error for a file that could not be read."""
@@ -227,54 +227,30 @@ class Kit:
         return CourseError("kit-changed", f"{path} of the kit {self.address} is not as it was built, and was not used.",
                            "Build or copy the kit again; `python -m helpers kit check` names every such file.")
 
-    def _folder(self, name, track):
-        """Return the entries of one track's folder of a model, by the names in it."""
-        prefix = f"models/{name}/{track}/"
-        return {path.removeprefix(prefix): entry for path, entry in self.files.items() if path.startswith(prefix)}
-
-    def _measure(self, name, bar, expected):
-        """Return the size and the sha256 of a file; of one that does not end where it should, a little more."""
-        size, digest = 0, hashlib.sha256()
-        with self.open(name) as stream:
-            while size <= expected and (block := stream.read(BLOCK)):
-                digest.update(block)
-                size += len(block)
-                bar.update(len(block))
-        return size, digest.hexdigest()
-
 
 def build_command(kit: Kit, platforms: tuple[str, ...] = (), pythons: tuple[str, ...] = ()) -> str:
     """Return the command that builds this kit again, with more platforms and Pythons where they are named."""
     words = ["python -m helpers kit build", "DIR" if kit.is_url else f'"{kit.address}"']
-    manifest = kit.manifest
-    for option, names, more in (("--model", manifest["models"], ()), ("--platform", manifest["platforms"], platforms),
-                                ("--python", manifest["pythons"], pythons)):
-        known = [name for name in dict.fromkeys([*names, *more]) if option != "--platform" or name in
-                 PLATFORM_NAMES.values()]  # left out, it means the machine that builds
+    for option, key, more in (("--model", "models", ()), ("--platform", "platforms", platforms),
+                              ("--python", "pythons", pythons)):
+        names = dict.fromkeys([*kit.manifest[key], *more])
+        # A platform that `kit build` does not know is left out; without any, the machine that builds is meant.
+        known = [name for name in names if key != "platforms" or name in PLATFORM_NAMES.values()]
         words += [option, *known] if known else []
     return " ".join(words)
 
 
-def _normal(address):
+def _place(address):
     """Return a URL without what a browser's address line has behind it, or an absolute folder."""
-    address = address.strip()
-    if re.match(r"https?://", address, re.IGNORECASE):
-        url = re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address)
-        scheme, _, rest = url.partition("://")
-        try:
-            parts = urlsplit(url)
-            whole = parts.hostname and (parts.port is None or parts.port > 0) and parts.username is None
-        except ValueError:
-            whole = False
-        if not whole:
-            raise _no_address(address)
-        return f"{scheme.lower()}://{rest}"
-    if "://" in address:
-        raise _no_address(address)
     try:
-        return str((ROOT / Path(address).expanduser()).resolve())
-    except RuntimeError:  # ~somebody who is not here
-        raise _no_address(address) from None
+        if "://" not in address:
+            return str((ROOT / Path(address.strip()).expanduser()).resolve())
+        parts = urlsplit(re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address.strip()))
+        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
+            return parts.geturl()
+    except (ValueError, RuntimeError):  # RuntimeError: ~somebody who is not here
+        pass
+    raise _no_address(address)
 
 
 def _manifest(text, address, complete):

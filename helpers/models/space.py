@@ -17,8 +17,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def free_memory() -> float:
     """Return the megabytes of memory that this process can still take, with what it holds already.
 
-    In a container the container's limit counts, where it is lower than the machine's. A page that has
-    loaded a model and runs its first cells once more is not asked to find the memory twice.
+    A container's limit counts, where it is lower than the machine's. A page that has loaded a model and runs its first
+    cells once more is not asked to find the memory twice.
     """
     import psutil  # the rest of this module serves before set-up, too
 
@@ -57,7 +57,7 @@ def _container_memory():
 
 
 def memory_needed(size: int) -> float:
-    """Return the megabytes that a page takes at its peak for a model of ``size`` bytes: its libraries, and two copies."""
+    """Return the megabytes that a page takes at its peak: its libraries, and two copies of a model of ``size`` bytes."""
     return 1000 + 2 * size / 1e6
 
 

