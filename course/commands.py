@@ -120,7 +120,7 @@ def _ui_options(parser):
 
 
 def _bench_options(parser):
-    parser.add_argument("--keep", action="store_true", help="add the run to data/bench.json, for the README")
+    parser.add_argument("--keep", action="store_true", help="measure nothing: put the last run into data/bench.json")
 
 
 def _kit_options(parser):

@@ -3,16 +3,14 @@
 In come pyproject.toml, data/models.toml and data/bench.json.
 """
 
-import contextlib
 import hashlib
 import re
 import subprocess
 import sys
 import tomllib
 
-from course.bench.figures import BENCH, BUDGETS, REACH, misses, read_runs, show_range
+from course.bench.figures import BENCH, FIGURES, REACH, UNITS, machine_name, misses, read_runs, show_range
 from course.environment import TORCH_CPU_INDEX
-from course.execute import PAGES
 from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 
@@ -78,62 +76,21 @@ def models_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def _collect(runs, find):
-    """Return a figure of each run that has it."""
-    values = []
-    for run in runs:
-        with contextlib.suppress(KeyError, StopIteration):
-            values.append(find(run["raw"]))
-    return values
-
-
 def figures_table(runs: list[dict]) -> str:
     """Return what the pages and commands take, over all runs, as a Markdown table."""
     lines = ["| what | measured | budget |", "|---|---|---|"]
-
-    def add(what, find, unit, scale=1.0, digits=0, budget=None):
-        if values := _collect(runs, find):
-            bound = f"{budget / scale:g} {unit}" if budget else ""
-            shown = show_range([value / scale for value in values], digits)
-            lines.append(f"| {what} | {shown} {unit} | {bound} |".replace("|  |", "| |"))
-
-    for model, budget in list(BUDGETS.items())[:2]:
-        for page in PAGES:
-            def entry(raw, page=page, model=model):
-                return next(one for one in raw["notebooks"] if (one["notebook"], one["model"]) == (page, model))
-
-            add(f"`{page}` on `{model}`, Run All", lambda raw, of=entry: of(raw)["seconds"], "s", 1, 0,
-                budget["seconds"])
-            add("its peak memory", lambda raw, of=entry: of(raw)["peak_memory_bytes"], "GB", 1e9, 1,
-                budget["peak_memory_bytes"])
-    budget = BUDGETS["prepare"]
-    add("`smollm2-135m` fetched, converted and exported: peak memory", lambda raw: raw["prepare"]["peak_memory_bytes"],
-        "GB", 1e9, 1, budget["peak_memory_bytes"])
-    add("the same, found in the cache", lambda raw: raw["prepare"]["warm_seconds"], "s", 1, 3, budget["warm_seconds"])
-    budget = BUDGETS["test"]
-    add("`make test` from a bare checkout, set-up and models in it", lambda raw: raw["test"]["seconds"], "min", 60, 1,
-        budget["seconds"])
-    add("`make test` once set up", lambda raw: raw["test"]["tests_seconds"], "min", 60, 1, budget["tests_seconds"])
-    add("disk after that: packages, models, what the tests left", lambda raw: raw["test"]["disk_bytes"], "GB", 1e9, 1)
-    for page in PAGES:
-        def track(raw, page=page):
-            return raw["tracks"][page]
-
-        add(f"`{page}`: first token", lambda raw, of=track: of(raw)["first_token_seconds"], "s", 1, 2)
-        add("then tokens per second", lambda raw, of=track: of(raw)["tokens_per_second"], "", 1, 0)
-        add("a logged copy of it, on disk", lambda raw, of=track: of(raw)["disk_bytes"], "GB", 1e9, 2)
-    return "\n".join(lines).replace("  |", " |") + "\n\n" + _measured_on(runs)
-
-
-def _measured_on(runs):
-    """Return the sentence that names the machines and dates of some runs."""
+    for figure in FIGURES:
+        unit, scale = figure.unit, UNITS[figure.unit]
+        if values := [value / scale for value in map(figure.find, runs) if value is not None]:
+            budget = f"{figure.budget['under'] / scale:g} {unit} " if figure.budget else ""
+            shown = f"{show_range(values, figure.digits)} {unit}".strip()
+            lines.append(f"| {figure.what} | {shown} | {budget}|")
     dates = {}
     for run in runs:
-        machine = run["machine"]
-        dates.setdefault(f"{machine['cores']} cores ({machine['processor']}, {machine['system']}), Python "
-                         f"{run['versions']['python']}", []).append(run["date"])
-    return "Measured by `make bench` on " + "; ".join(
-        f"{machine}: {', '.join(days)}" for machine, days in dates.items()) + ".\n"
+        dates.setdefault(f"{machine_name(run)}, Python {run['versions']['python']}", []).append(run["date"])
+    measured = "; ".join(f"{machine}: {', '.join(dict.fromkeys(days))}" for machine, days in dates.items())
+    return "\n".join(lines) + (f"\n\n{_missed(runs, ratios=False)}Measured by `make bench` in {len(runs)} runs on "
+                               f"{measured}.\n")
 
 
 def ratios_table(runs: list[dict]) -> str:
@@ -141,18 +98,26 @@ def ratios_table(runs: list[dict]) -> str:
     lines = ["| what | against | times | reach |", "|---|---|---|---|"]
     for name, reach in REACH.items():
         bound = f"at least {reach['at_least']}" if "at_least" in reach else f"under {reach['under']}"
+        days = [run["date"] for run in runs if name in misses(run)]
+        bound += f"; missed on {', '.join(days)}" if days else ""
         values = [run["ratios"][name] for run in runs if name in run["ratios"]]
         lines.append(f"| {reach['what']} | {reach['against']} | {show_range(values, 3)} | {bound} |")
-    missed = [f"{run['date']}: {REACH[name]['what']}, {run['ratios'][name]:.3f}"
-              for run in runs for name in misses(run) if name in REACH]
-    rates = [(what, [run["raw"]["chat"][part]["tokens_per_second"][name] for run in runs])
+    rates = [(what, [run["raw"]["chat"][part]["tokens_per_second"][name] for run in runs if "chat" in run["raw"]])
              for what, part, name in (("one conversation", "single", "chat_model"),
                                       ("16 rows", "rows16", "one_predict"), ("8 callers", "callers8", "chat_model"),
                                       ("llama.cpp with 8 callers", "callers8", "llama_cpp_8_slots"),
                                       ("the lesson's wrapper with 8 callers", "callers8", "lesson_behind_a_lock"))]
-    return "\n".join(lines) + "\n\n" + (f"Missed its reach: {'; '.join(missed)}.\n\n" if missed else "") + (
+    return "\n".join(lines) + "\n\n" + _missed(runs, ratios=True) + (
         "In tokens per second: " + "; ".join(f"{what} {show_range(values, 0)}" for what, values in rates)
         + ". The time to read the prompts is in these figures.\n")
+
+
+def _missed(runs, ratios):
+    """Return a sentence for each ratio, or each other figure, that missed what it should reach, with the reason."""
+    lines = [f"Missed on {run['date']}, {REACH[name]['what'] if ratios else name}: "
+             f"{run.get('missed', {}).get(name, 'no reason is known.')}\n\n"
+             for run in runs for name in misses(run) if (name in REACH) is ratios]
+    return "".join(lines)
 
 
 def bench_digest() -> str:

@@ -44,9 +44,9 @@ def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> d
         rates.append(max(count - 1, 0) / max(seconds - first[-1], 1e-9) if count > 1 else 0.0)
     folder = mlflow.artifacts.download_artifacts(model_uri)
     return {
-        "load_seconds": round(load_seconds, 3),
-        "first_token_seconds": round(statistics.median(first), 3),
-        "tokens_per_second": round(statistics.median(rates), 1),
+        "load_seconds": load_seconds,
+        "first_token_seconds": statistics.median(first),
+        "tokens_per_second": statistics.median(rates),
         "disk_bytes": folder_bytes(folder),
         "peak_memory_bytes": peak_memory_bytes(),
     }

@@ -1,17 +1,20 @@
-"""Says what the measurements should reach, and shows those of several machines: runs come in, ranges go out.
+"""Says what the measurements should reach, and puts those of several machines together: runs come in, ranges go out.
 
 A run is what ``make bench`` writes: ``machine``, ``date``, ``versions``, ``ratios`` and, behind them, ``raw`` figures.
-Nothing in it is rounded: whoever shows a figure rounds it.
+Nothing in it is rounded: whoever shows a figure rounds it. A run that is kept although it misses something says why, in
+``missed``: the name of each figure with a sentence.
 """
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from course.execute import PAGES
 from helpers.paths import DATA
 
 BENCH = DATA / "bench.json"
-KEPT = 6  # runs in data/bench.json
+KEPT = 5  # runs of each machine in data/bench.json
 # What each ratio should reach.
 REACH = {
     "single_overhead": {"at_least": 0.97, "what": "one conversation through `predict`",
@@ -28,29 +31,62 @@ REACH = {
                "against": "the size of the model's folder"},
     "log_disk": {"under": 1.05, "what": "bytes that logging adds", "against": "the size of the model's folder"},
 }
-# In seconds and bytes, on 2 cores: what a figure has to stay under.
-BUDGETS = {
-    "tiny-phi3": {"seconds": 60, "peak_memory_bytes": 4e9},
-    "smollm2-135m": {"seconds": 300, "peak_memory_bytes": 4e9},
-    "prepare": {"warm_seconds": 0.5, "peak_memory_bytes": 2.5e9},
-    "test": {"seconds": 720, "tests_seconds": 540},
-}
+UNITS = {"s": 1, "min": 60, "GB": 1e9, "": 1}
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A row of the README's table of figures: where a run's ``raw`` has it, and what it should stay under."""
+
+    what: str
+    path: tuple[str, ...]
+    unit: str = ""
+    digits: int = 0
+    budget: dict = field(default_factory=dict)  # such as {"under": 60}, in seconds or bytes, on 2 cores
+
+    def find(self, run: dict) -> float | None:
+        """Return a run's figure; None where it has none."""
+        found = run["raw"]
+        for step in self.path:
+            found = found.get(step) if found else None
+        return found
+
+
+def _page_figures(page, model, seconds):
+    ran = ("pages", f"{page} on {model}")
+    return (Figure(f"`{page}` on `{model}`, Run All", (*ran, "seconds"), "s", 0, {"under": seconds}),
+            Figure("its peak memory", (*ran, "peak_memory_bytes"), "GB", 1, {"under": 4e9}))
+
+
+def _track_figures(page):
+    return (Figure(f"`{page}`: seconds to the first token", ("tracks", page, "first_token_seconds"), "s", 2),
+            Figure("then tokens per second", ("tracks", page, "tokens_per_second")),
+            Figure("a logged copy of it, on disk", ("tracks", page, "disk_bytes"), "GB", 2))
+
+
+FIGURES = (
+    *(figure for model, seconds in (("tiny-phi3", 60), ("smollm2-135m", 300)) for page in PAGES
+      for figure in _page_figures(page, model, seconds)),
+    Figure("`smollm2-135m` fetched, converted and exported: peak memory", ("prepare", "peak_memory_bytes"), "GB", 1,
+           {"under": 2.5e9}),
+    Figure("the same, found in the cache", ("prepare", "warm_seconds"), "s", 3, {"under": 0.5}),
+    Figure("`make test` from a bare checkout, set-up and models in it", ("test", "seconds"), "min", 1, {"under": 720}),
+    Figure("`make test` once set up", ("test", "tests_seconds"), "min", 1, {"under": 540}),
+    Figure("disk after that: packages, models, what the tests left", ("test", "disk_bytes"), "GB", 1),
+    *(figure for page in PAGES for figure in _track_figures(page)),
+)
 
 
 def reaches(value: float, reach: dict) -> bool:
-    """Tell whether a ratio is ``at_least`` what it should be, or ``under`` it."""
-    return value >= reach["at_least"] if "at_least" in reach else value < reach["under"]
+    """Tell whether a figure is ``at_least`` what it should be, or ``under`` it; without either, it always is."""
+    return value >= reach.get("at_least", value) and ("under" not in reach or value < reach["under"])
 
 
 def misses(run: dict) -> list[str]:
     """Return the names of a run's figures that miss their reach or their budget."""
-    missed = [name for name, reach in REACH.items()
-              if name in run["ratios"] and not reaches(run["ratios"][name], reach)]
-    raw = run["raw"]
-    figures = [(f"{one['notebook']} on {one['model']}", one, BUDGETS[one["model"]]) for one in raw["notebooks"]]
-    figures += [(name, raw[name], BUDGETS[name]) for name in ("prepare", "test") if name in raw]
-    return missed + [f"{name}: {unit}" for name, figure, budget in figures for unit, most in budget.items()
-                     if figure[unit] >= most]
+    measured = [(name, run["ratios"].get(name), reach) for name, reach in REACH.items()]
+    measured += [(": ".join(figure.path), figure.find(run), figure.budget) for figure in FIGURES]
+    return [name for name, value, reach in measured if value is not None and not reaches(value, reach)]
 
 
 def read_runs(path: Path = BENCH) -> list[dict]:
@@ -58,14 +94,25 @@ def read_runs(path: Path = BENCH) -> list[dict]:
     return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
 
 
-def keep_run(runs: list[dict], run: dict) -> list[dict]:
-    """Return the runs with one more; the oldest ones make way for it."""
-    return [*runs, run][-KEPT:]
-
-
 def write_runs(runs: list[dict], path: Path = BENCH) -> None:
     """Write the runs that are kept."""
     path.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
+
+
+def machine_name(run: dict) -> str:
+    """Return what the system says of a run's machine, such as ``"2 cores (AMD EPYC, Linux, 25 GB)"``."""
+    machine = run["machine"]
+    return (f"{machine['cores']} cores ({machine['processor']}, {machine['system']}, "
+            f"{machine['memory_bytes'] / 1e9:.0f} GB)")
+
+
+def keep_run(runs: list[dict], run: dict) -> list[dict]:
+    """Return the runs with one more, last; the oldest ones of its machine make way for it, those of others stay."""
+    if run["raw"] in [one["raw"] for one in runs]:
+        return runs
+    same = [one for one in runs if machine_name(one) == machine_name(run)]
+    gone = same[:max(len(same) + 1 - KEPT, 0)]
+    return [*(one for one in runs if one not in gone), run]
 
 
 def show_range(values: Iterable[float], digits: int = 2) -> str:

@@ -1,6 +1,6 @@
 """Measures the course and writes ``build/bench/bench.json``: the tests, a model's set-up, both pages, the chat model.
 
-``--keep`` adds the run to ``data/bench.json``, of which ``python -m helpers generate`` makes the README's tables.
+``--keep`` puts that run into ``data/bench.json``, of which ``python -m helpers generate`` makes the README's tables.
 """
 
 import datetime
@@ -17,41 +17,53 @@ from pathlib import Path
 import psutil
 
 from course.bench.chat import bench_chat
-from course.bench.figures import keep_run, misses, read_runs, write_runs
+from course.bench.figures import BENCH, keep_run, machine_name, misses, read_runs, write_runs
 from course.execute import PAGES
 from helpers.errors import CourseError
 from helpers.measurement import folder_bytes
 from helpers.paths import BUILD, ROOT
 
-# In a process of its own, so that its time and its memory are the page's: it prints what the page's run measured.
+# In a process of its own, so that its time and its memory are the page's: it writes what the page's run measured.
 _PAGE = """
 import json, sys
 from pathlib import Path
 from course.execute import execute
 page, model, store, folder = sys.argv[1:]
 run = execute(page, {"model": model, "tracking_uri": store}, Path(folder)).run
-print(json.dumps(run.data.metrics))
+Path(folder, f"{page}.json").write_text(json.dumps(run.data.metrics), encoding="utf-8")
 """
 
 
-def bench(keep: bool) -> int:
-    """Measure all, print what misses its reach, and write the run; with ``keep``, beside those of other machines."""
-    folder = BUILD / "bench"
-    folder.mkdir(parents=True, exist_ok=True)
+def bench(keep: bool, folder: Path = BUILD / "bench", kept: Path = BENCH) -> int:
+    """Measure all and write the run to ``folder``; or, to keep, put the run that stands there into ``kept``."""
+    target = folder / "bench.json"
+    if not keep:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_runs([_measure(folder)], target)
+    elif not target.exists():
+        raise CourseError("bench-missing", "There is no measurement to keep.", "Measure first: make bench.")
+    (run,) = read_runs(target)
+    for name in misses(run):
+        print(f"misses what it should reach: {name}. Whoever keeps the run says why, in its `missed`.")
+    if keep:
+        write_runs(keep_run(read_runs(kept), run), kept)
+        print(f"Kept in {kept}: {run['date']}, {machine_name(run)}. For the README: python -m helpers generate")
+    else:
+        print(f"Written: {target}. To keep it for the README: python -m helpers bench --keep")
+    return 0
+
+
+def _measure(folder):
     store = "sqlite:///" + (folder / "mlflow.db").as_posix()
     test = _bench_test(folder)  # first: what fails a test need not be measured
-    prepare = _bench_prepare(folder)
-    notebooks, tracks = [], {}
+    prepare = bench_prepare(folder)
+    pages, tracks = {}, {}
     for model in ("tiny-phi3", "smollm2-135m"):
         for page in PAGES:
-            log = folder / f"{page}-{model}.log"
-            seconds, peak = run_measured([sys.executable, "-c", _PAGE, page, model, store, str(folder)], ROOT, log)
-            notebooks.append({"notebook": page, "model": model, "seconds": seconds, "peak_memory_bytes": peak})
-            print(f"{page} on {model}: {seconds:.0f} s, {peak / 1e9:.1f} GB", flush=True)
-            tracks[page] = json.loads(log.read_text(encoding="utf-8").splitlines()[-1])
+            pages[f"{page} on {model}"], tracks[page] = bench_page(page, model, store, folder)
     ratios, chat = bench_chat(store)
     ratios["track_ratio"] = tracks[PAGES[1]]["tokens_per_second"] / tracks[PAGES[0]]["tokens_per_second"]
-    run = {
+    return {
         "machine": {"cores": os.cpu_count(), "processor": _processor(), "system": platform.system(),
                     "memory_bytes": psutil.virtual_memory().total},
         "date": datetime.date.today().isoformat(),
@@ -59,17 +71,17 @@ def bench(keep: bool) -> int:
             name: importlib.metadata.version(name)
             for name in ("mlflow", "onnxruntime-genai", "torch", "transformers", "xllamacpp")},
         "ratios": ratios,
-        "raw": {"notebooks": notebooks, "tracks": tracks, "chat": chat, "test": test, "prepare": prepare},
+        "raw": {"pages": pages, "tracks": tracks, "chat": chat, "test": test, "prepare": prepare},
     }
-    target = folder / "bench.json"
-    write_runs([run], target)
-    for name in misses(run):
-        print(f"misses what it should reach: {name}")
-    if keep:
-        write_runs(keep_run(read_runs(), run))
-    print(f"Written: {target}" + (", and kept in data/bench.json. For the README: python -m helpers generate" if keep
-                                  else ". To keep it for the README: python -m helpers bench --keep"))
-    return 0
+
+
+def bench_page(page: str, model: str, store: str, folder: Path) -> tuple[dict, dict]:
+    """Run a page; return its seconds and peak memory, and the metrics of the MLflow run that it made."""
+    seconds, peak = run_measured([sys.executable, "-c", _PAGE, page, model, store, str(folder)], ROOT,
+                                 folder / f"{page}-{model}.log")
+    print(f"{page} on {model}: {seconds:.0f} s, {peak / 1e9:.1f} GB", flush=True)
+    metrics = json.loads((folder / f"{page}.json").read_text(encoding="utf-8"))
+    return {"seconds": seconds, "peak_memory_bytes": peak}, metrics
 
 
 def _bench_test(folder):
@@ -87,18 +99,18 @@ def _bench_test(folder):
     return {"seconds": setup + tests, "tests_seconds": tests, "disk_bytes": disk_bytes}
 
 
-def _bench_prepare(folder):
-    """Time the default model's way into an empty cache, and the call that finds it there."""
+def bench_prepare(folder: Path, model: str = "smollm2-135m") -> dict:
+    """Time a model's way into an empty cache, and the call that finds it there."""
     with tempfile.TemporaryDirectory(prefix="bench ") as cache:
         environment = dict(os.environ, COURSE_CACHE=cache)
-        seconds, peak = run_measured([sys.executable, "-m", "helpers", "prepare", "--model", "smollm2-135m"], ROOT,
+        seconds, peak = run_measured([sys.executable, "-m", "helpers", "prepare", "--model", model], ROOT,
                                      folder / "prepare.log", environment)
         code = ("import time; from helpers import prepare_model; started = time.perf_counter(); "
-                "prepare_model('smollm2-135m'); print(time.perf_counter() - started)")
+                f"prepare_model({model!r}); print(time.perf_counter() - started)")
         warm = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True,
                               capture_output=True, text=True).stdout
     figures = {"seconds": seconds, "peak_memory_bytes": peak, "warm_seconds": float(warm)}
-    print(f"smollm2-135m: {seconds:.0f} s, {peak / 1e9:.2f} GB; found again in {float(warm):.3f} s", flush=True)
+    print(f"{model}: {seconds:.0f} s, {peak / 1e9:.2f} GB; found again in {float(warm):.3f} s", flush=True)
     return figures
 
 

@@ -11,15 +11,27 @@ import pytest
 from support import ROOT, refuses
 from support.runs import run
 
-from course.bench import chat
-from course.bench.figures import BUDGETS, KEPT, REACH, keep_run, misses, reaches, read_runs, show_range, write_runs
-from course.bench.notebooks import run_measured
+from course.bench import chat, notebooks
+from course.bench.figures import (
+    FIGURES,
+    KEPT,
+    REACH,
+    keep_run,
+    machine_name,
+    misses,
+    reaches,
+    read_runs,
+    show_range,
+    write_runs,
+)
+from course.bench.notebooks import bench, bench_page, bench_prepare, run_measured
 
 
 @pytest.mark.parametrize(("value", "reach", "reached"), [
     (0.97, {"at_least": 0.97}, True), (0.968, {"at_least": 0.97}, False), (0.9699999, {"at_least": 0.97}, False),
     (2, {"at_least": 0.97}, True),
     (1.0, {"under": 1.0}, False), (0.9999999, {"under": 1.0}, True), (1.0001, {"under": 1.0}, False),
+    (5, {}, True), (-5, {"what": "nothing to reach"}, True),
 ])
 def test_a_gate_compares_the_figure_as_it_was_measured(value, reach, reached):
     assert reaches(value, reach) is reached
@@ -29,19 +41,33 @@ def test_a_run_says_what_it_misses():
     assert misses(run()) == []
     assert misses(run(single_overhead=0.968, memory=1.6)) == ["single_overhead", "memory"]
     slow = run()
-    slow["raw"]["notebooks"][1]["seconds"] = BUDGETS["smollm2-135m"]["seconds"]
+    slow["raw"]["pages"]["TransformerPipeline on smollm2-135m"]["seconds"] = 300
     slow["raw"]["prepare"]["warm_seconds"] = 0.5
     slow["raw"]["test"] = {"seconds": 719.9, "tests_seconds": 541, "disk_bytes": 1}
-    assert misses(slow) == ["TransformerPipeline on smollm2-135m: seconds", "prepare: warm_seconds",
+    assert misses(slow) == ["pages: TransformerPipeline on smollm2-135m: seconds", "prepare: warm_seconds",
                             "test: tests_seconds"]
     assert set(run()["ratios"]) == set(REACH)
 
 
-def test_the_oldest_runs_make_way(tmp_path):
-    runs = []
+def test_a_run_without_a_figure_does_not_miss_it():
+    old = {"ratios": {"track_ratio": 4.0}, "raw": {"pages": {}, "test": {"seconds": 719.9}}}
+    assert misses(old) == []
+    assert {figure.find(old) for figure in FIGURES} == {None, 719.9}
+
+
+def test_the_oldest_runs_of_a_machine_make_way_and_those_of_another_stay(tmp_path):
+    def numbered(number, **machine):
+        one = run()
+        one["machine"] |= machine
+        return one | {"raw": number}
+
+    runs = [numbered("other", cores=4), numbered("more memory", memory_bytes=32e9)]
     for number in range(KEPT + 2):
-        runs = keep_run(runs, {"number": number})
-    assert [one["number"] for one in runs] == list(range(2, KEPT + 2))
+        runs = keep_run(runs, numbered(number, memory_bytes=15.7e9 + number))  # a system tells a little more or less
+    assert [one["raw"] for one in runs] == ["other", "more memory", *range(2, KEPT + 2)]
+    assert keep_run(runs, runs[3]) == runs
+    assert {machine_name(one) for one in runs} == {
+        "4 cores (Fast, Linux, 16 GB)", "2 cores (Fast, Linux, 32 GB)", "2 cores (Fast, Linux, 16 GB)"}
     write_runs(runs, tmp_path / "bench.json")
     assert read_runs(tmp_path / "bench.json") == runs
     assert read_runs(tmp_path / "none.json") == []
@@ -88,13 +114,46 @@ def test_peak_memory_is_that_of_a_program_and_its_children(tmp_path):
     assert "ended with 3" in refusal.value.what
 
 
+def test_a_measurement_is_written_unrounded_and_kept_beside_the_others_when_asked(tmp_path, monkeypatch, capsys):
+    folder, kept = tmp_path / "bench", tmp_path / "bench.json"
+    rates = {"TransformerPipeline": 17.5, "CustomPythonWrapper": 153.7}
+    measured, other = run(), run(cores=4)
+    measured["ratios"].pop("track_ratio")
+    page = measured["raw"]["pages"]["TransformerPipeline on tiny-phi3"]
+    monkeypatch.setattr(notebooks, "_bench_test", lambda folder: {"seconds": 719.9, "tests_seconds": 540.0})
+    monkeypatch.setattr(notebooks, "bench_prepare", lambda folder: measured["raw"]["prepare"])
+    monkeypatch.setattr(notebooks, "bench_page",
+                        lambda page_name, model, store, folder: (page, {"tokens_per_second": rates[page_name]}))
+    monkeypatch.setattr(notebooks, "bench_chat", lambda store: (measured["ratios"], measured["raw"]["chat"]))
+    with refuses("bench-missing"):
+        bench(keep=True, folder=folder, kept=kept)
+    write_runs([other], kept)
+    assert bench(keep=False, folder=folder, kept=kept) == 0
+    (one,) = read_runs(folder / "bench.json")
+    assert one["ratios"] == measured["ratios"] | {"track_ratio": 153.7 / 17.5}
+    assert set(one["raw"]["pages"]) == set(measured["raw"]["pages"])
+    assert one["machine"]["memory_bytes"] > 1e9 and one["machine"]["processor"]
+    assert "misses what it should reach: test: tests_seconds" in capsys.readouterr().out
+    assert read_runs(kept) == [other]
+    assert bench(keep=True, folder=folder, kept=kept) == 0
+    assert read_runs(kept) == [other, one]
+
+
+@pytest.mark.slow
+def test_a_model_is_prepared_in_an_empty_cache_and_found_again(tmp_path):
+    figures = bench_prepare(tmp_path, "tiny-phi3")
+    assert figures["seconds"] > figures["warm_seconds"] > 0
+    assert figures["peak_memory_bytes"] > 1e8
+    assert "is ready" in (tmp_path / "prepare.log").read_text(encoding="utf-8")
+
+
 @pytest.mark.slow
 def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, monkeypatch):
-    # The page itself, at its smallest; then each comparison once, with answers of four tokens.
-    from course.execute import execute
-
+    # The page itself, in a process of its own; then each comparison once, with answers of four tokens.
     store = "sqlite:///" + (tmp_path / "mlflow.db").as_posix()
-    execute("CustomPythonWrapper", {"model": "tiny-phi3", "tracking_uri": store, "max_tokens": 4}, tmp_path / "page")
+    figures, metrics = bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
+    assert figures["seconds"] > 1 and figures["peak_memory_bytes"] > metrics["peak_memory_bytes"] > 1e8
+    assert metrics["tokens_per_second"] > 0 and metrics["disk_bytes"] > 1e5
     monkeypatch.setattr(chat, "PAUSE", 0)
     ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
     assert set(ratios) == set(REACH) - {"track_ratio", "single_llamacpp", "callers8_llamacpp"}  # it has no GGUF

@@ -40,7 +40,8 @@ def test_an_empty_uri_is_the_courses_own_store(store, monkeypatch):
 def test_an_odd_path_is_kept_and_has_its_artifacts_beside_it(store):
     assert tracking_store(store).uri == store
     assert tracking_store(store) == tracking_store(store)
-    assert tracking_store(store).artifact_location == (Path(store.removeprefix("sqlite:///")).parent / "mlartifacts").as_uri()
+    folder = Path(store.removeprefix("sqlite:///")).parent
+    assert tracking_store(store).artifact_location == (folder / "mlartifacts").as_uri()
 
 
 def old_store(tmp_path):
