@@ -1,58 +1,70 @@
 """Set-up on machines that are not right: an old Python, no index, only the CUDA build of torch.
 
-Run: python -m helpers test tests/test_setup.py
+Run: python -m helpers test tests/course/test_setup.py
 """
 
 import ast
-import errno
 import os
+import platform
+import re
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import ROOT, refuses
+from support.user import make_checkout, user
 
-from course.__main__ import _explain, check_python
-from course.environment import clean, differing_packages, pins
-from helpers.errors import CourseError
+from course import environment
+from course.__main__ import check_python
+from course.environment import clean, differing_packages, explain, is_set_up, pins
+from helpers.models.kit import Kit
+from helpers.models.pip import PipFailure
 
-
-def user(checkout, *arguments, **variables):
-    """Run a command of a checkout as a user does, with a Python that has none of the packages."""
-    python = getattr(sys, "_base_executable", sys.executable)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("COURSE_")}
-    return subprocess.run([python, "-m", "helpers", *arguments], cwd=checkout, env=environment | variables,
-                          capture_output=True, text=True, encoding="utf-8")
+KIT = "http://192.168.1.5:8750"
+THIS_PYTHON = "{}.{}".format(*sys.version_info[:2])
 
 
 @pytest.fixture
 def checkout(tmp_path):
-    """Return a bare checkout in a path with a space and letters beyond ASCII, and an empty index."""
-    folder = tmp_path / "Kurs für Zoë"
-    files = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-                           cwd=ROOT, capture_output=True, text=True, encoding="utf-8", check=True).stdout
-    for name in filter(None, files.split("\0")):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
+    """Return a bare checkout in a path with a space and letters beyond ASCII."""
+    return make_checkout(tmp_path / "Kurs für Zoë")
 
 
-def only_this_index(folder):
-    folder.mkdir(exist_ok=True)
-    return {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder.as_uri(),
-            "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+@pytest.fixture
+def index(tmp_path):
+    """Return an empty folder that is pip's only index, and the variables that make it so."""
+    folder = tmp_path / "index"
+    folder.mkdir()
+    return folder, {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder.as_uri(),
+                    "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    """Let the course's folder be one that has the pins and nothing else, and return it."""
+    for name in ("pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    venv = tmp_path / ".venv"
+    for name, place in {"ROOT": tmp_path, "BUILD": tmp_path / "build", "DATA": tmp_path / "data", "VENV": venv,
+                        "VENV_PYTHON": venv / "python", "STAMP": venv / "course.stamp",
+                        "TESTS_STAMP": venv / "course-tests.stamp"}.items():
+        monkeypatch.setattr(f"course.environment.{name}", place)
+    return tmp_path
+
+
+# --- which Python ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("version", [(2, 7), (3, 6), (3, 10), (3, 14)])
 def test_a_python_outside_the_pins_is_refused_with_what_to_do(version):
-    says = rf"This is Python {version[0]}\.{version[1]}, .*3\.11 to 3\.13\. Install one"
-    with pytest.raises(CourseError, match=says):
+    with refuses("python-version") as refusal:
         check_python(version)
+    assert "Python {}.{}, ".format(*version) in refusal.value.what
+    assert "3.11 to 3.13" in refusal.value.what
+    assert refusal.value.fix.startswith("Install one")
 
 
 @pytest.mark.parametrize("version", [(3, 11), (3, 12, 1), (3, 13)])
@@ -60,10 +72,17 @@ def test_a_python_inside_the_pins_passes(version):
     check_python(version)
 
 
-@pytest.mark.parametrize("name", ["__init__.py", "__main__.py", "errors.py"])
+@pytest.mark.parametrize("name", ["course/__main__.py", "course/__init__.py", "helpers/__init__.py",
+                                  "helpers/__main__.py", "helpers/errors.py"])
 def test_an_old_python_can_read_what_tells_it_so(name):
-    tree = ast.parse((ROOT / "helpers" / name).read_text(encoding="utf-8"), feature_version=(3, 4))
-    assert not [node for node in ast.walk(tree) if isinstance(node, ast.JoinedStr | ast.AnnAssign)]
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert text.isascii()  # Python 2 takes no other letter without a line that names the encoding
+    for node in ast.walk(ast.parse(text, feature_version=(3, 4))):
+        assert not isinstance(node, ast.JoinedStr | ast.AnnAssign), node.lineno
+        assert not getattr(node, "annotation", None), node.lineno
+        assert not getattr(node, "returns", None), node.lineno
+        assert not getattr(node, "kwonlyargs", None), node
+        assert not (isinstance(node, ast.Raise) and node.cause), node.lineno
 
 
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.8", "3.10"])
@@ -73,10 +92,13 @@ def test_a_real_old_python_prints_the_two_sentences(version):
     works = [path for path in filter(None, found) if not subprocess.run([path, "-V"], capture_output=True).returncode]
     if not works:
         pytest.skip(f"no python{version} on this machine")
-    python = works[0]
-    result = subprocess.run([python, "-m", "helpers", "run"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run([works[0], "-m", "helpers", "run"], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 1
-    assert result.stderr.startswith(f"error: This is Python {version}, and the course runs on Python 3.11 to 3.13.")
+    assert re.fullmatch(rf"error: This is Python {re.escape(version)}, and .* 3\.11 to 3\.13\.\n       Install .*\n",
+                        result.stderr), result.stderr
+
+
+# --- what is set up --------------------------------------------------------------------------
 
 
 def test_this_environment_is_as_pinned():
@@ -88,24 +110,166 @@ def test_set_up_has_nothing_left_to_do_and_says_nothing(python):
     assert (result.returncode, result.stdout) == (0, "")
 
 
-def test_no_package_index_is_an_error_that_says_what_to_check(checkout, tmp_path):
-    result = user(checkout, "run", **only_this_index(tmp_path / "index"))
+@pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt", "folder", "python"])
+def test_a_set_up_is_finished_for_these_pins_in_this_folder_by_this_python(home, monkeypatch, changed):
+    before = environment._state()
+    assert environment._state() == before
+    (home / "README.md").touch()
+    assert environment._state() == before
+    if changed == "folder":
+        moved = shutil.copytree(home, home / "moved")
+        monkeypatch.setattr(environment, "ROOT", moved)
+    elif changed == "python":
+        monkeypatch.setattr(sys, "version", sys.version + "+")
+    else:
+        with (home / changed).open("a", encoding="utf-8") as file:
+            file.write("# one more\n")
+    assert environment._state() != before
+
+
+def test_what_the_tests_need_includes_the_rest(home):
+    (home / ".venv").mkdir()
+    for stamp, sets_up in (("course.stamp", [False]), ("course-tests.stamp", [False, True])):
+        file = home / ".venv" / stamp
+        file.write_text(environment._state(), encoding="utf-8")
+        assert not is_set_up(tests=False)  # there is no Python
+        (home / ".venv" / "python").touch()
+        assert [tests for tests in (False, True) if is_set_up(tests)] == sets_up
+        file.write_text("of other pins", encoding="utf-8")
+        assert not is_set_up(tests=False)
+        (home / ".venv" / "python").unlink()
+
+
+def test_clean_removes_what_runs_leave_and_nothing_else(checkout, monkeypatch):
+    for name, place in {"ROOT": "", "BUILD": "build", "DATA": "data", "VENV": ".venv"}.items():
+        monkeypatch.setattr(f"course.environment.{name}", checkout / place)
+    kept = sorted(path for path in checkout.rglob("*") if path.is_file())
+    left = ["build/course/page.html", "mlruns/0/meta.yaml", "mlflow.db"]
+    installed = ["data/models/tiny-phi3/.lock", ".venv/pyvenv.cfg", "course.egg-info/PKG-INFO"]
+    for name in (*left, *installed):
+        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
+        (checkout / name).touch()
+    assert clean(everything=False) == 0
+    assert sorted(path for path in checkout.rglob("*") if path.is_file()) == sorted(
+        [*kept, *(checkout / name for name in installed)])
+    clean(everything=True)
+    assert sorted(path for path in checkout.rglob("*") if path.is_file()) == kept
+
+
+def test_clean_names_a_folder_that_somebody_still_uses(home, monkeypatch):
+    (home / "build").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", lambda folder, ignore_errors: None)
+    with refuses("in-use") as refusal:
+        clean(everything=False)
+    assert refusal.value.what.startswith("build ")
+
+
+# --- why it failed ---------------------------------------------------------------------------
+
+
+def kit_for(platforms, pythons):
+    return Kit(KIT, {"format": 1, "complete": True, "files": {}, "models": ["tiny-phi3"], "platforms": platforms,
+                     "pythons": pythons})
+
+
+@pytest.fixture
+def on_linux(monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: "Linux")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+
+
+@pytest.mark.parametrize(("kind", "package", "code", "what", "fix"), [
+    ("disk-full", "", "disk-full", "GB are free, and set-up needs 4 GB", "Free some space"),
+    ("missing", "torch==2.13.0", "pip-unreachable", "torch==2.13.0 from the package index", "HTTPS_PROXY"),
+    ("unreachable", "torch==2.13.0", "pip-unreachable", "torch==2.13.0 from the package index", "pip config list"),
+    ("unreachable", "", "pip-unreachable", "the packages from the package index", "HTTPS_PROXY"),
+    ("conflict", "six==9", "pip-unreachable", "six==9 from the package index", "HTTPS_PROXY"),
+    ("certificate", "", "pip-unreachable", "the packages from the package index", "HTTPS_PROXY"),
+    ("changed", "six", "pip-failed", "pip could not install", "setup.log"),
+    ("other", "", "pip-failed", "pip could not install", "setup.log"),
+])
+def test_why_set_up_failed_without_a_kit(kind, package, code, what, fix):
+    with refuses(code) as refusal:
+        raise explain(PipFailure(kind, package, "pip's last line"))
+    assert what in refusal.value.what
+    assert fix in refusal.value.fix
+    assert "kit" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("kind", "package", "code", "what", "fix"), [
+    ("disk-full", "", "disk-full", "GB are free, and set-up needs 4 GB", "Free some space"),
+    ("changed", "six", "kit-changed", f"{KIT} is not as it was built: six.", "kit check"),
+    ("changed", "", "kit-changed", f"{KIT} is not as it was built: it is cut off.", "kit check"),
+    ("unreachable", "torch==2.13.0", "kit-gone", KIT, "kit serve"),
+    ("missing", "torch==2.13.0", "kit-lacks-wheel", f"no wheel of torch for Python {THIS_PYTHON} on Linux x86_64.",
+     "--platform windows linux "),
+    ("conflict", "six>=9", "kit-lacks-wheel", f"no wheel of six for Python {THIS_PYTHON} on Linux x86_64.",
+     "--platform windows linux "),
+    ("missing", "", "pip-failed", "pip could not install", "setup.log"),
+    ("conflict", "", "pip-failed", "pip could not install", "setup.log"),
+    ("certificate", "", "pip-failed", "pip could not install", "setup.log"),
+    ("other", "", "pip-failed", "pip could not install", "setup.log"),
+])
+def test_why_set_up_failed_with_a_kit_for_another_system(on_linux, kind, package, code, what, fix):
+    with refuses(code) as refusal:
+        raise explain(PipFailure(kind, package, "pip's last line"), kit_for(["windows"], [THIS_PYTHON]))
+    assert what in refusal.value.what
+    assert fix in refusal.value.fix
+    assert "package index" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(("platforms", "pythons", "code", "names"), [
+    (["linux"], [THIS_PYTHON], "kit-other-version", [f"{KIT}/course.zip"]),
+    (["windows", "linux"], ["3.9", THIS_PYTHON], "kit-other-version", [f"{KIT}/course.zip"]),
+    (["linux"], ["3.9"], "kit-lacks-wheel", [
+        "3.9 on linux", f"kit build DIR --model tiny-phi3 --platform linux --python 3.9 {THIS_PYTHON}."]),
+    (["windows", "macos"], [THIS_PYTHON], "kit-lacks-wheel", [
+        f"{THIS_PYTHON} on windows, macos",
+        f"kit build DIR --model tiny-phi3 --platform windows macos linux --python {THIS_PYTHON}."]),
+])
+@pytest.mark.parametrize("kind", ["missing", "conflict"])
+def test_a_wheel_that_a_kit_lacks(on_linux, kind, platforms, pythons, code, names):
+    with refuses(code) as refusal:
+        raise explain(PipFailure(kind, "torch==2.13.0", ""), kit_for(platforms, pythons))
+    assert re.search(r"\btorch\b(?!=)", refusal.value.what)
+    for name in names:
+        assert name in refusal.value.fix
+
+
+def test_a_system_that_no_kit_is_built_for_is_named_and_not_offered(monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: "FreeBSD")
+    monkeypatch.setattr(platform, "machine", lambda: "amd64")
+    with refuses("kit-lacks-wheel") as refusal:
+        raise explain(PipFailure("missing", "torch==2.13.0", ""), kit_for(["linux"], [THIS_PYTHON]))
+    assert "FreeBSD amd64" in refusal.value.what
+    assert "FreeBSD" not in refusal.value.fix
+    assert "None" not in refusal.value.fix
+
+
+# --- a bare checkout, as a user --------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_no_package_index_is_an_error_that_says_what_to_check(checkout, index):
+    _, variables = index
+    result = user(checkout, "run", **variables)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert "from the package index." in result.stderr
-    assert "Check the network, the proxy (HTTPS_PROXY)" in result.stderr
-    assert "Traceback" not in result.stderr
+    assert re.fullmatch(r"error: .* from the package index\.\n       Check the network, the proxy \(HTTPS_PROXY\).*\n",
+                        result.stderr)
     # A second try finds the environment half-made and goes on to the same sentence.
-    again = user(checkout, "run", **only_this_index(tmp_path / "index"))
+    made = (checkout / ".venv" / "pyvenv.cfg").stat().st_mtime_ns
+    again = user(checkout, "run", **variables)
     assert again.stderr == result.stderr
+    assert (checkout / ".venv" / "pyvenv.cfg").stat().st_mtime_ns == made
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has only the CPU build")
-def test_the_cuda_build_of_torch_is_refused_before_it_is_downloaded(checkout, tmp_path):
-    index = tmp_path / "index"
-    variables = only_this_index(index)
+def test_the_cuda_build_of_torch_is_refused_before_it_is_installed(checkout, index):
+    folder, variables = index
     torch = pins(tests=False)["torch"]
     for name, version, requires in (("torch", torch, "Requires-Dist: nvidia-cublas\n"), ("nvidia_cublas", "13.0", "")):
-        with zipfile.ZipFile(index / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
             info = f"{name}-{version}.dist-info"
             wheel.writestr(f"{info}/METADATA",
                            f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
@@ -119,59 +283,11 @@ def test_the_cuda_build_of_torch_is_refused_before_it_is_downloaded(checkout, tm
     assert not list((checkout / ".venv").rglob("torch-*"))
 
 
-def test_a_mistyped_command_and_a_look_around_install_nothing(checkout):
-    result = user(checkout, "walk")
-    assert result.returncode == 1
-    assert "There is no command called walk." in result.stderr
-    assert user(checkout, "--help").returncode == 0
-    assert user(checkout, "doctor").returncode == 1
+def test_a_look_around_a_bare_checkout_installs_nothing(checkout, index):
+    _, variables = index
+    mistyped = user(checkout, "walk", **variables)
+    assert (mistyped.returncode, "There is no command called walk." in mistyped.stderr) == (1, True)
+    assert user(checkout, "--help", **variables).returncode == 0
+    doctor = user(checkout, "doctor", **variables)
+    assert (doctor.returncode, "packages are not installed" in doctor.stdout) == (1, True), doctor.stderr
     assert not (checkout / ".venv").exists()
-
-
-def test_words_after_test_go_to_pytest(python):
-    result = python("-m", "helpers", "test", "-k", "no_such_test", "--collect-only", "-q", "tests/test_static.py")
-    assert "deselected" in result.stdout, result.stdout + result.stderr
-
-
-def test_an_unknown_command_names_the_ones_there_are(python):
-    result = python("-m", "helpers", "walk")
-    assert result.returncode == 1
-    assert all(command in result.stderr for command in ("run", "test", "lab", "ui", "bench", "doctor"))
-
-
-def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(python, store):
-    result = python("-m", "helpers", "ui", COURSE_TRACKING_URI=store)
-    assert result.returncode == 1
-    assert "There is nothing to show yet." in result.stderr
-    Path(store.removeprefix("sqlite:///")).touch()
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        result = python("-m", "helpers", "ui", "--port", port, COURSE_TRACKING_URI=store)
-    assert result.returncode == 1
-    assert f"Port {port} is taken." in result.stderr
-    assert f"--port {port + 1}" in result.stderr
-
-
-@pytest.mark.parametrize(("number", "says"), [
-    (errno.ENOSPC, "The disk is full. "), (errno.EROFS, "/course/build cannot be written. Move the course"),
-])
-def test_what_a_disk_refuses_becomes_two_sentences(number, says):
-    assert str(_explain(OSError(number, "no", "/course/build"))).startswith(says)
-    assert _explain(OSError(errno.ENOENT, "no")) is None
-
-
-def test_clean_removes_what_runs_leave_and_nothing_else(checkout, monkeypatch):
-    monkeypatch.setattr("helpers.setup.ROOT", checkout)
-    monkeypatch.setattr("helpers.setup.BUILD", checkout / "build")
-    monkeypatch.setattr("helpers.setup.DATA", checkout / "data")
-    monkeypatch.setattr("helpers.setup.VENV", checkout / ".venv")
-    kept = sorted(path for path in checkout.rglob("*") if path.is_file())
-    for name in ("build/course/page.html", "data/models/tiny-phi3/.lock", ".venv/pyvenv.cfg",
-                 "course.egg-info/PKG-INFO"):
-        (checkout / name).parent.mkdir(parents=True, exist_ok=True)
-        (checkout / name).touch()
-    clean(everything=False)
-    assert not (checkout / "build").exists()
-    assert (checkout / "data" / "models").exists()
-    clean(everything=True)
-    assert sorted(path for path in checkout.rglob("*") if path.is_file()) == kept
