@@ -137,8 +137,7 @@ def read_request(values: Any, where: str = "") -> ChatRequest:
     try:
         request = ChatRequest.model_validate(_without_nulls(_plain(values)))
     except ValidationError as error:
-        # Of the library's report, the place and the kind: the rest of it quotes the input.
-        problem = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        problem = error.errors()[0]  # only its place and its kind are used: the rest of it quotes the request
         raise _explain(problem["loc"], problem["type"], where) from None
     request.stop = [request.stop] if isinstance(request.stop, str) else request.stop
     if request.messages[-1].role == "assistant":
@@ -164,7 +163,7 @@ def _explain(place, kind, where):
             name, fields, allowed = f"messages[{step}]", Message.model_fields, "an object with role and content"
         elif step in fields:
             name, allowed = f"{name}.{step}".lstrip("."), fields[step].description
-            fields = StreamOptions.model_fields if step == "stream_options" else {}
+            fields = StreamOptions.model_fields  # of the other fields, none has fields of its own
     if kind in ("extra_forbidden", "invalid_key") or allowed is None:
         return _unknown(name or "The request", fields, where)
     return invalid(name, allowed, where)
@@ -270,8 +269,7 @@ class TextWriter:
 
     def close(self) -> str:
         """Return what was held back: the answer has ended."""
-        text = self._release(self._decode(last=True))
-        return text if self.stopped else text + self._held
+        return self._release(self._decode(last=True)) + self._held
 
     def _decode(self, last):
         # The tokens of the last piece are decoded again: some tokenizers write a space only between two tokens.
@@ -334,7 +332,7 @@ class Scheduler:
     linger_per_row: float = 0.003
     # Rows of the last batch that count for it: nobody is kept waiting for longer than 15 milliseconds.
     max_linger_rows: int = 5
-    # Rows, the earliest ones, of which a batch is chosen: comparing more would take as long as a step.
+    # Rows, the earliest ones, of which a batch is chosen: comparing 64 takes 0.4 ms, for which the running rows wait.
     max_compared: int = 64
     # What a step costs beside its rows, counted in rows: reading the weights. On two cores 5.8 ms, and 1.6 ms a row.
     step_cost: float = 3.6
@@ -448,10 +446,9 @@ def _keep_likeliest(weights, top_k, top_p):
     sums = ordered.cumsum()
     count = min(int(np.searchsorted(sums, top_p * sums[-1])) + 1, len(ordered))
     least = ordered[count - 1]
-    surplus = np.count_nonzero(weights >= least) - count
+    ties = count - np.count_nonzero(weights > least)  # of the tokens with the least weight, so many are kept
     weights[weights < least] = 0
-    if surplus:
-        weights[np.flatnonzero(weights == least)[-surplus:]] = 0
+    weights[np.flatnonzero(weights == least)[ties:]] = 0
 
 
 class Row:
@@ -474,9 +471,7 @@ class Row:
             return
         self.tokens += 1
         self._write(self.writer.write(token))
-        if self.writer.stopped:
-            self._finish("stop")
-        elif self.tokens == self.max_tokens:
+        if self.writer.stopped or self.tokens == self.max_tokens:
             self._finish("length")
 
     def _write(self, text):
@@ -484,7 +479,7 @@ class Row:
         if self.stream:
             self.events.put((self, text))
 
-    def _finish(self, reason):
+    def _finish(self, reason):  # a stop string is the reason where there is one
         if not self.writer.stopped:
             self._write(self.writer.close())
         self.finish_reason = "stop" if self.writer.stopped else reason

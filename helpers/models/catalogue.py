@@ -51,7 +51,7 @@ def read_catalogue(path: Path = DATA / "models.toml") -> dict[str, CatalogueEntr
 def find_entry(name: str) -> CatalogueEntry:
     """Return the entry of a model by its name; CourseError lists the names where there is none.
 
-    ``hub:org/name`` names a repository of the Hugging Face Hub, ``hub:org/name@revision`` another than its newest commit.
+    ``hub:org/name`` names a repository of the Hugging Face Hub, ``hub:org/name@revision`` not its newest commit.
     """
     entries = read_catalogue()
     if name in entries:

@@ -64,7 +64,8 @@ def retried(call: Callable[[], Any], broken: tuple[type[Exception], ...], arrive
             wait = seconds_to_wait(getattr(response, "status_code", None), failures, getattr(response, "headers", {}))
             if wait is None:
                 raise
-        print(f"Waiting {wait}s before retry", flush=True)
+        if response is not None:
+            print(f"Busy: the next try is in {wait} s", flush=True)  # helpers.models.steps shows it
         time.sleep(wait)
 
 

@@ -95,10 +95,10 @@ def ensure(folder: Path, recipe: dict, make: Callable[[Path], dict | None]) -> d
     """Make ``folder`` with ``make``, unless its receipt says that it is there, whole, by this recipe; return the facts.
 
     The folder's parent exists; it may itself be a link to another disk. ``recipe`` is what the content depends on.
-    ``make`` gets a folder on the same disk and writes to it: an empty one, or the one that an earlier try with this recipe
-    has left. It returns None, or a dict with any of the keys ``"facts"``, what to keep, and ``"sha256"``, the hash of every
-    file that belongs into ``folder``: it may then leave out files that are right in ``folder`` already. Without
-    hashes, all that it has written belongs into ``folder``.
+    ``make`` gets a folder on the same disk and writes to it: an empty one, or what an earlier try with this recipe has
+    left. It returns None, or a dict with any of the keys ``"facts"``, what to keep, and ``"sha256"``, the hash of every
+    file that belongs into ``folder``, where files that are right already may be left out. Without hashes, all that
+    it has written belongs into ``folder``.
     """
     old = read_receipt(folder)
     bad = compare(folder, old) if old["recipe"] == recipe else []

@@ -14,15 +14,7 @@ from pathlib import Path, PurePosixPath
 
 import httpx
 import yaml
-from huggingface_hub import HfApi, ModelCard, constants
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HfHubHTTPError,
-    HFValidationError,
-    RemoteEntryNotFoundError,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
+from huggingface_hub import HfApi, ModelCard, constants, errors
 from huggingface_hub.file_download import hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
@@ -86,7 +78,7 @@ def _info(repo, revision, commit):
     try:
         return retried(lambda: HfApi().model_info(repo, revision=commit or revision, files_metadata=True, timeout=30),
                        (httpx.ReadError, httpx.RemoteProtocolError))
-    except RevisionNotFoundError:
+    except errors.RevisionNotFoundError:
         if not commit:
             raise
         return _info(repo, revision, None)
@@ -246,7 +238,7 @@ def _refuse_without_template(repo, files, track):
 
 
 def _status(error):
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
 
 
 def _certificate_trouble(error):
@@ -264,21 +256,21 @@ def _is_other_answer(error):
 
 # The first row whose types or function fit an error says what stopped a download.
 TROUBLES = (
-    (GatedRepoError, "hub-gated", "{repo} is gated: its owner wants you to accept a licence first.",
+    (errors.GatedRepoError, "hub-gated", "{repo} is gated: its owner wants you to accept a licence first.",
      "Accept it on {web}/{repo}, make a read token on {web}/settings/tokens, set HF_TOKEN to it, and run this again."),
-    ((RepositoryNotFoundError, HFValidationError), "hub-no-repository",
+    ((errors.RepositoryNotFoundError, errors.HFValidationError), "hub-no-repository",
      "The Hub has no repository called {repo}, or it is private.",
      "Look it up on {web} and write it as there, such as hub:microsoft/Phi-3-mini-4k-instruct; for a private one, set "
      "HF_TOKEN."),
-    (RevisionNotFoundError, "hub-no-revision", "{repo} has no such revision.",
+    (errors.RevisionNotFoundError, "hub-no-revision", "{repo} has no such revision.",
      "Choose a branch, tag or commit of {web}/{repo}/tree/main, or leave @REVISION out."),
-    (RemoteEntryNotFoundError, "hub-no-file", "The Hub lists {file} of {repo} and does not have it.",
+    (errors.RemoteEntryNotFoundError, "hub-no-file", "The Hub lists {file} of {repo} and does not have it.",
      "Run this again later, or choose another revision: hub:{repo}@REVISION."),
     (lambda error: _status(error) in (401, 403), "hub-token", "The Hub refuses {repo} to this token.",
      "Make a read token on {web}/settings/tokens and set HF_TOKEN to it, or unset HF_TOKEN."),
     (lambda error: _status(error) in BUSY, "hub-busy", "The Hub answers {status} for {repo}, also after {tries} tries.",
      "Run this again later; what has arrived stays."),
-    (HfHubHTTPError, "hub-status", "The Hub answers {status} for {repo}.",
+    (errors.HfHubHTTPError, "hub-status", "The Hub answers {status} for {repo}.",
      "Run this again later; what has arrived stays."),
     (_certificate_trouble, "hub-certificate",
      "The certificate of {endpoint} is not accepted: {certificate}; this machine's clock says {now:%Y-%m-%d %H:%M}.",

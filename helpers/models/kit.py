@@ -96,18 +96,10 @@ def local_address(url: str) -> bool:
 
 @dataclass(frozen=True)
 class Kit:
-    """A kit that can be read.
+    """A kit that can be read."""
 
-    Attributes
-    ----------
-    address : str
-        URL without a slash at its end, or folder.
-    manifest : dict
-        What ``manifest.json`` says; its key ``files`` has each file's size and sha256.
-    """
-
-    address: str
-    manifest: dict
+    address: str  # a URL without a slash at its end, or a folder
+    manifest: dict  # what manifest.json says; its key `files` has each file's size and sha256
 
     @property
     def is_url(self) -> bool:

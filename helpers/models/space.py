@@ -57,7 +57,7 @@ def _container_memory():
 
 
 def memory_needed(size: int) -> float:
-    """Return the megabytes that a page takes at its peak: its libraries, and two copies of a model of ``size`` bytes."""
+    """Return the megabytes that a page takes at its peak: libraries, and two copies of a model of ``size`` bytes."""
     return 1000 + 2 * size / 1e6
 
 
@@ -90,8 +90,7 @@ def disk_full(title: str, needed: float | None, folder: Path) -> CourseError:
 def disk_errors(folder: Path, full: Callable[[], CourseError], refused: CourseError) -> Iterator[None]:
     """Turn what the disk of ``folder`` refuses into sentences.
 
-    ``full`` makes the error for a full disk, when it is needed: it measures. ``refused`` is the one for a folder that
-    cannot be written.
+    ``full`` makes the error for a full disk, in that moment; ``refused`` is the one for a folder that is not writable.
     """
     try:
         yield
@@ -99,17 +98,13 @@ def disk_errors(folder: Path, full: Callable[[], CourseError], refused: CourseEr
         if error.errno in FULL:
             raise full() from error
         if error.errno == errno.EFBIG:
-            raise too_large(folder) from error
+            # A file system has a limit for one file, as a stick's FAT32 has: 4 GB.
+            raise CourseError("file-too-large", f"The disk of {folder} cannot hold a file of that size.",
+                              "Format it as exFAT, or choose a folder on another disk.") from error
         if error.errno in (*FORBIDDEN, errno.ENOTDIR, errno.EEXIST, errno.EISDIR) \
                 or (error.errno == errno.ENOENT and not folder.exists()):
             raise refused from error
         raise
-
-
-def too_large(folder: Path) -> CourseError:
-    """Return the error for a file system that has a limit for one file, as a stick's FAT32 has: 4 GB."""
-    return CourseError("file-too-large", f"The disk of {folder} cannot hold a file of that size.",
-                       "Format it as exFAT, or choose a folder on another disk.")
 
 
 def _or_smaller(what, needed, free):

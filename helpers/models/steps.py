@@ -49,8 +49,8 @@ def run_behind_a_bar(title: str, command: list, progress: str | None = None,
         def on_output(text):
             nonlocal tail
             tail = (tail + text)[-4000:]
-            for seconds in re.findall(r"Waiting ([\d.]+)s before retry", text):
-                bar.write(f"The Hub is busy and asks for a pause of {seconds} s.", file=sys.stdout)
+            for seconds in re.findall(r"Busy: the next try is in ([\d.]+) s", text):
+                bar.write(f"The server is busy: the next try is in {seconds} s.", file=sys.stdout)
             found = re.findall(progress, tail) if progress else []
             if found and int(found[-1][1]):
                 bar.update(100 * int(found[-1][0]) // int(found[-1][1]) - bar.n)
@@ -65,12 +65,7 @@ def run_step(title: str, command: list, progress: str | None = None,
              environment: dict[str, str] | None = None) -> str:
     """Run one long step of a model's set-up as ``run_behind_a_bar`` does, and return what it printed.
 
-    Raises
-    ------
-    CourseError
-        The step failed; its own error where it printed one, as ``answer`` does.
-    OSError
-        The disk is full, or refuses what the step wanted to write.
+    Raises CourseError where it failed, its own one where ``answer`` printed one, and OSError for what the disk refused.
     """
     code, output = run_behind_a_bar(title, command, progress, environment)
     if code == 0:

@@ -115,7 +115,6 @@ def test_the_readme_and_the_makefile_name_commands_that_there_are():
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["notebook", "Nothing"], "Choose one of: CustomPythonWrapper, TransformerPipeline."),
     (["run", "--model", "gpt-5"], "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini; or hub:"),
     (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, bench, mutate, doctor, generate, setup,"),
 ])
@@ -147,6 +146,14 @@ def test_what_a_disk_refuses_becomes_two_sentences(number, code, says):
     error = _explain(OSError(number, "no", "/course/build"))
     assert (error.code, error.what) == (code, says)
     assert _explain(OSError(errno.ENOENT, "no")) is None
+
+
+def test_a_page_that_is_not_there_is_refused_with_those_that_are():
+    from course.execute import execute
+
+    with refuses("notebook-unknown") as refusal:
+        execute("Nothing", {})
+    assert refusal.value.fix == "Choose one of: CustomPythonWrapper, TransformerPipeline."
 
 
 def test_an_interruption_is_no_stack(monkeypatch, capsys):

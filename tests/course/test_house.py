@@ -22,7 +22,8 @@ FLOORS = {
     ),
     "course": (
         "environment", "execute", "kit.wheels", "kit.check", "kit.build", "kit.serve", "doctor.network",
-        "doctor.smoke", "doctor.checks", "bench.figures", "bench.chat", "bench.notebooks", "generate", "mutate", "commands", "__main__",
+        "doctor.smoke", "doctor.checks", "bench.figures", "bench.chat", "bench.notebooks", "generate", "mutate",
+        "commands", "__main__",
     ),
     "serving": ("chat_model",),
 }

@@ -175,6 +175,17 @@ def test_files_that_were_moved_before_an_interruption_are_ours_and_not_trusted(f
     assert texts(folder) == {"a.txt": "a", "d.txt": "d"}
 
 
+def test_an_old_file_that_an_interruption_left_goes_with_the_next_version(folder, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        def unlink(self, missing_ok=False):
+            raise KeyboardInterrupt
+
+        patch.setattr(Path, "unlink", unlink)
+        ensure(folder, {"seed": 2}, writes({"a.txt": "ALPHA"}))
+    ensure(folder, {"seed": 2}, writes({"a.txt": "ALPHA"}))
+    assert texts(folder) == {"a.txt": "ALPHA"}
+
+
 def test_after_an_interruption_a_first_folder_is_not_trusted_and_not_the_users(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -246,8 +257,8 @@ def test_a_receipt_that_makes_no_sense_is_not_believed(folder, change):
 
 
 def test_a_folder_may_be_a_link_to_another_disk(tmp_path):
-    other, folder = tmp_path / "other disk", tmp_path / "model"
-    other.mkdir()
+    other, folder = tmp_path / "other disk" / "model", tmp_path / "model"
+    other.mkdir(parents=True)
     folder.symlink_to(other)
     seen = []
 

@@ -153,7 +153,6 @@ def test_any_repository_can_be_named(own, track):
         assert prepared.entry.memory >= 1000
         assert prepared.sources[track] == f"{repo}@{own.commit(repo)}"
         assert cache_state(name) == "ready"
-        assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
     assert cached_models() == sorted([f"hub:{repo}", f"hub:{repo}@{own.commit(repo)}"])
 
 
@@ -202,6 +201,14 @@ MESSAGES = [
 ]
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("track", ["transformers", "onnx"])
+def test_a_conversation_is_counted_with_the_tokens_of_a_repository(hub, track):
+    prepared = prepare_model(f"hub:{TORCH if track == 'transformers' else ONNX}", track)
+    assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "markup"), [
     ("phi-3-mini-4k", "<|end|>\n<|system|> <s>"), ("phi-4-mini", "<|end|><|system|><|tool|>"),
 ])
@@ -248,6 +255,7 @@ def test_a_busy_hub_is_asked_again_when_it_says(hub, capsys):
     prepare_model("phi-3-mini-4k", "transformers")
     assert [path for _, path, _ in hub.asked].count(f"/api/models/{TORCH}") == 3
     assert hub.pauses == [7, 60, 4]
+    assert "Busy: the next try is in 7 s" in capsys.readouterr().out
 
 
 def test_an_error_of_the_hub_that_passes_is_no_error(hub):
@@ -444,9 +452,9 @@ def test_no_chat_template_is_found_out_before_the_weights_travel(own, cache, tra
     assert str(written) in says
     written.parent.mkdir()
     written.write_text(template, encoding="utf-8")
-    prepared = prepare_model("phi-3-mini-4k", track)
+    prepare_model("phi-3-mini-4k", track)
     assert written.read_text(encoding="utf-8") == template
-    assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
+    assert cache_state("phi-3-mini-4k") == "ready"
 
 
 def test_without_onnx_files_the_export_is_offered(hub):
@@ -542,9 +550,9 @@ def test_weights_of_an_onnx_model_come_under_any_of_their_names(own):
 
 
 def test_of_several_folders_for_the_cpu_the_fastest_is_taken(own):
-    prepared = prepare_model(f"hub:{ONNX}", "onnx")
+    shutil.copytree(own.root / ONNX / CPU, own.root / ONNX / "cpu_and_mobile" / "cpu-zz-fp32")
+    prepare_model(f"hub:{ONNX}", "onnx")
     assert {name.rsplit("/", 1)[0] for name in files_asked(own)} == {CPU}
-    assert prepared.onnx_dir.is_dir()
 
 
 def test_a_model_that_needs_code_of_its_own_is_refused_before_its_weights_travel(own):
@@ -581,6 +589,17 @@ def test_a_listing_that_makes_no_sense_is_refused_in_sentences(hub, says, code):
     refused(code)
 
 
+@pytest.mark.slow
+def test_a_template_that_a_user_has_written_makes_the_prompt(own, cache):
+    template = _without_template(own.root / TORCH)
+    folder = cache / "phi-3-mini-4k" / "transformers"
+    folder.mkdir(parents=True)
+    (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+    prepared = prepare_model("phi-3-mini-4k", "transformers")
+    assert check_fits(prepared, [{"role": "user", "content": "Hi"}], 10) > 3
+
+
+@pytest.mark.slow
 def test_a_template_that_refuses_a_conversation_is_named(own):
     _change(own.root / TORCH / "tokenizer_config.json",
             chat_template="{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}x")
@@ -695,7 +714,7 @@ def test_a_download_ends_with_the_process_that_wants_it(far_hub, cache):
     (child,) = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    child.wait(timeout=20)  # raises an error where it goes on
+    child.wait(timeout=6)  # raises an error where it goes on: without an answer, the client gives up after ten seconds
 
 
 def test_a_truncated_file_alone_is_fetched_again_and_the_users_own_stays(hub, cache, capsys):

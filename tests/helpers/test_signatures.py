@@ -4,6 +4,7 @@ Run: python -m helpers test tests/helpers/test_signatures.py
 """
 
 import json
+from uuid import uuid4
 
 import mlflow
 import numpy as np
@@ -27,6 +28,12 @@ from mlflow.types.schema import (
 from support import refuses
 
 from helpers import compare_signatures, show_signature, show_table
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Return the URI of one store for this module: MLflow takes seconds to make one."""
+    return "sqlite:///" + (tmp_path_factory.mktemp("store") / f"{uuid4().hex}.db").as_posix()
 
 
 def rows(table):

@@ -1,7 +1,7 @@
 """Holds three tokenizers against each other: Hugging Face's, onnxruntime-genai's and llama.cpp's.
 
 llama.cpp reads the GGUF itself, so it is the judge of the tokenizer that helpers.models.convert builds from it.
-Run it with: python -m helpers test tests/test_tokenizers.py
+Run: python -m helpers test tests/helpers/test_tokenizers.py
 """
 
 import http.client
@@ -158,7 +158,7 @@ def smollm2():
     return model
 
 
-@pytest.fixture(params=["smollm2", "tiny_phi3"])
+@pytest.fixture(params=[pytest.param("smollm2", marks=pytest.mark.slow), "tiny_phi3"])
 def model(request):
     return request.getfixturevalue(request.param)
 
@@ -197,6 +197,7 @@ def test_awkward_strings_are_at_least_a_hundred_and_all_different():
     assert len(set(STRINGS)) == len(STRINGS) >= 100
 
 
+@pytest.mark.slow
 def test_smollm2_is_judged_by_llama_cpp_too(smollm2):
     assert list(smollm2.encoders) == ["Hugging Face", "onnxruntime-genai", "llama.cpp"]
     assert smollm2.encoders["llama.cpp"]("<|im_start|>") == [1]
@@ -263,6 +264,7 @@ def test_onnxruntime_genai_cuts_an_answer_at_its_first_bytes_that_are_no_text(mo
     assert model.genai.decode(model.genai.encode("a\uffffb")) == "a\ufffd"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("character", ["\x04", "\x06", "\x13", "\x14", "\x16", "\x1d"])
 def test_onnxruntime_genai_gives_minus_one_for_a_byte_that_the_vocabulary_lacks(smollm2, character):
     # The others leave the byte out. To the engine -1 is the last row of the embeddings: a wrong token, and no error.
@@ -273,6 +275,7 @@ def test_onnxruntime_genai_gives_minus_one_for_a_byte_that_the_vocabulary_lacks(
     assert genai == [*a, -1, *b]
 
 
+@pytest.mark.slow
 def test_hugging_face_merges_across_a_byte_that_the_vocabulary_lacks(smollm2):
     dot, two_dots = smollm2.hugging_face.encode("."), smollm2.hugging_face.encode("..")
     assert len(two_dots) == 1
@@ -280,6 +283,7 @@ def test_hugging_face_merges_across_a_byte_that_the_vocabulary_lacks(smollm2):
     assert smollm2.encoders["llama.cpp"](".\x04.") == dot + dot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("character", "knowing"), [
     ("\u08be", ["Hugging Face", "onnxruntime-genai", "llama.cpp"]),  # a letter since Unicode 13
     ("\u0870", ["Hugging Face", "llama.cpp"]),  # since Unicode 14

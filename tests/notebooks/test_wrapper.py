@@ -150,6 +150,7 @@ def test_bad_input_is_refused_and_the_next_request_is_answered(model, reference,
     assert model.predict({"prompt": "The sky is"}) == [reference("The sky is", 16)[0]]
 
 
+@pytest.mark.slow
 def test_it_loads_in_another_process_without_pickles_and_without_the_course(logged, python, tmp_path):
     code = ("import sys, mlflow; sys.modules['helpers'] = None; mlflow.set_tracking_uri(sys.argv[1]); "
             "print(ascii(mlflow.pyfunc.load_model(sys.argv[2]).predict({'prompt': ['a', 'b']})))")

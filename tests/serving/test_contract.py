@@ -9,7 +9,19 @@ from mlflow.exceptions import MlflowException
 from support import ROOT
 from support.chat import AS_SHOWN, BAD, FIELDS, MESSAGES, SECRET, TEMPERATURE, user
 
-from serving.chat_model import SETTINGS, SIGNATURE, ChatModel, ChatRequest, Row, read_request, read_table, usage
+from serving.chat_model import (
+    SETTINGS,
+    SIGNATURE,
+    ChatModel,
+    ChatRequest,
+    Row,
+    _plain,
+    read_request,
+    read_table,
+    usage,
+)
+
+OPTIONS = "stream_options has to be include_usage: true or false, for a stream."
 
 
 def refusal_of(call, *arguments):
@@ -99,14 +111,26 @@ def test_a_field_of_any_name_is_refused(key):
     unknown = f"The request holds a field that is not served. The fields are: {FIELDS}."
     assert refusal_of(read_request, AS_SHOWN | {key: SECRET}) == unknown
     assert refusal_of(read_request, AS_SHOWN | {key: SECRET}, "Row 3: ") == f"Row 3: {unknown}"
-    says = refusal_of(read_request, {"messages": [AS_SHOWN["messages"][0] | {key: SECRET}]})
-    assert says in ("messages[0] has to be an object with role and content.",
-                    "messages[0] holds a field that is not served. The fields are: role, content.")
-    options = "stream_options has to be include_usage: true or false, for a stream."
-    assert refusal_of(read_request, AS_SHOWN | {"stream_options": {"include_usage": True, key: SECRET}}) in (
-        options, "stream_options holds a field that is not served. The fields are: include_usage.")
-    for value in (5, [SECRET], SECRET):
-        assert refusal_of(read_request, AS_SHOWN | {"stream_options": value}) == options
+    inside = [refusal_of(read_request, {"messages": [AS_SHOWN["messages"][0] | {key: SECRET}]}),
+              refusal_of(read_request, AS_SHOWN | {"stream_options": {"include_usage": True, key: SECRET}})]
+    if key == "\ud83d":  # half a character makes the whole object unreadable
+        assert inside == ["messages[0] has to be an object with role and content.", OPTIONS]
+    else:
+        assert inside == ["messages[0] holds a field that is not served. The fields are: role, content.",
+                          "stream_options holds a field that is not served. The fields are: include_usage."]
+
+
+@pytest.mark.parametrize("value", [5, [SECRET], SECRET, True])
+def test_stream_options_that_are_no_object_are_refused(value):
+    assert refusal_of(read_request, AS_SHOWN | {"stream_options": value}) == OPTIONS
+
+
+def test_three_levels_become_pythons_own_and_what_lies_deeper_stays():
+    assert _plain(((((1,),),),)) == [[[(1,)]]]
+    assert _plain({"a": {"b": {"c": {"d": (1,)}}}, "e": (np.int64(1), (2,))}) == {
+        "a": {"b": {"c": {"d": (1,)}}}, "e": [1, [2]]}
+    assert _plain({"a": ({"b": (1,)},)}) == {"a": [{"b": (1,)}]}
+    assert type(_plain([np.int64(1)])[0]) is int
 
 
 @pytest.mark.parametrize("more", [89, 99, 100, 200_000])

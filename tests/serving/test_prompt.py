@@ -108,6 +108,11 @@ def test_messages_longer_than_any_tokens_of_the_context_are_refused_unread(small
             f"Row 3: messages has to be short enough for the model's context of {context_length} tokens.")
 
 
+def test_an_error_names_no_row_where_there_is_one(small):
+    with pytest.raises(MlflowException, match=r"^messages has to be short enough"):
+        small.encode(conversation(("user", "a" * 100)), 1)
+
+
 def test_a_character_to_cut_with_is_found_in_all_of_private_use(small):
     every = "".join(map(chr, itertools.chain(*PRIVATE_USE)))
     assert (every[0], every[6399], every[6400], every[-1]) == ("\ue000", "\uf8ff", "\U000f0000", "\U000ffffd")

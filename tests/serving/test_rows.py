@@ -77,6 +77,7 @@ class Generator:
         self.logits = np.tile(np.array(LOGITS, dtype=np.float32), (self.options["batch_size"], 1, 1))
 
     def append_tokens(self, tokens):
+        assert tokens.dtype == np.int32
         self.chunks.append(tokens.tolist())
 
     def get_logits(self):
@@ -98,7 +99,7 @@ LOGITS = [0.0, 0.0, 5.0, 7.0, 6.0]
 
 class Params:
     def __init__(self, model):
-        self.options = {}
+        self.options = {"model": model}
 
     def set_search_options(self, **options):
         self.options |= options
@@ -142,7 +143,7 @@ def test_several_prompts_are_read_in_one_call_padded_on_the_right(engine):
     assert engine[0].model == "the model"
     # Of each row the cache holds the longest prompt and the longest answer.
     assert engine[0].options == {
-        "batch_size": 3, "max_length": 206, "min_length": 0, "do_sample": False, "num_beams": 1,
+        "model": "the model", "batch_size": 3, "max_length": 206, "min_length": 0, "do_sample": False, "num_beams": 1,
         "num_return_sequences": 1, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
     assert batch.cache_tokens == 3 * 206
 

@@ -1,6 +1,7 @@
 """Which token comes next, from logits that stand in the test. No model."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -57,6 +58,8 @@ def test_top_k_and_then_top_p_leave_the_fewest_likeliest_tokens(top_k, top_p, ex
     ([1, 1, 1, 1], 4, 0.51, [1, 1, 1, 0]),
     ([3, 1], 2, 0.75, [3, 0]),
     ([0, 0, 5], 3, 1.0, [0, 0, 5]),
+    ([1, 1, 1, 1], 3, 1.0, [1, 1, 1, 0]),
+    ([2, 1, 1, 1, 1, 2], 4, 1.0, [2, 1, 1, 0, 0, 2]),
 ])
 def test_of_equal_tokens_the_first_are_kept(weights, top_k, top_p, expected):
     assert kept(weights, top_k, top_p) == expected
@@ -109,6 +112,12 @@ def test_a_draw_is_where_the_generators_number_falls():
         one = sampler(index, temperature=1.0, seed=7)
         assert [one.choose(np.log(np.array(FIVE))) for _ in range(50)] == expected
     assert len(set(expected)) >= 4
+
+
+def test_a_draw_of_0_takes_no_token_that_is_left_out():
+    one = sampler(temperature=1.0, top_k=2)
+    one._random = SimpleNamespace(random=lambda: 0.0)
+    assert one.choose(np.array([1.0, 3.0, 2.0])) == 1
 
 
 def test_a_seed_repeats_an_answer_and_each_of_n_answers_has_its_own():

@@ -154,6 +154,7 @@ def test_a_batch_of_several_rows_reads_512_tokens_of_prompt_at_most(prompt, rows
     # A little padding costs less than another batch.
     ([(20, 20), (22, 20), (20, 24)], None, [0, 1, 2]),
     ([(1, 1), (1, 400)], None, [0]),
+    ([(1, 2), (20, 20)], None, [1]),
     ([(300, 1), (1, 1)], None, [0]),
     # Of equal rows the earliest go first.
     ([(10, 10)] * 20, None, list(range(16))),

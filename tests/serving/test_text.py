@@ -88,6 +88,10 @@ def test_of_stop_strings_in_one_token_the_first_to_be_complete_counts(stop, show
     assert write(["abcdefg"], stop, tokenizer=Words()) == ([shown], None, True)
 
 
+def test_of_a_stop_string_that_comes_twice_in_one_token_the_first_counts():
+    assert write(["abcabc"], ["b"], tokenizer=Words()) == (["a"], None, True)
+
+
 def test_an_answers_last_half_character_may_be_a_stop_string():
     assert write("a🙂".encode()[:3], ["\ufffd"]) == (["a", "", ""], "", True)
     assert write("ab🙂".encode()[:4], ["b\ufffd"]) == (["a", "", "", ""], "", True)
