@@ -4,21 +4,22 @@ It runs on a bare Python, so it imports the standard library alone.
 """
 
 import hashlib
+import json
 import os
 import platform
 import re
 import shutil
-import subprocess
 import sys
 import tomllib
-import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from helpers.errors import CourseError
 from helpers.models.kit import COURSE, PLATFORM_NAMES, WHEELS_INDEX, build_command, local_address, open_kit
 from helpers.models.pip import PipError, PipFailure, run_pip
+from helpers.models.steps import run_program
 from helpers.paths import BUILD, DATA, ROOT, VENV, VENV_PYTHON
 from helpers.requirements import installed_build
 
@@ -29,10 +30,14 @@ LOG = BUILD / "setup.log"
 STAMP, TESTS_STAMP = VENV / "course.stamp", VENV / "course-tests.stamp"
 
 
+def project() -> dict:
+    """Return the table ``project`` of pyproject.toml: the course's version, its dependencies."""
+    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
 def pins(tests: bool) -> dict[str, str]:
     """Return the exact version of each package of the course; with ``tests``, also of what only the tests need."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    requirements = project["dependencies"] + (project["optional-dependencies"]["dev"] if tests else [])
+    requirements = project()["dependencies"] + (project()["optional-dependencies"]["dev"] if tests else [])
     return dict(requirement.split("==") for requirement in requirements)
 
 
@@ -43,27 +48,21 @@ def inside_venv() -> bool:
 
 def differing_packages(tests: bool = False) -> dict[str, tuple[str, str | None]]:
     """Return the pinned and the installed version, None for none, of each package that differs from its pin."""
-    installed = {name: installed_build(name)[1] for name in pins(tests)}
-    return {name: (pinned, installed[name]) for name, pinned in pins(tests).items()
-            if (installed[name] or "").split("+")[0] != pinned}
+    found = {name: (pinned, installed_build(name)[1]) for name, pinned in pins(tests).items()}
+    return {name: pair for name, pair in found.items() if (pair[1] or "").split("+")[0] != pair[0]}
 
 
 def is_set_up(tests: bool) -> bool:
     """Tell whether ``.venv`` was finished with these pins, in this folder and by this Python."""
-    # What the tests need includes all that the rest needs.
-    stamps = [TESTS_STAMP] if tests else [STAMP, TESTS_STAMP]
-    return VENV_PYTHON.exists() and any(
-        stamp.exists() and stamp.read_text(encoding="utf-8") == _state() for stamp in stamps)
+    stamps = [TESTS_STAMP] if tests else [STAMP, TESTS_STAMP]  # what the tests need includes all that the rest needs
+    return VENV_PYTHON.exists() and _state() in [path.read_text(encoding="utf-8") for path in stamps if path.exists()]
 
 
 def set_up(tests: bool) -> Path:
     """Make ``.venv``, or complete it, and do nothing where it is complete. Return its Python.
 
-    Raises
-    ------
-    CourseError
-        No package index, no space, no venv module, or a CUDA build of torch as the only one; a kit that has no
-        answer or lacks a wheel.
+    Raises CourseError: no package index, no space, no venv module, or a CUDA build of torch as the only one; a kit
+    that has no answer or lacks a wheel.
     """
     if is_set_up(tests):
         return VENV_PYTHON
@@ -71,14 +70,13 @@ def set_up(tests: bool) -> Path:
     BUILD.mkdir(exist_ok=True)
     LOG.write_text("", encoding="utf-8")
     print(f"Setting up .venv, once; a few minutes. Details: {LOG.relative_to(ROOT)}", flush=True)
-    if not _venv_works():
-        _make_venv()
-    course = ["install", "--constraint", "constraints.txt", "--editable", ".[dev]" if tests else "."]
-    if kit:
-        _pip(kit, *course, *_kit_options(kit))
-    else:
-        _install_torch()
-        _pip(None, *course)
+    _make_venv()
+    if kit is None:
+        torch = ["--constraint", "constraints.txt", f"torch=={pins(tests)['torch']}"]
+        if sys.platform == "linux":
+            torch = cpu_torch_options(_pip, BUILD / "torch.json", *torch)
+        _pip("install", *torch)
+    _pip("install", "--constraint", "constraints.txt", "--editable", ".[dev]" if tests else ".", kit=kit)
     (TESTS_STAMP if tests else STAMP).write_text(_state(), encoding="utf-8")
     return VENV_PYTHON
 
@@ -86,119 +84,96 @@ def set_up(tests: bool) -> Path:
 def clean(everything: bool) -> int:
     """Remove ``build/``; with ``everything``, the models in ``data/models`` and ``.venv`` too. Return the exit code."""
     # `mlflow run` keeps its own records where it is called.
-    left = (BUILD, ROOT / "mlruns", ROOT / "mlflow.db")
-    installed = (DATA / "models", VENV, *ROOT.glob("*.egg-info"))
-    for folder in (*left, *installed) if everything else left:
-        if folder.is_file():
-            folder.unlink()
-        shutil.rmtree(folder, ignore_errors=True)
-        if folder.exists():
-            raise CourseError("in-use", f"{folder.relative_to(ROOT)} could not be removed.",
+    left = [BUILD, ROOT / "mlruns", ROOT / "mlflow.db"]
+    for path in [*left, DATA / "models", VENV, *ROOT.glob("*.egg-info")] if everything else left:
+        shutil.rmtree(path, ignore_errors=True)
+        if path.is_file():
+            path.unlink()
+        if path.exists():
+            raise CourseError("in-use", f"{path.relative_to(ROOT)} could not be removed.",
                               "Close what still uses it (JupyterLab, the MLflow UI) and run this again.")
     return 0
 
 
 def _state():
-    """Return a digest of all that a finished set-up depends on."""
-    parts = [(ROOT / "pyproject.toml").read_bytes(), (ROOT / "constraints.txt").read_bytes(),
-             str(ROOT).encode(), sys.version.encode()]
-    return hashlib.sha256(b"\0".join(parts)).hexdigest()
-
-
-def _venv_works():
-    """Tell whether ``.venv`` has a Python of this version: one that was moved or upgraded has not."""
-    if not VENV_PYTHON.exists():
-        return False
-    asked = [str(VENV_PYTHON), "-c", "import sys, pip; print(sys.version, sys.prefix)"]
-    answer = subprocess.run(asked, capture_output=True, text=True, encoding="utf-8", errors="replace")
-    return answer.stdout.strip() == f"{sys.version} {VENV}"
+    """Return a digest of all that a finished set-up depends on. pyproject.toml names the course's own packages, too."""
+    parts = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
+    return hashlib.sha256(b"\0".join([*parts, str(ROOT).encode(), sys.version.encode()])).hexdigest()
 
 
 def _make_venv():
+    """Make ``.venv``, unless it has a Python of this version: one that was moved or upgraded has not."""
+    asked = [VENV_PYTHON, "-c", "import sys, pip; print(sys.version, sys.prefix)"]
+    if VENV_PYTHON.exists() and run_program(asked, dict(os.environ), _log)[1].strip() == f"{sys.version} {VENV}":
+        return
     shutil.rmtree(VENV, ignore_errors=True)
-    with LOG.open("a", encoding="utf-8") as log:
-        made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], stdout=log, stderr=subprocess.STDOUT)
-    if made.returncode:
-        raise CourseError(
-            "venv-failed", "Python could not make a virtual environment.",
-            "Install Python's venv module (Debian, Ubuntu: apt install python3-venv) and run this again.")
+    if run_program([sys.executable, "-m", "venv", VENV], dict(os.environ), _log)[0]:
+        raise CourseError("venv-failed", "Python could not make a virtual environment.",
+                          "Install Python's venv module (Debian, Ubuntu: apt install python3-venv) and run this again.")
 
 
-def _install_torch():
-    """Install the CPU build of torch, and refuse the CUDA one."""
-    requirement = f"torch=={pins(tests=False)['torch']}"
-    options = ["--constraint", "constraints.txt", requirement]
-    if sys.platform == "linux":
-        options += torch_index_options(requirement)
-        plan = _pip(None, "install", "--dry-run", *options)
-        if re.search(r"^Would install.* (nvidia|cuda)[-_]", plan, re.MULTILINE):
-            raise cuda_refused(requirement)
-    _pip(None, "install", *options)
+def cpu_torch_options(pip: Callable[..., str], plan: Path, *options: str) -> list[str]:
+    """Return the ``options`` and more, with which ``pip`` takes the CPU build of torch on Linux.
 
-
-def torch_index_options(requirement: str) -> list[str]:
-    """Return the options that make pip look into PyTorch's own index, where that one has the ``requirement``."""
-    if reachable(TORCH_CPU_INDEX + "/torch/", requirement.replace("==", "-")):
-        return ["--extra-index-url", TORCH_CPU_INDEX]
-    return []
-
-
-def reachable(url: str, expected: str) -> bool:
-    """Tell whether ``url`` answers with a page that holds ``expected``. A proxy's own page does not."""
+    The last of ``options`` is torch and its version; ``plan`` is a file to write to. Raises CourseError where pip
+    would take the CUDA build.
+    """
     try:
-        with urllib.request.urlopen(url, timeout=10) as page:
-            return expected.encode() in page.read()
-    except (urllib.error.URLError, OSError, ValueError):
-        return False
+        with urllib.request.urlopen(TORCH_CPU_INDEX + "/torch/", timeout=10) as page:  # or a proxy's own page
+            if options[-1].replace("==", "-").encode() in page.read():
+                options = ("--extra-index-url", TORCH_CPU_INDEX, *options)
+    except (OSError, ValueError):
+        pass  # pip asks its own index alone
+    pip("install", "--dry-run", "--no-deps", "--report", str(plan), *options)
+    for chosen in json.loads(plan.read_text(encoding="utf-8"))["install"]:
+        if any(re.match("(nvidia|cuda)[-_]", needed) for needed in chosen["metadata"].get("requires_dist", [])):
+            raise CourseError(
+                "cuda-build",
+                f"The only {options[-1]} that pip finds here is the CUDA build, 3 GB that this course never uses.",
+                f"Let pip reach {TORCH_CPU_INDEX}, or put the CPU wheel of your Python version into a folder "
+                "and set PIP_FIND_LINKS to it.")
+    return list(options)
 
 
-def cuda_refused(requirement: str) -> CourseError:
-    """Return the error for a machine where pip would take the CUDA build of torch."""
-    return CourseError(
-        "cuda-build",
-        f"The only {requirement} that pip finds here is the CUDA build, 3 GB that this course never uses.",
-        f"Let pip reach {TORCH_CPU_INDEX}, or put the CPU wheel of your Python version into a folder "
-        "and set PIP_FIND_LINKS to it.")
+def _log(text):
+    with LOG.open("a", encoding="utf-8") as log:
+        log.write(text)
 
 
-def _kit_options(kit):
-    """Return the options that make pip take everything from a kit, the build backend of the course too."""
-    # A page of links with hashes, from a folder as well: pip then checks what a stick has, too.
-    options = ["--no-index", "--find-links", kit.place(WHEELS_INDEX)]
-    if kit.address.startswith("http://"):
-        options += ["--trusted-host", urlsplit(kit.address).netloc]
-    return options
+def _pip(*arguments, kit=None):
+    """Run the environment's pip, keep its output in the log, show that it is alive. Return the output."""
+
+    def on_output(text):
+        _log(text)
+        for line in re.findall(r"^(?:Collecting|Downloading|Installing).*", text, re.MULTILINE)[-1:]:
+            show(line.strip())
+
+    def show(line):
+        if sys.stdout.isatty():
+            print(f"\r{line[:70]:<70}", end="\r", flush=True)
+
+    try:
+        return run_pip(*arguments, python=str(VENV_PYTHON), on_output=on_output, environment=_environment(kit))
+    except PipError as error:
+        raise explain(error.failure, kit) from None
+    finally:
+        show("")
 
 
-def _kit_environment(kit):
-    """Return an environment in which pip knows no other index, and no proxy on the way to a kit in the room."""
+def _environment(kit):
+    """Return an environment in which pip asks a kit and nobody else; None, which is this one, without a kit."""
+    if kit is None:
+        return None
     environment = {name: value for name, value in os.environ.items()
                    if not name.upper().startswith("PIP_") or name.upper() in ("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR")}
-    environment["PIP_CONFIG_FILE"] = os.devnull  # the one value that makes pip read no configuration file
+    # A page of links with hashes, from a folder as well: pip then checks what a stick has, too. It splits at spaces.
+    links = kit.place(WHEELS_INDEX) if kit.is_url else Path(kit.place(WHEELS_INDEX)).as_uri()
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": links}
+    if kit.address.startswith("http://"):
+        environment["PIP_TRUSTED_HOST"] = urlsplit(kit.address).netloc
     if kit.is_url and local_address(kit.address):
-        for name in ("no_proxy", "NO_PROXY"):
-            environment[name] = ",".join(filter(None, [os.environ.get(name), urlsplit(kit.address).hostname]))
+        environment |= {"NO_PROXY": "*", "no_proxy": "*"}
     return environment
-
-
-def _pip(kit, *arguments):
-    """Run the environment's pip, keep its output in the log, show that it is alive. Return the output."""
-    with LOG.open("a", encoding="utf-8") as log:
-
-        def on_output(text):
-            log.write(text)
-            lines = re.findall(r"^(?:Collecting|Downloading|Installing).*", text, re.MULTILINE)
-            if lines and sys.stdout.isatty():
-                print(f"\r{lines[-1].strip()[:70]:<70}", end="", flush=True)
-
-        try:
-            return run_pip(*arguments, python=str(VENV_PYTHON), on_output=on_output,
-                           environment=_kit_environment(kit) if kit else None)
-        except PipError as error:
-            raise explain(error.failure, kit) from None
-        finally:
-            if sys.stdout.isatty():
-                print("\r" + " " * 70 + "\r", end="", flush=True)
 
 
 def explain(failure: PipFailure, kit=None) -> CourseError:
@@ -217,7 +192,7 @@ def explain(failure: PipFailure, kit=None) -> CourseError:
             "kit-gone", f"The kit {kit.address} has stopped answering.",
             "Check that `kit serve` still runs there and that this machine is in the same network, and run this again.")
     if kit and package and failure.kind in ("missing", "conflict"):
-        return _explain_missing_wheel(package, kit)
+        return _lacking(package, kit)
     if not kit and failure.kind in ("missing", "unreachable", "conflict", "certificate"):
         return CourseError(
             "pip-unreachable", f"pip could not get {failure.package or 'the packages'} from the package index.",
@@ -227,16 +202,16 @@ def explain(failure: PipFailure, kit=None) -> CourseError:
                        f"Read the end of {LOG.relative_to(ROOT)}.")
 
 
-def _explain_missing_wheel(package, kit):
+def _lacking(package, kit):
     """Return the error for a wheel that a kit lacks: for this machine, or in the version of this course."""
     python = "{}.{}".format(*sys.version_info[:2])
     system = PLATFORM_NAMES.get((platform.system(), platform.machine()))
-    built = kit.manifest
-    if system in built["platforms"] and python in built["pythons"]:
+    platforms, pythons = kit.manifest["platforms"], kit.manifest["pythons"]
+    if system in platforms and python in pythons:
         return CourseError("kit-other-version", f"The kit has another version of {package} than this course.",
                            f"Take the course from the kit, too: {kit.place(COURSE)}.")
     again = build_command(kit, [system] if system else [], [python])
     machine = f"Python {python} on {platform.system()} {platform.machine()}"
     return CourseError("kit-lacks-wheel", f"The kit has no wheel of {package} for {machine}.",
-                       f"Use a Python that it was built for ({', '.join(built['pythons'])} on "
-                       f"{', '.join(built['platforms'])}), or build it with: {again}.")
+                       f"Use a Python that it was built for ({', '.join(pythons)} on {', '.join(platforms)}), "
+                       f"or build it with: {again}.")

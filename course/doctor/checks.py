@@ -1,7 +1,8 @@
 """Says what this machine can run: one line per check, with the fix beside it.
 
-It changes nothing, except that it prepares tiny-phi3 to try both tracks on it. Before set-up it runs on the standard
-library alone, and does the checks that need no more.
+It prepares tiny-phi3 to try both tracks on it, and changes nothing else. Before set-up it runs on the standard library
+alone, and does the checks that need no more. A check returns or yields ``(level, what, fix)`` with a level of OK, WARN
+or FAIL; ``fix`` is empty for OK.
 """
 
 import csv
@@ -16,13 +17,12 @@ import subprocess
 import sys
 import sysconfig
 import time
-import tomllib
 import webbrowser
 from pathlib import Path
 
 from course.doctor import network
 from course.doctor.smoke import smoke
-from course.environment import differing_packages, is_set_up, pins
+from course.environment import differing_packages, is_set_up, pins, project
 from helpers.files import is_writable
 from helpers.models.catalogue import find_entry, read_catalogue
 from helpers.models.kit import kit_address
@@ -41,7 +41,11 @@ CHROMIUM = ("chromium", "chromium-browser", "google-chrome",
 
 def doctor() -> int:
     """Check the machine, print a line per check, and return the exit code: 1 if anything failed."""
-    print(_course(), flush=True)
+    described = ""
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        described = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
+                                   capture_output=True, text=True).stdout.strip()
+    print(f"The course {project()['version']}" + (f", commit {described}" if described else ""), flush=True)
     levels = []
     for level, what, fix in _checks():
         levels.append(level)
@@ -71,17 +75,7 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, CHROMIUM)), None)
 
 
-def _course():
-    version = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
-    described = ""
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        described = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
-                                   capture_output=True, text=True).stdout.strip()
-    return f"The course {version}" + (f", commit {described}" if described else "")
-
-
 def _checks():
-    """Yield ``(level, what, fix)`` with a level of OK, WARN or FAIL; ``fix`` is empty for OK."""
     yield _platform(sysconfig.get_platform(), platform.machine(), sys.maxsize)
     differing, gone = differing_packages(), list(_files_gone())
     yield from _packages(differing, gone)
@@ -95,7 +89,7 @@ def _checks():
 
     yield _cores()
     yield _writable(BUILD)
-    yield _room(ready)
+    yield _disk(ready)
     if ready:
         yield _memory()
         yield from _models()
@@ -142,8 +136,7 @@ def _packages(differing, gone):
     """Yield the lines on the packages: what differs from the pins, and ``(package, file)`` for what is gone."""
     # Set-up does nothing in an environment that it has finished.
     fix = f"{'Delete .venv and run' if is_set_up(tests=False) else 'Run'}: python -m helpers setup"
-    missing = [name for name, (_, installed) in differing.items() if installed is None]
-    if len(missing) > len(pins(tests=False)) / 2:
+    if sum(installed is None for _, installed in differing.values()) > len(pins(tests=False)) / 2:
         yield "FAIL", "the course's packages are not installed", fix
         return
     for name, (pinned, installed) in differing.items():
@@ -178,7 +171,7 @@ def _cores():
         "WARN", "1 core", "The course runs, at less than half the speed.")
 
 
-def _room(ready):
+def _disk(ready):
     """Return the line on the disk of the course's folder."""
     needed, free = PAGES_MEGABYTES if ready else SETUP_MEGABYTES, free_disk(ROOT)
     what = f"{free:,.0f} MB are free on the disk of {ROOT}"
@@ -201,36 +194,40 @@ def _models():
     """Yield a line for each model of the catalogue, and for each other one in the cache."""
     from helpers.models.prepare import cache_state, cached_models
 
-    cache, memory, entries, lacks = model_cache(), free_memory(), read_catalogue(), {}
-    one_disk = existing(cache).stat().st_dev == ROOT.stat().st_dev
+    entries, memory = read_catalogue(), free_memory()
     try:
         states = {name: cache_state(name) for name in dict.fromkeys([*entries, *cached_models()])}
     except OSError as error:
         yield "FAIL", f"{error.filename} cannot be read", "Set COURSE_CACHE to a folder that is yours."
         return
-    for name, entry in entries.items():
-        stays = entry.disk if states[name] == "not prepared" else 0
-        runs = round(entry.disk * COPIES) + PAGES_MEGABYTES
-        disks = [(ROOT, runs + stays)] if one_disk else [(ROOT, runs), (cache, stays)]
-        short = [f"{needed:,} MB of disk for {folder}, and {free_disk(folder):,.0f} MB are free"
-                 for folder, needed in disks if free_disk(folder) < needed]
-        if memory < entry.memory:
-            short.insert(0, f"{entry.memory:,} MB of memory, and {memory:,.0f} MB are free")
-        lacks[name] = short
+    lacks = {name: _lacks(entry, states[name], memory) for name, entry in entries.items()}
     for name, state in states.items():
         if state == "damaged":
-            yield ("WARN", f"{name}: files in {cache / find_entry(name).folder} are not as they were written",
+            yield ("WARN", f"{name}: files in {model_cache() / find_entry(name).folder} are not as they were written",
                    f"Get them anew: python -m helpers prepare --model {name}")
         elif lacks.get(name):
             smaller = [other for other in entries if not lacks[other] and entries[other].memory < entries[name].memory]
             fits = max(smaller, key=lambda other: entries[other].memory, default=None)
-            yield ("WARN", f"{name}: {state}; a run needs {lacks[name][0]}",
-                   ("Close programs" if "memory" in lacks[name][0] else "Free some space, or set COURSE_CACHE to "
-                    "a folder on another disk") + (f", or choose a smaller model: MODEL={fits}." if fits else "."))
-        elif name in entries:
-            yield "OK", f"{name}: {state}, with memory and disk for a run", ""
+            what, fix = lacks[name]
+            yield ("WARN", f"{name}: {state}; a run needs {what}",
+                   fix + (f", or choose a smaller model: MODEL={fits}." if fits else "."))
         else:
-            yield "OK", f"{name}: {state}", ""
+            yield "OK", f"{name}: {state}" + (", with memory and disk for a run" if name in entries else ""), ""
+
+
+def _lacks(entry, state, memory):
+    """Return what a run of a model lacks here, and what to do about it; None where it lacks nothing."""
+    if memory < entry.memory:
+        return f"{entry.memory:,} MB of memory, and {memory:,.0f} MB are free", "Close programs"
+    cache, needed = model_cache(), {ROOT: round(entry.disk * COPIES) + PAGES_MEGABYTES}
+    if state == "not prepared":
+        place = ROOT if existing(cache).stat().st_dev == ROOT.stat().st_dev else cache
+        needed[place] = needed.get(place, 0) + entry.disk
+    for folder, megabytes in needed.items():
+        if free_disk(folder) < megabytes:
+            return (f"{megabytes:,} MB of disk for {folder}, and {free_disk(folder):,.0f} MB are free",
+                    "Free some space, or set COURSE_CACHE to a folder on another disk")
+    return None
 
 
 def _writable(folder):
@@ -239,18 +236,17 @@ def _writable(folder):
         writable = is_writable(folder)
     except OSError:
         writable = False
-    if not writable:
-        return "FAIL", f"{folder} cannot be written", "Move the course to a folder that is yours."
-    return "OK", f"{folder} can be written", ""
+    return ("OK", f"{folder} can be written", "") if writable else (
+        "FAIL", f"{folder} cannot be written", "Move the course to a folder that is yours.")
 
 
 def _java():
     """Return the line on Java, looked for where Spark looks."""
     fix = "For the section on Spark alone: install Java 17, from https://adoptium.net or your system's packages."
     home = os.environ.get("JAVA_HOME")
-    java = shutil.which("java", path=Path(home) / "bin") if home else shutil.which("java")
+    java = shutil.which("java", path=Path(home, "bin") if home else None)
     if home and not java:
-        return "WARN", f"JAVA_HOME is {home}, and there is no Java in it", "Correct JAVA_HOME or unset it. " + fix
+        return "WARN", f"JAVA_HOME is {home}, and there is no Java in it", f"Correct JAVA_HOME or unset it. {fix}"
     try:
         said = subprocess.run([java or "", "-version"], capture_output=True, text=True, errors="replace", timeout=20)
         version = re.search(r'version "((?:1\.)?(\d+)[^"]*)"', said.stderr + said.stdout)

@@ -12,7 +12,9 @@ import re
 import threading
 import time
 from datetime import timedelta
-from urllib.request import getproxies, proxy_bypass
+from http.client import HTTPException
+from urllib.error import HTTPError
+from urllib.request import Request, getproxies, proxy_bypass, urlopen
 
 from helpers.errors import CourseError
 from helpers.models.catalogue import read_catalogue
@@ -51,23 +53,21 @@ def index() -> tuple[tuple[str, str, str], float | None]:
     wheel = next(source for source in _sources() if isinstance(source, GgufWheel))
     name = wheel.requirement.split("==")[0]
     answer = ask_index(name, PATIENCE - 1)
-    ahead = _ahead(answer.url) if answer.url else None
-    needed = "Only set-up and a model's first download need it: "
-    if answer.kind == "found":
-        return ("OK", "the package index answers", ""), ahead
-    if answer.kind == "no-pip":
-        return ("WARN", "the package index was not asked: this Python has no pip",
-                "Set-up brings its own: python -m helpers setup"), None
-    if answer.kind == "certificate":
-        return ("WARN", "pip does not trust the package index's certificate", CERTIFICATES), ahead
-    if answer.kind == "absent":
-        return ("WARN", f"the package index has no {name}",
-                needed + "ask whoever runs it for that package, or see `pip config list`."), ahead
-    if answer.kind == "other-page":
-        return ("WARN", "the package index answers with a page that is no index, such as a proxy's log-in page",
-                needed + f"open {answer.site} in a browser and log in, or see `pip config list`."), ahead
-    return ("WARN", "the package index does not answer" + (f": HTTP {answer.status}" if answer.status else ""),
-            needed + "check the network, HTTPS_PROXY and `pip config list`."), ahead
+    needed, settings = "Only set-up and a model's first download need it: ", "see `pip config list`."
+    status = f": HTTP {answer.status}" if answer.status else ""
+    line = {
+        "found": ("OK", "the package index answers", ""),
+        "no-pip": ("WARN", "the package index was not asked: this Python has no pip",
+                   "Set-up brings its own: python -m helpers setup"),
+        "certificate": ("WARN", "pip does not trust the package index's certificate", CERTIFICATES),
+        "absent": ("WARN", f"the package index has no {name}",
+                   f"{needed}ask whoever runs it for that package, or {settings}"),
+        "other-page": ("WARN", "the package index answers with a page that is no index, such as a proxy's log-in page",
+                       f"{needed}open {answer.site} in a browser and log in, or {settings}"),
+        "none": ("WARN", f"the package index does not answer{status}",
+                 f"{needed}check the network, HTTPS_PROXY and `pip config list`."),
+    }[answer.kind]
+    return line, _ahead(answer.url) if answer.url else None
 
 
 def _sources():
@@ -85,35 +85,28 @@ def hub():
     fix = f"Only {names} and hub: models need it: check the network, HTTPS_PROXY and HF_ENDPOINT."
     try:
         answer = httpx.get(f"{endpoint}/{repo}/resolve/main/config.json", follow_redirects=True, timeout=4)
-        ahead = _seconds_ahead(answer)
-        if answer.status_code != 200:
-            return ("WARN", f"{endpoint} answers with HTTP {answer.status_code}", fix), ahead
-        answer.json()
+        what = f"{endpoint} answers with HTTP {answer.status_code}"
+        if answer.status_code == 200:
+            answer.json()
+            return ("OK", f"{endpoint} answers", ""), _ahead(endpoint)
     except (json.JSONDecodeError, UnicodeDecodeError):
-        return ("WARN", f"{endpoint} answers with a page that is no file, such as a proxy's log-in page", fix), ahead
+        what = f"{endpoint} answers with a page that is no file, such as a proxy's log-in page"
     except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError) as error:
         if "CERTIFICATE" in str(error):
             return ("WARN", f"the certificate of {endpoint} is not trusted", CERTIFICATES), None
         return ("WARN", f"{endpoint} does not answer", fix), None
-    return ("OK", f"{endpoint} answers", ""), ahead
+    return ("WARN", what, fix), _ahead(endpoint)
 
 
 def _ahead(url):
+    """Return by how many seconds this clock is ahead of the server's at ``url``; None where that one tells no time."""
     try:
-        import httpx
-    except ModuleNotFoundError:  # before set-up
-        return None
-    try:
-        return _seconds_ahead(httpx.head(url, timeout=4))
-    except (httpx.HTTPError, httpx.InvalidURL, ImportError, OSError, ValueError):
-        return None
-
-
-def _seconds_ahead(answer):
-    """Return by how many seconds this clock is ahead of the server's that gave ``answer``, or None."""
-    try:
-        return time.time() - email.utils.parsedate_to_datetime(answer.headers["date"]).timestamp()
-    except (KeyError, ValueError):
+        try:
+            headers = urlopen(Request(url, method="HEAD"), timeout=4).headers
+        except HTTPError as error:
+            headers = error.headers
+        return time.time() - email.utils.parsedate_to_datetime(headers["date"]).timestamp()
+    except (OSError, ValueError, TypeError, HTTPException):
         return None
 
 

@@ -1,14 +1,12 @@
 """Builds an offline kit: names come in; a folder of wheels, models, the course, pages and a manifest comes out."""
 
+import contextlib
 import html
-import itertools
 import json
 import os
 import platform
 import shutil
 import sys
-import time
-import tomllib
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,19 +16,13 @@ from urllib.parse import quote
 import nbformat
 from nbconvert.preprocessors import ClearOutputPreprocessor
 
-from course.kit.wheels import (
-    PATCHES,
-    WHEELS_MEGABYTES,
-    Target,
-    add_wheels,
-    keep_wanted_wheels,
-    missing_wheels,
-    this_platform,
-)
+from course.environment import project
+from course.kit import wheels
+from course.kit.wheels import PATCHES, WHEELS_MEGABYTES, Target
 from helpers.errors import CourseError
 from helpers.files import is_size, locked, progress_bar, sha256
 from helpers.models.catalogue import TRACKS, find_entry
-from helpers.models.folders import is_as_listed, list_file
+from helpers.models.folders import is_as_listed, list_file, read_receipt, receipt_path
 from helpers.models.kit import COURSE, FORMAT, INDEX, MANIFEST, WHEELS_INDEX, read_kit
 from helpers.models.prepare import prepare_model
 from helpers.models.sources import is_from_hub
@@ -49,35 +41,33 @@ def build(folder: Path, models: Sequence[str], platforms: Sequence[str] = (), py
     """Fill a folder with a kit; what is whole in it stays, and so does what is not the kit's. Return the exit code.
 
     ``platforms`` are keys of ``wheels.PLATFORMS``, this machine's where there are none; ``pythons`` are such as
-    ``"3.12"``, the running one where there are none.
-
-    Raises
-    ------
-    CourseError
-        An unknown model, no package index or no wheel in it, only a CUDA build of torch, a full disk, or a folder
-        that is a file, holds something else than a kit, or is the course's own.
+    ``"3.12"``, the running one where there are none. Raises CourseError: an unknown model, no package index or no wheel
+    in it, only a CUDA build of torch, a full disk, or a folder that is a file, holds something else than a kit, or is
+    the course's own.
     """
     os.environ.pop("COURSE_KIT", None)  # a kit is made from the originals
     models = list(dict.fromkeys(models))
-    platforms = list(dict.fromkeys(platforms or [this_platform()]))
+    platforms = list(dict.fromkeys(platforms or [wheels.this_platform()]))
     pythons = list(dict.fromkeys(pythons or ["{}.{}".format(*sys.version_info[:2])]))
+    head = {"format": FORMAT, "course": project()["version"], "built_on": platform.platform(), "models": models,
+            "platforms": platforms, "pythons": pythons}
     homes = {name: find_entry(name).folder for name in models}
+    targets = [Target(system, python) for system in platforms for python in pythons]
     _refuse_other_folders(folder)
     with _disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        head = {"format": FORMAT, "course": _version(), "built_on": platform.platform(), "models": models,
-                "platforms": platforms, "pythons": pythons}
-        targets = [Target(*pair) for pair in itertools.product(platforms, pythons)]
-        with locked(folder, lambda: _refuse_to_wait(folder)), _Site(folder, head) as site:
+        with locked(folder, lambda: _refuse_to_wait(folder)), contextlib.ExitStack() as at_end:
+            site = _Site(folder, head)
+            at_end.callback(shutil.rmtree, site.staging, ignore_errors=True)
             for name in models:
                 _prepare(name)
             _check_space(site, homes.values(), targets)
             for name, home in homes.items():
                 _add_model(site, name, home)
             for target in targets:
-                add_wheels(site, target)
+                wheels.add_wheels(site, target)
             site.add(COURSE, _write_course)
-            keep_wanted_wheels(site, targets)
+            wheels.keep_wanted_wheels(site, targets)
             site.add(WHEELS_INDEX, lambda draft: draft.write_text(_wheels_page(site.wanted), encoding="utf-8"))
             site.add(INDEX, lambda draft: draft.write_text(_page(site), encoding="utf-8"))
             site.finish()
@@ -117,11 +107,11 @@ def _disk_errors(folder):
 
 def _check_space(site, homes, targets):
     """Refuse to start where the disk does not have what is still to come."""
-    needed = sum(entry["size"] for home in homes for file, entry in _model_files(home)
-                 if not is_size(site.folder / file, entry["size"])) / 1e6
+    needed = sum(entry["size"] for home in homes for name, entry in _model_files(home)
+                 if not is_size(site.folder / name, entry["size"])) / 1e6
     for target in targets:
-        wanted = target.requirements(PATCHES[0])
-        needed += WHEELS_MEGABYTES * len(missing_wheels(site, target, wanted)) / len(wanted)
+        missing, wanted = wheels.missing_wheels(site, target, PATCHES[0]), target.requirements(PATCHES[0])
+        needed += WHEELS_MEGABYTES * len(missing) / len(wanted)
     free = free_disk(site.folder)
     if free < needed:
         raise CourseError("disk-short", f"{site.folder} has {free:,.0f} MB free, and the rest of the kit takes about "
@@ -142,41 +132,33 @@ class _Site:
         self.staging.mkdir()
         self.note(self.listed)
 
-    def __enter__(self):
-        return self
+    def has(self, name: str) -> bool:
+        """Tell whether a file is there as it is listed."""
+        return name in self.listed and is_as_listed(self.folder / name, self.listed[name])
 
-    def __exit__(self, *exception):
-        shutil.rmtree(self.staging, ignore_errors=True)
-
-    def has(self, name: str) -> dict | None:
-        """Return the entry of a file that is there as it is listed, and None for another."""
-        entry = self.listed.get(name)
-        return entry if entry and is_as_listed(self.folder / name, entry) else None
-
-    def keep(self, name: str, entry: dict) -> None:
-        """Take a file that is there already."""
-        self.wanted[name] = self.listed[name] = entry
+    def keep(self, name: str) -> None:
+        """Take a file that is there as it is listed."""
+        self.wanted[name] = self.listed[name]
 
     def add(self, name: str, make: Callable[[Path], object]) -> None:
-        """Let ``make`` write a file and put it in place, unless the same is there."""
+        """Let ``make`` write a file, and put it in place."""
         draft = self.staging / "draft"
         make(draft)
         self.take(name, draft)
 
     def take(self, name: str, draft: Path) -> None:
-        """Move a finished file into the kit."""
+        """Move a finished file into the kit, unless the same is there."""
         path, digest = self.folder / name, sha256(draft)
-        if path.exists() and not (path.is_file() and sha256(path) == digest):
-            if name not in self.listed:
-                raise CourseError("kit-file-of-yours", f"{path} is there already, and no kit has written it.",
-                                  "Move it away, or build into another folder.")
-            path.unlink()
-        if path.exists():
+        if path.is_file() and sha256(path) == digest:
             draft.unlink()
+        elif os.path.lexists(path) and name not in self.listed:
+            raise CourseError("kit-file-of-yours", f"{path} is there already, and no kit has written it.",
+                              "Move it away, or build into another folder.")
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft.replace(path)
-        self.keep(name, list_file(path, digest))
+        self.listed[name] = list_file(path, digest)
+        self.keep(name)
 
     def note(self, files: dict, complete: bool = False) -> None:
         """Write the manifest; until the last time it says that the kit is not finished."""
@@ -189,13 +171,11 @@ class _Site:
         """Remove what an earlier build listed and this one does not want, and write the manifest."""
         for name in self.listed.keys() - self.wanted.keys():
             path = self.folder / name
-            if not path.resolve().is_relative_to(self.folder.resolve()):
-                continue  # behind a link that somebody has made
-            path.unlink(missing_ok=True)
-            for parent in path.parents:  # a folder that somebody has put a file into stays
-                if parent == self.folder or not parent.is_dir() or any(parent.iterdir()):
-                    break
-                parent.rmdir()
+            if path.resolve().is_relative_to(self.folder.resolve()):  # not behind a link that somebody has made
+                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # a folder that somebody has put a file into stays
+                    for parent in path.parents:
+                        parent.rmdir()
         self.note(self.wanted, complete=True)
 
 
@@ -205,32 +185,27 @@ class _Site:
 def _prepare(name):
     """Prepare a model; a repository of the Hub for the one track that somebody has prepared it for."""
     entry = find_entry(name)
-    parts = [receipt.name.split(".")[0] for receipt in _receipts(entry.folder)]
-    prepare_model(name, parts[0] if is_from_hub(entry) and len(parts) == 1 else None)
-
-
-def _receipts(home):
-    """Return the receipts of the folders that are there: a model of the Hub may be for one track alone."""
-    paths = (model_cache() / home / f"{track}.receipt.json" for track in TRACKS)
-    return [path for path in paths if path.is_file()]
+    tracks = [track for track in TRACKS if receipt_path(model_cache() / entry.folder / track).is_file()]
+    prepare_model(name, tracks[0] if is_from_hub(entry) and len(tracks) == 1 else None)
 
 
 def _model_files(home) -> Iterator[tuple[str, dict]]:
-    """Yield the path in the kit and the entry of each file of a prepared model."""
-    for receipt in _receipts(home):
-        track = receipt.name.removesuffix(".receipt.json")
-        for file, entry in json.loads(receipt.read_text(encoding="utf-8"))["files"].items():
+    """Yield the path in the kit and the entry of each file of a prepared model, its receipts included."""
+    for track in TRACKS:
+        folder = model_cache() / home / track
+        for file, entry in read_receipt(folder)["files"].items():
             yield f"models/{home}/{track}/{file}", entry
+        if receipt_path(folder).is_file():  # a model of the Hub may be for one track alone
+            yield f"models/{home}/{receipt_path(folder).name}", list_file(receipt_path(folder))
 
 
 def _add_model(site, name, home):
-    """Copy both folders of a prepared model and their receipts."""
+    """Copy the folders of a prepared model and their receipts."""
     files = list(_model_files(home))
     with progress_bar(f"Copying {name}", sum(entry["size"] for _, entry in files)) as bar:
         for path, entry in files:
-            there = site.has(path)
-            if there and there["sha256"] == entry["sha256"]:
-                site.keep(path, there)
+            if site.has(path) and site.listed[path]["sha256"] == entry["sha256"]:
+                site.keep(path)
             else:
                 source = model_cache() / path.removeprefix("models/")
                 site.add(path, lambda draft, source=source: shutil.copyfile(source, draft))
@@ -238,8 +213,6 @@ def _add_model(site, name, home):
                     raise CourseError("model-changed", f"{source} is not as it was prepared.",
                                       f"Write it anew: python -m helpers prepare --model {name}.")
             bar.update(entry["size"])
-    for receipt in _receipts(home):
-        site.add(f"models/{home}/{receipt.name}", lambda draft, receipt=receipt: shutil.copyfile(receipt, draft))
     site.note(site.listed)
 
 
@@ -260,35 +233,19 @@ def _write_course(draft):
     with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in course_files():
             data = path.read_bytes()
-            if path.suffix == ".ipynb":
-                data = _without_outputs(data)
-            # The files' own times: Python takes a module that was unpacked over an older one for the older by them.
-            # An archive knows those of 1980 to 2107.
-            when = min(max(time.localtime(path.stat().st_mtime)[:6], (1980, 1, 1, 0, 0, 0)), (2107, 12, 31, 0, 0, 0))
-            entry = zipfile.ZipInfo("slm-mlflow-course/" + path.relative_to(ROOT).as_posix(), when)
-            entry.compress_type = zipfile.ZIP_DEFLATED
-            entry.external_attr = (0o755 if os.access(path, os.X_OK) else 0o644) << 16
-            archive.writestr(entry, data)
-
-
-def _without_outputs(data):
-    """Return a notebook without what a run has left in it."""
-    notebook = nbformat.reads(data.decode("utf-8"), as_version=4)
-    if not any(cell.get("outputs") or cell.get("execution_count") for cell in notebook.cells):
-        return data
-    cleared, _ = ClearOutputPreprocessor().preprocess(notebook, {})
-    return nbformat.writes(cleared).encode("utf-8")
-
-
-def _version():
-    return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["version"]
+            if path.suffix == ".ipynb":  # without what a run has left in it
+                notebook, _ = ClearOutputPreprocessor().preprocess(nbformat.reads(data.decode("utf-8"), 4), {})
+                data = nbformat.writes(notebook).encode("utf-8") + b"\n"
+            # With the files' own times: Python takes a module that was unpacked over an older one for older by them.
+            entry = zipfile.ZipInfo.from_file(path, f"slm-mlflow-course/{path.relative_to(ROOT).as_posix()}",
+                                              strict_timestamps=False)
+            archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
 
 
 def _wheels_page(files):
     """Return a page of links with hashes, as pip reads it from a server and from a folder."""
-    links = [f'<a href="{quote(name.removeprefix("wheels/"))}#sha256={entry["sha256"]}">'
-             f'{html.escape(name.removeprefix("wheels/"))}</a><br>'
-             for name, entry in sorted(files.items()) if name.startswith("wheels/") and name.endswith(".whl")]
+    wheels = {name.removeprefix("wheels/"): files[name]["sha256"] for name in sorted(files) if name.endswith(".whl")}
+    links = [f'<a href="{quote(name)}#sha256={digest}">{html.escape(name)}</a><br>' for name, digest in wheels.items()]
     head = '<html lang="en"><head><meta charset="utf-8"><title>Wheels</title></head><body>'
     return "\n".join(["<!DOCTYPE html>", head, *links, "</body></html>", ""])
 

@@ -1,5 +1,6 @@
 """Offers a kit to a room over HTTP: what its manifest lists, to be read, and nothing else of the disk."""
 
+import contextlib
 import errno
 import socket
 from pathlib import Path
@@ -34,12 +35,11 @@ def serve(folder: Path, host: str, port: int) -> int:
         print(f"The kit {folder}, {len(kit.files)} files   (Ctrl-C ends it)")
         for address in _addresses() if host == "0.0.0.0" else [host]:
             print(f"  http://{f'[{address}]' if ':' in address else address}:{port}")
+        says = "Participants open that address. Whoever is in this network can read the kit, and nothing else here."
         if host in ("127.0.0.1", "localhost", "::1"):
-            print("This machine alone can read it. To offer it to everybody in the network: "
-                  f"python -m helpers kit serve \"{folder}\" --host 0.0.0.0")
-        else:
-            print("Participants open that address. Whoever is in this network can read the kit, and nothing else here.")
-        print(end="", flush=True)
+            says = ("This machine alone can read it. To offer it to everybody in the network: "
+                    f'python -m helpers kit serve "{folder}" --host 0.0.0.0')
+        print(says, flush=True)
         config = uvicorn.Config(application(kit), log_level="error", access_log=False, server_header=False,
                                 lifespan="off", timeout_graceful_shutdown=1)
         try:
@@ -58,33 +58,30 @@ def application(kit: Kit) -> Starlette:
         path = request.path_params["path"]
         name = PAGES.get(path, path)
         # A name is looked up among those listed, as it stands: no path is put together from a request.
-        file = (root / name).resolve() if name in served else None
-        if file is None or not file.is_relative_to(root) or not file.is_file():
-            raise HTTPException(404, "The kit has no such file.")
-        try:
-            return FileResponse(file, stat_result=file.stat(), headers={"cache-control": "no-cache"})
-        except OSError:
-            raise HTTPException(404, "The kit has no such file.") from None
+        with contextlib.suppress(OSError):  # it may go while it is looked at
+            if name in served and (file := (root / name).resolve()).is_relative_to(root) and file.is_file():
+                return FileResponse(file, stat_result=file.stat(), headers={"cache-control": "no-cache"})
+        raise HTTPException(404, "The kit has no such file.")
 
     return Starlette(routes=[Route("/{path:path}", answer, methods=["GET", "HEAD"])])
 
 
 def _listen(folder, host, port):
     """Return a socket that listens, or say why there is none."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     if not host:
         raise CourseError("host-empty", "--host is empty.",
                           "Name 127.0.0.1 for this machine alone, or 0.0.0.0 for the room.")
     try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=256)
     except OSError as error:
         if error.errno == errno.EADDRINUSE or getattr(error, "winerror", None) == 10048:
             other = port + 1 if port < 65535 else port - 1
             again = f'python -m helpers kit serve "{folder}" --host {host} --port {other}'
             raise CourseError("port-taken", f"Port {port} is taken.", f"Choose another one: {again}.") from None
-        why = error.strerror or error
-        raise CourseError("host-refused", f"This machine cannot listen on {host}, port {port}: {why}.",
-                          "Use --host 0.0.0.0 for every address of this machine, and a port above 1023.") from None
+        raise CourseError(
+            "host-refused", f"This machine cannot listen on {host}, port {port}: {error.strerror or error}.",
+            "Use --host 0.0.0.0 for every address of this machine, and a port above 1023.") from None
 
 
 def _addresses():

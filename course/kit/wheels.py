@@ -3,19 +3,16 @@
 constraints.txt says which ones, with markers that are evaluated for that system; pip fetches them into the kit.
 """
 
-import contextlib
-import json
 import os
 import platform
-import re
 from dataclasses import dataclass
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags, mac_platforms, platform_tags
-from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
+from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from course.environment import cuda_refused, torch_index_options
+from course.environment import cpu_torch_options
 from helpers.errors import CourseError
 from helpers.files import progress_bar
 from helpers.models.kit import PLATFORM_NAMES
@@ -51,14 +48,14 @@ class Target:
     platform: str
     python: str
 
+    def __str__(self):
+        return f"Python {self.python} on {self.platform}"
+
     def requirements(self, patch: int) -> list[Requirement]:
         """Return what constraints.txt wants on this target for a patch release of its Python."""
-        environment = default_environment()
-        if self.platform in PLATFORMS:
-            environment |= {key: value for key, value in PLATFORMS[self.platform].items() if key != "tags"}
         version = f"{self.python}.{patch}"
-        environment |= {"python_version": self.python, "python_full_version": version,
-                        "implementation_version": version}
+        environment = default_environment() | PLATFORMS.get(self.platform, {}) | {
+            "python_version": self.python, "python_full_version": version, "implementation_version": version}
         lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
         wanted = (Requirement(line) for line in lines if line and not line.startswith("#"))
         return [one for one in wanted if one.marker is None or one.marker.evaluate(environment)]
@@ -69,14 +66,14 @@ class Target:
 
     def tags(self) -> set[Tag]:
         """Return every tag that a wheel for it may have."""
-        version, nodot = tuple(map(int, self.python.split("."))), self.python.replace(".", "")
-        return {*cpython_tags(version, [f"cp{nodot}"], self.platform_tags()),
-                *compatible_tags(version, f"cp{nodot}", self.platform_tags())}
+        version, interpreter = tuple(map(int, self.python.split("."))), "cp" + self.python.replace(".", "")
+        return {*cpython_tags(version, [interpreter], self.platform_tags()),
+                *compatible_tags(version, interpreter, self.platform_tags())}
 
     def pip_options(self, patch: int) -> list[str]:
         """Return the options that make pip choose wheels for it."""
         return ["--only-binary", ":all:", "--implementation", "cp", "--python-version", f"{self.python}.{patch}",
-                *(word for abi in (f"cp{self.python.replace('.', '')}", "abi3", "none") for word in ("--abi", abi)),
+                *(word for abi in ("cp" + self.python.replace(".", ""), "abi3", "none") for word in ("--abi", abi)),
                 *(word for tag in self.platform_tags() for word in ("--platform", tag))]
 
 
@@ -86,66 +83,48 @@ def this_platform() -> str:
     return PLATFORM_NAMES.get(machine, " ".join(machine))
 
 
-def _wheels(folder):
-    """Return the wheels of a folder: path, name, version and tags of each."""
-    wheels = []
-    for path in sorted(folder.glob("*.whl")):
-        with contextlib.suppress(InvalidWheelFilename):
-            name, version, _, tags = parse_wheel_filename(path.name)
-            wheels.append((path, name, version, tags))
-    return wheels
+def _wheels(site):
+    """Return project, version, build and tags of each wheel that is in the kit, whole, by its path there."""
+    return {name: parse_wheel_filename(name.removeprefix("wheels/"))
+            for name in site.listed if name.endswith(".whl") and site.has(name)}
 
 
 def _answers(wheel, requirement, tags):
-    _, name, version, its_tags = wheel
-    return name == canonicalize_name(requirement.name) and requirement.specifier.contains(version, prereleases=True) \
-        and not its_tags.isdisjoint(tags)
+    project, version, _, its_tags = wheel
+    return project == canonicalize_name(requirement.name) and not its_tags.isdisjoint(tags) \
+        and requirement.specifier.contains(version, prereleases=True)
 
 
-def missing_wheels(site, target: Target, wanted: list[Requirement]) -> list[Requirement]:
-    """Return the requirements that no whole wheel of the kit answers."""
-    tags, wheels = target.tags(), [wheel for wheel in _wheels(site.folder / "wheels")
-                                   if site.has(f"wheels/{wheel[0].name}")]
-    return [one for one in wanted if not any(_answers(wheel, one, tags) for wheel in wheels)]
+def missing_wheels(site, target: Target, patch: int) -> list[Requirement]:
+    """Return what a target wants for a patch release of its Python, and no wheel of the kit answers."""
+    tags, wheels = target.tags(), _wheels(site).values()
+    return [one for one in target.requirements(patch) if not any(_answers(wheel, one, tags) for wheel in wheels)]
 
 
 def add_wheels(site, target: Target) -> None:
     """Fetch what the kit lacks for one system and Python."""
     for patch in PATCHES:
-        missing = missing_wheels(site, target, target.requirements(patch))
-        torch = [one for one in missing if one.name == "torch"]
-        rest = [one for one in missing if one.name != "torch"]
-        batches = [torch] if torch else []
-        batches += [rest[start:start + BATCH] for start in range(0, len(rest), BATCH)]
-        if not batches:
+        # torch comes first, and alone: it has options of its own.
+        missing = sorted(missing_wheels(site, target, patch), key=lambda one: one.name != "torch")
+        if not missing:
             continue
-        with progress_bar(f"Fetching wheels for Python {target.python} on {target.platform}", len(missing)) as bar:
-            for batch in batches:
-                options = _torch_options(site, target, patch, batch[0]) if batch is torch else []
-                _fetch(site, target, patch, batch, options)
+        with progress_bar(f"Fetching wheels for {target}", len(missing)) as bar:
+            while missing:
+                size = 1 if missing[0].name == "torch" else BATCH
+                batch, missing = missing[:size], missing[size:]
+                _fetch(site, target, patch, batch)
                 bar.update(len(batch))
 
 
-def _torch_options(site, target, patch, torch):
-    """Return pip's options for the CPU build of torch, and raise CourseError where pip would take the CUDA one."""
-    if "linux" not in target.platform.lower():
-        return []
-    requirement = f"torch{torch.specifier}"
-    options, plan = torch_index_options(requirement), site.staging / "plan.json"
-    _pip(site, target, "install", "--dry-run", "--ignore-installed", "--no-deps", "--report", plan,
-         "--target", site.staging / "none", *target.pip_options(patch), *options, requirement)
-    (chosen,) = json.loads(plan.read_text(encoding="utf-8"))["install"]
-    if any(re.match(r"(nvidia|cuda)[-_]", needed) for needed in chosen["metadata"].get("requires_dist", [])):
-        raise cuda_refused(requirement)
-    return options
-
-
-def _fetch(site, target, patch, batch, options):
+def _fetch(site, target, patch, batch):
     """Let pip fetch some wheels, and take them into the kit once they are whole."""
-    fetched = site.staging / "wheels"
     # Without the markers: pip would ask this machine about them.
-    requirements = [f"{one.name}{one.specifier}" for one in batch]
-    _pip(site, target, "download", "--no-deps", "--dest", fetched, *target.pip_options(patch), *options, *requirements)
+    words = [*target.pip_options(patch), *(f"{one.name}{one.specifier}" for one in batch)]
+    if batch[0].name == "torch" and "linux" in target.platform.lower():
+        none = ["--ignore-installed", "--target", site.staging / "none"]
+        words = cpu_torch_options(lambda *words: _pip(site, target, *words, *none), site.staging / "plan.json", *words)
+    fetched = site.staging / "wheels"
+    _pip(site, target, "download", "--no-deps", "--dest", fetched, *words)
     for wheel in sorted(fetched.glob("*.whl")):
         site.take(f"wheels/{wheel.name}", wheel)
     site.note(site.listed)
@@ -159,26 +138,25 @@ def _pip(site, target, *arguments):
     try:
         run_pip(*map(str, arguments), environment=dict(os.environ, PIP_USER="0", **places))
     except PipError as error:
-        failure, system = error.failure, f"Python {target.python} on {target.platform}"
+        failure = error.failure
         if failure.kind == "missing":
             raise CourseError(
-                "wheel-absent", f"The package index has no wheel of {failure.package} for {system}.",
+                "wheel-absent", f"The package index has no wheel of {failure.package} for {target}.",
                 "Check the index that pip uses (python -m pip config list), or leave this platform or Python out.",
             ) from None
         if failure.kind == "unreachable":
             raise CourseError(
-                "pip-unreachable", f"pip could not get the wheels for {system} from the package index.",
+                "pip-unreachable", f"pip could not get the wheels for {target} from the package index.",
                 "Check the network, the proxy (HTTPS_PROXY) and pip's index (python -m pip config list), and "
                 "run this again; what is finished stays.") from None
-        raise explain(failure, f"Fetching the wheels for {system}") from None
+        raise explain(failure, f"Fetching the wheels for {target}") from None
 
 
 def keep_wanted_wheels(site, targets: list[Target]) -> None:
     """Take each wheel that a target wants; the rest of those listed is stale."""
-    wheels = _wheels(site.folder / "wheels")
+    wheels = _wheels(site)
     for target in targets:
         tags, wanted = target.tags(), [one for patch in PATCHES for one in target.requirements(patch)]
-        for wheel in wheels:
-            name = f"wheels/{wheel[0].name}"
-            if name not in site.wanted and site.has(name) and any(_answers(wheel, one, tags) for one in wanted):
-                site.keep(name, site.has(name))
+        for name in wheels.keys() - site.wanted.keys():
+            if any(_answers(wheels[name], one, tags) for one in wanted):
+                site.keep(name)

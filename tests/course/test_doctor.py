@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import replace
 from email.utils import formatdate
 from types import SimpleNamespace
 
@@ -24,6 +25,7 @@ import pytest
 import yaml
 from support import ROOT
 from support.loopback_hub import certificate
+from support.steps import entry_of
 
 from course.doctor import checks, network, smoke
 from course.environment import differing_packages
@@ -286,8 +288,53 @@ def test_a_disk_that_is_nearly_full(cache, monkeypatch):
     assert "COURSE_CACHE" in fix
     assert fix.endswith("MODEL=tiny-phi3.")
     assert find(checks._models(), "tiny-phi3")[0] == "OK"
-    assert checks._room(ready=True)[0] == "OK"
-    assert checks._room(ready=False)[0] == "FAIL"
+    assert checks._disk(ready=True)[0] == "OK"
+    assert checks._disk(ready=False)[0] == "FAIL"
+
+
+@pytest.mark.parametrize(("state", "memory", "free", "two_disks", "lacks"), [
+    ("not prepared", 999, (9_000, 9_000), False, "1,000 MB of memory, and 999 MB are free"),
+    ("not prepared", 1_000, (9_000, 9_000), False, None),
+    # A run takes 1.3 times 500 MB and 100 MB for its pages; what is prepared stays beside it.
+    ("not prepared", 1_000, (1_250, 9_000), False, None),
+    ("not prepared", 1_000, (1_249, 9_000), False, "1,250 MB of disk for COURSE, and 1,249 MB are free"),
+    ("ready", 1_000, (750, 0), False, None),
+    ("ready", 1_000, (749, 9_000), False, "750 MB of disk for COURSE, and 749 MB are free"),
+    ("not prepared", 1_000, (750, 500), True, None),
+    ("not prepared", 1_000, (749, 500), True, "750 MB of disk for COURSE, and 749 MB are free"),
+    ("not prepared", 1_000, (750, 499), True, "500 MB of disk for CACHE, and 499 MB are free"),
+    ("ready", 1_000, (750, 0), True, None),
+])
+def test_what_a_run_lacks(state, memory, free, two_disks, lacks, tmp_path, monkeypatch):
+    course, cache = tmp_path / "COURSE", tmp_path / "CACHE"
+    course.mkdir()
+    device = course.stat().st_dev + two_disks
+    monkeypatch.setattr(checks, "ROOT", course)
+    monkeypatch.setattr(checks, "model_cache", lambda: cache)
+    monkeypatch.setattr(checks, "existing", lambda folder: SimpleNamespace(stat=lambda: SimpleNamespace(st_dev=device)))
+    monkeypatch.setattr(checks, "free_disk", dict(zip((course, cache), free, strict=True)).get)
+    found = checks._lacks(entry_of("words", memory=1_000, disk=500), state, memory)
+    assert (found and found[0].replace(str(tmp_path) + os.sep, "")) == lacks
+    if found:
+        assert found[1].startswith("Close programs" if "memory" in lacks else "Free some space")
+
+
+@pytest.mark.parametrize(("too_much", "fits"), [
+    ({"large"}, "middle"), ({"large", "middle"}, "small"), ({"middle"}, "small"), ({"small"}, None)])
+def test_the_largest_of_the_smaller_models_that_fit_is_offered(monkeypatch, too_much, fits):
+    entries = {name: replace(entry_of("words", memory=memory), name=name)
+               for name, memory in (("middle", 2), ("large", 3), ("small", 1))}
+    monkeypatch.setattr(checks, "read_catalogue", lambda: entries)
+    monkeypatch.setattr("helpers.models.prepare.cached_models", lambda: ["hub:org/name"])
+    monkeypatch.setattr("helpers.models.prepare.cache_state", lambda name: "ready")
+    monkeypatch.setattr(checks, "_lacks", lambda entry, state, memory: (
+        "much", "Free some space") if entry.name in too_much else None)
+    lines = {what.split(": ")[0]: (level, fix) for level, what, fix in checks._models()}
+    assert lines.pop("hub:org/name") == ("OK", "")
+    assert {name for name, (level, _) in lines.items() if level == "WARN"} == too_much
+    largest = max(too_much, key=lambda name: entries[name].memory)
+    assert lines[largest][1] == "Free some space" + (
+        f", or choose a smaller model: MODEL={fits}." if fits else ".")
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system binds no process to a core")
@@ -317,6 +364,7 @@ def test_a_port_is_taken_where_somebody_listens():
 @pytest.mark.parametrize(("says", "level", "what"), [
     ('openjdk version "17.0.10" 2024-01-16', "OK", "Java 17.0.10"),
     ('openjdk version "21" 2023-09-19', "OK", "Java 21"),
+    ('openjdk version "16.0.2" 2021-07-20', "WARN", "Java is 16.0.2"),
     ('java version "1.8.0_392"', "WARN", "Java is 1.8.0_392"),
     ("The operation could not be completed. Unable to locate a Java Runtime.", "WARN", "there is no Java"),
 ])
@@ -542,6 +590,12 @@ def test_a_library_that_kills_the_process(tiny, tmp_path, monkeypatch):
     assert "Visual C++" in first[2]
     assert second == ("FAIL", "track B did not generate on tiny-phi3: SIGILL; it printed last: loading kernels",
                       "This processor lacks an instruction that the track's library needs: use another machine.")
+
+
+@pytest.mark.parametrize(("said", "level"), [("tokens: 5\n", "OK"), ("Loading\ntokens: 4\n", "FAIL"), ("", "FAIL")])
+def test_a_track_that_generates_other_than_five_tokens_fails(monkeypatch, said, level):
+    monkeypatch.setattr(smoke, "_run", lambda *words: (0, said))
+    assert [line[0] for line in smoke.smoke()] == [level] * 2
 
 
 NO_SIGNALS = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals")

@@ -66,6 +66,26 @@ def test_a_link_that_leads_out_of_a_kit_is_named_and_not_served(small, tmp_path,
     assert "link.txt lies outside" in refusal.value.what
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a symbolic link takes rights there")
+def test_what_changes_while_a_kit_is_served_is_looked_at_for_each_request(small, tmp_path):
+    course = small / "course.zip"
+    (tmp_path / "secret").write_text("secret", encoding="utf-8")
+    with served(small) as (url, _):
+        connection = http.client.HTTPConnection(urlsplit(url).netloc)
+
+        def ask():
+            connection.request("GET", "/course.zip")
+            answer = connection.getresponse()
+            answer.read()
+            return answer.status
+
+        found = [ask()]
+        for change in (course.unlink, lambda: course.symlink_to(tmp_path / "secret"), course.unlink, course.mkdir):
+            change()
+            found.append(ask())
+    assert found == [200, 404, 404, 404, 404]
+
+
 def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_path):
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (small / "notes.txt").write_text("secret", encoding="utf-8")

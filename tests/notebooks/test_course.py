@@ -82,7 +82,7 @@ def test_a_notebook_runs_on_the_real_model_with_other_parameters(course, page):
 
 
 def test_the_run_holds_its_parameters_measurements_and_answers(course, page):
-    run = latest_run(course, page)
+    run = latest_run(course.store, page)
     assert run.info.status == "FINISHED"
     parameters = {name: str(value) for name, value in OTHER.items()} | {"model": "smollm2-135m"}
     assert parameters.items() <= run.data.params.items()  # MLflow's flavor adds its model_config
@@ -106,10 +106,10 @@ def find_models(store, page):
 
 
 def test_nothing_is_logged_outside_the_store(course, page):
-    run = latest_run(course, page)
+    run = latest_run(course.store, page)
     artifacts = tracking_store(course.store).artifact_location
     assert run.info.artifact_uri.startswith(artifacts)
-    models = find_models(course, page)
+    models = find_models(course.store, page)
     assert {model.name for model in models} == {"TransformerPipeline": {"slm-transformers"},
                                                 "CustomPythonWrapper": {"slm-onnx-prompt", "slm-onnx"}}[page]
     assert all(model.artifact_location.startswith(artifacts) for model in models)
@@ -281,13 +281,20 @@ def notebooks(tmp_path, monkeypatch):
     return folder
 
 
+def write_page(path, source):
+    """Write a notebook of one code cell, with a cell for papermill's parameters before it."""
+    cells = [nbformat.v4.new_code_cell("tracking_uri = ''", metadata={"tags": ["parameters"]}),
+             nbformat.v4.new_code_cell(source)]
+    kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}), path)
+
+
 def test_a_page_that_ran_beside_others_prints_its_own_answers(notebooks, store, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MLFLOW_RUN_ID", "somebody else's")
     monkeypatch.setenv("MLFLOW_RUN_CONTEXT", '{"team": "blue"}')
     file = tmp_path / "small.py"
     file.write_text(SMALL_PAGE.format(store=store, file=str(file)), encoding="utf-8")
-    cells = [nbformat.v4.new_code_cell(file.read_text(encoding="utf-8"))]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebooks / "Small.ipynb")
+    write_page(notebooks / "Small.ipynb", file.read_text(encoding="utf-8"))
     execution = execute("Small", {"tracking_uri": store}, tmp_path / "out")
     assert len(mlflow.search_runs(experiment_names=["Small"])) == 3
     assert execution.run.data.tags["team"] == "blue"
@@ -299,8 +306,7 @@ def test_a_page_that_ran_beside_others_prints_its_own_answers(notebooks, store, 
 
 
 def test_a_notebook_whose_python_is_ended_by_the_system_says_so(notebooks, tmp_path):
-    cells = [nbformat.v4.new_code_cell("import os, signal; os.kill(os.getpid(), signal.SIGTERM)\nos._exit(9)")]
-    nbformat.write(nbformat.v4.new_notebook(cells=cells), notebooks / "Dies.ipynb")
+    write_page(notebooks / "Dies.ipynb", "import os, signal; os.kill(os.getpid(), signal.SIGTERM)\nos._exit(9)")
     with refuses("kernel-ended"):
         execute("Dies", {}, tmp_path / "out")
 
