@@ -13,9 +13,14 @@ import sys
 
 from helpers.paths import BUILD, ROOT, model_cache
 
-# mutmut's names of what decides something; of the chat model, all that stands between the contract and the engine.
-POLICIES = ("helpers.*", "serving.chat_model.x_*", *(
-    f"serving.chat_model.xǁ{name}*" for name in ("PromptEncoder", "TextWriter", "Scheduler", "Sampler")))
+# mutmut's names of what decides something. Of the chat model: the contract's reader, the prompt, the scheduler, the
+# sampler; of downloads: when a request is made again, and which files are there.
+POLICIES = (
+    "helpers.models.folders.*", "helpers.models.hub.*", "helpers.parameters.*", "helpers.signatures.*",
+    "helpers.tracking.*", *(f"helpers.models.download.{name}*" for name in ("x_seconds", "x_retried", "xǁ")),
+    *(f"serving.chat_model.{name}*" for name in (
+        "x_invalid", "x_read_", "x__whole", "x__without", "x__explain", "x__unknown", "x__plain", "x__is_gap",
+        "x__keep", "xǁPromptEncoder", "xǁTextWriter", "xǁScheduler", "xǁSampler")))
 REACH = 0.85
 SITE = BUILD / "mutate"
 COPIED = ("course", "data", "helpers", "notebooks", "serving", "tests", "LICENSE", "constraints.txt", "pyproject.toml")

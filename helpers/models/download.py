@@ -151,7 +151,7 @@ class Download:
         if not self._take(name, arrived):
             arrived.unlink()
             if not resumed:
-                raise ContentError(name)
+                raise ContentError
             self._fetch_one(name, show)  # the half that was here may be what is wrong: the whole file gets a try
 
     def _get(self, file, incomplete, show):

@@ -135,7 +135,7 @@ def _partial(folder, recipe):
     for other in folder.parent.glob(f"{folder.name}.*partial"):
         if other != partial:
             shutil.rmtree(other)
-    partial.mkdir(parents=True, exist_ok=True)
+    partial.mkdir(exist_ok=True)
     return partial
 
 

@@ -7,6 +7,7 @@ import hashlib
 import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import httpx
 import pytest
@@ -18,7 +19,7 @@ from support.web_server import web_server
 from helpers.files import sha256
 from helpers.models.download import TRIES, ContentError, Download, File, retried, seconds_to_wait
 
-CONTENT = {"big": random.Random(1).randbytes(200_000), "small.json": b"{}", "deep/d.txt": b"d"}
+CONTENT = {"big": random.Random(1).randbytes(200_000), "small.json": b"{}", "deep/er/d.txt": b"d"}
 RATE = {"RateLimit": '"api";r=0;t=55'}
 
 
@@ -63,8 +64,10 @@ def test_a_call_is_made_again_as_the_policy_says(monkeypatch, capsys):
                    (httpx.ReadError,)) == "good"
     assert pauses == [7, 2, 4]
     assert capsys.readouterr().out.splitlines() == ["Busy: the next try is in 7 s", "Busy: the next try is in 2 s"]
-    with pytest.raises(httpx.ConnectError):  # http_get has tried again itself
-        retried(calls(httpx.ConnectError("gone")), (httpx.ReadError,))
+    for final in (httpx.ConnectError("gone"), answer(404), answer(401)):  # http_get has tried again itself
+        with pytest.raises(type(final)):
+            retried(calls(final), (httpx.ReadError,))
+    assert pauses == [7, 2, 4]
 
 
 def test_a_call_that_brings_something_is_no_failure(monkeypatch):
@@ -149,7 +152,7 @@ def test_half_a_file_is_completed(served, tmp_path, over_http):
     assert log == ([("/big", "bytes=7000-")] if over_http else [])
 
 
-@pytest.mark.parametrize("half", [b"not of this file", CONTENT["big"] + b"and more", b"x" * 200_000])
+@pytest.mark.parametrize("half", [b"not of this file", b"?", CONTENT["big"] + b"and more", b"x" * 200_000])
 @pytest.mark.parametrize("over_http", [True, False])
 def test_half_a_file_that_is_wrong_or_longer_than_the_file_is_thrown_away(served, tmp_path, half, over_http):
     web, _ = served
@@ -162,6 +165,39 @@ def test_half_a_file_that_is_wrong_or_longer_than_the_file_is_thrown_away(served
     assert one.sha256["big"] == sha256(web / "big")
     if len(half) > 200_000:
         assert log == [("/big", None)] * over_http  # not asked for what lies behind its end
+
+
+def test_a_file_that_arrived_and_was_not_checked_is_not_asked_for(served, tmp_path):
+    web, _ = served
+    log = []
+    with web_server(web, log=log) as url:
+        one = download(url, tmp_path, "big")
+        half_of(one, "big", CONTENT["big"])
+        one.fetch(["big"])
+    assert log == []
+    assert got(tmp_path) == {"big": CONTENT["big"]}
+
+
+def test_how_far_a_download_is_is_printed_for_a_bar(served, tmp_path, monkeypatch, capsys):
+    web, _ = served
+    ticks = iter(range(100))
+    clock = SimpleNamespace(monotonic=lambda: next(ticks), sleep=None)
+    monkeypatch.setattr("helpers.models.download.time", clock)
+    with web_server(web) as url:
+        one = download(url, tmp_path)
+        half_of(one, "big", CONTENT["big"][:70_000])
+        one.fetch(["small.json", "big"])
+        steps = [2, 70_002, 135_538, 200_002]  # of the client's block, and no less than what was here
+        assert capsys.readouterr().out.splitlines() == [f"Progress {done} of 200002" for done in steps]
+        one.fetch(["deep/er/d.txt"], bar=False)
+        assert capsys.readouterr().out == ""
+        clock.monotonic = lambda: 100  # no time passes
+        for path in (tmp_path / "got").iterdir():
+            if path.is_file():
+                path.unlink()
+        one = download(url, tmp_path)
+        one.fetch(["big", "small.json"])
+        assert capsys.readouterr().out.splitlines() == ["Progress 0 of 200002", "Progress 200002 of 200002"]
 
 
 def test_a_file_with_another_hash_is_not_kept(served, tmp_path):

@@ -16,7 +16,7 @@ from helpers.files import locked, sha256
 from helpers.models.folders import compare, ensure, is_as_listed, is_whole, list_file, read_receipt, receipt_path
 
 RECIPE = {"seed": 1}
-TEXTS = {"a.txt": "alpha", "b.txt": "beta", "deep/c.txt": "gamma"}
+TEXTS = {"a.txt": "alpha", "b.txt": "beta", "deep/er/c.txt": "gamma"}
 
 
 def writes(texts, **made):
@@ -24,7 +24,7 @@ def writes(texts, **made):
     def make(partial):
         make.calls += 1
         for name, text in texts.items():
-            (partial / name).parent.mkdir(exist_ok=True)
+            (partial / name).parent.mkdir(parents=True, exist_ok=True)
             (partial / name).write_text(text, encoding="utf-8")
         return made
 
@@ -81,6 +81,26 @@ def test_a_damaged_folder_is_written_anew_and_the_users_own_file_stays(folder, d
     noticed = damage in ("truncated", "changed", "missing")
     assert (f"{folder / 'b.txt'} is not as it was written; getting it anew." in capsys.readouterr().out) == noticed
     ensure(folder, recipe, refuse)
+
+
+def test_of_several_damaged_files_one_is_named_and_the_others_are_counted(folder, capsys):
+    (folder / "a.txt").unlink()
+    (folder / "b.txt").unlink()
+    ensure(folder, RECIPE, writes(TEXTS))
+    assert "a.txt is not as it was written, nor are 1 more; getting it anew." in capsys.readouterr().out
+
+
+def test_a_hash_that_the_maker_knows_is_not_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("helpers.models.folders.sha256", refuse)
+    ensure(tmp_path / "model", RECIPE, writes({"a.txt": "alpha"}, sha256={"a.txt": "0" * 64}))
+    assert read_receipt(tmp_path / "model")["files"]["a.txt"]["sha256"] == "0" * 64
+
+
+def test_a_receipt_without_facts_has_none(folder):
+    receipt = json.loads(receipt_path(folder).read_text(encoding="utf-8"))
+    del receipt["facts"]
+    receipt_path(folder).write_text(json.dumps(receipt), encoding="utf-8")
+    assert ensure(folder, RECIPE, refuse) == {}
 
 
 def test_a_file_that_was_only_touched_is_hashed_once_and_then_trusted(folder, monkeypatch):
@@ -141,13 +161,13 @@ def test_what_a_maker_does_not_write_any_more_goes(folder):
 def test_a_file_of_the_users_is_put_aside_and_not_written_over(tmp_path, capsys):
     folder = tmp_path / "model"
     folder.mkdir()
-    (folder / "a.txt").write_text("mine", encoding="utf-8")
-    (folder / "b.txt").write_text("beta", encoding="utf-8")  # the same as what comes
+    (folder / "a.txt").write_text("alpha", encoding="utf-8")  # the same as what comes
+    (folder / "b.txt").write_text("mine", encoding="utf-8")
     ensure(folder, RECIPE, writes(TEXTS))
-    assert texts(folder) == TEXTS | {"a.txt.yours": "mine"}
+    assert texts(folder) == TEXTS | {"b.txt.yours": "mine"}
     printed = capsys.readouterr().out
-    assert f"{folder / 'a.txt'} was yours, and the model has a file of that name: yours is now a.txt.yours." in printed
-    assert "b.txt" not in printed
+    assert f"{folder / 'b.txt'} was yours, and the model has a file of that name: yours is now b.txt.yours." in printed
+    assert "a.txt" not in printed
 
 
 def interrupted_at(monkeypatch, stop):

@@ -117,9 +117,11 @@ def test_a_file_with_another_sha256_is_named_and_not_kept(small, target, damage,
     assert not (target / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("server", [
-    {"cuts": {WEIGHTS: 70_000}, "leaves": True}, {"gone": [WEIGHTS]}, {"busy": {WEIGHTS: [(503, "1")] * 9}}, None])
-def test_a_kit_that_is_gone_is_an_error_and_what_came_stays(small, target, server):
+@pytest.mark.parametrize(("server", "why"), [
+    ({"cuts": {WEIGHTS: 70_000}, "leaves": True}, "Server disconnected without sending a response."),
+    ({"gone": [WEIGHTS]}, "Server disconnected without sending a response."),
+    ({"busy": {WEIGHTS: [(503, "1")] * 9}}, "the server answers 503."), (None, "No such file or directory.")])
+def test_a_kit_that_is_gone_is_an_error_and_what_came_stays(small, target, server, why):
     address = web_server(small, **server) if server else contextlib.nullcontext(str(small))
     with address as address:
         kit = read_kit(address)
@@ -127,11 +129,20 @@ def test_a_kit_that_is_gone_is_an_error_and_what_came_stays(small, target, serve
             (small / WEIGHTS[1:]).unlink()
         with refuses("kit-unread") as refusal:
             kit.fetch("tiny-phi3", "transformers", target, target)
-    assert refusal.value.what.startswith(f"{WEIGHTS[1:]} of the kit {address} could not be read: ")
+    assert refusal.value.what == f"{WEIGHTS[1:]} of the kit {address} could not be read: {why}"
     assert (target / "config.json").read_bytes() == b"{}"
     if server and "cuts" in server:
         (half,) = target.glob("*.incomplete")
         assert half.stat().st_size == 65_536
+
+
+def test_a_disk_that_fills_up_is_no_fault_of_the_kit(small, target, monkeypatch):
+    def full(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("helpers.models.download._copy", full)
+    with pytest.raises(OSError, match="No space left on device"):
+        read_kit(str(small)).fetch("tiny-phi3", "transformers", target, target)
 
 
 def test_a_kit_in_the_room_is_read_past_a_proxy(small, tmp_path, monkeypatch, capsys):

