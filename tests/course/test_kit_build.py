@@ -73,6 +73,7 @@ def test_pip_chooses_the_wheels_that_each_target_can_use_and_leaves_the_rest(bui
     assert len(names) == 2 * 3 + 2 + 3
 
 
+@pytest.mark.slow
 def test_the_cuda_build_of_torch_is_refused(tmp_path, python):
     torch = f"torch-{pins(tests=False)['torch']}"
     index = only_wheels(tmp_path / "index", f"{torch}-cp312-cp312-manylinux_2_28_x86_64.whl",
@@ -189,6 +190,7 @@ def tiny_disk(tmp_path):
     return folder, run
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tiny_disk):
     folder, run = tiny_disk
     result = run("9m", [*COMMAND, "build", folder / "kit", "--model", "tiny-phi3"])
@@ -197,6 +199,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tiny_dis
     assert "Fetching" not in result.stdout
 
 
+@pytest.mark.slow
 def test_a_disk_that_fills_up_is_an_error_that_says_so(tiny_disk, index):
     folder, run = tiny_disk
     # The archive of the course is what does not fit; the wheels are nothing here.

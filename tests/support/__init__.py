@@ -1,6 +1,7 @@
 """What tests share: where things are, errors by their code, and programs run as a user runs them."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -44,3 +45,12 @@ def run_python(folder: Path, *arguments, network: bool = True, cwd: Path = ROOT,
                             capture_output=True, text=True, encoding="utf-8", errors="replace")
     assert not refused.exists(), refused.read_text(encoding="utf-8")
     return result
+
+
+def was_interrupted(process: subprocess.Popen) -> bool:
+    """Tell whether a program ended as Ctrl-C ends it. A shell shows both codes as 130.
+
+    Python takes the second one by itself where the interruption fell into code that an import was compiling, whatever
+    the program then does.
+    """
+    return process.returncode in (130, -signal.SIGINT)
