@@ -102,6 +102,7 @@ def test_works_take_turns_and_the_median_leaves_out_the_warm_up(monkeypatch):
     assert order == ["a", "b"] * 4
 
 
+@pytest.mark.slow
 def test_peak_memory_is_that_of_a_program_and_its_children(tmp_path):
     child = "import time; held = bytearray(200_000_000); time.sleep(1.5)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print('done')"

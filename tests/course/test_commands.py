@@ -115,7 +115,6 @@ def test_the_readme_and_the_makefile_name_commands_that_there_are():
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["run", "--model", "gpt-5"], "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini; or hub:"),
     (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, bench, mutate, doctor, generate, setup,"),
 ])
 def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, says):
@@ -146,6 +145,14 @@ def test_what_a_disk_refuses_becomes_two_sentences(number, code, says):
     error = _explain(OSError(number, "no", "/course/build"))
     assert (error.code, error.what) == (code, says)
     assert _explain(OSError(errno.ENOENT, "no")) is None
+
+
+def test_a_model_that_is_not_there_is_refused_with_those_that_are(monkeypatch, cache):
+    monkeypatch.setattr("course.environment.inside_venv", lambda: False)
+    monkeypatch.setattr("course.environment.differing_packages", lambda tests: {})
+    with refuses("model-unknown") as refusal:
+        run_command(["run", "--model", "gpt-5"])
+    assert "Choose one of: tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini; or hub:" in refusal.value.fix
 
 
 def test_a_page_that_is_not_there_is_refused_with_those_that_are():

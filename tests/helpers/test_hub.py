@@ -705,6 +705,7 @@ def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(far_hub, cache):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")
+@pytest.mark.slow
 def test_a_download_ends_with_the_process_that_wants_it(far_hub, cache):
     far_hub.faults = {SHARD: [("hold", 10_000)]}
     process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.DEVNULL, start_new_session=True)

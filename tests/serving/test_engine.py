@@ -87,6 +87,7 @@ def test_callers_on_many_threads_share_batches_and_get_the_answers_that_they_wou
     assert len({id(batch) for batch in gate.steps}) < len(requests)
 
 
+@pytest.mark.slow
 def test_200_requests_of_32_threads_with_cancellations_change_no_answer(chat):
     requests = mixed_requests()
     expected = [ask(chat, one) for one in requests]
