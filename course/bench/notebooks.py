@@ -17,7 +17,7 @@ from pathlib import Path
 import psutil
 
 from course.bench.chat import bench_chat
-from course.bench.figures import BENCH, keep_run, machine_name, misses, read_runs, write_runs
+from course.bench.figures import BENCH, REACH, keep_run, machine_name, misses, read_runs, write_runs
 from course.execute import PAGES
 from helpers.errors import CourseError
 from helpers.measurement import folder_bytes
@@ -70,7 +70,7 @@ def _measure(folder):
         "versions": {"python": platform.python_version()} | {
             name: importlib.metadata.version(name)
             for name in ("mlflow", "onnxruntime-genai", "torch", "transformers", "xllamacpp")},
-        "ratios": ratios,
+        "ratios": {name: ratios[name] for name in REACH},
         "raw": {"pages": pages, "tracks": tracks, "chat": chat, "test": test, "prepare": prepare},
     }
 
