@@ -86,6 +86,7 @@ def test_what_changes_while_a_kit_is_served_is_looked_at_for_each_request(small,
     assert found == [200, 404, 404, 404, 404]
 
 
+@pytest.mark.slow
 def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_path):
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (small / "notes.txt").write_text("secret", encoding="utf-8")
@@ -120,6 +121,7 @@ def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_pa
         assert "uvicorn" not in str(answer.headers).lower()
 
 
+@pytest.mark.slow
 def test_many_participants_read_at_once(small):
     name = "/models/tiny-phi3/transformers/model.safetensors"
     good = sha256(small / name[1:])

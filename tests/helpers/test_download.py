@@ -275,6 +275,7 @@ def test_a_page_in_place_of_a_file_does_no_harm_to_the_next_try(served, tmp_path
     assert got(tmp_path) == {"big": CONTENT["big"]}
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own account of a process")
 def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
     code = ("import sys; from pathlib import Path; from helpers.models.download import Download, File\n"

@@ -682,6 +682,7 @@ def test_two_at_once_download_once(far_hub):
     assert far_hub.sent[f"{TORCH}/{SHARD}"] == (far_hub.root / TORCH / SHARD).stat().st_size
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(far_hub, cache):
     far_hub.faults = {SHARD: [("hold", 140_000)]}

@@ -75,6 +75,7 @@ def wait_for(row):
 # --- many callers ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_callers_on_many_threads_share_batches_and_get_the_answers_that_they_would_get_alone(fresh, gate):
     requests = mixed_requests() * 2
     expected = [ask(fresh, one) for one in requests]
