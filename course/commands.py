@@ -16,6 +16,7 @@ from pathlib import Path
 
 from course import environment
 from helpers.errors import CourseError
+from helpers.models.catalogue import TRACKS
 from helpers.models.kit import PLATFORM_NAMES, PYTHONS
 from helpers.paths import BUILD, DATA, ROOT
 
@@ -106,7 +107,7 @@ def _model_option(parser):
 
 
 def _prepare_options(parser):
-    parser.add_argument("--track", choices=("transformers", "onnx"), help="what one track needs; left out: both")
+    parser.add_argument("--track", choices=TRACKS, help="what one track needs; left out: both")
     parser.add_argument("--export", action="store_true", help="make the ONNX files of a hub: model here")
 
 

@@ -37,7 +37,8 @@ def project() -> dict:
 
 def pins(tests: bool) -> dict[str, str]:
     """Return the exact version of each package of the course; with ``tests``, also of what only the tests need."""
-    requirements = project()["dependencies"] + (project()["optional-dependencies"]["dev"] if tests else [])
+    course = project()
+    requirements = course["dependencies"] + (course["optional-dependencies"]["dev"] if tests else [])
     return dict(requirement.split("==") for requirement in requirements)
 
 

@@ -7,10 +7,9 @@ import hashlib
 import re
 import subprocess
 import sys
-import tomllib
 
 from course.bench.figures import BENCH, FIGURES, REACH, UNITS, machine_name, misses, read_runs, show_range
-from course.environment import TORCH_CPU_INDEX
+from course.environment import TORCH_CPU_INDEX, project
 from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 
@@ -40,14 +39,14 @@ def generate() -> int:
 
 def environment_yml() -> str:
     """Return environment.yml as text, made from pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    oldest = re.search(r">=([\d.]+)", project["requires-python"])[1]
-    pip = [f"--extra-index-url {TORCH_CPU_INDEX}", *project["dependencies"],
-           *project["optional-dependencies"]["dev"], "--editable ."]
+    course = project()
+    oldest = re.search(r">=([\d.]+)", course["requires-python"])[1]
+    pip = [f"--extra-index-url {TORCH_CPU_INDEX}", *course["dependencies"],
+           *course["optional-dependencies"]["dev"], "--editable ."]
     return "\n".join([
         "# For conda, in place of .venv: conda env create --file environment.yml. Made from pyproject.toml:",
         "# python -m helpers generate",
-        f"name: {project['name']}",
+        f"name: {course['name']}",
         "channels:",
         "  - conda-forge",
         "dependencies:",

@@ -77,7 +77,7 @@ def run_pip(*arguments: str, python: str = sys.executable, environment: dict[str
 
 
 def download_wheel(title: str, requirement: str, folder) -> None:
-    """Download one wheel into ``folder``, behind a bar; raise CourseError or, where the disk is full, PipError."""
+    """Download one wheel into ``folder``, behind a bar; raise CourseError or, where the disk is full, OSError."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--progress-bar", "raw",
                "--disable-pip-version-check", "--dest", folder, requirement]
     try:

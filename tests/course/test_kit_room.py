@@ -8,15 +8,13 @@ import http.client
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import zipfile
 from urllib.parse import urlsplit
 
 import pytest
-from support import OURS, ROOT, refuses, was_interrupted
+from support import OURS, ROOT, interrupt, refuses
 from support.kits import COMMAND, NOBODY, change_manifest, list_files, served
 from support.user import user
 from support.web_server import web_server
@@ -34,17 +32,8 @@ def big(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kit") / "Kit für alle"
     command = [*COMMAND, "build", folder, "--model", "tiny-phi3"]
     if sys.platform != "win32":  # which has no SIGINT for another process
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                                   encoding="utf-8", start_new_session=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-        while len(list(folder.glob("wheels/*.whl"))) < 12:  # in the middle of the second or third call of pip
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.02)
-        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
-        errors = process.communicate()[1]
-        assert was_interrupted(process), errors
-        assert "Interrupted. What is finished stays" in errors
-        assert "Traceback" not in errors
+        # In the middle of the second or third call of pip.
+        interrupt(command, lambda: len(list(folder.glob("wheels/*.whl"))) >= 12)
         with refuses("kit-incomplete"):
             read_kit(str(folder))
     before = list_files(folder) if folder.exists() else {}

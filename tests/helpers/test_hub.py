@@ -6,7 +6,6 @@ Run: python -m helpers test tests/helpers/test_hub.py
 import json
 import os
 import shutil
-import signal
 import ssl
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import httpx
 import psutil
 import pytest
 from huggingface_hub import errors
-from support import ROOT, refuses, was_interrupted
+from support import ROOT, interrupt, refuses
 from support.in_process import download_here
 from support.loopback_hub import LoopbackHub, certificate
 from support.phi3_layout import CPU, ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
@@ -686,18 +685,7 @@ def test_two_at_once_download_once(far_hub):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(far_hub, cache):
     far_hub.faults = {SHARD: [("hold", 140_000)]}
-    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
-    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8", start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not [path for path in cache.rglob(f"{SHARD}.*") if path.stat().st_size == 131_072]:
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
-    _, said = process.communicate()
-    assert was_interrupted(process)
-    assert "Interrupted. What is finished stays" in said
-    assert "Traceback" not in said
+    interrupt(prepare(), lambda: any(path.stat().st_size == 131_072 for path in cache.rglob(f"{SHARD}.*")))
     assert cache_state("phi-3-mini-4k") == "not prepared"
     far_hub.asked.clear()
     prepare_model("phi-3-mini-4k", "transformers")

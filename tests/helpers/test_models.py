@@ -8,16 +8,14 @@ import hashlib
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import psutil
 import pytest
-from support import ROOT, refuses, was_interrupted
+from support import ROOT, interrupt, refuses
 from support.steps import entry_of, stand_in
 
 from helpers import CourseError, prepare_model, read_catalogue
@@ -106,18 +104,7 @@ def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_ends_a_step_and_says_what_stays(cache):
-    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
-    process = subprocess.Popen(prepare(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8", start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
-    while not list(cache.glob("tiny-phi3/transformers.*.partial")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
-    _, said = process.communicate()
-    assert was_interrupted(process)
-    assert "Interrupted. What is finished stays" in said
-    assert "Traceback" not in said
+    interrupt(prepare(), lambda: bool(list(cache.glob("tiny-phi3/transformers.*.partial"))))
     assert cache_state("tiny-phi3") == "not prepared"
     assert not list(cache.rglob("*.receipt.json"))
 

@@ -4,7 +4,8 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,10 +48,19 @@ def run_python(folder: Path, *arguments, network: bool = True, cwd: Path = ROOT,
     return result
 
 
-def was_interrupted(process: subprocess.Popen) -> bool:
-    """Tell whether a program ended as Ctrl-C ends it. A shell shows both codes as 130.
-
-    Python takes the second one by itself where the interruption fell into code that an import was compiling, whatever
-    the program then does.
-    """
-    return process.returncode in (130, -signal.SIGINT)
+def interrupt(command: list, begun: Callable[[], bool]) -> None:
+    """Start a program of the course, press Ctrl-C once ``begun`` says that it is at work, and see how it ends."""
+    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               encoding="utf-8", start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    while not begun():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
+    _, said = process.communicate()
+    # A shell shows both codes as 130. Python takes the second one by itself where the interruption fell into code that
+    # an import was compiling, whatever the program then does.
+    assert process.returncode in (130, -signal.SIGINT), said
+    assert "Interrupted. What is finished stays" in said
+    assert "Traceback" not in said
