@@ -16,7 +16,7 @@ from pathlib import Path
 
 from course import environment
 from helpers.errors import CourseError
-from helpers.models.catalogue import TRACKS
+from helpers.models.catalogue import TRACKS, find_entry
 from helpers.models.kit import PLATFORM_NAMES, PYTHONS
 from helpers.paths import BUILD, DATA, ROOT
 
@@ -116,12 +116,20 @@ def _notebook_options(parser):
     parser.add_argument("--output", type=Path, default=BUILD / "course", help="folder for the page")
 
 
+def _lab_options(parser):
+    parser.add_argument("name", nargs="?", default="TransformerPipeline", help="the page that opens first")
+
+
 def _ui_options(parser):
     parser.add_argument("--port", type=_port, default=5000)
 
 
 def _bench_options(parser):
     parser.add_argument("--keep", action="store_true", help="measure nothing: put the last run into data/bench.json")
+
+
+def _exercises_options(parser):
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where an exercise is stale")
 
 
 def _kit_options(parser):
@@ -203,14 +211,23 @@ def _pytest(models, words):
 
 
 def _lab(options):
-    command = [sys.executable, "-m", "jupyterlab", f"--ServerApp.ip={LOOPBACK}", f"--ServerApp.root_dir={ROOT}",
+    from course.execute import find_notebook
+
+    find_entry(options.model)  # a name that is not there is refused here, and not in the page's first cells
+    page = find_notebook(options.name).relative_to(ROOT).as_posix()
+    return _serve([sys.executable, "-m", "jupyterlab", *lab_options(), f"--ServerApp.root_dir={ROOT}",
+                   f"--LabApp.default_url=/lab/tree/{page}"], COURSE_MODEL=options.model)
+
+
+def lab_options() -> list[str]:
+    """Return what JupyterLab is told wherever it shows the course."""
+    options = [f"--ServerApp.ip={LOOPBACK}", "--KernelManager.transport_encryption=auto",
                # No look-ups of news and newer versions, and no question about them.
                f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
-               "--LabApp.default_url=/lab/tree/notebooks/TransformerPipeline.ipynb",
-               "--KernelManager.transport_encryption=auto"]
+               "--ServerApp.contents_manager_class=course.contents.Contents"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        command.append("--allow-root")  # as in a container; it listens to this machine alone
-    return _serve(command)
+        options.append("--allow-root")  # as in a container; it listens to this machine alone
+    return options
 
 
 def _ui(options):
@@ -267,6 +284,12 @@ def _generate(options):
     return generate()
 
 
+def _exercises(options):
+    from course.exercises import write_exercises
+
+    return write_exercises(options.check)
+
+
 def _kit(options):
     if options.action == "build":
         from course.kit.build import build
@@ -297,7 +320,7 @@ COMMANDS = {
     "check": Command("run the tests that take no real model, in under a minute; further words go to pytest", _check,
                      needs="tests", takes_words=True),
     "test": Command("run every test; further words go to pytest", _test, needs="tests", takes_words=True),
-    "lab": Command("open JupyterLab on the course", _lab),
+    "lab": Command("open JupyterLab on the course", _lab, (_model_option, _lab_options)),
     "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
     "bench": Command("measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="tests"),
     "mutate": Command("plant faults in the policies, and count those that the tests notice", _mutate, needs="tests",
@@ -305,6 +328,8 @@ COMMANDS = {
     "doctor": Command("say what this machine can run", _doctor, needs="nothing"),
     "generate": Command("write environment.yml, constraints.txt and the README's tables anew", _generate,
                         needs="tests"),
+    "exercises": Command("make the pages' exercises from their solutions", _exercises, (_exercises_options,),
+                         needs="tests"),
     "setup": Command("set up .venv and nothing else", lambda options: 0),
     "kit": Command("build, serve or check an offline kit for a room without a network", _kit, (_kit_options,)),
     "clean": Command("remove build/", lambda options: environment.clean(everything=False), needs="nothing"),

@@ -2,27 +2,26 @@
 
 import contextlib
 import errno
+import io
 import json
 import os
 import shutil
 import sys
 import uuid
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
-from nbconvert import HTMLExporter
 from traitlets.config import Config
 
+from course.static_page import write_page
 from helpers.errors import CourseError
 from helpers.paths import BUILD, NOTEBOOKS
 from helpers.tracking import tracking_store
 
-PAGES = ("TransformerPipeline", "CustomPythonWrapper")
+PAGES = ("TransformerPipeline", "CustomPythonWrapper", "ChatModel")
 
 # Kernel and client talk over an encrypted socket: a workshop's machine may have other users.
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})
@@ -51,10 +50,7 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course") -> Exe
     CourseError
         There is no such page, or a cell failed; the message is the cell's own.
     """
-    source = NOTEBOOKS / f"{name}.ipynb"
-    if not source.exists():
-        names = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
-        raise CourseError("notebook-unknown", f"There is no notebook called {name!r}.", f"Choose one of: {names}.")
+    source = find_notebook(name)
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(NOTEBOOKS / "images", folder / "images", dirs_exist_ok=True)
     target = folder / f"{name}.ipynb"
@@ -70,12 +66,21 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course") -> Exe
     except papermill.PapermillExecutionError as error:
         if "[Errno 28]" in error.evalue:
             raise OSError(errno.ENOSPC, error.evalue) from None
-        page = _write_page(target)
+        page = write_page(target)
         if error.ename == "CourseError":
             raise CourseError("cell-refused", error.evalue, f"The page up to there: {page}.") from None
         raise CourseError("cell-failed", f"A cell of {name} failed with {error.ename}: {error.evalue[:300]}",
                           f"Open {page} and read the cell.") from None
-    return Execution(name, _write_page(target), _find_run(name, execution, parameters.get("tracking_uri", "")))
+    return Execution(name, write_page(target), _find_run(name, execution, parameters.get("tracking_uri", "")))
+
+
+def find_notebook(name: str) -> Path:
+    """Return the file of a page by its name; CourseError lists the names where there is none."""
+    source = NOTEBOOKS / f"{name}.ipynb"
+    if not source.exists():
+        names = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
+        raise CourseError("notebook-unknown", f"There is no notebook called {name!r}.", f"Choose one of: {names}.")
+    return source
 
 
 @contextlib.contextmanager
@@ -119,21 +124,10 @@ def _kernel_log(path):
 def print_answers(execution: Execution) -> None:
     """Print what a page asked and answered, and where to read on."""
     import mlflow
+    import pandas as pd
 
-    run = execution.run
-    answers = mlflow.MlflowClient().load_table(run.info.experiment_id, "answers.json", [run.info.run_id])
-    for question, answer in zip(answers["question"], answers["answer"], strict=True):
+    text = mlflow.artifacts.load_text(f"{execution.run.info.artifact_uri}/answers.csv")
+    for question, answer in pd.read_csv(io.StringIO(text), keep_default_na=False).itertuples(index=False):
         print(f"  Q  {question}\n  A  {' '.join(answer.split())}")
-    print(f"  {run.data.metrics['tokens_per_second']:.0f} tokens per second; page: {execution.page}", flush=True)
-
-
-def _write_page(notebook_file):
-    """Write the executed notebook as one HTML file, its images inside. Return its path."""
-    notebook = nbformat.read(notebook_file, as_version=4)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", category=SyntaxWarning)
-        html, _ = HTMLExporter(embed_images=True).from_notebook_node(
-            notebook, {"metadata": {"path": str(notebook_file.parent), "name": notebook_file.stem}})
-    page = notebook_file.with_suffix(".html")
-    page.write_text(html, encoding="utf-8")
-    return page
+    speed = execution.run.data.metrics["tokens_per_second"]
+    print(f"  {speed:.0f} tokens per second; page: {execution.page}", flush=True)

@@ -1,4 +1,4 @@
-"""Writes the files that are made from others: environment.yml, constraints.txt, the README's tables and chart.
+"""Writes the files that are made from others: environment.yml, constraints.txt, the documents' tables and the chart.
 
 In come pyproject.toml, data/models.toml and data/bench.json.
 """
@@ -14,6 +14,7 @@ from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 
 CHART = DATA / "bench.svg"
+PAGES_WITH_TABLES = (ROOT / "README.md", ROOT / "docs" / "models.md", ROOT / "docs" / "chat-model.md")
 TABLE = re.compile(r"(<!-- (figures|models|ratios) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 # What the CUDA build of torch asks for on Linux; the course takes the CPU build.
 CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
@@ -31,8 +32,8 @@ def generate() -> int:
         + "".join(line + "\n" for line in resolved.splitlines() if not line.startswith(CUDA_PACKAGES)),
         encoding="utf-8")
     (ROOT / "environment.yml").write_text(environment_yml(), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(with_tables(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES_WITH_TABLES:
+        page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     draw_chart(read_runs()[-1]["raw"]["chat"]["growth"])
     return 0
 
@@ -58,11 +59,11 @@ def environment_yml() -> str:
     ])
 
 
-def with_tables(readme: str) -> str:
-    """Return the README's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
+def with_tables(text: str) -> str:
+    """Return a document's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
     runs = read_runs()
     tables = {"figures": figures_table(runs), "ratios": ratios_table(runs), "models": models_table()}
-    return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], readme)
+    return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], text)
 
 
 def models_table() -> str:

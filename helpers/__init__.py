@@ -5,6 +5,7 @@ that has none of the course's packages yet.
 """
 
 import os
+import sys
 
 # Every file the course loads is on this machine once it is set up. These keep the
 # libraries from asking the network about it (a hub look-up costs 23 s when there is none).
@@ -18,6 +19,10 @@ os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 # Fork-safety notice of the tokenizers library: the course forks only to start programs.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# MLflow starts programs such as uvicorn and python by their names; the environment may not be activated.
+_programs = os.path.dirname(sys.executable)  # noqa: PTH120 - an old Python has no pathlib
+if os.environ.get("PATH", "").split(os.pathsep)[0] != _programs:
+    os.environ["PATH"] = os.pathsep.join([_programs, os.environ.get("PATH", "")])
 
 _HOME = {
     "CourseError": "helpers.errors",
@@ -27,13 +32,22 @@ _HOME = {
     "prepare_model": "helpers.models.prepare",
     "check_parameters": "helpers.parameters",
     "check_fits": "helpers.parameters",
+    "name_run": "helpers.parameters",
+    "check": "helpers.exercises",
+    "show_playground": "helpers.playground",
     "torch_device": "helpers.devices",
     "onnx_provider": "helpers.devices",
     "show_signature": "helpers.signatures",
     "compare_signatures": "helpers.signatures",
     "measure": "helpers.measurement",
     "show_table": "helpers.tables",
+    "show_tokens": "helpers.views",
+    "show_folder": "helpers.views",
+    "compare_figures": "helpers.views",
     "tracking_store": "helpers.tracking",
+    "ui_addresses": "helpers.tracking",
+    "running": "helpers.servers",
+    "in_terminal": "helpers.servers",
     "pinned": "helpers.requirements",
 }
 __all__ = sorted(_HOME)

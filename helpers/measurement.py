@@ -9,12 +9,13 @@ from pathlib import Path
 
 import mlflow
 import psutil
+from mlflow.pyfunc import PyFuncModel
 
 REPEATS = 3
 
 
-def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> dict[str, float]:
-    """Load a logged model once more and time what it does.
+def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> tuple[dict[str, float], PyFuncModel]:
+    """Load a logged model anew, time what it does, and return the figures with the model.
 
     Parameters
     ----------
@@ -27,11 +28,13 @@ def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> d
 
     Returns
     -------
-    dict of str to float
+    figures : dict of str to float
         ``load_seconds``; ``first_token_seconds``, the time to an answer of one token;
         ``tokens_per_second`` after the first token, 0 where the answer had no second one;
         ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far, with all that it has loaded.
         Times are medians of three, after a warm-up.
+    model : mlflow.pyfunc.PyFuncModel
+        The copy that was measured, to go on with.
     """
     started = time.perf_counter()
     model = mlflow.pyfunc.load_model(model_uri)
@@ -43,13 +46,14 @@ def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> d
         count, seconds = _timed(ask, model, tokens)
         rates.append(max(count - 1, 0) / max(seconds - first[-1], 1e-9) if count > 1 else 0.0)
     folder = mlflow.artifacts.download_artifacts(model_uri)
-    return {
+    figures = {
         "load_seconds": load_seconds,
         "first_token_seconds": statistics.median(first),
         "tokens_per_second": statistics.median(rates),
         "disk_bytes": folder_bytes(folder),
         "peak_memory_bytes": peak_memory_bytes(),
     }
+    return figures, model
 
 
 def _timed(ask, model, max_tokens):

@@ -8,7 +8,10 @@ from helpers.devices import DEVICES
 from helpers.errors import CourseError
 from helpers.models.catalogue import find_entry
 
-PARAMETERS = ("model", "tracking_uri", "question", "system_prompt", "max_tokens", "temperature", "device")
+# What a page's parameters are where nobody changes them.
+DEFAULTS = {"model": "smollm2-135m", "tracking_uri": "", "question": "What is the capital of Spain?",
+            "system_prompt": "Answer in one short sentence.", "max_tokens": 64, "temperature": 0.0, "device": "cpu"}
+PARAMETERS = tuple(DEFAULTS)
 
 
 def check_parameters(*, model: str, tracking_uri: str, question: str, system_prompt: str, max_tokens: int,
@@ -61,6 +64,16 @@ def check_parameters(*, model: str, tracking_uri: str, question: str, system_pro
         raise CourseError("temperature-range", f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
     if device not in DEVICES:
         raise CourseError("device-unknown", f"device is {device!r}.", f"Choose one of: {', '.join(DEVICES)}.")
+
+
+def name_run(model: str, **parameters) -> str:
+    """Return a name for a run: its model, and each parameter that is not the default.
+
+    Where the store is does not count. A text is cut after 40 characters.
+    """
+    changed = [f"{name}={str(value)[:40]}" for name, value in parameters.items()
+               if name != "tracking_uri" and value != DEFAULTS[name]]
+    return f"{model}: {', '.join(changed)}" if changed else model
 
 
 def _refuse_injected():

@@ -7,7 +7,7 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow.types.schema import Array, Map, Object, TensorSpec
 
 from helpers.errors import CourseError
-from helpers.tables import Table
+from helpers.tables import FoldedTable, Table
 
 COLUMNS = ("Field", "Part", "Type", "Required", "Default")
 
@@ -37,7 +37,7 @@ def show_signature(model: ModelSignature | ModelInfo | PyFuncModel | str) -> Tab
                                 column.type, column.required)
     for param in signature.params or []:
         rows += _fields("parameter", param.name, param.dtype, False, shape=param.shape, default=repr(param.default))
-    return Table("Signature", COLUMNS, tuple(rows))
+    return FoldedTable("Signature", COLUMNS, tuple(rows))
 
 
 def compare_signatures(a, b, names: tuple[str, str] = ("first", "second")) -> Table:
@@ -56,7 +56,7 @@ def compare_signatures(a, b, names: tuple[str, str] = ("first", "second")) -> Ta
     rows = [(field, part, one.get((part, field), "-"), other.get((part, field), "-"))
             for part, field in dict.fromkeys([*one, *other])]
     rows.sort(key=lambda row: ("input", "output", "parameter").index(row[1]))  # stable: fields keep their order
-    return Table("Two signatures", ("Field", "Part", *names), tuple(rows))
+    return FoldedTable("Two signatures", ("Field", "Part", *names), tuple(rows))
 
 
 def find_signature(model) -> ModelSignature:

@@ -1,7 +1,11 @@
-"""Shows rows as a table: rows come in, HTML goes to a notebook and aligned text to a terminal."""
+"""Shows rows as a table, folded or with bars: rows come in, HTML goes to a notebook and aligned text to a terminal."""
 
 import html
+import re
 from dataclasses import dataclass
+
+# Neither JupyterLab nor an exported page may take what stands between two `$` for mathematics.
+NO_MATHEMATICS = 'class="mathjax_ignore tex2jax_ignore"'
 
 
 @dataclass(frozen=True)
@@ -21,15 +25,15 @@ class Table:
     rows: tuple
 
     def _repr_html_(self) -> str:
+        return (f'<table {NO_MATHEMATICS}><caption style="caption-side: top; white-space: nowrap; {_LEFT}">'
+                f"{html.escape(self.caption)}</caption>{self._head()}<tbody>{self._body()}</tbody></table>")
+
+    def _head(self):
         head = "".join(f'<th scope="col" style="{_LEFT}">{html.escape(column)}</th>' for column in self.columns)
-        head = f"<thead><tr>{head}</tr></thead>" if head else ""
-        body = "".join(
-            f'<tr><th scope="row" style="{_LEFT}">{_keep(row[0])}</th>'
-            + "".join(f'<td style="{_LEFT}">{_keep(cell)}</td>' for cell in row[1:]) + "</tr>"
-            for row in self.rows
-        )
-        return (f'<table><caption style="caption-side: top; white-space: nowrap; {_LEFT}">'
-                f"{html.escape(self.caption)}</caption>{head}<tbody>{body}</tbody></table>")
+        return f"<thead><tr>{head}</tr></thead>" if head else ""
+
+    def _body(self):
+        return "".join(map(_row, self.rows))
 
     def __repr__(self) -> str:
         lines = [*([self.columns] if self.columns else []), *self.rows]
@@ -42,12 +46,53 @@ class Table:
         return "\n".join([self.caption, "", *aligned])
 
 
+class FoldedTable(Table):
+    """A table of fields: those inside a field, such as ``messages[].role``, are folded below it.
+
+    The rows of a field's fields follow its own.
+    """
+
+    def _body(self):
+        body, rows = "", list(self.rows)
+        while rows:
+            top = rows.pop(0)
+            body, inside = body + _row(top), []
+            while rows and rows[0][0].startswith(tuple(f"{top[0]}{mark}" for mark in "[{.")):
+                inside.append(rows.pop(0))
+            if inside:
+                count = f"{len(inside)} field{'s' if len(inside) > 1 else ''} inside {html.escape(top[0])}"
+                body += (f'<tr><td colspan="{len(top)}" style="{_LEFT}"><details><summary>{count}</summary><table>'
+                         f"{self._head()}<tbody>{''.join(map(_row, inside))}</tbody></table></details></td></tr>")
+        return body
+
+
+class BarTable(Table):
+    """A table whose last column is a length from 0 to 1, such as ``"0.25"``, and shown as a bar."""
+
+    def _body(self):
+        bar = '<div style="width: {:.2%}; min-width: 1px; height: 0.8em; background: currentColor"></div>'
+        return "".join(_row(row[:-1], f'<td style="width: 12em; {_LEFT}">{bar.format(float(row[-1]))}</td>')
+                       for row in self.rows)
+
+    def __repr__(self) -> str:
+        rows = tuple((*row[:-1], "#" * round(20 * float(row[-1]))) for row in self.rows)
+        return repr(Table(self.caption, self.columns, rows))
+
+
 _LEFT = "text-align: left; vertical-align: top"
 
 
+def _row(row, more=""):
+    cells = "".join(f'<td style="{_LEFT}">{_keep(cell)}</td>' for cell in row[1:])
+    return f'<tr><th scope="row" style="{_LEFT}">{_keep(row[0])}</th>{cells}{more}</tr>'
+
+
 def _keep(text):
-    """Escape text, and keep its line breaks and leading spaces visible."""
-    return f'<span style="white-space: pre-wrap">{html.escape(text)}</span>'
+    """Escape text, and keep its line breaks and leading spaces visible; an address becomes a link."""
+    shown = html.escape(text)
+    if re.fullmatch(r"https?://\S+", text):
+        shown = f'<a href="{shown}" target="_blank" rel="noopener">{shown}</a>'
+    return f'<span style="white-space: pre-wrap">{shown}</span>'
 
 
 def show_table(caption: str, rows: dict | list[tuple], columns: tuple = ()) -> Table:

@@ -1,8 +1,9 @@
-"""Says where MLflow keeps what the course logs: a URI comes in, the store to use goes out."""
+"""Says where MLflow keeps what the course logs, and where to look at it: a URI comes in, the store goes out."""
 
+import json
 import socket
 from dataclasses import dataclass
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 from helpers.errors import CourseError
 from helpers.paths import ROOT
@@ -10,6 +11,7 @@ from helpers.paths import tracking_uri as course_tracking_uri
 
 SQLITE = "sqlite:///"
 SERVER_SECONDS = 10
+UI = "http://127.0.0.1:5000"  # where `python -m helpers ui` listens unless it is told otherwise
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,20 @@ def tracking_store(uri: str = "") -> TrackingStore:
     artifacts = (database.parent / "mlartifacts").as_uri()
     _check_folder(database, artifacts)
     return TrackingStore(SQLITE + database.as_posix(), artifacts)
+
+
+def ui_addresses(store: TrackingStore, runs: list, registered: str) -> dict[str, str]:
+    """Return the addresses in the MLflow UI of a run, of its comparison with the others, and of a registered model.
+
+    ``runs`` are ``mlflow.entities.Run``, the one to show first; one that comes twice counts once.
+    """
+    ui = f"{store.uri if store.artifact_location is None else UI}/#"
+    first, unique = runs[0].info, {run.info.run_id: run.info.experiment_id for run in runs}
+    addresses = {"this run": f"{ui}/experiments/{first.experiment_id}/runs/{first.run_id}"}
+    if len(unique) > 1:
+        ids, experiments = (quote(json.dumps(list(dict.fromkeys(values)))) for values in (unique, unique.values()))
+        addresses["side by side"] = f"{ui}/compare-runs?runs={ids}&experiments={experiments}"
+    return addresses | {"the registered model": f"{ui}/models/{registered}"}
 
 
 def _check_folder(database, artifacts):

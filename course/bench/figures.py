@@ -65,7 +65,7 @@ def _track_figures(page):
 
 
 FIGURES = (
-    *(figure for model, seconds in (("tiny-phi3", 60), ("smollm2-135m", 300)) for page in PAGES
+    *(figure for model, seconds in (("tiny-phi3", 30), ("smollm2-135m", 180)) for page in PAGES
       for figure in _page_figures(page, model, seconds)),
     Figure("`smollm2-135m` fetched, converted and exported: peak memory", ("prepare", "peak_memory_bytes"), "GB", 1,
            {"under": 2.5e9}),

@@ -10,7 +10,7 @@ from argparse import ArgumentParser
 from pathlib import Path
 
 import pytest
-from support import ROOT, refuses
+from support import PAGES, ROOT, refuses
 
 from course.__main__ import _explain, main
 from course.commands import COMMANDS, SMALL_MODELS, run_command
@@ -31,16 +31,15 @@ def done(monkeypatch):
 def test_run_asks_the_question_that_it_was_given(done):
     assert run_command(["run", "--model", "tiny-phi3", "-p", "question", "-5?", "-p", "max_tokens", "7"]) == 0
     parameters = {"model": "tiny-phi3", "question": "-5?", "max_tokens": 7}
-    assert done == [("tiny-phi3",), ("TransformerPipeline", parameters), ("CustomPythonWrapper", parameters)]
+    assert done == [("tiny-phi3",), *((page, parameters) for page in PAGES)]
 
 
 def test_run_takes_its_model_as_a_parameter_too(done, monkeypatch):
     monkeypatch.setenv("COURSE_MODEL", "smollm2-135m")
     run_command(["run"])
     run_command(["run", "-p", "model", "tiny-phi3"])
-    assert [arguments[0] for arguments in done] == ["smollm2-135m", "TransformerPipeline", "CustomPythonWrapper",
-                                                    "tiny-phi3", "TransformerPipeline", "CustomPythonWrapper"]
-    assert done[4][1] == {"model": "tiny-phi3"}
+    assert [arguments[0] for arguments in done] == ["smollm2-135m", *PAGES, "tiny-phi3", *PAGES]
+    assert done[-1][1] == {"model": "tiny-phi3"}
 
 
 def test_a_notebook_gets_its_parameters_as_text_and_as_numbers(done, tmp_path):
@@ -88,6 +87,30 @@ def test_the_words_after_test_and_check_go_to_pytest(done, monkeypatch):
     assert done == [(name,) for name in (*SMALL_MODELS, SMALL_MODELS[0])]
 
 
+@pytest.mark.parametrize(("words", "page", "model"), [
+    ([], "TransformerPipeline", "smollm2-135m"),
+    (["--model", "tiny-phi3"], "TransformerPipeline", "tiny-phi3"),
+    (["CustomPythonWrapper", "--model", "hub:org/name"], "CustomPythonWrapper", "hub:org/name"),
+])
+def test_lab_opens_a_page_with_the_model_that_it_was_given(done, monkeypatch, words, page, model):
+    monkeypatch.delenv("COURSE_MODEL")
+    monkeypatch.setattr("course.commands._serve", lambda command, **variables: done.append((command, variables)) or 0)
+    assert run_command(["lab", *words]) == 0
+    ((command, variables),) = done
+    assert f"--LabApp.default_url=/lab/tree/notebooks/{page}.ipynb" in command
+    assert variables == {"COURSE_MODEL": model}
+
+
+@pytest.mark.parametrize(("words", "code"), [
+    (["--model", "gpt-5"], "model-unknown"), (["Nothing"], "notebook-unknown"),
+])
+def test_lab_refuses_what_is_not_there_before_jupyterlab_starts(done, monkeypatch, words, code):
+    monkeypatch.setattr("course.commands._serve", lambda command, **variables: done.append(command))
+    with refuses(code):
+        run_command(["lab", *words])
+    assert not done
+
+
 def test_every_command_has_help_and_stands_in_the_list(capsys):
     assert run_command([]) == run_command(["help"]) == run_command(["--help"]) == 0
     listed = re.findall(r"^  (\w+) +(.+)$", capsys.readouterr().out, re.MULTILINE)
@@ -115,7 +138,7 @@ def test_the_readme_and_the_makefile_name_commands_that_there_are():
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, bench, mutate, doctor, generate, setup,"),
+    (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, bench, mutate, doctor, generate,"),
 ])
 def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, says):
     result = python("-m", "helpers", *arguments)
@@ -160,7 +183,7 @@ def test_a_page_that_is_not_there_is_refused_with_those_that_are():
 
     with refuses("notebook-unknown") as refusal:
         execute("Nothing", {})
-    assert refusal.value.fix == "Choose one of: CustomPythonWrapper, TransformerPipeline."
+    assert refusal.value.fix == "Choose one of: ChatModel, CustomPythonWrapper, TransformerPipeline."
 
 
 def test_an_interruption_is_no_stack(monkeypatch, capsys):

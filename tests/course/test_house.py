@@ -18,12 +18,13 @@ FLOORS = {
         "errors", "paths", "files", "requirements",
         "models.steps", "models.pip", "models.catalogue", "models.space", "models.folders", "models.kit",
         "models.download", "models.hub", "models.convert", "models.sources", "models.prepare",
-        "devices", "parameters", "tracking", "tables", "signatures", "measurement",
+        "devices", "parameters", "tracking", "tables", "signatures", "views", "measurement", "exercises", "servers",
+        "playground",
     ),
     "course": (
-        "environment", "execute", "kit.wheels", "kit.check", "kit.build", "kit.serve", "doctor.network",
-        "doctor.smoke", "doctor.checks", "bench.figures", "bench.chat", "bench.notebooks", "generate", "mutate",
-        "commands", "__main__",
+        "environment", "contents", "exercises", "static_page", "execute", "kit.wheels", "kit.check", "kit.build",
+        "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures", "bench.chat",
+        "bench.notebooks", "generate", "mutate", "commands", "__main__",
     ),
     "serving": ("chat_model",),
 }
@@ -110,5 +111,5 @@ def test_public_functions_say_what_they_return(room):
 
 def test_what_a_page_imports_and_what_travels_alone_stay_small():
     page = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "helpers").glob("*.py"))
-    assert page <= 1_000
+    assert page <= 1_400
     assert len((ROOT / "serving" / "chat_model.py").read_text(encoding="utf-8").splitlines()) <= 1_100

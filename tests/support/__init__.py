@@ -16,7 +16,8 @@ from helpers import CourseError
 ROOT = Path(__file__).resolve().parents[2]
 # What importing helpers has put into this process's environment; a user's shell has none of it.
 OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_")
-PAGES = ("TransformerPipeline", "CustomPythonWrapper")
+TRACKS = ("TransformerPipeline", "CustomPythonWrapper")  # parallel, heading by heading
+PAGES = (*TRACKS, "ChatModel")
 
 
 @contextmanager

@@ -1,0 +1,67 @@
+"""Makes the exercises of a page from its solutions: a notebook comes in, and goes out with cells to fill, or filled.
+
+A Markdown cell tagged ``solution`` holds the code, folded. Where a line of it ends with ``# your turn``, the learner
+writes what stands there: the cell tagged ``exercise`` before it is made from it, with three dots in that place.
+"""
+
+import ast
+import re
+from pathlib import Path
+
+import nbformat
+from nbformat import NotebookNode
+
+from helpers.errors import CourseError
+from helpers.paths import NOTEBOOKS
+
+MARK = "# your turn"
+CODE = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
+
+
+def make_exercise(solution: str) -> str:
+    """Return a solution with three dots in place of each value or call whose first line has the mark."""
+    lines = solution.split("\n")
+    statements = [node for node in ast.walk(ast.parse(solution))
+                  if isinstance(node, ast.Assign | ast.Return | ast.Expr)]
+    for node in sorted(statements, key=lambda node: -node.lineno):  # from the end: lines before it keep their numbers
+        value = node.value
+        if lines[node.lineno - 1].endswith(MARK):
+            start, end = lines[value.lineno - 1], lines[value.end_lineno - 1]
+            # ast counts bytes.
+            head = start.encode()[:value.col_offset].decode()
+            tail = end.encode()[value.end_col_offset:].decode() if value.lineno == value.end_lineno else f"  {MARK}"
+            lines[value.lineno - 1:value.end_lineno] = [f"{head}...{tail}"]
+    return "\n".join(lines)
+
+
+def pair(notebook: NotebookNode) -> list[tuple[NotebookNode, str]]:
+    """Return each exercise cell of a page with the code of its solution."""
+    pairs, exercise = [], None
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        exercise = cell if "exercise" in tags else exercise
+        if "solution" in tags:
+            pairs.append((exercise, CODE.search(cell.source)[1]))
+    return pairs
+
+
+def solve(notebook: NotebookNode) -> NotebookNode:
+    """Fill the exercise cells of a page with their solutions, in place, and return it."""
+    for cell, solution in pair(notebook):
+        cell.source = solution
+    return notebook
+
+
+def write_exercises(check: bool, folder: Path = NOTEBOOKS) -> int:
+    """Make the exercise cells of every page anew; or, to check, raise CourseError where one is stale."""
+    for path in sorted(folder.glob("*.ipynb")):
+        notebook = nbformat.read(path, as_version=4)
+        stale = [cell for cell, solution in pair(notebook) if cell.source != make_exercise(solution)]
+        if stale and check:
+            raise CourseError("exercise-stale", f"An exercise of {path.name} is not what its solution makes.",
+                              "Make them anew: python -m helpers exercises.")
+        for cell, solution in pair(notebook):
+            cell.source = make_exercise(solution)
+        if stale:
+            nbformat.write(notebook, path)
+    return 0

@@ -1,0 +1,99 @@
+"""Shows what a table alone cannot: a text as tokens, a logged model's folder, figures of runs side by side."""
+
+import html
+from dataclasses import dataclass
+from pathlib import Path
+
+from helpers.tables import NO_MATHEMATICS, BarTable, Table
+
+# What each file of a logged model is for, by the end of its name.
+FILES = {
+    "MLmodel": "how to load it: flavors, signature, versions",
+    "requirements.txt": "what pip has to install",
+    "conda.yaml": "the same for conda",
+    "python_env.yaml": "which Python, and where the requirements stand",
+    "serving_input_example.json": "the example as the body of an HTTP request",
+    "input_example.json": "the example that you logged",
+    "registered_model_meta": "its name and version in the registry",
+    "model_card.md": "what the model's makers say of it",
+    "model_card_data.yaml": "the fields on top of that card",
+    "LICENSE.txt": "the licence of the weights",
+    "index.json": "which weight lies in which file",
+    ".safetensors": "weights",
+    "genai_config.json": "how onnxruntime-genai runs the model",
+    "generation_config.json": "settings of an answer, from the model's makers",
+    "tokenizer_config.json": "what the tokenizer is called and how it is set",
+    "tokenizer.json": "the tokenizer: pieces of text and their numbers",
+    "config.json": "layers, sizes, vocabulary: the model's shape",
+    ".jinja": "the chat template: messages to one text",
+    ".onnx": "the computation, as a graph",
+    ".onnx.data": "the weights of that graph",
+    ".py": "the wrapper, as source",
+}
+# What `measure` returns: what to call it, how to write it, and which one is better.
+FIGURES = {
+    "load_seconds": ("load", "{:.2f} s", 1, "shorter"),
+    "first_token_seconds": ("first token", "{:.2f} s", 1, "shorter"),
+    "tokens_per_second": ("then", "{:.1f} tokens per second", 1, "longer"),
+    "peak_memory_bytes": ("peak memory", "{:,.0f} MB", 1e-6, "shorter"),
+    "disk_bytes": ("on disk", "{:,.0f} MB", 1e-6, "shorter"),
+}
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens of a text: number, piece of text, and whether it is markup. HTML shows boxes, text a table."""
+
+    rows: tuple[tuple[int, str, bool], ...]
+
+    def _repr_html_(self) -> str:
+        box = ("display: inline-block; margin: 2px; padding: 0 4px; border: 1px {} currentColor; "
+               "font-family: monospace; text-align: center; white-space: pre")
+        boxes = "".join(
+            f'<li style="{box.format("dashed" if markup else "solid")}">{html.escape(piece)}<br>'
+            f'<small>{number}{" markup" if markup else ""}</small></li>' for number, piece, markup in self.rows)
+        return f'<ol {NO_MATHEMATICS} style="list-style: none; padding: 0; margin: 0">{boxes}</ol>'
+
+    def __repr__(self) -> str:
+        rows = tuple((str(number), piece, "markup" if markup else "text") for number, piece, markup in self.rows)
+        return repr(Table(f"{len(rows)} tokens", ("number", "piece", "kind"), rows))
+
+
+def show_tokens(tokenizer, text: str) -> Tokens:
+    """Return a text cut into the tokens of a Hugging Face tokenizer, markup told apart.
+
+    A space is shown as ``␣`` and a line's end as ``⏎``; ``�`` is a piece of a letter.
+    """
+    markup = set(tokenizer.get_added_vocab().values())
+    visible = str.maketrans({" ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥"})
+    return Tokens(tuple((number, tokenizer.decode([number]).translate(visible), number in markup)
+                        for number in tokenizer.encode(text, add_special_tokens=False)))
+
+
+def show_folder(folder: Path | str) -> Table:
+    """Return a table of a logged model's files: path, size in bytes, and what each one is for."""
+    files = sorted((path for path in Path(folder).rglob("*") if path.is_file()),
+                   key=lambda path: (len(path.relative_to(folder).parts), path.name))
+    return Table("What is in the folder", ("file", "bytes", "what it is for"), tuple(
+        (path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}", _purpose(path.name)) for path in files))
+
+
+def _purpose(name):
+    return FILES.get(max((end for end in FILES if name.endswith(end)), key=len, default=""), "")
+
+
+def compare_figures(figures: dict[str, dict[str, float]]) -> BarTable:
+    """Return a table with a bar for each figure of each page.
+
+    Parameters
+    ----------
+    figures : dict
+        What ``measure`` returned, by the page's name. A figure that a page lacks has no row.
+    """
+    rows = []
+    for figure, (what, form, scale, better) in FIGURES.items():
+        values = {page: measured[figure] for page, measured in figures.items() if figure in measured}
+        longest = max(values.values(), default=0) or 1
+        rows += [(f"{what} ({better} is better)", page, form.format(value * scale), f"{value / longest:.4f}")
+                 for page, value in values.items()]
+    return BarTable("Side by side", ("figure", "page", "measured", "bar"), tuple(rows))
