@@ -114,6 +114,7 @@ def _prepare_options(parser):
 def _notebook_options(parser):
     parser.add_argument("name", help="such as TransformerPipeline")
     parser.add_argument("--output", type=Path, default=BUILD / "course", help="folder for the page")
+    parser.add_argument("--solved", action="store_true", help="with the exercises filled in")
 
 
 def _lab_options(parser):
@@ -174,7 +175,7 @@ def _run(options):
 def _notebook(options):
     from course.execute import execute, print_answers
 
-    print_answers(execute(options.name, options.parameters, options.output.resolve()))
+    print_answers(execute(options.name, options.parameters, options.output.resolve(), options.solved))
     return 0
 
 

@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import nbformat
 import papermill
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
+from course.exercises import solve
 from course.static_page import write_page
 from helpers.errors import CourseError
 from helpers.paths import BUILD, NOTEBOOKS
@@ -40,17 +42,19 @@ class Execution:
     run: object
 
 
-def execute(name: str, parameters: dict, folder: Path = BUILD / "course") -> Execution:
+def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved: bool = False) -> Execution:
     """Run one page from its first cell to its last, with the parameters that papermill injects.
 
-    ``folder`` gets ``name.ipynb`` and ``name.html``, also when a cell fails, and ``name.log``.
+    ``solved`` fills its exercises. ``folder`` gets ``name.ipynb`` and ``name.html``, also when a cell fails, and
+    ``name.log``.
 
     Raises
     ------
     CourseError
         There is no such page, or a cell failed; the message is the cell's own.
     """
-    source = find_notebook(name)
+    source = nbformat.read(find_notebook(name), as_version=4)
+    source = solve(source) if solved else source
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(NOTEBOOKS / "images", folder / "images", dirs_exist_ok=True)
     target = folder / f"{name}.ipynb"

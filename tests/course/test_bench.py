@@ -117,7 +117,7 @@ def test_peak_memory_is_that_of_a_program_and_its_children(tmp_path):
 
 def test_a_measurement_is_written_unrounded_and_kept_beside_the_others_when_asked(tmp_path, monkeypatch, capsys):
     folder, kept = tmp_path / "bench", tmp_path / "bench.json"
-    rates = {"TransformerPipeline": 17.5, "CustomPythonWrapper": 153.7}
+    rates = {"TransformerPipeline": 17.5, "CustomPythonWrapper": 153.7, "ChatModel": 150.0}
     measured, other = run(), run(cores=4)
     measured["ratios"].pop("track_ratio")
     page = measured["raw"]["pages"]["TransformerPipeline on tiny-phi3"]
@@ -152,7 +152,8 @@ def test_a_model_is_prepared_in_an_empty_cache_and_found_again(tmp_path):
 def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, monkeypatch):
     # The page itself, in a process of its own; then each comparison once, with answers of four tokens.
     store = "sqlite:///" + (tmp_path / "mlflow.db").as_posix()
-    figures, metrics = bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
+    bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
+    figures, metrics = bench_page("ChatModel", "tiny-phi3", store, tmp_path)
     assert figures["seconds"] > 1 and figures["peak_memory_bytes"] > metrics["peak_memory_bytes"] > 1e8
     assert metrics["tokens_per_second"] > 0 and metrics["disk_bytes"] > 1e5
     monkeypatch.setattr(chat, "PAUSE", 0)

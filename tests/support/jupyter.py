@@ -47,6 +47,7 @@ RUN = """async ([index, seconds]) => {
     await Promise.race([jupyterapp.commands.execute("notebook:run-cell"), tooLong]);
 }"""
 OUTPUTS = "index => jupyterapp.shell.currentWidget.content.widgets[index].model.toJSON().outputs"
+EXECUTE = "code => jupyterapp.shell.currentWidget.sessionContext.session.kernel.requestExecute({code}).done"
 WRITE = "([index, source]) => jupyterapp.shell.currentWidget.content.widgets[index].model.sharedModel.setSource(source)"
 # JupyterLab shows an error, a warning and MLflow's word on a new version in the same red box.
 RED_BOX = f'{CODE_CELL} .jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]'
@@ -73,6 +74,7 @@ def browser() -> Iterator[tuple["BrowserContext", list[str]]]:
         chromium = playwright.chromium.launch(executable_path=find_chromium(), args=CHROMIUM_FLAGS)
         context = chromium.new_context(viewport=SCREEN)
         context.set_default_timeout(PATIENCE * 1000)
+        expect.set_options(timeout=PATIENCE * 1000)
         context.on("request", lambda request: asked.append(request.url))
         context.on("page", lambda page: page.on("websocket", lambda socket: asked.append(socket.url)))
         yield context, asked
@@ -131,6 +133,10 @@ class Notebook:
         """Put other code into a cell."""
         self.page.evaluate(WRITE, [index, source])
 
+    def execute(self, code: str) -> None:
+        """Run code in the kernel, and in no cell."""
+        assert self.page.evaluate(EXECUTE, code)["content"]["status"] == "ok"
+
     def cell(self, index: int):
         """Return the locator of a cell, which may be out of view."""
         return self.page.locator(".jp-Notebook .jp-Cell").nth(index)
@@ -163,9 +169,9 @@ class Lab:
         # A workspace of its own: JupyterLab would open the other pages again in the same one.
         page.goto(f"{self.address}/lab/workspaces/{name}/tree/{name}.ipynb?token={self.token}")
         # The notebook's own indicator says idle before there is a session, and Run All then skips the code.
-        expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle", timeout=PATIENCE * 1000)
+        expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
         # JupyterLab puts the cells on the page one by one.
-        expect(page.locator(CODE_CELL)).to_have_count(code_cells, timeout=PATIENCE * 1000)
+        expect(page.locator(CODE_CELL)).to_have_count(code_cells)
         try:
             yield Notebook(page)
         finally:
