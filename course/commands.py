@@ -327,7 +327,7 @@ COMMANDS = {
     "mutate": Command("plant faults in the policies, and count those that the tests notice", _mutate, needs="tests",
                       takes_words=True),
     "doctor": Command("say what this machine can run", _doctor, needs="nothing"),
-    "generate": Command("write environment.yml, constraints.txt and the README's tables anew", _generate,
+    "generate": Command("write environment.yml, constraints.txt and the documents' tables anew", _generate,
                         needs="tests"),
     "exercises": Command("make the pages' exercises from their solutions", _exercises, (_exercises_options,),
                          needs="tests"),

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import mlflow
 import nbformat
 import pytest
-from mlflow.models import ModelSignature, infer_signature
+from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from support import PAGES, ROOT, refuses
 

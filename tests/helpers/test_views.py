@@ -18,7 +18,16 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 from transformers import AutoTokenizer
 
-from helpers import compare_figures, in_terminal, name_run, running, show_folder, show_signature, show_table, show_tokens
+from helpers import (
+    compare_figures,
+    in_terminal,
+    name_run,
+    running,
+    show_folder,
+    show_signature,
+    show_table,
+    show_tokens,
+)
 from helpers.parameters import DEFAULTS
 from helpers.tables import FoldedTable
 from helpers.tracking import UI, TrackingStore, ui_addresses
@@ -38,7 +47,7 @@ def test_top_level_fields_stand_first_and_each_unfolds_what_is_inside_it():
     assert top == [*CHAT_MODEL_INPUT_SCHEMA.input_names(), *CHAT_MODEL_OUTPUT_SCHEMA.input_names()]
     folded = [row for row in rows if row.details]
     assert [row.summary.get_text() for row in folded] == [
-        "11 fields inside messages", "15 fields inside tools", "11 fields inside choices", "3 fields inside usage"]
+        "11 fields inside messages", "15 fields inside tools", "14 fields inside choices", "3 fields inside usage"]
     inside = [cell.get_text() for row in folded for cell in row.details.select("tbody th")]
     assert len(top) + len(inside) == len(shown.rows)
     assert "messages[].tool_calls[].function.name" in inside
@@ -113,7 +122,7 @@ def test_every_file_of_a_folder_has_its_size_and_what_it_is_for(tmp_path):
         (tmp_path / name).write_bytes(b"x" * number * 1000)
     rows = {name: (size, purpose) for name, size, purpose in show_folder(tmp_path).rows}
     assert set(rows) == set(names)
-    assert list(rows)[0] == "MLmodel"  # what lies deeper comes later
+    assert next(iter(rows)) == "MLmodel"  # what lies deeper comes later
     assert rows["artifacts/onnx/model.onnx.data"] == ("1,000", "the weights of that graph")
     assert rows["artifacts/onnx/model.onnx"][1] == "the computation, as a graph"
     assert rows["artifacts/onnx/strange.bin"] == ("3,000", "")
