@@ -48,7 +48,7 @@ def test_top_level_fields_stand_first_and_each_unfolds_what_is_inside_it():
     folded = [row for row in rows if row.details]
     assert [row.summary.get_text() for row in folded] == [
         "11 fields inside messages", "15 fields inside tools", "14 fields inside choices", "3 fields inside usage"]
-    inside = [cell.get_text() for row in folded for cell in row.details.select("tbody th")]
+    inside = [cell.get_text() for row in folded for cell in row.details.select("th[scope=row]")]
     assert len(top) + len(inside) == len(shown.rows)
     assert "messages[].tool_calls[].function.name" in inside
     assert all(row.find("td", colspan=True)["colspan"] == "5" for row in folded)

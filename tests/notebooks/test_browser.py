@@ -12,6 +12,7 @@ import nbformat
 import pytest
 from support.jupyter import (
     CODE_CELL,
+    Axe,
     Notebook,
     browser,
     elsewhere,
@@ -25,8 +26,6 @@ from course.execute import PAGES
 from course.exercises import pair
 
 need_chromium()
-axe = pytest.importorskip("axe_playwright_python.sync_playwright")  # where Playwright is
-
 pytestmark = pytest.mark.slow
 
 REGISTERED = re.compile(r"Successfully registered model '[\w-]+'\.|Created version '\d+' of model '[\w-]+'\."
@@ -293,11 +292,13 @@ def test_the_playground_answers_stops_and_answers_again(walk):
     assert surprises(walk.notebook.red_lines()) == []
 
 
-@pytest.mark.parametrize("theme", ["JupyterLab Light", "JupyterLab Dark"])
+# Light last: JupyterLab remembers it for the next page.
+@pytest.mark.parametrize("theme", ["JupyterLab Dark", "JupyterLab Light"])
 def test_what_a_page_shows_can_be_read_in_both_themes(walk, theme):
     page = walk.notebook.page
     page.evaluate(CHANGE_THEME, theme)
     expect(page.locator("body")).to_have_attribute("data-jp-theme-name", theme)
+    expect(page.locator("#jupyterlab-splash")).to_have_count(0)  # it lies over the page while the theme comes
     picture_of = {"TransformerPipeline": "show_tokens(", "CustomPythonWrapper": "compare_figures(",
                   "ChatModel": "show_playground("}
     walk.notebook.cell(walk.find(picture_of[walk.name])).evaluate("cell => cell.scrollIntoView()")
@@ -308,7 +309,7 @@ def test_what_a_page_shows_can_be_read_in_both_themes(walk, theme):
 def faults(page):
     """Return the serious and critical faults that axe finds in the outputs of a page's cells."""
     page.add_style_tag(content=ALL_LAID_OUT)
-    found = axe.Axe().run(page, {"include": [[".jp-OutputArea-output"]]}, {"resultTypes": ["violations"]}).response
+    found = Axe().run(page, {"include": [[".jp-OutputArea-output"]]}, {"resultTypes": ["violations"]}).response
     return [f"{rule['id']}: {node['html'][:200]}: {node['failureSummary']}" for rule in found["violations"]
             if rule["impact"] in ("serious", "critical") for node in rule["nodes"]]
 

@@ -20,9 +20,10 @@ from course.doctor.checks import find_chromium
 from helpers.paths import BUILD, NOTEBOOKS
 
 try:
+    from axe_playwright_python.sync_playwright import Axe
     from playwright.sync_api import BrowserContext, Page, expect, sync_playwright
 except ModuleNotFoundError:
-    sync_playwright = None
+    Axe = expect = sync_playwright = None
 
 # The longest that any one wait may take. A whole page takes 10 to 20 seconds.
 PATIENCE = 180
@@ -57,7 +58,7 @@ def need_chromium() -> None:
     """Skip the module that asks where no browser can be driven; on CI, fail."""
     missing = " ".join([
         "" if find_chromium() else "Install Chromium (on Debian: apt-get install chromium) or Google Chrome.",
-        "" if sync_playwright else "Install Playwright: python -m helpers test does, with the other test packages.",
+        "" if sync_playwright else "Install Playwright and axe: python -m helpers test does so, with other packages.",
     ]).strip()
     if missing:
         # CI installs both: a skip there would hide that nobody looks at the pages any more.
