@@ -25,6 +25,7 @@ from course.bench.figures import (
     write_runs,
 )
 from course.bench.notebooks import bench, bench_page, bench_prepare, run_measured
+from serving import chat_model
 
 
 @pytest.mark.parametrize(("value", "reach", "reached"), [
@@ -150,12 +151,19 @@ def test_a_model_is_prepared_in_an_empty_cache_and_found_again(tmp_path):
 
 @pytest.mark.slow
 def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, monkeypatch):
-    # The page itself, in a process of its own; then each comparison once, with answers of four tokens.
+    # A page itself, in a process of its own; then each comparison once, with answers of four tokens.
     store = "sqlite:///" + (tmp_path / "mlflow.db").as_posix()
-    bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
-    figures, metrics = bench_page("ChatModel", "tiny-phi3", store, tmp_path)
+    figures, metrics = bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
     assert figures["seconds"] > 1 and figures["peak_memory_bytes"] > metrics["peak_memory_bytes"] > 1e8
     assert metrics["tokens_per_second"] > 0 and metrics["disk_bytes"] > 1e5
+    # What the third page would register.
+    mlflow.set_tracking_uri(store)
+    mlflow.set_experiment("CustomPythonWrapper")
+    info = mlflow.pyfunc.log_model(
+        name="slm-onnx", python_model=chat_model.__file__, artifacts={"model": str(tiny.onnx_dir)},
+        model_config=chat_model.SETTINGS, signature=chat_model.SIGNATURE, pip_requirements=["mlflow"])
+    version = mlflow.register_model(info.model_uri, "slm-onnx")
+    mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
     monkeypatch.setattr(chat, "PAUSE", 0)
     ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
     assert set(ratios) == set(REACH) - {"track_ratio", "single_llamacpp", "callers8_llamacpp"}  # it has no GGUF
