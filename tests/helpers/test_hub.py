@@ -162,16 +162,16 @@ def real_hub(serve, real):
 
 
 @pytest.mark.slow
-def test_both_notebooks_run_on_what_came_over_the_hub(real_hub, cache, python, store):
+def test_the_notebooks_run_on_what_came_over_the_hub(real_hub, cache, python, store):
     hub = real_hub
     result = python("-m", "helpers", "run", "--model", "phi-3-mini-4k", network=False, HF_ENDPOINT=hub.url,
                     COURSE_TRACKING_URI=store)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("  Q  What is the capital of Spain?") == 2
+    assert result.stdout.count("  Q  What is the capital of Spain?") == 3
     import mlflow
 
     mlflow.set_tracking_uri(store)
-    for experiment, repo in (("TransformerPipeline", TORCH), ("CustomPythonWrapper", ONNX)):
+    for experiment, repo in (("TransformerPipeline", TORCH), ("CustomPythonWrapper", ONNX), ("ChatModel", ONNX)):
         (run,) = mlflow.search_runs(experiment_names=[experiment], output_format="list")
         assert run.data.params["model"] == "phi-3-mini-4k"
         assert run.data.params["source"] == f"{repo}@{hub.commit(repo)}"

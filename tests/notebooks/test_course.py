@@ -250,7 +250,7 @@ def test_a_refused_connection_is_noticed(python):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a path of this kind is no path on Windows")
 @pytest.mark.parametrize(("entry", "page"), [
-    ("custom_python_wrapper", PAGES[1]), ("chat_model", PAGES[2])])  # page A runs its own entry, by `course`
+    ("chat_model", PAGES[2])])  # the other two run their own entries, by `course`
 def test_mlflow_run_takes_extreme_parameters_and_asks_nothing_of_the_network(python, store, tmp_path, entry, page):
     # A question like an option and with quotes in it, an answer as long as the context leaves, a whole number as
     # temperature, and a terminal that has no letters for the answers.
