@@ -208,7 +208,8 @@ def _pytest(models, words):
         prepare_model(name)
     command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", "--numprocesses=auto",
                "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder", *words]
-    return subprocess.call(command, cwd=ROOT)
+    # PyTorch's threads wait busily: those of two tests side by side would make both three times slower.
+    return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ)
 
 
 def _lab(options):

@@ -54,13 +54,19 @@ def _settings_hint(settings, length):
     temperature = settings.get("temperature", 1.0)
     if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature <= 2:
         return "the temperature is a number above 0, up to 2; 1.0 leaves the model's own odds."
-    for name, most in (("top_p", 1), ("top_k", 1000), *((name, 1000) for name in length)):
+    for name, most in (("top_p", 1), ("top_k", 100), *((name, 1000) for name in length)):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
             return f"{name} is a number above 0, up to {most}."
         if name != "top_p" and not isinstance(value, int):
             return f"{name} is a whole number."
     return next((f"say how long the answer may be: {name}." for name in length if name not in settings), None)
+
+
+def _surplus(answer, *known):
+    """Return a hint where an answer holds a field that its exercise does not need, and that may not go well."""
+    return next((f"leave {name} out: it is more than this exercise asks for." for name in answer if name not in known),
+                None)
 
 
 @_exercise("warm pipeline")
@@ -83,6 +89,8 @@ def _(request, model_info):
     if unknown := [name for name in request if name not in fields]:
         return f"the signature has no field {unknown[0]}, and MLflow would drop it without a word."
     validate_schema(request, model_info.signature.inputs)
+    if more := _surplus(request, "messages", "max_tokens", "stop", "temperature", "top_p"):
+        return more
     if request["messages"][-1]["role"] != "user":
         return "the last message is the user's: the assistant speaks next."
     if "France" not in request["messages"][-1]["content"]:
@@ -144,6 +152,8 @@ def _(seeded, chat_model):
     if not isinstance(seeded, dict):
         return "the settings are a dict, such as {\"temperature\": 1.0}."
     chat_model.read_request({"messages": [{"role": "user", "content": "Hello"}]} | seeded)
+    if more := _surplus(seeded, "temperature", "seed", "top_p", "top_k"):
+        return more
     if not seeded.get("temperature"):
         return "at a temperature of 0 there is no chance to repeat. Make it warm first."
     return "a warm answer repeats itself only with a seed." if seeded.get("seed") is None else None
@@ -158,4 +168,6 @@ def _(changes, chat_model):
     chat_model.Settings(**chat_model.SETTINGS | changes)
     if changes.get("max_tokens") != 8:
         return "an answer has 8 tokens where a request doesn't say how many: that setting is max_tokens."
+    if more := _surplus(changes, "max_tokens", "model", "temperature"):
+        return more
     return None if changes.get("model", "slm-onnx") != "slm-onnx" else "give the model a name of your own: model."

@@ -55,13 +55,24 @@ def python(tmp_path):
     return functools.partial(run_python, tmp_path)
 
 
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory):
+    """Make MLflow's tables once, which takes seconds, and return the database."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+    MlflowClient("sqlite:///" + file.as_posix()).search_experiments()
+    return file
+
+
 @pytest.fixture
-def store(tmp_path):
+def store(tmp_path, empty_database):
     """Return the URI of an empty tracking store, in a folder whose name is not plain and never comes twice.
 
     MLflow remembers every database that a process has opened by its path, also when the file is another one by now.
     """
     folder = Path(tempfile.mkdtemp(prefix="störe ", dir=tmp_path))
+    shutil.copy(empty_database, folder)
     return "sqlite:///" + (folder / "mlflow.db").as_posix()
 
 

@@ -7,7 +7,6 @@ import errno
 import re
 import socket
 from argparse import ArgumentParser
-from pathlib import Path
 
 import pytest
 from support import PAGES, ROOT, refuses
@@ -79,7 +78,7 @@ def test_an_option_that_a_command_does_not_have_is_refused(done, words, capsys):
 
 def test_the_words_after_test_and_check_go_to_pytest(done, monkeypatch):
     started = []
-    monkeypatch.setattr("subprocess.call", lambda command, cwd: started.append(command) or 3)
+    monkeypatch.setattr("subprocess.call", lambda command, cwd, env: started.append(command) or 3)
     assert run_command(["test", "-k", "no_such", "--collect-only", "tests/x.py"]) == 3
     assert run_command(["check", "-q"]) == 3
     whole, fast = started
@@ -149,11 +148,12 @@ def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, say
     assert says in result.stderr
 
 
-def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(done, store, monkeypatch):
-    monkeypatch.setenv("COURSE_TRACKING_URI", store)
+def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(done, store, tmp_path,
+                                                                                     monkeypatch):
+    monkeypatch.setenv("COURSE_TRACKING_URI", f"sqlite:///{(tmp_path / 'none.db').as_posix()}")
     with refuses("store-empty"):
         run_command(["ui"])
-    Path(store.removeprefix("sqlite:///")).touch()
+    monkeypatch.setenv("COURSE_TRACKING_URI", store)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
         with refuses("port-taken") as refusal:

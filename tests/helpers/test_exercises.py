@@ -82,6 +82,7 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
     ("warm pipeline", "warm = {'do_sample': True, 'temperature': 1.0}", "how long"),
     ("warm pipeline", "warm = True", "a dict"),
     ("warm pipeline", "warm = {True, 1.0}", "a dict"),
+    ("warm engine", "warm = {'do_sample': True, 'temperature': 1.0, 'top_k': 5000}", "top_k is a"),
     ("warm engine", "warm = {'temperature': 1.0}", "do_sample=True"),
     ("warm engine", "warm = {'do_sample': True, 'temp': 1.0}", "temp is no setting"),
     ("warm engine", "warm = {'do_sample': True, 'max_new_tokens': 5}", "max_new_tokens is no setting"),
@@ -101,6 +102,8 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
      "capital of France"),
     ("request", "request = {'messages': [], 'max_tokens': 12, 'stop': ['.']}", "IndexError"),
     ("request", "request = {'messages': [{'role': 'system', 'content': 'France'}], 'stop': ['.']}", "the user's"),
+    ("request", "request = {'messages': [{'role': 'user', 'content': 'France?'}], 'max_tokens': 12, 'stop': ['.'], "
+     "'n': 2}", "leave n out"),
     ("request", "request = {'max_tokens': 12, 'stop': ['.']}", "messages"),
     ("signature", "wider = mlflow.models.infer_signature({'prompt': 'a'}, 'b', params={'top_p': 1.0})", "max_tokens"),
     ("signature", "wider = {'max_tokens': 64, 'temperature': 0.0, 'top_p': 1.0}", "a ModelSignature"),
@@ -121,6 +124,7 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
     ("seed", "seeded = {'temperature': 1.0, 'seed': '7'}", "seed has to be"),
     ("seed", "seeded = {'temperature': 3, 'seed': 7}", "temperature has to be"),
     ("seed", "seeded = {'temperature': 1.0, 'random_state': 7}", "not served"),
+    ("seed", "seeded = {'temperature': 1.0, 'seed': 7, 'stream': True}", "leave stream out"),
     ("seed", "seeded = 7", "a dict"),
     ("pieces", "def read_piece(chunk):\n    return chunk['choices'][0]['delta']['content']", "KeyError"),
     ("pieces", "def read_piece(chunk):\n    return chunk['choices'][0]['message']['content']", "KeyError"),
@@ -132,6 +136,7 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
     ("settings", "changes = {'max_tokens_limit': 8, 'model': 'mine'}", "that setting is max_tokens"),
     ("settings", "changes = {'max_tokens': 8}", "a name of your own"),
     ("settings", "changes = {'max_tokens': '8', 'model': 'mine'}", "ValidationError"),
+    ("settings", "changes = {'max_tokens': 8, 'model': 'mine', 'threads': 900}", "leave threads out"),
     ("settings", "changes = 8", "a dict"),
 ])
 def test_a_check_says_what_to_look_at(name, wrote, says, capsys):
@@ -154,7 +159,7 @@ def test_other_right_answers_pass_too():
         "request": "request = {'messages': [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': "
                    "'The capital of France?'}], 'max_tokens': 12, 'stop': ['.'], 'temperature': 0.5}",
         "seed": "seeded = {'temperature': 0.8, 'seed': 0, 'top_p': 0.9}",
-        "settings": "changes = {'max_tokens': 8, 'model': 'mine', 'threads': 1}",
+        "settings": "changes = {'max_tokens': 8, 'model': 'mine', 'temperature': 0.5}",
     }
     for name, wrote in right.items():
         assert find_hint(name, run(wrote, page_names())) is None, name
