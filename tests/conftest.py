@@ -25,6 +25,10 @@ def pytest_configure(config):
     os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (store / "mlflow.db").as_posix()
 
 
+# Each takes minutes: they begin, one on each core.
+LONGEST = ("test_course.py", "test_kit_room.py")
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark as slow what runs a page or loads the real model, and let files with slow tests begin: they take longest."""
@@ -32,7 +36,7 @@ def pytest_collection_modifyitems(items):
         if item.path.suffix == ".ipynb" or "smol" in getattr(item, "fixturenames", ()):
             item.add_marker("slow")
     slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    items.sort(key=lambda item: (item.path not in slow, item.path.name not in LONGEST))
 
 
 @pytest.fixture(scope="session")
