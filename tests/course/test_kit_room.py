@@ -66,8 +66,9 @@ def participant(folder, url):
                     "PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"),
                     "REFUSED_LOG": str(folder / "refused.log")}
     python = getattr(sys, "_base_executable", sys.executable)
-    return course, subprocess.run([python, "-m", "helpers", "notebook", "TransformerPipeline", "-p", "model", "tiny-phi3"],
-                                  cwd=course, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+    command = [python, "-m", "helpers", "notebook", "TransformerPipeline", "-p", "model", "tiny-phi3"]
+    return course, subprocess.run(command, cwd=course, env=environment, stdout=subprocess.PIPE,
+                                  stderr=subprocess.STDOUT, text=True, encoding="utf-8")
 
 
 @pytest.mark.index
