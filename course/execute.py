@@ -113,16 +113,21 @@ def _find_run(name, execution, tracking_uri):
 @contextlib.contextmanager
 def _kernel_log(path):
     """Send what the kernel's process says beside the notebook, such as a stack at Ctrl-C, to a file."""
-    with path.open("w", encoding="utf-8") as log, os.fdopen(os.dup(2), "w") as terminal:
+    with path.open("w", encoding="utf-8") as log, os.fdopen(os.dup(1), "w") as output, \
+            os.fdopen(os.dup(2), "w") as terminal:
+        sys.stdout.flush()
         sys.stderr.flush()
-        standard_error, sys.stderr = sys.stderr, terminal
+        standard, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), (output, terminal)
+        os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         try:
             yield
         finally:
+            output.flush()
             terminal.flush()
+            os.dup2(output.fileno(), 1)
             os.dup2(terminal.fileno(), 2)
-            sys.stderr = standard_error
+            sys.stdout, sys.stderr = standard
 
 
 def print_answers(execution: Execution) -> None:

@@ -81,6 +81,7 @@ def test_a_notebook_runs_on_the_real_model_with_other_parameters(course, page):
     result = course.results[page]
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"Q  {OTHER['question']}" in result.stdout
+    assert result.stdout.count("  Q  ") == 2  # those of the project that the page runs stay in the page
     # What the kernel's process says beside the page goes to a file of its own.
     said = result.stderr + (course.folder / f"{page}.log").read_text(encoding="utf-8")
     assert "TCP without encryption" not in said
