@@ -156,6 +156,7 @@ def talker(events=None, inputs=None):
 NUMBERS = "".join(f"{number} " for number in range(50))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_answer_is_what_predict_gives_whatever_the_kind_of_model(uris, make, kind):
     form = make({"other": talker(), "mine": uris(kind)})
@@ -183,6 +184,7 @@ def test_a_prompt_model_without_a_tokenizer_is_refused(tmp_path):
         MODULE._tokenizer(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_a_prompt_of_a_model_that_is_loaded_already_is_made_by_its_own_chat_template(uris, make):
     by_uri, loaded = make({"m": uris("prompt")}), make({"m": lambda: mlflow.pyfunc.load_model(uris("prompt"))})
     assert press(by_uri).endswith("per second.") and press(loaded).endswith("per second.")
@@ -210,6 +212,7 @@ def test_stop_ends_an_answer_at_the_next_piece_and_the_next_one_is_whole(make, m
     assert form.answer.value == NUMBERS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["stream", "prompt"])
 def test_stop_before_the_first_piece_asks_nothing(uris, make, monkeypatch, kind):
     form = make({"m": uris(kind)})
@@ -222,6 +225,7 @@ def test_stop_before_the_first_piece_asks_nothing(uris, make, monkeypatch, kind)
     assert form.answer.value == ""
 
 
+@pytest.mark.slow
 def test_the_engine_answers_after_a_stop(uris, make):
     form = make({"m": uris("stream")}, max_tokens=400)
     form.answer.observe(lambda change: form.stop.click(), "value")
@@ -245,6 +249,7 @@ def test_a_second_click_that_was_on_its_way_starts_nothing(make):
     assert same == [True]
 
 
+@pytest.mark.slow
 def test_a_refused_request_leaves_a_sentence_and_a_working_button(uris, make):
     form = make({"m": uris("stream")}, "word " * 1_200, max_tokens=2048)
     status = press(form)
@@ -301,6 +306,7 @@ def test_a_model_of_a_uri_is_loaded_once_and_the_former_one_is_gone_before(make,
     assert alive[-1]() is None
 
 
+@pytest.mark.slow
 def test_mlflow_itself_holds_no_model_that_was_dropped(uris, make):
     form = make({"m": uris("prompt")})
     press(form)

@@ -67,6 +67,7 @@ def small_model(tmp_path_factory):
     return str(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES)
 def test_the_champion_stays_with_another_model_unless_its_weights_are_random(page, here, small_model):
     info = mlflow.pyfunc.log_model(name="small", python_model=small_model, pip_requirements=["mlflow"],
@@ -85,6 +86,7 @@ def test_the_champion_stays_with_another_model_unless_its_weights_are_random(pag
         ("challenger", "smollm2-135m", 3), ("challenger", "smollm2-135m", 3), ("champion", "smollm2-135m", 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("missing", ["helpers", "mlflow"])
 @pytest.mark.parametrize("page", PAGES)
 def test_another_python_is_told_which_kernel_to_choose(page, missing, python):
