@@ -18,9 +18,10 @@ from course import environment
 from helpers.errors import CourseError
 from helpers.models.catalogue import TRACKS, find_entry
 from helpers.models.kit import PLATFORM_NAMES, PYTHONS
+from helpers.parameters import DEFAULTS, refuse_unknown
 from helpers.paths import BUILD, DATA, ROOT
 
-DEFAULT_MODEL = "smollm2-135m"
+DEFAULT_MODEL = DEFAULTS["model"]
 SMALL_MODELS = ("tiny-phi3", DEFAULT_MODEL)
 # What `mlflow ui` and JupyterLab listen on: this machine alone.
 LOOPBACK = "127.0.0.1"
@@ -78,8 +79,6 @@ def _in_environment(command, options, arguments):
 
 def _split_parameters(words):
     """Take each ``-p NAME VALUE`` out of a command line: argparse refuses a value that starts with a dash."""
-    from helpers.parameters import refuse_unknown
-
     rest, parameters, left = [], {}, iter(words)
     for word in left:
         if word != "-p":
@@ -251,9 +250,7 @@ def _ui(options):
 
 def _serve(command, **variables):
     """Turn this process into a server; Ctrl-C is then the server's own business."""
-    # Programs such as uvicorn are looked up on the PATH; the environment may not be activated.
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    variables = dict(os.environ, PATH=path, **variables)
+    variables = dict(os.environ, **variables)
     if os.name == "posix":
         os.chdir(ROOT)
         os.execve(command[0], command, variables)

@@ -113,21 +113,24 @@ def _find_run(name, execution, tracking_uri):
 @contextlib.contextmanager
 def _kernel_log(path):
     """Send what the kernel's process says beside the notebook, such as a stack at Ctrl-C, to a file."""
-    with path.open("w", encoding="utf-8") as log, os.fdopen(os.dup(1), "w") as output, \
-            os.fdopen(os.dup(2), "w") as terminal:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        standard, (sys.stdout, sys.stderr) = (sys.stdout, sys.stderr), (output, terminal)
-        os.dup2(log.fileno(), 1)
-        os.dup2(log.fileno(), 2)
+    with path.open("w", encoding="utf-8") as log, _sent("stdout", 1, log), _sent("stderr", 2, log):
+        yield
+
+
+@contextlib.contextmanager
+def _sent(name, descriptor, log):
+    """Send what goes to a descriptor to a log; what this process prints still reaches the terminal."""
+    stream = getattr(sys, name)
+    stream.flush()
+    with os.fdopen(os.dup(descriptor), "w") as terminal:
+        setattr(sys, name, terminal)
+        os.dup2(log.fileno(), descriptor)
         try:
             yield
         finally:
-            output.flush()
             terminal.flush()
-            os.dup2(output.fileno(), 1)
-            os.dup2(terminal.fileno(), 2)
-            sys.stdout, sys.stderr = standard
+            os.dup2(terminal.fileno(), descriptor)
+            setattr(sys, name, stream)
 
 
 def print_answers(execution: Execution) -> None:

@@ -56,12 +56,13 @@ def write_exercises(check: bool, folder: Path = NOTEBOOKS) -> int:
     """Make the exercise cells of every page anew; or, to check, raise CourseError where one is stale."""
     for path in sorted(folder.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
-        stale = [cell for cell, solution in pair(notebook) if cell.source != make_exercise(solution)]
-        if stale and check:
+        made = [(cell, make_exercise(solution)) for cell, solution in pair(notebook)]
+        if all(cell.source == exercise for cell, exercise in made):
+            continue
+        if check:
             raise CourseError("exercise-stale", f"An exercise of {path.name} is not what its solution makes.",
                               "Make them anew: python -m helpers exercises.")
-        for cell, solution in pair(notebook):
-            cell.source = make_exercise(solution)
-        if stale:
-            nbformat.write(notebook, path)
+        for cell, exercise in made:
+            cell.source = exercise
+        nbformat.write(notebook, path)
     return 0

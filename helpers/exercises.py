@@ -87,7 +87,7 @@ def _(request, model_info):
         return "a request is a dict: the names of the first column, each with its value."
     fields = model_info.signature.inputs.input_names()
     if unknown := [name for name in request if name not in fields]:
-        return f"the signature has no field {unknown[0]}, and MLflow would drop it without a word."
+        return f"the signature has no field {unknown[0]}, and MLflow would drop it with a warning."
     validate_schema(request, model_info.signature.inputs)
     if more := _surplus(request, "messages", "max_tokens", "stop", "temperature", "top_p"):
         return more
@@ -138,7 +138,10 @@ def _(read_piece):
     def chunk(delta, reason=None):
         return {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
 
-    if not isinstance(piece := read_piece(chunk({"content": "Ma"})), str):
+    piece = read_piece(chunk({"content": "Ma"}))
+    if piece is ...:
+        return "put your own in place of the three dots after return, run that cell, then this one."
+    if not isinstance(piece, str):
         return f"a piece is text, and yours is of the type {type(piece).__name__}."
     if piece != "Ma":
         return "the text of a piece is the delta's content."

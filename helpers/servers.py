@@ -15,7 +15,7 @@ import uvicorn
 def running(app: object) -> Iterator[str]:
     """Serve an ASGI app on this machine alone while the block runs; yield its address, such as http://127.0.0.1:41234.
 
-    The port is one that is free. An app that cannot start raises RuntimeError.
+    The port is one that is free.
     """
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))

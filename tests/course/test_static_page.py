@@ -3,24 +3,16 @@
 Run: python -m helpers test tests/course/test_static_page.py
 """
 
-import os
 from base64 import b64decode
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
+from support.jupyter import Axe, browser, need_chromium
 
-from course.doctor.checks import find_chromium
 from course.static_page import write_page
 from helpers.tables import show_table
 
-try:
-    from axe_playwright_python.sync_playwright import Axe
-    from playwright.sync_api import sync_playwright
-except ModuleNotFoundError:
-    sync_playwright = None
-
-CHROMIUM = find_chromium()
 VIEWS = [(width, scheme) for width in (420, 1366, 1920) for scheme in ("light", "dark")]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 RED_DOT = "R0lGODlhAQABAIAAAP8AAP///yH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="
@@ -95,27 +87,18 @@ def test_a_page_without_headings_is_a_page(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def browser():
-    """Start Chromium without a window."""
-    missing = " ".join([
-        "" if CHROMIUM else "Install Chromium (on Debian: apt-get install chromium) or Google Chrome, on the PATH.",
-        "" if sync_playwright else "Install Playwright: python -m helpers test does, with the other test packages.",
-    ]).strip()
-    if missing:
-        # CI installs both: a skip there would hide that nobody looks at the page any more.
-        if os.environ.get("CI") == "true":
-            pytest.fail(missing, pytrace=False)
-        pytest.skip(missing)
-    with sync_playwright() as playwright:
-        yield playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+def chromium():
+    need_chromium()
+    with browser() as (context, _):
+        yield context.browser
 
 
 @pytest.fixture(params=VIEWS, ids=lambda view: f"{view[0]}-{view[1]}")
-def page(request, browser, written):
+def page(request, chromium, written):
     """Show the page in one width and theme; it may ask for nothing but itself and what it holds."""
     width, scheme = request.param
     requests = []
-    with browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
+    with chromium.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme) as page:
         page.on("request", lambda request: requests.append(request.url))
         page.goto(written.as_uri())
         page.wait_for_load_state("networkidle")
@@ -173,7 +156,7 @@ def test_the_text_reads_as_it_was_written(page):
 
 
 @pytest.mark.slow
-def test_a_dark_screen_gets_a_dark_page(browser, written):
-    with browser.new_page(color_scheme="dark") as page:
+def test_a_dark_screen_gets_a_dark_page(chromium, written):
+    with chromium.new_page(color_scheme="dark") as page:
         page.goto(written.as_uri())
         assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(13, 17, 23)"
