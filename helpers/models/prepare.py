@@ -1,6 +1,8 @@
 """Gets a model ready for the tracks, once: ``prepare_model``. It fetches, converts and exports; it loads no model."""
 
 import contextlib
+import json
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from helpers.paths import model_cache
 class PreparedModel:
     """A model that is ready for the tracks that were asked for; the folder of another track is None."""
 
-    entry: CatalogueEntry  # what is known of it
+    entry: CatalogueEntry  # what is known of it; of its context, what the track's files take
     transformers_dir: Path | None  # for transformers: safetensors, configuration, tokenizer
     onnx_dir: Path | None  # for onnxruntime_genai: ONNX, genai_config.json, tokenizer
     sources: dict[str, str]  # where the files of each track came from, to the commit or the hash: log it with a run
@@ -52,8 +54,23 @@ def prepare_model(name: str, track: str | None = None, export: bool = False) -> 
                 facts[track] = ensure_folder(source, home / track)
                 sources[track] = source.origin(facts[track])
     entry = _completed(entry, facts)
+    if "onnx" in tracks:
+        entry = replace(entry, context_length=min(entry.context_length, longest_exact(home / "onnx")))
     check_memory(entry.title, entry.memory)  # the next step is to load it
     return PreparedModel(entry, *(home / track if track in tracks else None for track in TRACKS), sources)
+
+
+def longest_exact(folder: Path) -> float:
+    """Return after how many tokens an ONNX folder is no longer its model; infinity where it always is.
+
+    Its builder gives a model whose layers all have a window, such as Phi-3-mini-4k, a cache of that size and no window
+    in the graph: beyond it the tokens are others than the model's, 16 further on the engine fails. Where the builder
+    lists the layers, graph and cache agree. https://github.com/microsoft/onnxruntime-genai/issues/2334
+    """
+    config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
+    window = config.get("model", {}).get("decoder", {}).get("sliding_window") or {}
+    size = window.get("window_size") or 0
+    return size if size > 0 and not window.get("layers") else math.inf
 
 
 def _disk_errors(entry, home):

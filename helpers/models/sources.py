@@ -7,6 +7,8 @@ run logs it; and ``make``, which writes what becomes ``folder`` to ``partial``, 
 # ruff: noqa: D102 - the lines above say what each method is for
 
 import importlib.metadata
+import json
+import os
 import shutil
 import sys
 import zipfile
@@ -223,14 +225,44 @@ class Export(Source):
             check_disk(f"Exporting {self.entry.title}", size, partial)
         else:
             _check_space(self.entry, partial)
+        # With a cache of a window's size, the engine takes no batch of prompts that differ in length.
         run_step("Exporting to ONNX", [
-            sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i", source, "-o", partial,
-            "-p", PRECISION, "-e", "cpu", "-c", partial / "builder-cache"], r"Saving .*?(\d+)/(\d+)")
-        shutil.rmtree(partial / "builder-cache", ignore_errors=True)
+            sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local",
+            "-i", _with_layers(source, partial / "builder-source"), "-o", partial, "-p", PRECISION, "-e", "cpu",
+            "-c", partial / "builder-cache", "--extra_options", "windowed_kv_cache=false"], r"Saving .*?(\d+)/(\d+)")
+        for name in ("builder-source", "builder-cache"):
+            shutil.rmtree(partial / name, ignore_errors=True)
         return {"facts": facts}
 
 
 # --- what the sources share -------------------------------------------------------------------
+
+
+def _with_layers(source, folder):
+    """Return a folder like ``source`` whose config.json says which layers have a window; ``source`` where none is due.
+
+    Where transformers lists no layers, as for Phi-3 and Mistral, all have the window of the configuration. The builder
+    gives one to those that are listed alone.
+    """
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except ValueError:  # a model that transformers does not know; the builder says so
+        return source
+    if not getattr(config, "sliding_window", None) or getattr(config, "layer_types", None):
+        return source
+    folder.mkdir()
+    for file in filter(Path.is_file, source.iterdir()):
+        try:
+            os.link(file, folder / file.name)
+        except OSError:  # on another disk, or one without links
+            shutil.copy(file, folder / file.name)
+    written = json.loads((source / "config.json").read_text(encoding="utf-8"))
+    written["layer_types"] = ["sliding_attention"] * config.num_hidden_layers
+    (folder / "config.json").unlink()  # the link: the model's own file stays as it is
+    (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
+    return folder
 
 
 def _converted(entry):

@@ -6,6 +6,7 @@ Run: python -m helpers test tests/helpers/test_models.py
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -16,12 +17,12 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from support import ROOT, interrupt, refuses
-from support.steps import entry_of, stand_in
+from support.steps import CONFIG, entry_of, stand_in
 
 from helpers import CourseError, prepare_model, read_catalogue
 from helpers.files import locked, sha256
 from helpers.models.catalogue import find_entry
-from helpers.models.prepare import _disk_errors, cache_state, cached_models
+from helpers.models.prepare import _disk_errors, cache_state, cached_models, longest_exact
 from helpers.models.sources import CONVERTER_VERSION, source_of
 from helpers.models.space import disk_errors, existing
 from helpers.models.steps import ask, run_program, run_step
@@ -140,6 +141,7 @@ def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkey
     monkeypatch.setattr("helpers.models.sources.ask",
                         lambda title, module, order: facts[order["track"]] | {"sha256": {}})
     monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
+    monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder: math.inf)
     entry = prepare_model("hub:org/name").entry
     assert (entry.name, entry.licence, entry.parameters, entry.context_length) == ("hub:org/name", "mit", 7, 4096)
     assert (entry.download, entry.disk, entry.memory) == (4000, 4000, 7000)  # both folders; two copies of the larger
@@ -150,10 +152,34 @@ def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkey
     assert (entry.licence, entry.disk, entry.memory) == ("MIT", 2, 3000)
 
 
+@pytest.mark.parametrize(("window", "longest"), [
+    # What the builder of onnxruntime-genai 0.18 writes of Phi-3-mini-4k.
+    ({"window_size": 2047, "slide_key_value_cache": False, "layers": [], "cache_slack": 0}, 2047),
+    ({"window_size": 2047}, 2047),
+    ({"window_size": 512, "layers": [0, 1, 3]}, math.inf),  # the graph has the window in these
+    ({"window_size": -1, "layers": []}, math.inf),
+    ({"layers": []}, math.inf),
+    (None, math.inf),
+])
+def test_a_window_that_the_graph_lacks_bounds_the_prompt_and_its_answer(tmp_path, window, longest):
+    decoder = {"filename": "model.onnx"} | ({"sliding_window": window} if window else {})
+    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}), encoding="utf-8")
+    assert longest_exact(tmp_path) == longest
+
+
+def test_the_entry_of_track_b_has_the_bound_and_that_of_track_a_has_not(words, monkeypatch):
+    for bound, track, length in ((20, "onnx", 20), (20, None, 20), (20, "transformers", 64), (100, "onnx", 64)):
+        monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder, bound=bound: bound)
+        assert prepare_model("words", track).entry.context_length == length
+
+
 def test_what_was_exported_once_need_not_be_asked_for_again(words, monkeypatch):
     def download(title, module, order):
-        (Path(order["folder"]) / "model.safetensors").write_bytes(b"words")
-        return {"commit": "c1", "bytes": 5, "sha256": {"model.safetensors": hashlib.sha256(b"words").hexdigest()}}
+        files = {"model.safetensors": b"words", "config.json": CONFIG}
+        for name, content in files.items():
+            (Path(order["folder"]) / name).write_bytes(content)
+        return {"commit": "c1", "bytes": 5,
+                "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
 
     monkeypatch.setattr("helpers.models.sources.ask", download)
     prepare_model("far", export=True)
@@ -213,6 +239,7 @@ def test_a_repository_is_ready_with_the_files_of_one_track(words, monkeypatch):
         "commit": "c1", "licence": "mit", "task": "text-generation", "context_length": 1, "parameters": 1, "bytes": 1,
         "sha256": {}})
     monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
+    monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder: math.inf)
     for name in ("hub:org/name", "hub:org/name@v1"):
         prepare_model(name, "onnx")
         assert cache_state(name) == "ready"

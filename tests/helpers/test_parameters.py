@@ -3,6 +3,7 @@
 Run: python -m helpers test tests/helpers/test_parameters.py
 """
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -12,8 +13,10 @@ import onnxruntime_genai as og
 import pytest
 import torch
 from support import refuses
+from tokenizers import Tokenizer
 
-from helpers import check_fits, check_parameters, onnx_provider, torch_device
+from helpers import check_fits, check_parameters, onnx_provider, prepare_model, torch_device
+from helpers.models.folders import list_file, read_receipt, write_receipt
 from helpers.parameters import injected_names, refuse_unknown
 
 GOOD = {"model": "tiny-phi3", "tracking_uri": "", "question": "What is the capital of Spain?",
@@ -64,6 +67,13 @@ BAD = [
     ("model", "hub:org/name@../x", "model-unknown"),
     ("model", "https://huggingface.co/org/name", "model-unknown"),
 ]
+
+
+@pytest.fixture
+def filled(cache, tiny):
+    """Return a cache that holds tiny-phi3 already."""
+    shutil.copytree(tiny.onnx_dir.parent, cache / "tiny-phi3")
+    return cache
 
 
 def conversation(text):
@@ -183,6 +193,32 @@ def test_an_answer_may_take_all_that_the_context_leaves_and_no_more(tiny):
     assert refusal.value.what == (
         f"The prompt takes {count} of the model's 4096 tokens, which leaves {4096 - count} for the answer, and "
         f"max_tokens is {4096 - count + 1}.")
+
+
+def test_what_an_export_takes_of_the_context_is_the_bound(filled):
+    file = filled / "tiny-phi3" / "onnx" / "genai_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["model"]["decoder"]["sliding_window"] = {"window_size": 2047, "layers": []}
+    file.write_text(json.dumps(config), encoding="utf-8")
+    write_receipt(file.parent, read_receipt(file.parent) | {"files": {file.name: list_file(file)}})
+    prepared = prepare_model("tiny-phi3", "onnx")
+    count = check_fits(prepared, conversation("Hi"), 1)
+    check_fits(prepared, conversation("Hi"), 2047 - count)
+    with refuses("too-long") as refusal:
+        check_fits(prepared, conversation("Hi"), 2047 - count + 1)
+    assert refusal.value.what.startswith(f"The prompt takes {count} of the model's 2047 tokens, ")
+    check_fits(prepare_model("tiny-phi3", "transformers"), conversation("Hi"), 4096 - count)
+
+
+def test_a_limit_that_training_has_left_in_the_tokenizer_is_not_obeyed(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny.transformers_dir, tmp_path / "model"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tokenizer.enable_truncation(max_length=64)
+    tokenizer.enable_padding(length=512)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    limited = SimpleNamespace(transformers_dir=folder, onnx_dir=None, entry=tiny.entry)
+    for text in ("Hi", "atoms and molecules " * 40):
+        assert check_fits(limited, conversation(text), 1) == check_fits(tiny, conversation(text), 1)
 
 
 def test_a_question_longer_than_the_context_is_refused(tiny):

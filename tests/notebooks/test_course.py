@@ -205,7 +205,7 @@ def test_the_chat_model_needs_its_old_folder_for_stop_and_for_nothing_else(store
 def test_the_signatures_are_the_contracts(course):
     mlflow.set_tracking_uri(course.store)
     prompt = find_signature("models:/slm-onnx-prompt@champion")
-    assert str(prompt.inputs) == "['prompt': string (required)]"
+    assert str(prompt.inputs) == "['prompt': Any (required)]"
     assert str(prompt.outputs) == "[string (required)]"
     assert [(param.name, param.default) for param in prompt.params] == [("max_tokens", 24), ("temperature", 0.3)]
     chat = find_signature("models:/slm-transformers@champion")

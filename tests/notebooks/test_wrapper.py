@@ -3,34 +3,55 @@
 Run: python -m helpers test tests/notebooks/test_wrapper.py
 """
 
+import json
 import random
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
+import httpx
 import mlflow
 import nbformat
 import onnxruntime_genai as og
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from mlflow.models import infer_signature
+from mlflow.pyfunc import scoring_server
 from support import ROOT
+from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
+from helpers import running
+
 PROMPTS = ["The sky is", "1 2 3", "Once upon a time, there was", "x", "日本語 🙂", "A much longer prompt. " * 20]
+
+
+def cell_of(start):
+    """Return the notebook's cell that holds this text."""
+    notebook = nbformat.read(ROOT / "notebooks" / "CustomPythonWrapper.ipynb", as_version=4)
+    (cell,) = [cell for cell in notebook.cells if start in cell.source]
+    return cell
+
+
+@pytest.fixture(scope="module")
+def signature():
+    """Return the signature that the notebook writes."""
+    scope = {"mlflow": mlflow, "prompt": "a", "max_tokens": 16, "temperature": 0.0}
+    exec(cell_of("log_model(").source.split("\nwith mlflow.start_run")[0], scope)
+    return scope["signature"]
 
 
 @pytest.fixture(scope="module")
 def wrapper_file(tmp_path_factory):
     """Return the file that the notebook's cell writes."""
-    notebook = nbformat.read(ROOT / "notebooks" / "CustomPythonWrapper.ipynb", as_version=4)
-    (cell,) = [cell for cell in notebook.cells if cell.source.startswith("%%writefile")]
+    cell = cell_of("%%writefile")
     file = tmp_path_factory.mktemp("wrapper") / "prompt_model.py"
     file.write_text(cell.source.split("\n", 1)[1], encoding="utf-8")
     return file
 
 
 @pytest.fixture(scope="module")
-def logged(wrapper_file, tiny, tmp_path_factory):
+def logged(wrapper_file, signature, tiny, tmp_path_factory):
     """Return the URI of the logged wrapper."""
     folder = tmp_path_factory.mktemp("störe 1")
     mlflow.set_tracking_uri("sqlite:///" + (folder / "mlflow.db").as_posix())
@@ -39,7 +60,7 @@ def logged(wrapper_file, tiny, tmp_path_factory):
     info = mlflow.pyfunc.log_model(
         name="wrapper", python_model=str(wrapper_file), artifacts={"model": str(tiny.onnx_dir)},
         model_config={"provider": "cpu", "context_length": 4096},
-        signature=infer_signature({"prompt": "a"}, "b", params={"max_tokens": 16, "temperature": 0.0}),
+        signature=signature,
         pip_requirements=["mlflow", "onnxruntime-genai"])
     return info.model_uri
 
@@ -89,6 +110,7 @@ def test_rows_may_come_as_a_table_a_list_of_rows_or_one_list(model):
 
 def test_no_rows_are_no_answers_and_a_nul_is_a_character_like_any_other(model):
     assert model.predict(pd.DataFrame({"prompt": []}, dtype=str)) == []
+    assert model.predict({"prompt": []}) == []
     with_nul, without = model.predict({"prompt": ["a\0b", "a"]})
     assert with_nul != without
 
@@ -130,7 +152,12 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(model, tiny):
 @pytest.mark.parametrize(("prompts", "params", "says"), [
     (["good", ""], {}, "Give a text"),
     (["good", None], {}, "Give a text"),
-    ([], {}, "Give a text"),  # one row, which holds nothing
+    (float("nan"), {}, "Give a text"),
+    (["good", float("nan")], {}, "Give a text"),
+    ([5, "good"], {}, "Give a text"),
+    (True, {}, "Give a text"),
+    (["good", {"x": 1}], {}, "Give a text"),  # the keys are no prompts
+    ([["good", None]], {}, "Give a text"),
     ("\ud83d", {}, "surrogates not allowed"),  # by MLflow itself
     (["word " * 5000], {}, r"from 1 to -\d+ "),
     (["good"], {"max_tokens": 0}, r"from 1 to 40\d\d "),
@@ -146,6 +173,82 @@ def test_bad_input_is_refused_and_the_next_request_is_answered(model, reference,
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE" or "Invalid parameters" in says
     assert "good" not in refusal.value.message
     assert model.predict({"prompt": "The sky is"}) == [reference("The sky is", 16)[0]]
+
+
+@pytest.mark.parametrize("body", [
+    {"inputs": {"prompt": None}},
+    {"inputs": {"prompt": [None]}},
+    {"inputs": {"prompt": ["good", None]}},
+    {"inputs": [{"prompt": "good"}, {"prompt": None}]},
+    {"instances": [{"prompt": None}]},
+    {"instances": ["good", None]},
+    {"dataframe_split": {"columns": ["prompt"], "data": [["good"], [None]]}},
+    {"dataframe_records": [{"prompt": "good"}, {}]},
+    {"inputs": {"prompt": 5}},
+    {"inputs": {"prompt": True}},
+    {"inputs": {"prompt": ["good", 1.5]}},
+])
+def test_what_is_no_text_is_refused_by_mlflows_server_too(server, body):
+    reply = httpx.post(server, json=body, timeout=60, trust_env=False)
+    assert (reply.status_code, "Error: Give a text" in reply.json()["message"]) == (400, True)
+    # It quotes the request. The page says so: when this fails, the sentence goes.
+    assert reply.json()["message"].startswith("Failed to predict data '")
+    assert "Failed to predict data" in cell_of("To keep it up").source
+
+
+@pytest.mark.parametrize("body", [
+    {"inputs": {"prompt": "a"}}, {"inputs": {"prompt": ["a"]}}, {"inputs": ["a"]}, {"inputs": [{"prompt": "a"}]},
+    {"instances": ["a"]}, {"dataframe_split": {"columns": ["prompt"], "data": [["a"]]}},
+])
+def test_a_prompt_may_come_to_mlflows_server_in_each_of_its_forms(server, model, body):
+    reply = httpx.post(server, json=body, timeout=60, trust_env=False)
+    assert reply.json() == {"predictions": model.predict({"prompt": "a"})}
+
+
+@pytest.fixture(scope="module")
+def server(model):
+    """Return the address of MLflow's own server of the wrapper."""
+    with running(scoring_server.init(model)) as address:
+        yield f"{address}/invocations"
+
+
+def load(wrapper_file, folder):
+    """Return the wrapper, as MLflow loads it on a model's folder."""
+    loaded = []
+    code = wrapper_file.read_text(encoding="utf-8").replace("mlflow.models.set_model(", "loaded.append(")
+    exec(code, {"loaded": loaded})
+    settings = {"provider": "cpu", "context_length": 4096}
+    loaded[0].load_context(SimpleNamespace(artifacts={"model": str(folder)}, model_config=settings))
+    return loaded[0]
+
+
+def test_a_limit_and_a_padding_that_training_has_left_are_not_obeyed(wrapper_file, tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny.onnx_dir, tmp_path / "model"))
+    tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    prompts = ["x", "A much longer prompt. " * 20]
+    whole = [tokenizer.encode(prompt, add_special_tokens=False).ids for prompt in prompts]
+    tokenizer.enable_truncation(max_length=64)
+    tokenizer.enable_padding(length=32)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    wrapper = load(wrapper_file, folder)
+    assert [wrapper.encode(prompt, 1, 0.0) for prompt in prompts] == whole
+
+
+@pytest.mark.parametrize(("usable", "physical", "threads"), [
+    (8, 4, 4),  # two threads in each core
+    (2, 4, 2),  # a container's share
+    (4, None, 4),  # a board that does not say
+])
+def test_the_engine_takes_the_cores_that_there_are(wrapper_file, tiny, monkeypatch, usable, physical, threads):
+    monkeypatch.setattr("joblib.cpu_count", lambda: usable)
+    monkeypatch.setattr("psutil.cpu_count", lambda logical: physical)
+    overlays = []
+    monkeypatch.setattr(og, "Config", lambda folder: SimpleNamespace(
+        overlay=overlays.append, append_provider=lambda provider: None))
+    monkeypatch.setattr(og, "Model", lambda config: None)
+    load(wrapper_file, tiny.onnx_dir)
+    assert [json.loads(overlay) for overlay in overlays] == [
+        {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}]
 
 
 @pytest.mark.slow

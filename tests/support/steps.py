@@ -20,6 +20,7 @@ def _wheel():
 
 
 WHEEL = _wheel()
+CONFIG = b'{"model_type": "llama"}'
 TABLES = {
     "tiny-phi3": {"seed": 1},
     "words": {"wheel": {"requirement": "llm-words==1.0", "sha256": hashlib.sha256(WHEEL).hexdigest(),
@@ -63,7 +64,7 @@ def stand_in(monkeypatch, interrupt=None):
         else:
             folder = Path(command[5] if command[3] == "gguf" else command[4])
             kind = Path(command[4]).read_bytes() if command[3] == "gguf" else json.dumps(command[5:]).encode()
-            work(title, folder, {"model.safetensors": b"weights of " + kind, "config.json": b"{}"})
+            work(title, folder, {"model.safetensors": b"weights of " + kind, "config.json": CONFIG})
 
     monkeypatch.setattr(sources, "run_step", run_step)
     def download_wheel(title, requirement, folder):
