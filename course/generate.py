@@ -97,10 +97,12 @@ def ratios_table(runs: list[dict]) -> str:
     """Return the chat model's comparisons over all runs as a Markdown table, and what missed its reach."""
     lines = ["| what | against | times | reach |", "|---|---|---|---|"]
     for name, reach in REACH.items():
-        bound = f"at least {reach['at_least']}" if "at_least" in reach else f"under {reach['under']}"
+        values = [run["ratios"][name] for run in runs if name in run["ratios"]]
+        if not values:  # no kept run has measured it
+            continue
+        bound = "; ".join(f"{kind.replace('_', ' ')} {reach[kind]}" for kind in ("at_least", "under") if kind in reach)
         days = [run["date"] for run in runs if name in misses(run)]
         bound += f"; missed on {', '.join(days)}" if days else ""
-        values = [run["ratios"][name] for run in runs if name in run["ratios"]]
         lines.append(f"| {reach['what']} | {reach['against']} | {show_range(values, 3)} | {bound} |")
     rates = [(what, [run["raw"]["chat"][part]["tokens_per_second"][name] for run in runs if "chat" in run["raw"]])
              for what, part, name in (("one conversation", "single", "chat_model"),

@@ -8,6 +8,8 @@ import inspect
 from collections.abc import Callable
 
 from IPython import get_ipython
+from jsonschema import Draft202012Validator
+from llguidance import LLMatcher
 
 CHECKS: dict[str, Callable[..., str | None]] = {}
 
@@ -174,3 +176,22 @@ def _(changes, chat_model):
     if more := _surplus(changes, "max_tokens", "model", "temperature"):
         return more
     return None if changes.get("model", "slm-onnx") != "slm-onnx" else "give the model a name of your own: model."
+
+
+@_exercise("schema")
+def _(pet):
+    if not isinstance(pet, dict):
+        return "a schema is a dict that begins with {\"type\": \"object\"}."
+    Draft202012Validator.check_schema(pet)
+    if error := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(pet)):
+        return f"the model can't keep this schema: {error.splitlines()[0]}."
+    tom, fits = {"name": "Tom", "kind": "cat", "age": 3}, Draft202012Validator(pet).is_valid
+    if not all(fits(tom | other) for other in ({}, {"kind": "dog", "age": 0}, {"age": 30})):
+        return "the cat Tom of 3 years has to fit, and so do a dog of 0 and a cat of 30 years."
+    for name in tom:
+        if fits({other: tom[other] for other in tom if other != name}):
+            return f"a pet without {name} fits too: look at required."
+    for name, wrong in (("name", 5), ("name", "x" * 21), ("kind", "horse"), ("age", -1), ("age", 31), ("age", 2.5)):
+        if fits(tom | {name: wrong}):
+            return f"a pet fits whose {name} is {wrong!r}."
+    return "fields of other names fit: additionalProperties." if fits(tom | {"colour": "red"}) else None

@@ -305,8 +305,21 @@ def read_table(table: pd.DataFrame) -> list[dict]:
         raise invalid("messages", ChatRequest.model_fields["messages"].description)
     if not table.columns.is_unique:
         raise invalid("A table", "of one column for each field")
-    return [{name: None if _is_gap(value) else value for name, value in row.items()}
+    rows = [{name: None if _is_gap(value) else value for name, value in row.items()}
             for row in table.to_dict("records")]
+    return _several(rows[0]) if len(rows) == 1 else rows
+
+
+def _several(row):
+    """Return the requests of a row with a list of conversations: MLflow's server makes one of ``instances``."""
+    given = {name: value for name, value in row.items() if value is not None}
+    conversations = _plain(given.get("messages"), 2)
+    if not isinstance(conversations, list) or not all(isinstance(one, list) for one in conversations or [None]):
+        return [row]
+    if any(not isinstance(value, list | np.ndarray) or len(value) != len(conversations) for value in given.values()):
+        raise Refusal("Of a field that not all instances have, MLflow's server does not say whose it is. Send inputs "
+                      "in place of instances, or the same fields with each.", "invalid_value")
+    return [{name: value[place] for name, value in given.items()} for place in range(len(conversations))]
 
 
 def _is_gap(value):

@@ -1,11 +1,9 @@
-"""Measures the chat model against the lesson's wrapper, a bare engine and llama.cpp: a store comes in, ratios go out.
+"""Measures the chat model against the other contenders: a store comes in, ratios go out.
 
 It asks the models that the pages registered, greedy, with two threads. Who is compared takes turns, so that a machine
 whose speed drifts drifts for all of them.
 """
 
-import http.client
-import itertools
 import json
 import statistics
 import subprocess
@@ -13,39 +11,39 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from urllib.parse import urlsplit
+from pathlib import Path
 
 import mlflow
-import onnxruntime_genai as og
-import psutil
-import xllamacpp
-from transformers import AutoTokenizer
 
-from helpers.errors import CourseError
+from course.bench.contenders import CALLERS, CHAT, Contenders, start_llama
+from course.bench.fidelity import fidelity
+from course.bench.figures import int8_instructions
 from helpers.measurement import folder_bytes
 from helpers.models.prepare import prepare_model
 from helpers.paths import ROOT
 
 REPEATS = 5
 TOKENS = 64
-CALLERS = 8
+ROWS = 16
+TURNS = 5
+DAY = 28  # sentences that a caller says in each turn: the fifth turn's prompt then has about 1,415 tokens
 PAUSE = 0.3  # seconds, in which the threads of the one before stop looking for work
-THREADS = psutil.cpu_count(logical=False)
-CHAT, PROMPT = "models:/slm-onnx@champion", "models:/slm-onnx-prompt@champion"
+CPUINFO = Path("/proc/cpuinfo")
 
 
 def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, tokens: int = TOKENS) -> tuple:
     """Run all comparisons on the champions of a tracking store, to which both pages have logged ``model``.
 
     Every answer of a story has ``tokens`` tokens, and every figure is the median of ``repeats``. Returns two dicts:
-    the ratios by name, and the figures behind them. A model without a GGUF file is not compared with llama.cpp.
+    the ratios by name, and the figures behind them. A model without a GGUF file is compared with neither llama.cpp
+    nor OpenVINO GenAI.
     """
     mlflow.set_tracking_uri(store)
     prepared = prepare_model(model)
     ratios, raw = {}, {}
     memory = _memory(store, tokens)
-    contenders = _Contenders(prepared, repeats, tokens)
-    for measure in (_single, _rows, _callers, _stream, _growth):
+    contenders = Contenders(prepared, repeats, tokens)
+    for measure in (_single, _json, _rows, _callers, _stream, _conversation, _growth, fidelity):
         print(f"measuring: {measure.__name__.strip('_')}", flush=True)
         found, figures = measure(contenders)
         ratios |= found
@@ -53,102 +51,10 @@ def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, 
     model_bytes = folder_bytes(prepared.onnx_dir)
     logged_bytes = folder_bytes(mlflow.artifacts.download_artifacts(CHAT))
     ratios |= {"memory": (memory["load_bytes"] - 200e6) / model_bytes, "log_disk": logged_bytes / model_bytes}
-    raw |= {"memory": memory | {"model_bytes": model_bytes}, "log_disk": {"logged_bytes": logged_bytes}}
+    instructions = int8_instructions(CPUINFO.read_text(encoding="utf-8")) if CPUINFO.exists() else None
+    raw |= {"memory": memory | {"model_bytes": model_bytes}, "log_disk": {"logged_bytes": logged_bytes},
+            "int8_instructions": instructions}
     return ratios, raw
-
-
-class _Contenders:
-    """The ways to ask for a story; each returns when the whole answer is there.
-
-    Every story has another number in it: a server that remembers prompts should not have met it lately. Numbers
-    whose answer ends too early to compare are left out before anything is measured.
-    """
-
-    def __init__(self, prepared, repeats, tokens):
-        self.repeats, self.tokens, self.context_length = repeats, tokens, prepared.entry.context_length
-        self.mixed = [max(tokens * eighth // 8, 1) for eighth in range(1, 9)]
-        self.chat = mlflow.pyfunc.load_model(CHAT)
-        self.lesson = mlflow.pyfunc.load_model(PROMPT)
-        config = og.Config(str(prepared.onnx_dir))
-        config.overlay(json.dumps({"model": {"decoder": {"session_options": {"intra_op_num_threads": THREADS}}}}))
-        self.engine = og.Model(config)
-        self.tokenizer = og.Tokenizer(self.engine)
-        self.template = AutoTokenizer.from_pretrained(prepared.onnx_dir)
-        self.lock = threading.Lock()
-        numbers = range(1000, 1200)
-        found = self.chat.predict([{"messages": self.story(number=number), "max_tokens": tokens} for number in numbers])
-        self.numbers = itertools.cycle([number for number, answer in zip(numbers, found, strict=True)
-                                        if answer["usage"]["completion_tokens"] == tokens])
-        self.llama = self._start_llama(next((prepared.onnx_dir.parent / "gguf").glob("*.gguf"), None))
-
-    def _start_llama(self, gguf):
-        if gguf is None:
-            return None
-        settings = xllamacpp.CommonParams()
-        settings.model.path = str(gguf)
-        settings.port, settings.verbosity = 0, -1
-        settings.n_parallel, settings.n_ctx = CALLERS, CALLERS * 512
-        settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = THREADS
-        return xllamacpp.Server(settings)
-
-    def with_llama(self, *asks):
-        """Return some ways to ask, and llama.cpp's, where it runs."""
-        return (*asks, self.ask_llama) if self.llama else asks
-
-    def story(self, sentences=0, number=None):
-        """Return a conversation, with so many sentences of 7 tokens before the question."""
-        return [{"role": "user", "content": "The harbour is full of ships. " * sentences
-                 + f"Tell me a long story about {number or next(self.numbers)} ships. Make it as long as you can, with "
-                   "many chapters."}]
-
-    def prompt(self, messages):
-        return self.template.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-
-    def ask_chat(self, messages, max_tokens):
-        (answer,) = self.chat.predict({"messages": messages, "max_tokens": max_tokens})
-        _expect(answer["usage"]["completion_tokens"], max_tokens)
-
-    def ask_stream(self, messages, max_tokens):
-        """Return the seconds until the first chunk, and from there to the last."""
-        started, first = time.perf_counter(), None
-        request = {"messages": messages, "max_tokens": max_tokens, "stream_options": {"include_usage": True}}
-        chunks = []
-        for chunk in self.chat.predict_stream(request):
-            first = first or time.perf_counter()
-            chunks.append(chunk)
-        _expect(chunks[-1]["usage"]["completion_tokens"], max_tokens)
-        return first - started, time.perf_counter() - first
-
-    def ask_lesson(self, messages, max_tokens):
-        with self.lock:
-            self.lesson.predict({"prompt": self.prompt(messages)}, params={"max_tokens": max_tokens})
-
-    def ask_bare(self, messages, max_tokens):
-        tokens = self.tokenizer.encode(self.prompt(messages))
-        options = og.GeneratorParams(self.engine)
-        options.set_search_options(max_length=len(tokens) + max_tokens, do_sample=False)
-        generator = og.Generator(self.engine, options)
-        generator.append_tokens(tokens)
-        while not generator.is_done():
-            generator.generate_next_token()
-        answer = generator.get_sequence(0)[len(tokens):]
-        self.tokenizer.decode(answer)
-        _expect(len(answer), max_tokens)
-
-    def ask_llama(self, messages, max_tokens):
-        body = {"prompt": self.prompt(messages), "n_predict": max_tokens, "temperature": 0, "stream": True,
-                "ignore_eos": True}
-        connection = http.client.HTTPConnection(urlsplit(self.llama.listening_address).netloc, timeout=600)
-        connection.request("POST", "/completion", json.dumps(body), {"Content-Type": "application/json"})
-        events = [json.loads(line[6:]) for line in connection.getresponse() if line.startswith(b"data: ")]
-        connection.close()
-        _expect(events[-1]["tokens_predicted"], max_tokens)
-
-
-def _expect(count, tokens):
-    if count != tokens:
-        raise CourseError("bench-length", f"An answer has {count} tokens, and {tokens} were asked for.",
-                          "The benchmark compares answers of equal length: choose another story.")
 
 
 def _turns(works, repeats):
@@ -164,31 +70,55 @@ def _turns(works, repeats):
     return [statistics.median(taken) for taken in seconds]
 
 
-def _rates(tokens, names, seconds):
-    """Return tokens per second by name; llama.cpp is the last of the names, and may be missing."""
-    return {name: tokens / taken for name, taken in zip(names, seconds, strict=False)}
+def _rates(tokens, seconds):
+    """Return tokens per second by name."""
+    return {name: tokens / taken for name, taken in seconds.items()}
+
+
+def _race(works, repeats):
+    """Return the median seconds of each work, by name."""
+    return dict(zip(works, _turns(works.values(), repeats), strict=True))
 
 
 def _single(them):
-    asks = them.with_llama(them.ask_bare, them.ask_chat, them.ask_stream)
-    bare, chat, stream, *llama = seconds = _turns(
-        [lambda ask=ask: ask(them.story(), them.tokens) for ask in asks], 4 * them.repeats)
-    ratios = {"single_overhead": bare / chat} | ({"single_llamacpp": llama[0] / stream} if llama else {})
-    names = ("bare_engine", "chat_model", "chat_model_stream", "llama_cpp")
-    return ratios, {"single": {"tokens": them.tokens, "tokens_per_second": _rates(them.tokens, names, seconds)}}
+    asks = {"bare_engine": them.ask_bare, "chat_model": them.ask_chat, "chat_model_stream": them.ask_stream}
+    seconds = _race({name: lambda ask=ask: ask(them.story(), them.tokens) for name, ask in (asks | them.peers).items()},
+                    4 * them.repeats)
+    ratios = {"single_overhead": seconds["bare_engine"] / seconds["chat_model"]} | {
+        f"single_{name.replace('_', '')}": seconds[name] / seconds["chat_model_stream"] for name in them.peers}
+    return ratios, {"single": {"tokens": them.tokens, "tokens_per_second": _rates(them.tokens, seconds)}}
+
+
+def _json(them):
+    """Compare answers that a JSON schema binds with free ones, in tokens per second.
+
+    The schema asks for a list that is longer than ``max_tokens`` lets it become. So both answers have the same number
+    of tokens, and neither is faster because it has less to say.
+    """
+    asks = {"free": them.ask_chat, "json_schema": them.ask_json}
+    rates = _rates(them.tokens, _race({name: lambda ask=ask: ask(them.story(), them.tokens)
+                                       for name, ask in asks.items()}, 2 * them.repeats))
+    return ({"json_rate": rates["json_schema"] / rates["free"]},
+            {"json_rate": {"tokens": them.tokens, "tokens_per_second": rates}})
 
 
 def _rows(them):
     def together():
-        them.chat.predict([{"messages": them.story(), "max_tokens": them.tokens} for _ in range(16)])
+        them.chat.predict([{"messages": them.story(), "max_tokens": them.tokens} for _ in range(ROWS)])
 
     def one_by_one():
-        for _ in range(16):
+        for _ in range(ROWS):
             them.ask_chat(them.story(), them.tokens)
 
-    batch, alone = seconds = _turns([together, one_by_one], them.repeats)
-    rates = _rates(16 * them.tokens, ("one_predict", "sixteen_predicts"), seconds)
-    return {"rows16": alone / batch}, {"rows16": {"tokens": 16 * them.tokens, "tokens_per_second": rates}}
+    works = {"one_predict": together, "sixteen_predicts": one_by_one}
+    if them.openvino:
+        works["openvino"] = lambda: them.load_openvino(ROWS, [them.tokens] * ROWS)
+    seconds = _race(works, them.repeats)
+    ratios = {"rows16": seconds["sixteen_predicts"] / seconds["one_predict"]}
+    if them.openvino:
+        ratios["rows16_openvino"] = seconds["openvino"] / seconds["one_predict"]
+    tokens = ROWS * them.tokens
+    return ratios, {"rows16": {"tokens": tokens, "tokens_per_second": _rates(tokens, seconds)}}
 
 
 def _load(them, ask, callers, lengths):
@@ -204,12 +134,18 @@ def mix(lengths: list[int], count: int) -> list[int]:
 
 def _callers(them):
     lengths = mix(them.mixed, 4 * CALLERS)
-    chat, lesson, *llama = seconds = _turns(
-        [lambda ask=ask: _load(them, ask, CALLERS, lengths) for ask in them.with_llama(them.ask_chat, them.ask_lesson)],
-        them.repeats)
-    ratios = {"callers8": lesson / chat} | ({"callers8_llamacpp": llama[0] / chat} if llama else {})
-    rates = _rates(sum(lengths), ("chat_model", "lesson_behind_a_lock", "llama_cpp_8_slots"), seconds)
-    return ratios, {"callers8": {"requests": len(lengths), "tokens": sum(lengths), "tokens_per_second": rates}}
+    asks = {"chat_model": them.ask_chat, "lesson_behind_a_lock": them.ask_lesson}
+    if them.llama:
+        asks["llama_cpp_8_slots"] = them.ask_llama
+    works = {name: lambda ask=ask: _load(them, ask, CALLERS, lengths) for name, ask in asks.items()}
+    if them.openvino:
+        works["openvino"] = lambda: them.load_openvino(CALLERS, lengths)
+    seconds = _race(works, them.repeats)
+    names = {"callers8": "lesson_behind_a_lock", "callers8_llamacpp": "llama_cpp_8_slots",
+             "callers8_openvino": "openvino"}
+    ratios = {ratio: seconds[name] / seconds["chat_model"] for ratio, name in names.items() if name in seconds}
+    return ratios, {"callers8": {"requests": len(lengths), "tokens": sum(lengths),
+                                 "tokens_per_second": _rates(sum(lengths), seconds)}}
 
 
 def _stream(them):
@@ -231,6 +167,44 @@ def _stream(them):
             {"stream_ttft": {"alone_seconds": alone, "with_7_others_seconds": company, "batch_of_7_seconds": batch}})
 
 
+def _conversation(them):
+    """Time the first token of each turn of a conversation, which begins anew in each repeat.
+
+    Each contender hears its own answers again. llama.cpp has a server with one slot for it, which keeps what it has
+    read, as a server for one caller would.
+    """
+    talks = {"chat_model": them.talk_chat}
+    if them.gguf:
+        server = start_llama(them.gguf, 1, 2048)
+        talks["llama_cpp"] = lambda messages, tokens: them.talk_llama(server, messages, tokens)
+    taken = {name: [] for name in talks}
+    for repeat in range(them.repeats + 1):
+        number = next(them.numbers)
+        for name, talk in talks.items():
+            time.sleep(PAUSE)
+            turns = _talk(them, talk, number)
+            if repeat:
+                taken[name].append(turns)
+    figures = {name: {str(turn): dict(zip(("prompt_tokens", "first_token_seconds"),
+                                          map(statistics.median, zip(*found, strict=True)), strict=True))
+                      for turn, found in enumerate(zip(*all_turns, strict=True), 1)}
+               for name, all_turns in taken.items()}
+    last = {name: turns[str(TURNS)]["first_token_seconds"] for name, turns in figures.items()}
+    return ({"turn5_llamacpp": last["chat_model"] / last["llama_cpp"]} if them.gguf else {}), {"conversation": figures}
+
+
+def _talk(them, talk, number):
+    """Hold one conversation; return the tokens of each turn's prompt, and the seconds to the first of its answer."""
+    messages, turns = [], []
+    for turn in range(1, TURNS + 1):
+        messages.append({"role": "user", "content": f"Day {turn} of {number}. " + "The harbour is full of ships. " * DAY
+                         + "Please tell me a very long story about this day."})
+        seconds, text = talk(messages, them.tokens)
+        turns.append((len(them.encode(messages)), seconds))
+        messages.append({"role": "assistant", "content": text})
+    return turns
+
+
 def _growth(them):
     callers, half = {}, max(them.tokens // 2, 1)
     for count in (1, 2, 4, 8, 16):
@@ -243,7 +217,7 @@ def _growth(them):
             # In place of the template's own system message, which is as long as the shortest prompt here.
             messages = [{"role": "system", "content": "Write."}, *them.story(sentences)]
             size = len(them.tokenizer.encode(them.prompt(messages)))
-            if size + new > them.context_length:
+            if size + new > them.prepared.entry.context_length:
                 break
             seconds = them.ask_stream(messages, new)
             if turn:

@@ -24,6 +24,13 @@ REACH = {
                  "against": "the lesson's wrapper behind a lock"},
     "callers8_llamacpp": {"at_least": 1.0, "what": "the same load", "against": "llama.cpp with 8 slots"},
     "single_llamacpp": {"at_least": 0.9, "what": "one stream", "against": "llama.cpp, one stream"},
+    "single_openvino": {"at_least": 1.2, "what": "one stream", "against": "OpenVINO GenAI, one stream"},
+    "callers8_openvino": {"what": "the load of 8 callers", "against": "OpenVINO GenAI"},
+    "rows16_openvino": {"what": "the 16 rows", "against": "OpenVINO GenAI"},
+    "json_rate": {"at_least": 0.7, "what": "tokens per second of an answer bound to a JSON schema",
+                  "against": "a free answer of as many tokens"},
+    "turn5_llamacpp": {"under": 0.6, "what": "seconds to the first token of a conversation's 5th turn",
+                       "against": "llama.cpp with its prompt cache"},
     "stream_ttft": {"under": 1.0, "what": "seconds to a stream's first chunk, with 7 others generating",
                     "against": "their whole batch and then the stream alone"},
     "track_ratio": {"at_least": 4.0, "what": "track B's tokens per second", "against": "track A's"},
@@ -31,6 +38,10 @@ REACH = {
                "against": "the size of the model's folder"},
     "log_disk": {"under": 1.05, "what": "bytes that logging adds", "against": "the size of the model's folder"},
 }
+CONTENDERS = {"chat_model": "the chat model, int8", "llama_cpp": "llama.cpp, Q4_1", "openvino": "OpenVINO GenAI, Q4_1"}
+FIDELITY = ("chat", "fidelity")
+# The instructions of a processor that multiply whole numbers of 8 bits, as Linux names them.
+INT8 = ("amx_int8", "avx512_vnni", "avx_vnni_int8", "avx_vnni", "i8mm", "asimddp")
 UNITS = {"s": 1, "min": 60, "GB": 1e9, "": 1}
 
 
@@ -64,6 +75,12 @@ def _track_figures(page):
             Figure("a logged copy of it, on disk", ("tracks", page, "disk_bytes"), "GB", 2))
 
 
+def _fidelity_figures(name, title):
+    return (Figure(f"{title}: tokens of these before the first that differs, a mean",
+                   (*FIDELITY, name, "equal_tokens"), "", 1),
+            Figure("the share of next tokens that agree", (*FIDELITY, name, "next_token_agreement"), "", 3))
+
+
 FIGURES = (
     *(figure for model, seconds in (("tiny-phi3", 30), ("smollm2-135m", 180)) for page in PAGES
       for figure in _page_figures(page, model, seconds)),
@@ -74,6 +91,11 @@ FIGURES = (
     Figure("`make test` once set up", ("test", "tests_seconds"), "min", 1, {"under": 540}),
     Figure("disk after that: packages, models, what the tests left", ("test", "disk_bytes"), "GB", 1),
     *(figure for page in PAGES for figure in _track_figures(page)),
+    *(Figure(f"{title}: seconds to the first token of a conversation's 5th turn",
+             ("chat", "conversation", name, "5", "first_token_seconds"), "s", 2)
+      for name, title in (("chat_model", "the chat model"), ("llama_cpp", "llama.cpp with its prompt cache"))),
+    Figure("tokens of a greedy answer by transformers in fp32, a mean", (*FIDELITY, "reference_tokens"), "", 1),
+    *(figure for name, title in CONTENDERS.items() for figure in _fidelity_figures(name, title)),
 )
 
 
@@ -104,6 +126,13 @@ def machine_name(run: dict) -> str:
     machine = run["machine"]
     return (f"{machine['cores']} cores ({machine['processor']}, {machine['system']}, "
             f"{machine['memory_bytes'] / 1e9:.0f} GB)")
+
+
+def int8_instructions(cpuinfo: str) -> list[str]:
+    """Return the instructions for whole numbers of 8 bits that ``/proc/cpuinfo`` tells of, such as ``["asimddp"]``."""
+    told = {name for line in cpuinfo.splitlines() if line.startswith(("flags", "Features"))
+            for name in line.partition(":")[2].split()}
+    return [name for name in INT8 if name in told]
 
 
 def keep_run(runs: list[dict], run: dict) -> list[dict]:

@@ -69,7 +69,7 @@ def _measure(folder):
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {
             name: importlib.metadata.version(name)
-            for name in ("mlflow", "onnxruntime-genai", "torch", "transformers", "xllamacpp")},
+            for name in ("mlflow", "onnxruntime-genai", "openvino-genai", "torch", "transformers", "xllamacpp")},
         "ratios": {name: ratios[name] for name in REACH},
         "raw": {"pages": pages, "tracks": tracks, "chat": chat, "test": test, "prepare": prepare},
     }

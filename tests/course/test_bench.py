@@ -3,19 +3,24 @@
 Run: python -m helpers test tests/course/test_bench.py
 """
 
+import builtins
 import json
 import sys
 
+import jsonschema
 import mlflow
 import pytest
 from support import ROOT, refuses
 from support.runs import run
 
 from course.bench import chat, notebooks
+from course.bench.contenders import FLEET, OpenVino, keep_busy
+from course.bench.fidelity import equal_tokens
 from course.bench.figures import (
     FIGURES,
     KEPT,
     REACH,
+    int8_instructions,
     keep_run,
     machine_name,
     misses,
@@ -103,6 +108,66 @@ def test_works_take_turns_and_the_median_leaves_out_the_warm_up(monkeypatch):
     assert order == ["a", "b"] * 4
 
 
+@pytest.mark.parametrize(("answer", "reference", "count"), [
+    ([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 2, 4], 2), ([7, 2, 3], [1, 2, 3], 0), ([1, 9, 3], [1, 2, 3], 1),
+    ([1, 2], [1, 2, 3], 2), ([1, 2, 3, 4], [1, 2, 3], 3), ([], [1], 0), ([1], [], 0), ([], [], 0),
+])
+def test_answers_are_equal_up_to_the_first_difference(answer, reference, count):
+    assert equal_tokens(answer, reference) == count
+
+
+@pytest.mark.parametrize(("cpuinfo", "names"), [
+    ("model name\t: AMD\nflags\t\t: fpu avx2 avx512_vnni avx_vnni amx_int8\nbugs\t: amx_bug\n",
+     ["amx_int8", "avx512_vnni", "avx_vnni"]),
+    ("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n", ["i8mm", "asimddp"]),
+    ("flags\t: fpu sse2\n", []), ("", []), ("bugs\t: avx_vnni\n", []), ("flags\t: avx_vnni_int16\n", []),
+])
+def test_the_processors_instructions_for_int8_are_told(cpuinfo, names):
+    assert int8_instructions(cpuinfo) == names
+
+
+@pytest.mark.parametrize("callers", [1, 2, 3, 9])
+def test_each_caller_asks_again_as_soon_as_it_has_an_answer(callers):
+    steps, log = [0], []
+
+    def start(length):
+        return {"length": length, "until": steps[0] + length}
+
+    def step():
+        steps[0] += 1
+
+    def take(begun):
+        log.append(steps[0])
+        return str(begun["length"]) if begun["until"] <= steps[0] else None
+
+    lengths = [3, 1, 4, 1, 5]
+    assert keep_busy(start, step, take, lengths, callers) == ["3", "1", "4", "1", "5"]
+    assert steps[0] == {1: 14, 2: 9, 3: 7, 9: 5}[callers]
+    assert max(map(log.count, log)) == min(callers, len(lengths))
+
+
+def test_a_machine_without_openvino_says_what_to_install(monkeypatch, tmp_path):
+    import_module = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("openvino"):
+            raise ImportError(name)
+        return import_module(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with refuses("bench-openvino") as refusal:
+        OpenVino(tmp_path / "model.gguf")
+    assert "pip install openvino-genai==2" in refusal.value.fix
+
+
+def test_a_fleet_is_longer_than_a_story():
+    ships = [{"name": "", "masts": 1}] * FLEET["properties"]["ships"]["minItems"]
+    assert len(json.dumps({"ships": ships}, separators=(",", ":"))) > 5 * chat.TOKENS
+    jsonschema.validate({"ships": ships}, FLEET)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"ships": ships[1:]}, FLEET)
+
+
 @pytest.mark.slow
 def test_peak_memory_is_that_of_a_program_and_its_children(tmp_path):
     child = "import time; held = bytearray(200_000_000); time.sleep(1.5)"
@@ -166,10 +231,19 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
     monkeypatch.setattr(chat, "PAUSE", 0)
     ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
-    assert set(ratios) == set(REACH) - {"track_ratio", "single_llamacpp", "callers8_llamacpp"}  # it has no GGUF
+    against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}  # it has none
+    assert len(against_gguf) == 6
+    assert set(ratios) == set(REACH) - {"track_ratio"} - against_gguf
     assert all(ratio > 0 for ratio in ratios.values())
     assert json.loads(json.dumps(raw)) == raw
-    assert set(raw) == {"single", "rows16", "callers8", "stream_ttft", "growth", "memory", "log_disk"}
+    assert set(raw) == {"single", "json_rate", "rows16", "callers8", "stream_ttft", "conversation", "growth",
+                        "fidelity", "memory", "log_disk", "int8_instructions"}
+    sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
+    assert len(sizes) == 5 and sizes == sorted(set(sizes))
+    assert set(raw["fidelity"]) == {"prompts", "reference_tokens", "chat_model"}
+    assert 0 < raw["fidelity"]["reference_tokens"] <= 4
+    assert raw["fidelity"]["chat_model"]["equal_tokens"] > 0  # of text cut anew: noise may have more tokens then
+    assert 0.5 < raw["fidelity"]["chat_model"]["next_token_agreement"] <= 1
     assert list(raw["growth"]["tokens_per_second_by_callers"]) == ["1", "2", "4", "8", "16"]
     assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7  # the longest prompts are longer than its context
     assert raw["memory"]["callers8_bytes"] >= raw["memory"]["load_bytes"] > 1e8

@@ -23,8 +23,8 @@ FLOORS = {
     ),
     "course": (
         "environment", "contents", "exercises", "static_page", "execute", "kit.wheels", "kit.check", "kit.build",
-        "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures", "bench.chat",
-        "bench.notebooks", "generate", "mutate", "commands", "__main__",
+        "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures", "bench.contenders",
+        "bench.fidelity", "bench.chat", "bench.notebooks", "generate", "mutate", "commands", "__main__",
     ),
     "serving": ("chat_model",),
 }

@@ -21,7 +21,12 @@ NAMES = {"TransformerPipeline": "slm-transformers", "CustomPythonWrapper": "slm-
 # The exercises of each page in the page's order.
 ORDER = {"TransformerPipeline": ("warm pipeline", "request", "alias"),
          "CustomPythonWrapper": ("warm engine", "signature", "alias"),
-         "ChatModel": ("seed", "pieces", "settings")}
+         "ChatModel": ("seed", "pieces", "schema", "settings")}
+
+
+PET = {"type": "object", "required": ["name", "kind", "age"], "additionalProperties": False, "properties": {
+    "name": {"type": "string", "maxLength": 20}, "kind": {"enum": ["cat", "dog"]},
+    "age": {"type": "integer", "minimum": 0, "maximum": 30}}}
 
 
 class Registry:
@@ -56,7 +61,7 @@ def cells(page):
     return pair(nbformat.read(ROOT / "notebooks" / f"{page}.ipynb", as_version=4))
 
 
-@pytest.mark.parametrize(("page", "number"), [(page, number) for page in PAGES for number in range(3)])
+@pytest.mark.parametrize(("page", "number"), [(page, number) for page in PAGES for number in range(len(ORDER[page]))])
 def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, capsys):
     exercise, solution = cells(page)[number]
     name = ORDER[page][number]
@@ -132,6 +137,16 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
     ("pieces", "def read_piece(chunk):\n    return chunk['choices'][0]['delta'].get('content')", "an empty text"),
     ("pieces", "def read_piece(chunk):\n    return str(chunk)", "the delta's content"),
     ("pieces", "read_piece = 'Ma'", "TypeError"),
+    ("schema", "pet = {'name': 'Tom', 'kind': 'cat', 'age': 3}", "a pet without name"),
+    ("schema", "pet = {'type': 'objekt'}", "SchemaError"),
+    ("schema", "pet = {'type': 'object', 'not': {}}", "can't keep this schema"),
+    ("schema", "pet = 'object'", "a dict that begins with"),
+    ("schema", f"pet = {PET}; pet['required'].remove('kind')", "a pet without kind"),
+    ("schema", f"pet = {PET}; pet['properties']['name'].pop('maxLength')", "whose name is 'xxx"),
+    ("schema", f"pet = {PET}; pet['properties']['kind']['enum'] += ['horse']", "whose kind is 'horse'"),
+    ("schema", f"pet = {PET}; pet['properties']['age']['type'] = 'number'", "whose age is 2.5"),
+    ("schema", f"pet = {PET}; pet['properties']['age']['minimum'] = 1", "a dog of 0"),
+    ("schema", f"pet = {PET}; pet['additionalProperties'] = True", "other names fit"),
     ("settings", "changes = {'max_new_tokens': 8, 'model': 'mine'}", "max_new_tokens is no setting"),
     ("settings", "changes = {'max_tokens_limit': 8, 'model': 'mine'}", "that setting is max_tokens"),
     ("settings", "changes = {'max_tokens': 8}", "a name of your own"),
@@ -159,6 +174,7 @@ def test_other_right_answers_pass_too():
         "request": "request = {'messages': [{'role': 'system', 'content': 'Be brief.'}, {'role': 'user', 'content': "
                    "'The capital of France?'}], 'max_tokens': 12, 'stop': ['.'], 'temperature': 0.5}",
         "seed": "seeded = {'temperature': 0.8, 'seed': 0, 'top_p': 0.9}",
+        "schema": f"pet = {PET}; pet['properties']['kind'] = {{'anyOf': [{{'const': 'cat'}}, {{'const': 'dog'}}]}}",
         "settings": "changes = {'max_tokens': 8, 'model': 'mine', 'temperature': 0.5}",
     }
     for name, wrote in right.items():
