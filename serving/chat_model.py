@@ -20,7 +20,7 @@ import threading
 import time
 import uuid
 import weakref
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -34,7 +34,9 @@ import onnxruntime_genai as og
 import pandas as pd
 import psutil
 from jinja2 import nodes
-from jinja2.compiler import CodeGenerator
+from jinja2.compiler import CodeGenerator, Frame
+from jinja2.parser import Parser
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from llguidance import LLMatcher, LLTokenizer
 from mlflow.exceptions import MlflowException
@@ -411,20 +413,20 @@ class TooMuch(Exception):  # noqa: N818 - it says what a template asks for
 class _Code(CodeGenerator):
     """Makes a template ask, in each turn of a loop, whether it may go on, and have weighed what it puts together."""
 
-    def visit_For(self, node, frame):  # noqa: N802 - jinja2 calls these by their names
+    def visit_For(self, node: nodes.For, frame: Frame) -> None:  # noqa: N802 - jinja2 calls these by their names
         node.body.insert(0, nodes.ExprStmt(nodes.Call(nodes.EnvironmentAttribute("weigh"), [], [], None, None)))
         super().visit_For(node, frame)
 
-    def visit_Concat(self, node, frame):  # noqa: N802
+    def visit_Concat(self, node: nodes.Concat, frame: Frame) -> None:  # noqa: N802
         self.visit(nodes.Call(nodes.EnvironmentAttribute("concat"), [nodes.List(node.nodes)], [], None, None), frame)
 
-    def visit_List(self, node, frame):  # noqa: N802
+    def visit_List(self, node: nodes.List, frame: Frame) -> None:  # noqa: N802
         self._weighed(super().visit_List, node, frame)
 
-    def visit_Dict(self, node, frame):  # noqa: N802
+    def visit_Dict(self, node: nodes.Dict, frame: Frame) -> None:  # noqa: N802
         self._weighed(super().visit_Dict, node, frame)
 
-    def visit_Tuple(self, node, frame):  # noqa: N802
+    def visit_Tuple(self, node: nodes.Tuple, frame: Frame) -> None:  # noqa: N802
         if node.ctx == "load":
             self._weighed(super().visit_Tuple, node, frame)
         else:
@@ -441,7 +443,7 @@ class _Generation(jinja2.ext.Extension):
 
     tags = {"generation"}  # noqa: RUF012
 
-    def parse(self, parser):
+    def parse(self, parser: Parser) -> nodes.Node:
         """Read from the tag to its end."""
         line = next(parser.stream).lineno
         return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
@@ -472,7 +474,8 @@ class Template(ImmutableSandboxedEnvironment):
             raise _unusable("its chat template is no template that can be read") from None
 
     @staticmethod
-    def tojson(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
+    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: tuple | None = None,
+               sort_keys: bool = False) -> str:
         """Write JSON: jinja2's own also writes <, > and & in another way."""
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
@@ -507,16 +510,16 @@ class Template(ImmutableSandboxedEnvironment):
         self._spend(_size(value))
         return value
 
-    def concat(self, parts):
+    def concat(self, parts: Iterable) -> str:
         """Join texts, for ``~`` and, since jinja2 knows this name, for macros."""
         return "".join(self.weigh(list(map(str, parts))))
 
-    def call_binop(self, context, operator, left, right):
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """Work out an operator that can make much."""
         self._weigh_call("format" if operator == "%" and isinstance(left, str) else operator, [left, right])
         return super().call_binop(context, operator, left, right)
 
-    def call(self, context, function, *values, **named):
+    def call(self, context: Context, function: Any, *values: Any, **named: Any) -> Any:
         """Call what a template calls."""
         plain = getattr(function, "__wrapped__", function)
         owner = getattr(plain, "__self__", None)
@@ -1146,20 +1149,7 @@ class Engine:
 
     Its thread starts with the first row, and ends with ``close``. After a fork, the child loads the model anew with
     its first row. Such a child has to end as those of multiprocessing do, with ``os._exit``: onnxruntime-genai waits
-    for the parent's threads at a normal exit.
-
-    Parameters
-    ----------
-    folder : pathlib.Path
-        Of an ONNX model for onnxruntime-genai.
-    max_waiting : int
-        Rows that may wait for their turn.
-    threads : int or None
-        None takes one for each core that this process may use.
-    provider : str
-        ``"cpu"``, ``"cuda"`` or ``"dml"``: what runs the model, where the package that is installed can.
-    kept_conversations : int
-        Conversations whose prompts stay in memory.
+    for the parent's threads at a normal exit. ``folder`` has an ONNX model; the rest is of ``Settings``.
     """
 
     def __init__(self, folder: Path, max_waiting: int, threads: int | None = None, provider: str = "cpu",
@@ -1378,11 +1368,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):
         ``model_input`` is a table, a dict or a list of dicts: the fields of ``ChatRequest``, and each row may have
         its own. ``params`` is not used, because every setting is a field of the request.
 
-        Raises
-        ------
-        MlflowException
-            INVALID_PARAMETER_VALUE names the field and its range, before any row runs; RESOURCE_EXHAUSTED says
-            that too many answers wait.
+        A Refusal names a wrong field before any row runs, or says, as RESOURCE_EXHAUSTED, that too many answers wait.
         """
         called = time.time_ns()
         if isinstance(model_input, pd.DataFrame):
