@@ -9,6 +9,7 @@ scheduler (which rows start now, together), the engine (rows in batches, on one 
 """
 
 import functools
+import itertools
 import json
 import logging
 import math
@@ -331,6 +332,7 @@ def _is_gap(value):
 
 # --- the folder -----------------------------------------------------------------------------
 
+CHUNK = 128  # tokens of a lone row's prompt that are read in one step, at most
 # In its graph, a model with two sets of rotary factors compares the length with the most that the short ones take.
 _ROPE_SWITCH = re.compile(rb"/model/constants/[^\x00-\x1f]*/(\d+)\x12.{1,3}/model/rope_caches_subgraph/Greater", re.S)
 
@@ -340,7 +342,7 @@ class Config:
     """What a model's files say of it: token ids, and numbers of tokens.
 
     Up to ``rope_switch`` tokens the model reads with short rotary factors, and beyond with long ones, from the first
-    token on. Where there is one set, ``rope_switch`` is ``context_length``.
+    token on. Where there is one set, ``rope_switch`` is ``context_length``. ``block`` is for `cut_points`.
     """
 
     context_length: int
@@ -348,6 +350,7 @@ class Config:
     end_tokens: tuple[int, ...]
     pad: int
     vocab_size: int
+    block: int
 
 
 def _unusable(reason):
@@ -395,7 +398,8 @@ def read_config(folder: Path) -> Config:
         raise _unusable(f"{graph.name} is missing")
     found, pad = _ROPE_SWITCH.search(graph.read_bytes()), whole(model.get("pad_token_id"))
     return Config(context_length, min(int(found[1]), context_length) if found else context_length, ends,
-                  pad if pad is not None and pad < vocab_size else ends[0], vocab_size)
+                  pad if pad is not None and pad < vocab_size else ends[0], vocab_size,
+                  2 * (whole(decoder.get("head_size"), 1) or CHUNK // 2))
 
 
 # --- the template ---------------------------------------------------------------------------
@@ -855,23 +859,25 @@ class Scheduler:
 
 # --- the engine -----------------------------------------------------------------------------
 
-CHUNK = 128  # tokens of a lone row's prompt that are read in one step
 # The builds of onnxruntime-genai by provider. Helpers know them too, but this file travels without them.
 GPU_BUILDS = {"cuda": ("onnxruntime-genai-cuda", og.is_cuda_available),
               "dml": ("onnxruntime-genai-directml", og.is_dml_available)}
 
 
-def cut_points(start: int, stop: int, least: int = 0) -> list[int]:
-    """Return where the tokens of a prompt from ``start`` to ``stop`` are cut, to be read in steps of ``CHUNK``.
+def cut_points(start: int, stop: int, block: int, least: int = 0) -> tuple[int, list[int]]:
+    """Return where to begin to read a prompt up to ``stop``, at ``start`` or just before, and where to cut it.
 
-    The first step has ``least`` tokens or more. The engine reads the last token of 1, 129, 257 ... new ones in another
-    way, with another rounding, and then an answer would depend on where its prompt was cut: no step has that many.
+    The engine's attention takes ``block`` new tokens at a time. Where one alone is left, it is rounded in another way,
+    and an answer would depend on what its prompt was read with. So no step leaves one, where that can be had. Cuts are
+    at multiples of ``CHUNK``, or of a smaller block, or close before; the first is at ``least`` or behind.
     """
-    count = stop - start
-    sizes = (CHUNK, CHUNK - 1) if least < CHUNK else range(least, least + 3)
-    first = next((size for size in sizes
-                  if size < count and size % CHUNK != 1 and (count - size) % CHUNK != 1), count)
-    return list(range(start + first, stop, CHUNK))
+    step = min(CHUNK, block)
+    for back, shift in itertools.product(range(3), repeat=2):
+        begin = max(start - back, 0)
+        cuts = [cut - shift for cut in range(step, stop, step) if cut - shift >= max(begin + 2, least)]
+        if all(size % block != 1 for size in np.diff([begin, *cuts, stop])):
+            return begin, cuts
+    return start, []
 
 
 class Sampler:
@@ -1047,15 +1053,17 @@ class Batch:
                  common: int = 0, kept: Kept | None = None):
         self.rows, self._model, self._config = rows, model, config
         self._width = max(len(row.prompt) for row in rows)
-        self._width += len(rows) > 1 and self._width % CHUNK == 1  # as in `cut_points`
+        self._width += len(rows) > 1 and self._width % config.block == 1  # as in `cut_points`
         self._max_length = self._width + max(row.max_tokens for row in rows)
-        self._generator = self._unread = None
+        self._generator, self._unread, self._cuts = None, None, []
         if len(rows) == 1:
             self._max_length = max(self._max_length, min(2 * self._max_length, most_tokens))
             if kept and kept.room >= self._width + rows[0].max_tokens:
                 self._max_length, self._generator = kept.room, kept.generator
-                # Two tokens at least are read: one is read in another way.
                 rows[0].reused = min(common, self._width - 2)
+            # Beyond a switch of the rotary factors, the first step has to reach beyond it, too.
+            least = config.rope_switch + 1 if self._width > config.rope_switch else 0
+            rows[0].reused, self._cuts = cut_points(rows[0].reused, self._width, config.block, least)
         self.cache_tokens = len(rows) * self._max_length
         for row in rows:
             row.times["started"] = time.time_ns()
@@ -1073,12 +1081,8 @@ class Batch:
         for place, row in enumerate(self.rows):
             prompts[place, :len(row.prompt)] = row.prompt
         # A batch takes its prompts in one call. That call keeps every other thread of this process waiting (it holds
-        # Python's lock), so a long prompt runs alone and comes in steps. Beyond a switch of the rotary factors, the
-        # first step reaches beyond it, too: what was read before would have the other factors.
-        start = self.rows[0].reused
-        beyond = self._config.rope_switch + 1 - start if self._width > self._config.rope_switch else 0
-        cuts = cut_points(start, self._width, beyond) if len(self.rows) == 1 else []
-        self._unread = np.split(prompts[:, start:], [cut - start for cut in cuts], axis=1)
+        # Python's lock), so a long prompt runs alone and comes in steps.
+        self._unread = np.split(prompts, [self.rows[0].reused, *self._cuts], axis=1)[1:]
 
     def keep(self) -> Kept | None:
         """Return the conversation of a lone row that has read its prompt, to go on with it later."""

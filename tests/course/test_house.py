@@ -17,7 +17,7 @@ FLOORS = {
     "helpers": (
         "errors", "paths", "files", "requirements",
         "models.steps", "models.pip", "models.catalogue", "models.space", "models.folders", "models.kit",
-        "models.download", "models.hub", "models.convert", "models.sources", "models.prepare",
+        "models.download", "models.hub", "models.convert", "models.crowd", "models.sources", "models.prepare",
         "devices", "parameters", "tracking", "tables", "signatures", "views", "measurement", "exercises", "servers",
         "playground",
     ),
