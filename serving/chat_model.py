@@ -39,7 +39,7 @@ from jinja2.compiler import CodeGenerator, Frame
 from jinja2.parser import Parser
 from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from llguidance import LLMatcher, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.protos.databricks_pb2 import INTERNAL_ERROR, INVALID_PARAMETER_VALUE, INVALID_STATE, RESOURCE_EXHAUSTED
@@ -214,12 +214,16 @@ class Refusal(MlflowException):
     def __init__(self, sentence: str, code: str, field: str | None = None, allowed: str | None = None,
                  error_code: int = INVALID_PARAMETER_VALUE):
         super().__init__(sentence, error_code, field=field, code=code, allowed=allowed)
-        self.field, self.code, self.allowed = field, code, allowed
+        self.field, self.code, self.allowed, self._given = field, code, allowed, (
+            sentence, code, field, allowed, error_code)
+
+    def __reduce__(self):
+        return type(self), self._given  # so that another process can get it
 
 
 def invalid(field: str, allowed: str, where: str = "", code: str = "invalid_value") -> Refusal:
     """Return the error that names a field and what it may be, and quotes nothing of the request."""
-    return Refusal(f"{where}{field} has to be {allowed}.", code, field, allowed)
+    return Refusal(f"{where}{field} has to be {allowed}.", code, None if " " in field else field, allowed)
 
 
 def read_request(values: Any, where: str = "") -> ChatRequest:
@@ -258,9 +262,12 @@ def read_request(values: Any, where: str = "") -> ChatRequest:
 def _without_nulls(value, name="request"):
     """Leave out the fields that are null, also those of the objects inside, such as ``refusal`` in a message."""
     if isinstance(value, list):
-        return [_without_nulls(item, name) for item in value] if name == "messages" else value
+        return [_without_nulls(item, name) for item in value] if name in ("messages", "content") else value
     if isinstance(value, dict) and (name == "request" or name in _OBJECTS):
-        return {inner: _without_nulls(item, inner) for inner, item in value.items() if item is not None}
+        # Of too many fields, some are unknown. Each would get an error of its own.
+        return {inner: _without_nulls(item, inner)
+                for inner, item in itertools.islice(value.items(), 100 if name == "request" else 20)
+                if item is not None}
     return value
 
 
@@ -279,6 +286,8 @@ def _explain(place, kind, where):
 
 
 def _unknown(name, fields, where):
+    if isinstance(fields, dict):
+        fields = [field.alias or inner for inner, field in fields.items()]
     return Refusal(f"{where}{name} holds a field that is not served. The fields are: {', '.join(fields)}.",
                    "unknown_field", None if name == "The request" else name)
 
@@ -342,7 +351,8 @@ class Config:
     """What a model's files say of it: token ids, and numbers of tokens.
 
     Up to ``rope_switch`` tokens the model reads with short rotary factors, and beyond with long ones, from the first
-    token on. Where there is one set, ``rope_switch`` is ``context_length``. ``block`` is for `cut_points`.
+    token on. Where there is one set, ``rope_switch`` is ``context_length``. ``block`` is for `cut_points`. Layers with
+    a window of ``ring`` tokens have a cache that the engine fills in turns: it takes one row at a time, and keeps none.
     """
 
     context_length: int
@@ -351,6 +361,7 @@ class Config:
     pad: int
     vocab_size: int
     block: int
+    ring: int
 
 
 def _unusable(reason):
@@ -374,12 +385,13 @@ def read_config(folder: Path) -> Config:
     Builders differ: one end token or a list; a pad token, none or -1; the model's context length, or the search's.
     """
     def whole(value, least=0):
-        return value if type(value) is int and value >= least else None
+        value = _whole(value)
+        return value if type(value) is int and least <= value < 2**31 else None
 
     text = _read_json(folder / "genai_config.json")
     model, search = ({} if not isinstance(text.get(name), dict) else text[name] for name in ("model", "search"))
     decoder = model.get("decoder")
-    if not isinstance(decoder, dict) or not {"encoder", "vision", "speech"}.isdisjoint(model):
+    if not isinstance(decoder, dict) or not {"encoder", "vision", "speech", "embedding"}.isdisjoint(model):
         raise _unusable("genai_config.json describes something else than a decoder of text")
     if "custom_ops_library" in json.dumps(text):
         raise _unusable("genai_config.json asks for a library of its own, which is code")
@@ -389,17 +401,24 @@ def read_config(folder: Path) -> Config:
     vocab_size = whole(model.get("vocab_size"), 1)
     if not (context_length and ends and vocab_size and max(ends) < vocab_size):
         raise _unusable("genai_config.json lacks a context_length, eos_token_id or vocab_size that can be")
-    window = decoder.get("sliding_window")
-    if isinstance(window, dict) and not window.get("layers") and whole(window.get("window_size"), 1):
+    window = decoder.get("sliding_window") if isinstance(decoder.get("sliding_window"), dict) else {}
+    window, in_layers = whole(window.get("window_size"), 1) or context_length, bool(window.get("layers"))
+    if not in_layers:
         # So exported, each layer sees all tokens; the model was made to see a window. Up to its size they are equal.
-        context_length = min(context_length, window["window_size"])
-    graph = folder / str(decoder.get("filename"))
-    if not graph.is_file():
-        raise _unusable(f"{graph.name} is missing")
-    found, pad = _ROPE_SWITCH.search(graph.read_bytes()), whole(model.get("pad_token_id"))
+        context_length = min(context_length, window)
+    name = decoder.get("filename")
+    if not isinstance(name, str) or not re.fullmatch(r"(\w[\w.-]{0,100}/){0,3}\w[\w.-]{0,100}\.onnx", name) or not (
+            folder / name).is_file():
+        raise _unusable("genai_config.json names no ONNX file in its folder")
+    try:
+        og.Config(str(folder))
+    except Exception:  # the engine raises nothing narrower
+        raise _unusable("onnxruntime-genai can't read its genai_config.json") from None
+    found, pad = _ROPE_SWITCH.search((folder / name).read_bytes()), whole(model.get("pad_token_id"))
     return Config(context_length, min(int(found[1]), context_length) if found else context_length, ends,
                   pad if pad is not None and pad < vocab_size else ends[0], vocab_size,
-                  2 * (whole(decoder.get("head_size"), 1) or CHUNK // 2))
+                  2 * (whole(decoder.get("head_size"), 1) or CHUNK // 2),
+                  min(window, context_length) if in_layers else 0)
 
 
 # --- the template ---------------------------------------------------------------------------
@@ -671,6 +690,31 @@ UNKEPT = {"not", "if", "then", "else", "uniqueItems", "contains", "minContains",
           "dependentSchemas", "propertyNames", "unevaluatedItems", "unevaluatedProperties"}
 
 
+def find_costly(schema: Any, meeting: bool = False) -> str | None:
+    """Return the word of a schema that takes seconds to compile, or lets an answer through that does not fit.
+
+    llguidance bounds neither. Where patterns meet, in ``allOf`` or beside ``$ref``, its work doubles with each. It
+    counts a name that comes twice as two properties.
+    """
+    if isinstance(schema, list):
+        return next(filter(None, (find_costly(item, meeting) for item in schema)), None)
+    if not isinstance(schema, dict):
+        return None
+    step, named = schema.get("multipleOf", 1), schema.get("patternProperties")
+    least, required = schema.get("minProperties", 0), schema.get("required")
+    meets = meeting or "allOf" in schema or "$ref" in schema
+    found = [
+        ("multipleOf", isinstance(step, int | float) and step > 10_000 and math.log10(step) % 1),
+        ("minProperties", isinstance(least, int) and least > 1 + len(required if isinstance(required, list) else [])),
+        ("patternProperties", isinstance(named, dict) and len(named) > (5 if meets else 100)),
+        ("pattern", meets and json.dumps(schema).count('"pattern"') > 10),
+        ("allOf", meets and json.dumps(schema).count('"multipleOf"') > 4),
+        *((name, isinstance(schema.get(name), list) and len(schema[name]) > 200) for name in ("anyOf", "oneOf")),
+    ]
+    return next((name for name, costly in found if costly), None) or next(
+        filter(None, (find_costly(item, meets) for item in schema.values())), None)
+
+
 class SchemaReader:
     """Binds answers to JSON: an ``LLMatcher`` of llguidance knows which tokens may come next.
 
@@ -689,18 +733,24 @@ class SchemaReader:
         by_schema = shape.type == "json_schema"
         field = "response_format.json_schema.schema" if by_schema else "response_format"
         try:
-            text = json.dumps(shape.json_schema.definition if by_schema else {"type": "object"}, allow_nan=False)
+            schema = shape.json_schema.definition if by_schema else {"type": "object"}
+            text = json.dumps(schema, allow_nan=False)
+            costly = find_costly(schema) if len(text) <= MAX_SCHEMA else "more characters"
+            # Blanks as Python's json writes them: left free, a small model writes line ends for ever. A letter has one
+            # way to be written: by another, a name would not be that of its property.
+            grammar = LLMatcher.grammar_from_json_schema(text, overrides={
+                "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": ",
+                "json_allowed_escapes": '"\\bfnrt'})
         except (TypeError, ValueError, RecursionError):
             raise invalid(field, "a JSON schema that is JSON, and not too deep", where) from None
-        if len(text) > MAX_SCHEMA or '"x-guidance"' in text:
-            raise invalid(field, f"a JSON schema of up to {MAX_SCHEMA} characters, without x-guidance", where)
+        if costly or re.search(r'"x-guidance"|\\u00[01]|\x7f', text):
+            raise invalid(field, f"a JSON schema of up to {MAX_SCHEMA} characters, without control characters and "
+                          f"x-guidance, {f'and with less or no {costly}' if costly else ''}".rstrip(", "), where)
         with self._lock:
             # Half a second's work, and many a model is never asked for JSON.
             self._tokens = self._tokens or LLTokenizer(
                 self._tokenizer.to_str(), n_vocab=self._config.vocab_size, eos_token=list(self._config.end_tokens))
-            # Blanks as Python's json writes them: left free, a small model writes line ends for ever.
-            matcher = LLMatcher(self._tokens, LLMatcher.grammar_from_json_schema(text, overrides={
-                "whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}), log_level=0)
+            matcher = LLMatcher(self._tokens, grammar, log_level=0, limits=LLParserLimits(max_items_in_row=20_000))
             matcher.compute_bitmask()
         if matcher.is_error():
             unkept = " or ".join(name for name in re.findall(r'"(\w+)"', matcher.get_error()) if name in UNKEPT)
@@ -900,7 +950,7 @@ class Sampler:
             mask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
             logits[np.unpackbits(mask, bitorder="little")[:len(logits)] == 0] = -np.inf
         token = self._choose(logits)
-        if self._matcher and not self._matcher.consume_token(token):
+        if self._matcher and (self._matcher.is_error() or not self._matcher.consume_token(token)):
             raise invalid("response_format.json_schema.schema", "simpler: it grew too much for this answer")
         self._counts[token] = self._counts.get(token, 0) + 1
         return token
@@ -1054,7 +1104,7 @@ class Batch:
         self.rows, self._model, self._config = rows, model, config
         self._width = max(len(row.prompt) for row in rows)
         self._width += len(rows) > 1 and self._width % config.block == 1  # as in `cut_points`
-        self._max_length = self._width + max(row.max_tokens for row in rows)
+        self._max_length = max(self._width + max(row.max_tokens for row in rows), config.ring)
         self._generator, self._unread, self._cuts = None, None, []
         if len(rows) == 1:
             self._max_length = max(self._max_length, min(2 * self._max_length, most_tokens))
@@ -1163,8 +1213,9 @@ class Engine:
         self._threads = threads or _cores()
         self.config = read_config(folder)
         self.context_length = self.config.context_length
-        self._scheduler = Scheduler(self.context_length, self.config.rope_switch)
-        self._kept_conversations, self._closed = kept_conversations, False
+        self._scheduler = Scheduler(self.context_length, self.config.rope_switch,
+                                    **{"max_batch": 1} if self.config.ring else {})
+        self._kept_conversations, self._closed = 0 if self.config.ring else kept_conversations, False
         self._begin()
         self._model = self._load()
         _engines.add(self)
@@ -1178,8 +1229,10 @@ class Engine:
 
     def _load(self):
         config = og.Config(str(self._folder))
-        config.overlay(json.dumps(
-            {"model": {"decoder": {"session_options": {"intra_op_num_threads": self._threads}}}}))
+        config.overlay(json.dumps({
+            # Of the types phi3 and phimoe, the engine reads all anew at 4,097 tokens, and forgets a choice made here.
+            "model": {"type": "llama", "decoder": {"session_options": {"intra_op_num_threads": self._threads}}},
+            "search": {"chunk_size": 0}}))  # prompts are cut here
         config.clear_providers()
         if self._provider != "cpu":
             package, is_available = GPU_BUILDS[self._provider]
@@ -1241,7 +1294,7 @@ class Engine:
         """Return what waits and runs now, and what was done since when: counts, tokens, seconds since 1970."""
         with self._changed:
             waiting = sum(not row.ended for row in self._waiting)
-        batches, done = self._batches, dict(self._done)
+            batches, done = self._batches, dict(self._done)
         running = [row for batch in batches for row in batch.rows]
         for name, count in _count(running).items():
             done[name] += count
@@ -1282,10 +1335,11 @@ class Engine:
                     continue
                 _logger.exception("A batch of %d rows failed.", len(batch.rows))
                 batch.end(Refusal("The engine failed on this request.", "failed", error_code=INTERNAL_ERROR))
-        ended = [batch for batch in self._batches if not batch.alive]
-        self._batches = [batch for batch in self._batches if batch.alive]
-        for batch in ended:
-            self._end(batch)
+        with self._changed:
+            for batch in self._batches:
+                if not batch.alive:
+                    self._end(batch)
+            self._batches = [batch for batch in self._batches if batch.alive]
         return True
 
     def _start(self, rows):
@@ -1465,9 +1519,11 @@ class ChatModel(mlflow.pyfunc.PythonModel):
             raise invalid("messages", f"fewer than {context_length} tokens, the model's context", where,
                           "context_length_exceeded")
         # An answer ends at the switch: beyond, the model would have to read everything anew.
-        most = min((switch if len(prompt) <= switch else context_length) - len(prompt), self._settings.max_tokens_limit)
+        # The last token of an answer is not read, so there is always one.
+        most = min(max((switch if len(prompt) <= switch else context_length) - len(prompt), 1),
+                   self._settings.max_tokens_limit)
         max_tokens = request.max_tokens or min(self._settings.max_tokens, most)
-        if max_tokens > most or not most:
+        if max_tokens > most:
             raise invalid("max_tokens", f"a whole number from 1 to {most} after these messages", where)
         matcher = self._schemas.bind(request.response_format, where)
         greedy = not (request.temperature or request.frequency_penalty or request.presence_penalty or matcher)

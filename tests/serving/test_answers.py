@@ -10,7 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
-from support.chat import AS_SHOWN, ASKED, FRAGMENTS, SECRET, contents, deltas, load_chat, mixed_requests, user
+from support.chat import (
+    AS_SHOWN,
+    ASKED,
+    FRAGMENTS,
+    HABITS,
+    SECRET,
+    contents,
+    deltas,
+    load_chat,
+    mixed_requests,
+    parts,
+    user,
+)
 from transformers import AutoTokenizer
 
 from serving import chat_model
@@ -180,7 +192,19 @@ def test_penalties_act_at_temperature_0_too(chat):
     assert answers[0] not in answers[1:]
 
 
-@pytest.mark.parametrize("length", [127, 128, 129, 130, 256, 257, 258, 700])
+def test_max_completion_tokens_is_max_tokens_by_its_new_name(chat):
+    for size in (1, 5, 40):
+        expected = ask(chat, AS_SHOWN | {"max_tokens": size})["choices"]
+        for fields in ({"max_completion_tokens": size}, {"max_completion_tokens": size, "max_tokens": size}):
+            assert ask(chat, AS_SHOWN | fields)["choices"] == expected
+
+
+def test_what_clients_send_by_habit_changes_no_answer(chat, as_shown):
+    assert ask(chat, AS_SHOWN | {name: harmless[-1] for name, _, harmless, _ in HABITS})["choices"] == as_shown
+    assert ask(chat, AS_SHOWN | {"response_format": {"type": "text"}})["choices"] == as_shown
+
+
+@pytest.mark.parametrize("length", [127, 128, 129, 130, 256, 257, 258, 385, 700])
 def test_a_long_prompt_comes_in_chunks_and_gets_the_same_answer(chat, reference, batches, length):
     # Around the edges of a chunk, the last one would be of one token.
     def tokens(messages):
@@ -258,6 +282,8 @@ def test_a_bad_row_is_named_and_no_row_runs(chat, as_shown, batches, fields, say
             chat.predict(None, request)
         assert refusal.value.message == prefix + says
         assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
+        assert refusal.value.message == f"{prefix}{refusal.value.field} has to be {refusal.value.allowed}."
+        assert refusal.value.code == ("context_length_exceeded" if "context" in says else "invalid_value")
     if "stream" not in says:  # each of these is right for a stream
         with pytest.raises(MlflowException) as refusal:
             chat.predict_stream(None, bad)  # before its first chunk is asked for
@@ -285,7 +311,10 @@ def test_a_call_that_asks_for_too_many_answers_is_refused(tiny, limit):
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40) | st.lists(
     st.sampled_from(FRAGMENTS), max_size=8).map("".join)
-TURNS = st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": TEXTS})
+CONTENTS = TEXTS | st.lists(TEXTS, min_size=1, max_size=3).map(lambda texts: parts(*texts))
+TURNS = st.fixed_dictionaries(
+    {"role": st.sampled_from(["system", "developer", "user", "assistant"]), "content": CONTENTS},
+    optional={"name": TEXTS, "tool_calls": st.none() | st.just([]), "annotations": st.just([]), "refusal": st.none()})
 STOPS = st.text(min_size=1, max_size=3)
 GOOD = {
     "temperature": st.floats(0, 2),
@@ -297,15 +326,21 @@ GOOD = {
     "frequency_penalty": st.floats(-2, 2),
     "presence_penalty": st.floats(-2, 2),
     "seed": st.integers(0, 2**53 - 1),
+    "response_format": st.sampled_from([None, {"type": "text"}]),
+    **{name: st.sampled_from([*harmless, None]) for name, _, harmless, _ in HABITS},
 }
 REQUESTS = st.fixed_dictionaries(
-    {"messages": st.builds(lambda turns, last: [*turns, *user(last)], st.lists(TURNS, max_size=3), TEXTS)},
+    {"messages": st.builds(lambda turns, last: [*turns, *user(last)], st.lists(TURNS, max_size=3), CONTENTS)},
     optional=GOOD)
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=4),
     st.lists(st.none() | st.integers() | st.text(max_size=4) | TURNS, max_size=5),
     st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
-    st.fixed_dictionaries({"include_usage": st.booleans()}))
+    st.fixed_dictionaries({"include_usage": st.booleans()}),
+    st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object", "json_schema", 5])}, optional={
+        "json_schema": st.none() | st.fixed_dictionaries({"schema": st.none() | st.dictionaries(
+            st.sampled_from(["type", "enum", "not", "const"]), st.integers() | st.sampled_from(["string", "object"]),
+            max_size=2)})}))
 
 
 def check_answer(chat, request):
@@ -317,7 +352,7 @@ def check_answer(chat, request):
     for choice in completion["choices"]:
         assert choice["finish_reason"] in ("stop", "length")
         assert not [text for text in stops if text in choice["message"]["content"]]
-    limit = request.get("max_tokens") or 16
+    limit = request.get("max_tokens") or request.get("max_completion_tokens") or 16
     assert completion["usage"]["completion_tokens"] <= n * limit
     if request.get("seed") is not None or not request.get("temperature"):
         assert chat.predict(None, dict(request))[0]["choices"] == completion["choices"]
@@ -334,7 +369,7 @@ def test_any_request_within_the_contract_is_answered_by_it(chat, request_values)
     assert chunks[-1]["usage"]["prompt_tokens"] == completion["usage"]["prompt_tokens"]
 
 
-@given(REQUESTS, st.dictionaries(st.sampled_from([*chat_model.ChatRequest.model_fields, "tools"]), ANYTHING,
+@given(REQUESTS, st.dictionaries(st.sampled_from([*chat_model.ChatRequest.model_fields, "verbosity"]), ANYTHING,
                                  min_size=1, max_size=2))
 @settings(max_examples=250)
 def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, request_values, anything):

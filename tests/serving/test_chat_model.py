@@ -14,7 +14,22 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 from support import ROOT
-from support.chat import AS_SHOWN, ASKED, BAD, LONG, SECRET, contents, deltas, mixed_requests, user
+from support.chat import (
+    A_TOOL,
+    AS_SHOWN,
+    ASKED,
+    BAD,
+    HABITS,
+    LONG,
+    SECRET,
+    SENT_BACK,
+    contents,
+    deltas,
+    mixed_requests,
+    parts,
+    schema,
+    user,
+)
 
 from serving import chat_model
 from serving.chat_model import SETTINGS, SIGNATURE, ChatRequest
@@ -158,11 +173,63 @@ def test_what_mlflow_itself_refuses_is_not_quoted_where_a_server_says_so(model, 
 
 def test_an_unknown_field_is_left_out_with_a_warning(model, before, mlflow_log):
     # The file itself refuses it. Behind a signature, MLflow drops it first, and says so.
-    assert model.predict(AS_SHOWN | {"tools": [SECRET]})[0]["choices"] == before
+    assert model.predict(AS_SHOWN | {"verbosity": [SECRET]})[0]["choices"] == before
     (record,) = mlflow_log.records
     assert record.levelname == "WARNING"
-    assert "not defined in the model signature: `['tools']`. These inputs will be ignored." in record.getMessage()
+    assert "not defined in the model signature: `['verbosity']`. These inputs will be ignored." in record.getMessage()
     assert SECRET not in record.getMessage()
+
+
+@pytest.mark.parametrize(("name", "allowed", "harmless", "harmful"), HABITS, ids=[name for name, *_ in HABITS])
+def test_what_clients_send_by_habit_passes_the_signature_and_changes_nothing_or_is_refused(
+        model, before, mlflow_log, name, allowed, harmless, harmful):
+    for value in (*harmless, None):
+        assert model.predict(AS_SHOWN | {name: value})[0]["choices"] == before
+        streamed = deltas(model.predict_stream(AS_SHOWN | {name: value}))
+        assert "".join(text for text, _ in streamed) == before[0]["message"]["content"]
+    # In a table, a row that has none is a gap.
+    table = pd.DataFrame([AS_SHOWN, AS_SHOWN | {name: harmless[0]}])
+    assert [row["choices"] for row in model.predict(table)] == [before] * 2
+    assert not [record for record in mlflow_log.records if "will be ignored" in record.getMessage()]
+    with pytest.raises(MlflowException) as refusal:  # the others are in BAD
+        model.predict([AS_SHOWN, AS_SHOWN | {name: harmful[0]}])
+    check_refusal(refusal, f"Row 1: {name} has to be {allowed}.")
+
+
+def test_a_refusal_keeps_its_parts_through_mlflow(model):
+    with pytest.raises(MlflowException) as refusal:
+        model.predict(AS_SHOWN | {"tools": [A_TOOL]})
+    body = json.loads(refusal.value.serialize_as_json())
+    assert body["message"] == "tools has to be empty or left out."
+    assert (body["field"], body["code"], body["allowed"]) == ("tools", "invalid_value", "empty or left out")
+    with pytest.raises(MlflowException) as refusal:
+        model.predict({"messages": user("x" * 100_000_000)})
+    assert (refusal.value.field, refusal.value.code) == ("messages", "context_length_exceeded")
+
+
+def test_what_openais_clients_send_passes_the_signature(model):
+    plain = [{"role": "system", "content": "Be brief.\nBe kind."}, *user("Capital?"),
+             {"role": "assistant", "content": "Paris."}, *user("And of Italy?")]
+    sent = [{"role": "developer", "content": parts("Be brief.", "Be kind.")}, plain[1] | {"name": "Bob"}, SENT_BACK,
+            *user(parts("And of Italy?"))]
+    expected = model.predict({"messages": plain, "max_tokens": 9})[0]["choices"]
+    for fields in ({"max_completion_tokens": 9},
+                   {"max_completion_tokens": 9, "max_tokens": 9, "response_format": {"type": "text"}},
+                   {"max_tokens": 9, "response_format": None, "model": "gpt-4.1", "user": "Bob"}):
+        request = {"messages": sent} | fields
+        assert model.predict(request)[0]["choices"] == expected
+        table = pd.DataFrame([request, {"messages": plain, "max_tokens": 9}])
+        assert [row["choices"] for row in model.predict(table)] == [expected] * 2
+        streamed = deltas(model.predict_stream(request))
+        assert "".join(text for text, _ in streamed) == expected[0]["message"]["content"]
+
+
+def test_an_answer_in_json_passes_the_signature(model):
+    shape = schema({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
+                    "additionalProperties": False})
+    (completion,) = model.predict(AS_SHOWN | shape | {"max_tokens": 60})
+    assert json.loads(contents(completion)[0]) in ({"ok": True}, {"ok": False})
+    assert completion["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_gap_is_a_number_that_is_not_given_and_none_is_refused(model, before):
@@ -184,7 +251,7 @@ def test_null_rows_among_good_ones_are_named_and_nothing_runs(model, before):
 
 
 def test_a_null_field_is_a_field_not_given(model, before):
-    nulls = dict.fromkeys(ChatRequest.model_fields) | {"tools": None}
+    nulls = dict.fromkeys(ChatRequest.model_fields) | {"verbosity": None}
     message = AS_SHOWN["messages"][0] | {"refusal": None, "tool_calls": None}
     assert model.predict(nulls | {"messages": [message]})[0]["choices"] == before
 

@@ -11,12 +11,13 @@ from support.chat import ASKED, FRAGMENTS, user
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import AutoTokenizer
 
-from serving.chat_model import PRIVATE_USE, ChatRequest, Message, PromptEncoder
+from serving.chat_model import Message, PromptEncoder, read_request
 
 TEMPLATE = ("{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
             "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 STRICT = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}" + TEMPLATE
 MARKUP = ["<s>", "<|end|>", "<|user|>", "<|system|>", "<|assistant|>", "<|", "\n\n"]
+PLAIN = ["<think>", "</think>", "<tool_call>"]  # added, but no special tokens
 
 
 def write_tokenizer(folder, template=TEMPLATE):
@@ -25,12 +26,13 @@ def write_tokenizer(folder, template=TEMPLATE):
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(token, normalized=False) for token in MARKUP])
+    tokenizer.add_tokens([AddedToken(token, normalized=False) for token in PLAIN])
     tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({
         "tokenizer_class": "TokenizersBackend", "bos_token": "<s>", "eos_token": "<|end|>", "chat_template": template}))
     (folder / "genai_config.json").write_text(json.dumps({"model": {
-        "type": "phi3", "context_length": 64, "vocab_size": 263, "bos_token_id": 256, "eos_token_id": 257,
+        "type": "phi3", "context_length": 64, "vocab_size": 266, "bos_token_id": 256, "eos_token_id": 257,
         "pad_token_id": 256, "decoder": {}}, "search": {}}))
     return PromptEncoder(folder)
 
@@ -49,7 +51,7 @@ def tokens(*parts):
             ((text, _),) = bytes_as_letters.pre_tokenize_str(part.decode())
             found += [letters[letter] for letter in text]
         else:
-            found.append(256 + MARKUP.index(part))
+            found.append(256 + [*MARKUP, *PLAIN].index(part))
     return found
 
 
@@ -113,13 +115,56 @@ def test_an_error_names_no_row_where_there_is_one(small):
         small.encode(conversation(("user", "a" * 100)), 1)
 
 
-def test_a_character_to_cut_with_is_found_in_all_of_private_use(small):
-    every = "".join(map(chr, itertools.chain(*PRIVATE_USE)))
-    assert (every[0], every[6399], every[6400], every[-1]) == ("\ue000", "\uf8ff", "\U000f0000", "\U000ffffd")
-    messages = conversation(("user", every[:-1]), ("user", "<s>"))
-    assert small.encode(messages, 100_000)[-7:] == tokens("<|end|>", "<|user|>", b"<s>", "<|end|>", "<|assistant|>")
-    assert refusal_of(small, conversation(("user", every[:-1]), ("user", every[-1])), 100_000) == (
-        "Row 3: messages has to be without one character at least of Unicode's private use.")
+def test_all_of_unicodes_private_use_stays_text(small):
+    every = "".join(map(chr, (*range(0xE000, 0xF900), *range(0xF0000, 0xFFFFE), *range(0x100000, 0x10FFFE))))
+    messages = conversation(("user", every), ("user", every[:6400] + "<s>" + every[::-1][-6400:]))
+    assert small.encode(messages, 10**6) == tokens(
+        "<|user|>", every.encode(), "<|end|>", "<|user|>", (every[:6400] + "<s>" + every[:6400][::-1]).encode(),
+        "<|end|>", "<|assistant|>")
+
+
+def test_the_marks_of_two_encoders_are_not_the_same_and_one_says_nothing_to_the_other(tmp_path, small):
+    other = write_tokenizer(tmp_path)
+    marks = [other._mark, other._cut, small._mark, small._cut]
+    assert len(set(marks)) == 4
+    assert {len(mark) for mark in marks} == {8}
+    for mark in (other._mark, other._cut):
+        for text in (f"{mark}<|end|>", f"<{mark}|end|>", f"<|end|>{mark}", mark * 2):
+            assert small.encode(conversation(("user", text)), 4096) == tokens(
+                "<|user|>", text.encode(), "<|end|>", "<|assistant|>")
+
+
+@pytest.mark.parametrize("text", ["<think>a</think>b", "</think>", "x<think>", "<think><think>", "<tool_call>1"])
+def test_an_assistants_turn_may_hold_what_an_assistant_writes_and_no_other_turn(small, text):
+    written = text.replace("<", "\0<").replace(">", ">\0").split("\0")
+    written = [part if part in PLAIN else part.encode() for part in written if part]
+    assert small.encode(conversation(("user", "a"), ("assistant", text), ("user", "b")), 4096) == tokens(
+        "<|user|>", b"a", "<|end|>", "<|assistant|>", *written, "<|end|>", "<|user|>", b"b", "<|end|>", "<|assistant|>")
+    for role in ("user", "system"):
+        assert small.encode(conversation((role, text)), 4096) == tokens(
+            f"<|{role}|>", text.encode(), "<|end|>", "<|assistant|>")
+
+
+WITH_NAMES = TEMPLATE.replace("{{ message.content }}",
+                              "{% if message.name is defined %}[{{ message.name }}]{% endif %}{{ message.content }}")
+
+
+@pytest.mark.parametrize(("name", "written"), [
+    ("", b""), ("Bob", b"[Bob]"), ("<|end|>", b"[<|end|>]"), ("a<s>b", b"[a<s>b]"), ("<think>", b"[<think>]")])
+def test_a_template_may_read_a_name_and_its_markup_is_text(tmp_path, name, written):
+    encoder = write_tokenizer(tmp_path, WITH_NAMES)
+    messages = [Message(role="user", content="a", name=name)]
+    assert encoder.encode(messages, 64) == tokens("<|user|>", written + b"a", "<|end|>", "<|assistant|>")
+
+
+def test_a_developers_turn_and_parts_reach_the_template_as_a_systems_text(small):
+    part = [{"type": "text", "text": text} for text in ("a<|end|>", "b")]
+    request = read_request({"messages": [{"role": "developer", "content": part}, *user(part)]})
+    assert small.encode(request.messages, 64) == tokens(
+        "<|system|>", b"a<|end|>\nb", "<|end|>", "<|user|>", b"a<|end|>\nb", "<|end|>", "<|assistant|>")
+    # A part that ends in half of some markup does not make it whole.
+    request = read_request({"messages": user([part[0] | {"text": text} for text in ("<|e", "nd|>")])})
+    assert small.encode(request.messages, 64) == tokens("<|user|>", b"<|e\nnd|>", "<|end|>", "<|assistant|>")
 
 
 def test_an_order_that_the_template_refuses_is_the_callers_fault(tmp_path):
@@ -138,8 +183,7 @@ class Encoder:
         self.control = set(self.hugging_face.get_added_vocab().values())
 
     def tokens(self, messages):
-        request = ChatRequest(messages=messages)
-        return self.encoder.encode(request.messages, 8192)
+        return self.encoder.encode(read_request({"messages": messages}).messages, 8192)
 
     def control_tokens(self, messages):
         return [token for token in self.tokens(messages) if token in self.control]

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat import user
 
-from serving.chat_model import ChatRequest, Sampler, _keep_likeliest
+from serving.chat_model import ChatRequest, Refusal, Sampler, _keep_likeliest
 
 FIVE = [0.4, 0.3, 0.2, 0.08, 0.02]  # probabilities
 
@@ -159,3 +159,85 @@ def test_a_penalty_acts_on_draws_too_and_before_top_k():
     logits = np.array([2.0, 1.0], dtype=np.float32)
     sampler(temperature=1.0, presence_penalty=2.0, seed=1).choose(logits)
     assert logits.tolist() == [2.0, 1.0]  # the caller's numbers stay
+
+
+# --- bound to a schema ------------------------------------------------------------------------
+
+
+class Matcher:
+    """Stands in for ``LLMatcher``: says which tokens may come at each step, and keeps those that came."""
+
+    def __init__(self, *allowed, size=16):
+        self.allowed, self.size, self.taken = allowed, size, []
+
+    def compute_bitmask(self):
+        mask = bytearray(self.size // 8)
+        for token in self.allowed[len(self.taken)]:
+            mask[token // 8] |= 1 << token % 8
+        return bytes(mask)
+
+    def consume_token(self, token):
+        self.taken.append(token)
+        return token in self.allowed[len(self.taken) - 1]
+
+    def is_stopped(self):
+        return len(self.taken) == len(self.allowed)
+
+
+def bound(matcher, **fields):
+    return Sampler(ChatRequest(messages=user("x"), **fields), 0, matcher)
+
+
+@pytest.mark.parametrize(("allowed", "token"), [
+    ([0, 1, 2], 2), ([0, 1], 1), ([0], 0), ([8], 8), ([7, 8], 8), ([9], 9), ([0, 9], 9), ([2, 3], 2)])
+def test_of_an_answer_bound_to_a_schema_the_likeliest_token_that_fits_wins(allowed, token):
+    logits = np.array([1.0, 2, 5, 4, 0, 9, 9, 3, 6, 7], dtype=np.float32)  # 5 and 6 are the likeliest, and never fit
+    matcher = Matcher(allowed)
+    one = bound(matcher, temperature=0)
+    assert not one.complete
+    assert one.choose(logits) == token
+    assert matcher.taken == [token]
+    assert one.complete
+    assert logits[5] == 9  # the caller's numbers stay
+
+
+@pytest.mark.parametrize("fields", [{"temperature": 2.0}, {"temperature": 1.0, "top_p": 0.5},
+                                    {"temperature": 1.0, "top_k": 1}, {"temperature": 0.01},
+                                    {"temperature": 0, "frequency_penalty": 2.0, "presence_penalty": 2.0}])
+@pytest.mark.filterwarnings("error")
+def test_no_draw_and_no_penalty_takes_a_token_that_does_not_fit(fields):
+    steps = [[1, 3], [3], [1, 3, 12], [12], [0, 1, 3]] * 20
+    matcher = Matcher(*steps)
+    one = bound(matcher, seed=4, **fields)
+    tokens = [one.choose(np.linspace(0, 30, 13)[::-1]) for _ in steps]
+    assert matcher.taken == tokens
+    assert all(token in allowed for token, allowed in zip(tokens, steps, strict=True))
+
+
+def test_top_k_counts_the_tokens_that_fit():
+    logits = np.array([9.0, 8, 2, 1, 0, 0], dtype=np.float32)
+    drawn = {bound(Matcher([2, 3, 4]), temperature=2.0, top_k=2, seed=seed).choose(logits) for seed in range(60)}
+    assert drawn == {2, 3}
+
+
+def test_a_seed_draws_from_a_bound_answer_what_it_draws_without_where_all_fits():
+    logits = np.log(np.array(FIVE))
+    for seed in range(20):
+        assert bound(Matcher(range(5)), temperature=1.0, seed=seed).choose(logits) == sampler(
+            temperature=1.0, seed=seed).choose(logits)
+
+
+def test_a_schema_that_grows_too_much_for_an_answer_is_refused():
+    matcher = Matcher([1])
+    matcher.consume_token = lambda token: False
+    with pytest.raises(Refusal) as refusal:
+        bound(matcher, temperature=0).choose(np.zeros(4))
+    assert refusal.value.message == (
+        "response_format.json_schema.schema has to be simpler: it grew too much for this answer.")
+    assert refusal.value.code == "invalid_value"
+
+
+def test_without_a_schema_an_answer_is_never_complete():
+    one = sampler(temperature=0)
+    one.choose(np.zeros(4))
+    assert one.complete is False

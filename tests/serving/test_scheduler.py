@@ -16,6 +16,7 @@ class Row:
     due: float
     stream: bool
     ended: bool
+    kept: int
 
 
 @dataclass(eq=False)
@@ -24,9 +25,9 @@ class Batch:
     cache_tokens: int
 
 
-def row(prompt=10, max_tokens=10, waited=0.0, stream=False, ended=False):
+def row(prompt=10, max_tokens=10, waited=0.0, stream=False, ended=False, kept=0):
     """Return what the scheduler sees of a row whose turn came ``waited`` seconds ago."""
-    return Row([0] * prompt, max_tokens, NOW - waited, stream, ended)
+    return Row([0] * prompt, max_tokens, NOW - waited, stream, ended, kept)
 
 
 def batch(rows, cache_tokens=0):
@@ -179,6 +180,64 @@ def test_where_the_row_that_must_start_does_not_fit_none_does():
     large, small = row(100, 800), row(10, 10)
     assert Scheduler(8192).choose([large, small], 899, must=large) == []
     assert Scheduler(8192).choose([large, small], 900, must=large) == [large]
+
+
+@pytest.mark.parametrize(("kept", "alone"), [(0, False), (255, False), (256, True), (300, True)])
+def test_a_row_that_goes_on_with_a_kept_conversation_starts_alone_where_that_is_worth_it(kept, alone):
+    waiting = [row(128, 10, waited=2, kept=kept), row(128, 10), row(128, 10)]
+    # Whether others run or not, and whether its turn has long come.
+    for running, now in (([], NOW), ([batch(1)], NOW), ([], NOW + 5)):
+        assert Scheduler(8192).next(waiting, running, now) == waiting[:1 if alone else 3]
+    assert Scheduler(8192).next(waiting[:1], [], NOW) == waiting[:1]
+
+
+def test_only_the_first_row_starts_alone_and_the_others_share_a_batch():
+    waiting = [row(128, 10, waited=2), row(128, 10, kept=300), row(128, 10, kept=300)]
+    assert Scheduler(8192).next(waiting, [], NOW) == waiting
+    assert Scheduler(8192).next(waiting[1:], [], NOW) == waiting[1:2]
+    # What is worth it is a number of the scheduler's.
+    assert Scheduler(8192, worth_reusing=301).next(waiting[1:], [], NOW) == waiting[1:]
+    assert Scheduler(8192, worth_reusing=300).next(waiting[1:], [], NOW) == waiting[1:2]
+
+
+def test_a_row_that_starts_alone_waits_for_its_cache_like_any_other():
+    first, small = row(500, 400, waited=3, kept=400), row(10, 10)
+    assert Scheduler(1000).next([first, small], [batch(1, 1100)], NOW) == [first]
+    assert Scheduler(1000).next([first, small], [batch(1, 1101)], NOW) == [small]  # which goes first for a while
+    assert Scheduler(1000).next([first, small], [batch(1, 1101)], NOW + 30) == []
+
+
+@pytest.mark.parametrize(("rope_switch", "sizes", "rows"), [
+    (None, [(100, 50)] * 4, 4),
+    (150, [(100, 50)] * 4, 4),  # up to it
+    (149, [(100, 50)] * 4, 1),  # and no further: these would read their last tokens in another way
+    (149, [(100, 49)] * 4, 4),
+    (120, [(100, 20), (90, 18)], 2),
+    # Padded to the longest prompt, and run to the longest answer, they would be beyond.
+    (109, [(100, 10), (10, 100)], 1),
+    (200, [(100, 100), (10, 100)], 2),
+    (199, [(100, 100), (10, 100)], 1),
+])
+def test_a_batch_of_several_rows_stays_on_one_side_of_the_rope_switch(rope_switch, sizes, rows):
+    scheduler = Scheduler(8192, rope_switch)
+    waiting = [row(*size) for size in sizes]
+    assert len(scheduler.choose(waiting, 8192)) == rows
+    assert len(scheduler.next(waiting, [], NOW)) == rows
+
+
+@pytest.mark.parametrize(("prompt", "max_tokens"), [(100, 50), (100, 51), (149, 1), (151, 1), (5000, 100)])
+def test_a_lone_row_may_be_on_either_side_of_the_rope_switch(prompt, max_tokens):
+    lone = row(prompt, max_tokens)
+    assert Scheduler(8192, 150).next([lone], [], NOW) == [lone]
+    assert len(Scheduler(8192, 150).choose([row(prompt, max_tokens), row(prompt, max_tokens)], 16_384)) == (
+        2 if prompt + max_tokens <= 150 else 1)
+
+
+@pytest.mark.parametrize(("running", "free"), [
+    ([], 2000), ([0], 2000), ([1], 1999), ([300, 700], 1000), ([1000, 1000], 0), ([1500, 800], -300)])
+def test_what_the_batches_have_not_reserved_of_two_contexts_is_free(running, free):
+    assert Scheduler(1000).free_tokens([batch(1, tokens) for tokens in running]) == free
+    assert Scheduler(1000, max_contexts=3).free_tokens([batch(1, tokens) for tokens in running]) == free + 1000
 
 
 def test_ended_rows_are_dropped():

@@ -9,10 +9,12 @@ Weights are noise that nothing can load, in files of the right names, unless ``r
 
 import json
 import random
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 from support import ROOT
 
@@ -205,3 +207,37 @@ def _write_onnx(source, folder):
         shutil.move(scratch / name, folder / name)
     (folder / "configuration_phi3.py").write_text(REMOTE_CODE)
     shutil.rmtree(scratch)
+
+
+def export_phi3(folder, *options, layer_types=False, **config):
+    """Write a tiny random Phi-3 and its fp32 export by the builder; return the folders of both.
+
+    With ``layer_types``, its configuration says which layers have the window.
+    """
+    import torch
+    from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM
+
+    torch_folder, onnx_folder = _folder(folder / "torch"), folder / "onnx"
+    tokenizer = _bytes()
+    end_of_text, end = map(tokenizer.token_to_id, ("<|endoftext|>", "<|end|>"))
+    torch.manual_seed(1)
+    model = Phi3ForCausalLM(Phi3Config(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=4, initializer_range=0.2, bos_token_id=end_of_text,
+        eos_token_id=end_of_text, pad_token_id=end_of_text, **config))
+    model.generation_config = GenerationConfig(eos_token_id=[end_of_text, end], pad_token_id=end_of_text)
+    model.save_pretrained(torch_folder)
+    written = json.loads((torch_folder / "config.json").read_text())
+    if layer_types:
+        written["layer_types"] = ["sliding_attention"] * 2
+    tokenizer.save(str(torch_folder / "tokenizer.json"))
+    _add(torch_folder, {
+        "config.json": json.dumps(written),
+        "tokenizer_config.json": json.dumps(_tokenizer_config(
+            tokenizer, PHI4_TEMPLATE, tokenizer_class="GPT2Tokenizer", bos_token="<|endoftext|>",
+            unk_token="<|endoftext|>", add_prefix_space=False))})
+    command = ["builder", "-m", "local", "-i", torch_folder, "-o", onnx_folder, "-p", "fp32", "-e", "cpu",
+               "-c", folder / "cache", *(["--extra_options", *options] if options else [])]
+    with mock.patch.object(sys, "argv", list(map(str, command))):  # in this process: to import torch takes its time
+        runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
+    return torch_folder, onnx_folder
