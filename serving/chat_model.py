@@ -686,8 +686,8 @@ def _first_of(texts):
 
 MAX_SCHEMA = 65_536  # characters of a schema as JSON
 # Words of JSON Schema that llguidance refuses, which a sentence may quote.
-UNKEPT = {"not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "dependentRequired",
-          "dependentSchemas", "propertyNames", "unevaluatedItems", "unevaluatedProperties"}
+UNKEPT = ("not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "dependentRequired",
+          "dependentSchemas", "propertyNames", "unevaluatedItems", "unevaluatedProperties")
 
 
 def find_costly(schema: Any, meeting: bool = False) -> str | None:

@@ -930,7 +930,8 @@ def test_threads_and_provider_reach_the_engine(tiny, monkeypatch, settings, thre
     monkeypatch.setitem(GPU_BUILDS, "dml", ("a package", lambda: True))
     model = load_chat(tiny.onnx_dir, **settings)
     assert [json.loads(text) for text in overlays] == [
-        {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}]
+        {"model": {"type": "llama", "decoder": {"session_options": {"intra_op_num_threads": threads}}},
+         "search": {"chunk_size": 0}}]
     assert chosen == providers
     assert set(model._engine.config.end_tokens) == {0, 1, 3}
     model.close()

@@ -14,7 +14,8 @@ from serving.chat_model import CHUNK, Batch, Config, Kept, KeptConversations, Re
 
 END = {0, 1}  # end tokens
 PAD = 9
-CONFIG = Config(context_length=8192, rope_switch=8192, end_tokens=(0, 1), pad=PAD, vocab_size=200, block=128)
+CONFIG = Config(context_length=8192, rope_switch=8192, end_tokens=(0, 1), pad=PAD, vocab_size=200, block=128,
+                ring=0)
 
 
 class Letters:
@@ -319,7 +320,7 @@ def test_a_batch_of_several_rows_is_never_as_wide_as_reads_its_last_token_in_ano
     (150, [128, 22]),  # on the near side
     (151, [151]), (152, [152]), (200, [200]), (280, [256, 24]), (400, [256, 128, 16])])
 def test_the_first_step_beyond_a_rope_switch_reaches_beyond_it(engine, length, sizes):
-    config = Config(8192, 150, (0, 1), PAD, 200, 128)
+    config = Config(8192, 150, (0, 1), PAD, 200, 128, 0)
     batch = Batch(None, [row(range(length), 5)], config)
     for _ in sizes:
         batch.step()

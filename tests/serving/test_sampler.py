@@ -183,6 +183,9 @@ class Matcher:
     def is_stopped(self):
         return len(self.taken) == len(self.allowed)
 
+    def is_error(self):
+        return False
+
 
 def bound(matcher, **fields):
     return Sampler(ChatRequest(messages=user("x"), **fields), 0, matcher)

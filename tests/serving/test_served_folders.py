@@ -49,7 +49,7 @@ WRITTEN = {
                     "present_value_names": "present.%d.value"}},
         "eos_token_id": 7, "pad_token_id": 3, "type": "phi3", "vocab_size": 100},
     "search": {"do_sample": False, "max_length": 200, "num_beams": 1, "past_present_share_buffer": True}}
-LEFT_OUT = object()
+LEFT_OUT = "left out"
 
 
 def changed(**changes):
