@@ -125,12 +125,13 @@ def check(encoder, name, messages):
 # --- the prompt -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", FILES)
-def test_the_prompt_is_that_of_transformers(encoder, name, conversation):
-    check(encoder, name, CONVERSATIONS[conversation])
+def test_the_prompt_is_that_of_transformers(encoder, name):
+    for messages in CONVERSATIONS.values():
+        check(encoder, name, messages)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("messages", [
     turns(*(f"{place}: a text that is neither long nor short." for place in range(999))),
     turns("Hi", f"<think>\n{'a thought, ' * 10_000}\n</think>\n\nYes.", "a long text\n" * 10_000),
@@ -140,6 +141,7 @@ def test_a_long_conversation_is_not_taken_for_an_attack(encoder, name, messages)
     check(encoder, name, messages)
 
 
+@pytest.mark.slow
 def test_many_threads_may_use_one_encoder(encoder):
     names = ["qwen3", "glm-4", "minicpm3", "generation", "loop-controls", "order"]
     asked = [(name, messages) for name in names for messages in CONVERSATIONS.values()] * 3
@@ -499,6 +501,7 @@ def renderer(tmp_path_factory):
     renderer.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_a_template_that_would_do_harm_is_refused(renderer, tmp_path, attack):
     answer = renderer.render(write_folder(tmp_path, ATTACKS[attack]))
