@@ -1,18 +1,18 @@
-"""Rewrites an ONNX model for crowds: two exports of it come in, at fp32 and at int8, a folder that reads and writes for
-many at once goes out. A program of its own: ``python -m helpers.models.crowd FP32 INT8 OUT``.
+"""Rewrites an ONNX model for crowds: exports of it at fp32 and at int8 come in, a new folder goes out.
 
-The builder's int8 has a scale for each block of 32 weights, and works through a batch row by row. Here a column of
-weights has one scale, so that the processor's int8 instructions (AMX, VNNI) multiply all rows at once. What that costs in
-fidelity is won back by the inputs: an input x is two int8 numbers, hi + lo / 254. Its scale is a constant behind a norm,
-whose output has a bound, and elsewhere the row's own largest number. So no row has a say in another's, and sums of
-integers are exact: an answer does not depend on its company.
+A program of its own: ``python -m helpers.models.crowd FP32 INT8 OUT``. The builder's int8 has a scale for each block
+of 32 weights, and works through a batch row by row. Here a column of weights has one scale, so that the processor's
+int8 instructions (AMX, VNNI) multiply all rows at once. What that costs in fidelity is won back by the inputs: an
+input x is two int8 numbers, hi + lo / 254. Its scale is a constant behind a norm, whose output has a bound, and
+elsewhere the row's own largest number. So no row has a say in another's, and sums of integers are exact: an answer
+does not depend on its company.
 
-On SmolLM2-135M, 24 prompts, next token as in fp32 and mean of equal greedy tokens of 41: int8 0.968 and 22.7, this 0.966
-and 20.4. Passed over: one int8 term with a scale for each row, 0.895 and 11.0; the same on smoothed or rotated weights,
-0.93 and 10; two terms for some layers only, on rotated weights, 0.953 and 15.7; int8 in blocks of 64, 0.954 and 15.6, a
-little faster; one scale for a whole batch in gate_proj and up_proj alone, 0.939 and 12.2, and answers that depend on
-their company. The builder's graphs of Llama's and Phi-3's kinds are known. A processor without int8 instructions that sum
-four products at once (VNNI, AMX) may cut such sums off: there, stay with int8.
+On SmolLM2-135M, 24 prompts, share of next tokens as in fp32 and mean of equal greedy tokens of 41: int8 0.968 and
+22.7, this 0.966 and 20.4. Passed over: one int8 term with a scale for each row, 0.895 and 11.0; the same on smoothed
+or rotated weights, 0.93 and 10; two terms for some layers only, on rotated weights, 0.953 and 15.7; int8 in blocks of
+64, 0.954 and 15.6, a little faster; one scale for a whole batch in gate_proj and up_proj alone, 0.939 and 12.2, and
+answers that depend on their company. The builder's graphs of Llama's and Phi-3's kinds are known. A processor without
+such instructions may cut the sums off: there, stay with int8.
 """
 
 import shutil

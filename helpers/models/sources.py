@@ -27,8 +27,8 @@ from helpers.requirements import installed_build
 
 # Raise it when convert.py writes something else, or tiny-phi3 with other words of LICENSE: models are then made anew.
 CONVERTER_VERSION = 1
-# Agreement with fp32 on the next token, 24 prompts: int8 0.97, int8-crowd 0.97, int4 0.71. An entry of the catalogue may
-# name another: "int8-crowd" is for many callers at once, and slower for one; see helpers/models/crowd.py.
+# Agreement with fp32 on the next token, 24 prompts: int8 0.97, int8-crowd 0.97, int4 0.71. An entry of the catalogue
+# may name another: "int8-crowd" is for many callers at once, and slower for one; see helpers/models/crowd.py.
 PRECISION = "int8"
 
 

@@ -361,6 +361,7 @@ def test_a_conversation_gets_the_same_answers_whether_its_prompts_are_kept_or_no
     assert stats_of(cold)["reused_prompt_tokens"] == cold.stats()["kept_conversations"] == 0
 
 
+@pytest.mark.slow
 def test_conversations_in_company_get_the_answers_that_they_get_alone_without_reuse(fresh, cold):
     jobs = [(f"{number}. " * (1 + 5 * number), WAYS[way]) for number in range(4) for way in ("greedy", "seeded")]
     alone = [talk(cold, opening, **fields) for opening, fields in jobs]
@@ -380,6 +381,7 @@ def test_conversations_in_company_get_the_answers_that_they_get_alone_without_re
     assert stats["cache_tokens"] <= 4096  # nothing runs: this is what is kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["greedy", "seeded"])
 def test_who_goes_back_in_a_conversation_gets_the_same_answers(fresh, cold, way):
     held, fields = talk(cold, **WAYS[way]), WAYS[way]
@@ -451,6 +453,7 @@ def engines(tiny):
         engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 64, 127, 128, 129, 130, 256, 257, 258, 385, 386])
 def test_a_prompt_of_any_length_gets_the_same_answer_alone_in_a_batch_and_as_a_continuation(engines, length):
     plain, keeping = engines
@@ -593,6 +596,7 @@ def test_a_prompt_that_begins_in_another_way_reuses_nothing(fresh, cold):
     assert fresh.stats()["kept_conversations"] == 2
 
 
+@pytest.mark.slow
 def test_of_many_conversations_the_last_few_are_kept_within_one_context(tiny):
     for most, length, left in ((2, 200, 2), (4, 200, 4), (4, 2500, 1), (0, 200, 0)):
         model = load_chat(tiny.onnx_dir, kept_conversations=most)
@@ -694,6 +698,7 @@ def own(span):
     return {name: value for name, value in span.attributes.items() if not name.startswith("mlflow.")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stream", [False, True])
 def test_under_a_span_each_row_tells_what_it_spent_its_time_on(fresh, traced, stream):
     request = {"messages": user(SECRET * 20), "max_tokens": 6, "temperature": 1.0, "seed": 2}
@@ -720,6 +725,7 @@ def test_under_a_span_each_row_tells_what_it_spent_its_time_on(fresh, traced, st
     assert request["messages"][0]["role"] not in text.replace("user_id", "")
 
 
+@pytest.mark.slow
 def test_each_row_of_a_call_has_its_spans_and_a_continuation_says_what_it_reused(fresh, traced):
     held = talk(fresh, turns=TURNS[:2])
     with mlflow.start_span("caller") as caller:
@@ -732,6 +738,7 @@ def test_each_row_of_a_call_has_its_spans_and_a_continuation_says_what_it_reused
     assert sorted(names) == sorted(["read", "wait", "prefill", "decode"] * 3)
 
 
+@pytest.mark.slow
 def test_a_row_that_is_left_or_refused_has_spans_that_end(fresh, traced):
     with mlflow.start_span("caller") as caller:
         stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)

@@ -198,6 +198,7 @@ FIELDS = st.fixed_dictionaries({"seed": st.integers(0, 2**53 - 1), "temperature"
                                          "frequency_penalty": st.sampled_from([-2.0, 1.5])})
 
 
+@pytest.mark.slow
 @given(MADE, FIELDS)
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 def test_answers_fit_any_schema_that_is_not_refused(chat, schema, fields):
@@ -225,6 +226,7 @@ MAP = {"type": "object", "properties": {"a": INTEGER}, "additionalProperties": S
 LINES = {"type": "object", "properties": {"a\nb": NULL}, "additionalProperties": INTEGER}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schema", "text"), [
     (MAP, '{"a": 1, "b": "x"}'), (MAP, '{"a": 1, "b": "x", "b": "y"}'), (MAP, '{"ä🙂": "x"}'), (MAP, "{}"),
     (LINES, '{"a\\nb": null, "c": 1}'), (STRING, '"\\n\\"\\\\ é🙂"'), (INTEGER, "-0"), ({}, "1e999"),
@@ -237,6 +239,7 @@ def test_a_text_that_fits_may_be_written(chat, schema, text):
     assert judge(schema, text, "stop") is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("schema", "text"), [
     # Read by a parser, the name is "a", whose value is no integer then.
     (MAP, '{"\\u0061": "x"}'), (MAP, '{"a": 1, "\\u0061": "x"}'), (LINES, '{"a\\u000ab": 1}'),
@@ -271,6 +274,7 @@ def test_a_constant_with_control_characters_is_written_as_it_is_or_refused(chat,
 # --- the end of an answer ---------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", [{"const": {"a": 5}}, {"type": "boolean"}, SCHEMAS["const"], {"enum": ["né"]}])
 def test_an_answer_that_its_last_allowed_token_completes_ends_with_stop(chat, schema):
     whole = chat.predict(None, request(schema, seed=1, max_tokens=100))[0]
@@ -322,6 +326,7 @@ def batches(monkeypatch):
     return rows
 
 
+@pytest.mark.slow
 def test_rows_of_many_schemas_and_of_none_share_a_batch_and_are_as_they_would_be_alone(chat, batches):
     bound = [(schema, request(schema, seed=number, max_tokens=30, **{"temperature": number % 3 / 2}))
              for number, schema in enumerate(SCHEMAS.values())]
@@ -359,6 +364,7 @@ def test_a_stream_joins_to_the_answer(chat, name):
     assert len(pieces) > 2
 
 
+@pytest.mark.slow
 def test_answers_on_many_threads_are_as_they_would_be_alone(chat):
     asked = [request(schema, seed=number, max_tokens=20) for number, schema in enumerate(SCHEMAS.values())]
     alone = [choices(chat, one) for one in asked]
@@ -460,6 +466,7 @@ def test_a_schema_that_is_no_object_is_refused(chat, value):
     assert SECRET not in refusal.message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("schema", [deep(50, "objects"), deep(50), {"enum": [f"{i:05d}" for i in range(6000)]},
                                     planted({"description": "x" * 60_000})], ids=["objects", "arrays", "enum", "size"])
 def test_a_great_schema_within_the_bounds_is_kept(chat, schema):
@@ -476,6 +483,7 @@ EXPLODING = {
         f".{{{i},{i + 9}}}{i}" for i in range(500)) + ")*"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", EXPLODING.values(), ids=EXPLODING)
 def test_a_pattern_that_explodes_is_refused_or_kept_and_the_model_goes_on(chat, pattern):
     schema = {"type": "string", "pattern": pattern}
@@ -511,6 +519,7 @@ class Overgrown:
         return False
 
 
+@pytest.mark.slow
 def test_a_row_that_grows_too_much_ends_with_an_error_and_the_others_of_its_batch_go_on(chat, batches, monkeypatch):
     asked = request(SCHEMAS["lengths"], seed=3, max_tokens=20)
     alone, choose = choices(chat, asked), Sampler.choose
@@ -532,6 +541,7 @@ def test_a_row_that_grows_too_much_ends_with_an_error_and_the_others_of_its_batc
     assert (caught.value.code, caught.value.field) == ("invalid_value", FIELD)
 
 
+@pytest.mark.slow
 def test_a_schema_of_1000_properties_that_may_be_left_out_is_kept_or_refused_before_any_row_runs(chat):
     schema = fixed({f"p{number}": INTEGER for number in range(1000)}, [])
     before = chat.stats()["answers"]
@@ -584,6 +594,7 @@ def test_a_schema_that_takes_much_to_compile_is_refused_or_kept_with_bounded_wor
     assert int(ended.stdout) < 300
 
 
+@pytest.mark.slow
 def test_a_running_answer_goes_on_while_a_schema_is_compiled(fresh):
     """Count the steps that a stream makes between the begin and the end of a compilation."""
     hard = {"type": "object", "patternProperties": {f"^k{i}_": NULL for i in range(20)},

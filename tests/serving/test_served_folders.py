@@ -334,6 +334,7 @@ def sides(model):
     return [(size, min(8, (switch if size <= switch else context_length) - size)) for size in sizes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 4])
 def test_a_prompt_on_either_side_of_the_switch_is_answered_as_by_transformers(two_ropes, served, taken, kept):
     chat = served(two_ropes, kept_conversations=kept)
@@ -343,6 +344,7 @@ def test_a_prompt_on_either_side_of_the_switch_is_answered_as_by_transformers(tw
     two_ropes.check(taken, len(sides(two_ropes)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kept", [0, 4])
 def test_rows_on_both_sides_of_the_switch_in_one_call(two_ropes, served, taken, kept):
     chat = served(two_ropes, kept_conversations=kept)
@@ -351,6 +353,7 @@ def test_rows_on_both_sides_of_the_switch_in_one_call(two_ropes, served, taken, 
     two_ropes.check(taken, 2 * len(sides(two_ropes)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("sizes", "kept"), [
     ((-30, -18, -10), True), ((2, 32, 62), True), ((-12, 20), False), ((30, -6), False), ((-1, 1), False),
     ((1, 2, 40), True)], ids=str)
@@ -362,6 +365,7 @@ def test_the_next_turn_of_a_kept_conversation_stays_on_its_side(two_ropes, serve
     two_ropes.check(taken, len(sizes))
 
 
+@pytest.mark.slow
 def test_a_kept_conversation_that_differs_late_is_read_anew_from_there(two_ropes, served, taken):
     chat, switch = served(two_ropes, kept_conversations=4), two_ropes.config.rope_switch
     for size, seed, same in ((switch + 10, 0, 0), (switch + 15, 1, switch - 20), (switch + 3, 2, switch - 20)):
@@ -370,6 +374,7 @@ def test_a_kept_conversation_that_differs_late_is_read_anew_from_there(two_ropes
     two_ropes.check(taken, 3)
 
 
+@pytest.mark.slow
 def test_an_answer_ends_at_the_switch_and_max_tokens_says_where(two_ropes, served, taken):
     chat, switch = served(two_ropes), two_ropes.config.rope_switch
     for size in (switch - 30, switch - 9, switch - 1):
@@ -384,6 +389,7 @@ def test_an_answer_ends_at_the_switch_and_max_tokens_says_where(two_ropes, serve
     two_ropes.check(taken, 4)
 
 
+@pytest.mark.slow
 def test_a_prompt_of_the_switchs_size_is_answered_or_refused_for_its_size(two_ropes, served):
     try:
         ask(served(two_ropes), two_ropes.text(two_ropes.config.rope_switch))
@@ -391,6 +397,7 @@ def test_a_prompt_of_the_switchs_size_is_answered_or_refused_for_its_size(two_ro
         assert refusal.field == "messages"
 
 
+@pytest.mark.slow
 def test_a_chunk_size_of_the_folder_cuts_no_prompt(tmp_path, served, taken):
     model = longrope(tmp_path, 64, 256)
     text = json.loads((model.folder / "genai_config.json").read_text())
@@ -400,6 +407,7 @@ def test_a_chunk_size_of_the_folder_cuts_no_prompt(tmp_path, served, taken):
     model.check(taken, 1)
 
 
+@pytest.mark.slow
 def test_the_token_that_was_chosen_is_the_one_that_is_taken(tmp_path, served, taken, monkeypatch):
     chosen, choose = [], Sampler.choose
 
@@ -413,6 +421,7 @@ def test_the_token_that_was_chosen_is_the_one_that_is_taken(tmp_path, served, ta
     assert taken[0].seen == chosen
 
 
+@pytest.mark.slow
 def test_within_its_window_a_model_answers_as_by_transformers(window, served, taken):
     chat = served(window, kept_conversations=0)
     sizes = (20, 40, 50, 56, 60, 62, 63)
@@ -427,6 +436,7 @@ def test_within_its_window_a_model_answers_as_by_transformers(window, served, ta
     window.check(taken[-4:], 4)
 
 
+@pytest.mark.slow
 def test_nothing_goes_beyond_a_window_that_the_graph_does_not_know(window, served):
     chat = served(window)
     for size in (64, 65, 80, 81, 100, 255):
@@ -438,6 +448,7 @@ def test_nothing_goes_beyond_a_window_that_the_graph_does_not_know(window, serve
     assert ask(chat, window.text(60))["usage"] == {"prompt_tokens": 60, "completion_tokens": 4, "total_tokens": 64}
 
 
+@pytest.mark.slow
 def test_a_window_that_the_graph_knows_is_no_bound(tmp_path, served, taken):
     model = windowed(tmp_path, "windowed_kv_cache=false", layer_types=True)  # as helpers export it
     assert model.config.context_length == 256
@@ -449,6 +460,7 @@ def test_a_window_that_the_graph_knows_is_no_bound(tmp_path, served, taken):
     assert [row.reused > 0 for row in taken[-3:]] == [True] * 3
 
 
+@pytest.mark.slow
 def test_a_ring_answers_lone_prompts_as_transformers_does(ring, served, taken):
     chat = served(ring, kept_conversations=0)
     for size in (50, 60, 64, 65, 100, 129, 200, 240):
@@ -456,11 +468,13 @@ def test_a_ring_answers_lone_prompts_as_transformers_does(ring, served, taken):
     ring.check(taken, 8)
 
 
+@pytest.mark.slow
 def test_a_ring_answers_a_short_prompt(ring, served, taken):
     ask(served(ring, kept_conversations=0), ring.text(20), max_tokens=5)
     ring.check(taken, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(30, 40), (60, 66), (100, 101)])
 def test_a_ring_answers_several_prompts(ring, served, taken, sizes):
     chat = served(ring, kept_conversations=0)
@@ -468,6 +482,7 @@ def test_a_ring_answers_several_prompts(ring, served, taken, sizes):
     ring.check(taken, len(sizes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", [(100, 130), (150, 190), (150, 110)])
 def test_a_ring_answers_the_next_turn(ring, served, taken, sizes):
     chat = served(ring, kept_conversations=4)
@@ -650,6 +665,7 @@ def test_what_looks_like_markup_is_text(kind):
         check_text(kind, text)
 
 
+@pytest.mark.slow
 @given(text=st.lists(st.sampled_from(FRAGMENTS), max_size=8).map("".join))
 @settings(max_examples=60)
 def test_any_text_is_text(kind, text):
