@@ -20,7 +20,7 @@ from helpers.models.pip import PipError, explain, run_pip
 from helpers.paths import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
-# The oldest that torch's own wheels run on: glibc 2.28, macOS 14. pip does not know by itself that a system
+# The oldest that all wheels run on: glibc 2.31, for llguidance, and macOS 14, for torch. pip does not know that a system
 # takes the wheels of older ones, https://packaging.python.org/specifications/platform-compatibility-tags.
 PLATFORMS = {
     "windows": {"os_name": "nt", "sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64",
@@ -28,7 +28,7 @@ PLATFORMS = {
     "macos": {"os_name": "posix", "sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64",
               "tags": tuple(mac_platforms((14, 0), "arm64"))},
     "linux": {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64",
-              "tags": (*(f"manylinux_2_{minor}_x86_64" for minor in range(28, 4, -1)), "manylinux2014_x86_64",
+              "tags": (*(f"manylinux_2_{minor}_x86_64" for minor in range(31, 4, -1)), "manylinux2014_x86_64",
                        "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")},
 }
 # A marker may ask for a patch release, and the participants have different ones: both ends are gathered.

@@ -29,6 +29,7 @@ from support import PAGES, ROOT, TRACKS, refuses, run_python
 from course.execute import execute, print_answers
 from helpers.signatures import find_signature
 from helpers.tracking import tracking_store
+from serving.chat_model import ClientHabits
 
 pytestmark = pytest.mark.slow
 
@@ -138,7 +139,7 @@ def test_the_pages_show_no_warning_and_no_empty_widget(course, page):
     # A number that stands alone is what a cell's last line happened to return.
     assert not [output for output in outputs if re.fullmatch(r"-?[\d.]+", output.get("data", {}).get("text/plain", ""))]
     checks = [cell.outputs[0].text for cell in code if "check(" in cell.source]
-    assert len(checks) == (4 if page != "CustomPythonWrapper" else 3)
+    assert len(checks) == {"CustomPythonWrapper": 3, "ChatModel": 5}.get(page, 4)
     assert all(said.startswith("PASS\n") for said in checks), checks
     html = (course.folder / f"{page}.html").read_text(encoding="utf-8")
     assert ("data:image/svg+xml;base64," in html) is (page in TRACKS)
@@ -216,7 +217,8 @@ def test_the_signatures_are_the_contracts(course):
     assert chat.outputs == CHAT_MODEL_OUTPUT_SCHEMA
     onnx = find_signature("models:/slm-onnx@champion")
     served = set(chat.inputs.input_names()) - {"tools", "custom_inputs"}
-    assert set(onnx.inputs.input_names()) == served | {"seed", "stream_options"}
+    assert set(onnx.inputs.input_names()) == served | set(ClientHabits.model_fields) | {
+        "seed", "stream_options", "max_completion_tokens", "response_format"}
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the page prints other lines there")
