@@ -707,8 +707,8 @@ def find_costly(schema: Any, meeting: bool = False) -> str | None:
         ("multipleOf", isinstance(step, int | float) and step > 10_000 and math.log10(step) % 1),
         ("minProperties", isinstance(least, int) and least > 1 + len(required if isinstance(required, list) else [])),
         ("patternProperties", isinstance(named, dict) and len(named) > (5 if meets else 100)),
-        ("pattern", meets and json.dumps(schema).count('"pattern"') > 10),
-        ("allOf", meets and json.dumps(schema).count('"multipleOf"') > 4),
+        *((name, meets and json.dumps(schema).count(f'"{name}"') > most)
+          for name, most in (("pattern", 10), ("patternProperties", 10), ("multipleOf", 4))),
         *((name, isinstance(schema.get(name), list) and len(schema[name]) > 200) for name in ("anyOf", "oneOf")),
     ]
     return next((name for name, costly in found if costly), None) or next(

@@ -20,7 +20,7 @@ from helpers.models.pip import PipError, explain, run_pip
 from helpers.paths import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
-# The oldest that all wheels run on: glibc 2.31, for llguidance, and macOS 14, for torch. pip does not know that a system
+# The oldest that all wheels run on: glibc 2.31 (llguidance), macOS 14 (torch). pip does not know that a system
 # takes the wheels of older ones, https://packaging.python.org/specifications/platform-compatibility-tags.
 PLATFORMS = {
     "windows": {"os_name": "nt", "sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64",

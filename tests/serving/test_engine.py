@@ -680,8 +680,10 @@ def test_who_goes_away_is_counted_with_what_was_written(fresh):
 
 
 @pytest.fixture
-def traced(store):
-    """Let MLflow keep traces in a store of this test's own."""
+def traced(store, monkeypatch):
+    """Let MLflow keep traces in a store of this test's own, in no experiment of another one."""
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(store)
     yield
