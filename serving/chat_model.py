@@ -703,11 +703,12 @@ def find_costly(schema: Any, meeting: bool = False) -> str | None:
     step, named = schema.get("multipleOf", 1), schema.get("patternProperties")
     least, required = schema.get("minProperties", 0), schema.get("required")
     meets = meeting or "allOf" in schema or "$ref" in schema
+    met = json.dumps(schema) if meets and not meeting else ""  # it has all that meets further inside
     found = [
         ("multipleOf", isinstance(step, int | float) and step > 10_000 and math.log10(step) % 1),
         ("minProperties", isinstance(least, int) and least > 1 + len(required if isinstance(required, list) else [])),
         ("patternProperties", isinstance(named, dict) and len(named) > (5 if meets else 100)),
-        *((name, meets and json.dumps(schema).count(f'"{name}"') > most)
+        *((name, met.count(f'"{name}"') > most)
           for name, most in (("pattern", 10), ("patternProperties", 10), ("multipleOf", 4))),
         *((name, isinstance(schema.get(name), list) and len(schema[name]) > 200) for name in ("anyOf", "oneOf")),
     ]
