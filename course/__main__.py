@@ -5,6 +5,7 @@ it checks the version first, so an old Python has to be able to read it. No f-st
 """
 
 import errno
+import os
 import sys
 
 from helpers.errors import CourseError
@@ -30,11 +31,17 @@ def main(arguments):
         check_python(sys.version_info)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # a terminal or a pipe may not take every letter
+        from helpers.strangers import refuse_strangers
+
+        refuse_strangers()
         from course.commands import run_command
 
         return run_command(arguments)
     except CourseError as error:
         return _fail(error)
+    except BrokenPipeError:  # whoever read along, such as `head`, has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     except OSError as error:
         known = _explain(error)
         if known is None:
@@ -57,6 +64,9 @@ def _explain(error):
     if error.errno == errno.ENOSPC:
         return CourseError("disk-full", "The disk is full.",
                            "Free some space and run this again; `make clean` removes what earlier runs left.")
+    if error.errno == errno.ENOENT and error.filename is None:  # so os.getcwd says it
+        return CourseError("folder-gone", "The folder that this terminal is in is gone.",
+                           "Go to another one, and run this again.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return CourseError("not-writable", "%s cannot be written." % (error.filename or "A file of the course"),
                            "Move the course to a folder that is yours, and run this again.")

@@ -13,12 +13,13 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import quote
 
 from course import environment
 from helpers.errors import CourseError
 from helpers.models.catalogue import TRACKS, find_entry
 from helpers.models.kit import PLATFORM_NAMES, PYTHONS
-from helpers.parameters import DEFAULTS, refuse_unknown
+from helpers.parameters import DEFAULTS, check_variables, refuse_unknown
 from helpers.paths import BUILD, DATA, ROOT
 
 DEFAULT_MODEL = DEFAULTS["model"]
@@ -161,8 +162,10 @@ def _port(text):
 def _run(options):
     from course.execute import PAGES, execute, print_answers
     from helpers.models.prepare import prepare_model
+    from helpers.tracking import tracking_store
 
     parameters = {"model": options.model} | options.parameters
+    tracking_store(parameters.get("tracking_uri", ""))  # refused here, before a model is fetched
     prepare_model(parameters["model"])
     for name in PAGES:
         print(f"\nRunning notebooks/{name}.ipynb", flush=True)
@@ -213,11 +216,12 @@ def _pytest(models, words):
 
 def _lab(options):
     from course.execute import find_notebook
+    from course.kernels import kernel_variables
 
     find_entry(options.model)  # a name that is not there is refused here, and not in the page's first cells
-    page = find_notebook(options.name).relative_to(ROOT).as_posix()
+    page = quote(find_notebook(options.name).relative_to(ROOT).as_posix())
     return _serve([sys.executable, "-m", "jupyterlab", *lab_options(), f"--ServerApp.root_dir={ROOT}",
-                   f"--LabApp.default_url=/lab/tree/{page}"], COURSE_MODEL=options.model)
+                   f"--LabApp.default_url=/lab/tree/{page}"], COURSE_MODEL=options.model, **kernel_variables())
 
 
 def lab_options() -> list[str]:
@@ -225,7 +229,8 @@ def lab_options() -> list[str]:
     options = [f"--ServerApp.ip={LOOPBACK}", "--KernelManager.transport_encryption=auto",
                # No look-ups of news and newer versions, and no question about them.
                f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
-               "--ServerApp.contents_manager_class=course.contents.Contents"]
+               "--ServerApp.contents_manager_class=course.contents.Contents",
+               "--ServerApp.kernel_spec_manager_class=course.kernels.Kernels"]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-root")  # as in a container; it listens to this machine alone
     return options
@@ -233,14 +238,20 @@ def lab_options() -> list[str]:
 
 def _ui(options):
     from course.doctor.checks import port_is_taken
-    from helpers.tracking import SQLITE, tracking_store
+    from helpers.stores.database import database_path
+    from helpers.tracking import tracking_store
 
-    store = tracking_store().uri
-    if store.startswith(SQLITE) and not Path(store.removeprefix(SQLITE)).exists():
+    check_variables()
+    database = database_path()
+    if database is None:
+        print(f"The course's store is a tracking server, which has a UI of its own: {tracking_store().uri}")
+        return 0
+    if not database.exists():  # tracking_store would make it
         raise CourseError("store-empty", "There is nothing to show yet.", "Run the course first: make run.")
     if port_is_taken(options.port):
         raise CourseError("port-taken", f"Port {options.port} is taken.",
                           f"Choose another one: python -m helpers ui --port {options.port + 1}.")
+    store = tracking_store().uri
     print(f"The MLflow UI: http://{LOOPBACK}:{options.port}   (Ctrl-C ends it)", flush=True)
     # MLflow imports a module of Starlette's that is on its way out; the reader of the log can't help it.
     quiet = "ignore:starlette.middleware.wsgi is deprecated"

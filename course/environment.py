@@ -44,7 +44,7 @@ def pins(tests: bool) -> dict[str, str]:
 
 def inside_venv() -> bool:
     """Tell whether the running Python is the one of ``.venv``."""
-    return Path(sys.prefix) == VENV
+    return VENV.exists() and VENV.samefile(sys.prefix)  # by whatever link or spelling somebody came here
 
 
 def differing_packages(tests: bool = False) -> dict[str, tuple[str, str | None]]:
@@ -107,6 +107,9 @@ def _make_venv():
     asked = [VENV_PYTHON, "-c", "import sys, pip; print(sys.version, sys.prefix)"]
     if VENV_PYTHON.exists() and run_program(asked, dict(os.environ), _log)[1].strip() == f"{sys.version} {VENV}":
         return
+    if os.pathsep in str(ROOT):
+        raise CourseError("folder-name", f"Python makes no virtual environment in {ROOT}: its name has a {os.pathsep}.",
+                          "Rename that folder, and run this again.")
     shutil.rmtree(VENV, ignore_errors=True)
     if run_program([sys.executable, "-m", "venv", VENV], dict(os.environ), _log)[0]:
         raise CourseError("venv-failed", "Python could not make a virtual environment.",

@@ -5,6 +5,7 @@ import errno
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import uuid
@@ -14,13 +15,19 @@ from pathlib import Path
 
 import nbformat
 import papermill
+from jupyter_client.kernelspec import NATIVE_KERNEL_NAME
 from nbclient.exceptions import DeadKernelError
 from traitlets.config import Config
 
 from course.exercises import solve
+from course.kernels import Kernel, kernel_variables
 from course.static_page import write_page
 from helpers.errors import CourseError
+from helpers.models.steps import last_line
+from helpers.parameters import check_variables
 from helpers.paths import BUILD, NOTEBOOKS
+from helpers.stores.server import without_password
+from helpers.strangers import refuse_strangers
 from helpers.tracking import tracking_store
 
 PAGES = ("TransformerPipeline", "CustomPythonWrapper", "ChatModel")
@@ -29,13 +36,11 @@ PAGES = ("TransformerPipeline", "CustomPythonWrapper", "ChatModel")
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})
 # MLflow puts the tags of this variable, a JSON object, on every run that a process begins.
 RUN_TAGS, EXECUTION_TAG = "MLFLOW_RUN_CONTEXT", "course.execution"
-# `mlflow run` sets these for the run that it records itself. A page opens its own.
-FOREIGN_RUN = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 
 
 @dataclass(frozen=True)
 class Execution:
-    """A page that ran to its end: its name, the HTML file, and the ``mlflow.entities.Run`` that it made."""
+    """A page that ran to its end: its name, the HTML file, and the ``mlflow.entities.Run`` that it made, or None."""
 
     name: str
     page: Path
@@ -51,22 +56,32 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
     Raises
     ------
     CourseError
-        There is no such page, or a cell failed; the message is the cell's own.
+        There is no such page, ``folder`` cannot be written, the kernel does not start, or a cell failed; the message is
+        then the cell's own.
     """
+    check_variables()
     source = nbformat.read(find_notebook(name), as_version=4)
     source = solve(source) if solved else source
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(NOTEBOOKS / "images", folder / "images", dirs_exist_ok=True)
-    target = folder / f"{name}.ipynb"
+    _fill_folder(folder, name)
+    if uri := parameters.get("tracking_uri"):  # papermill writes it into the page
+        parameters = parameters | {"tracking_uri": without_password(uri)}
+    target, log = folder / f"{name}.ipynb", folder / f"{name}.log"
     try:
-        with _tagged_runs() as execution, _kernel_log(folder / f"{name}.log"):
-            papermill.execute_notebook(source, target, parameters, kernel_name="python3", cwd=NOTEBOOKS,
+        with _page_environment() as execution, _kernel_log(log):
+            # papermill fills braces in a path with parameters.
+            papermill.execute_notebook(source, re.sub("[{}]", r"\g<0>\g<0>", str(target)), parameters,
+                                       kernel_name=NATIVE_KERNEL_NAME, kernel_manager_class=Kernel, cwd=NOTEBOOKS,
                                        progress_bar=sys.stderr.isatty(), config=ENCRYPTED)
     except DeadKernelError:
         raise CourseError(
             "kernel-ended", f"The system ended the Python that ran {name}, most likely for want of memory.",
             "Close programs or choose a smaller model, and run this again; `make doctor` tells what fits.",
         ) from None
+    except RuntimeError:  # jupyter_client's: it waits for a kernel's first word
+        refuse_strangers([str(NOTEBOOKS), *sys.path])
+        said = last_line(log.read_text(encoding="utf-8", errors="replace")).rstrip(".")
+        raise CourseError("kernel-not-started", f"The Python that runs {name} ended before its first cell: {said}.",
+                          f"Read {log}: a file of yours that it names may be in the way.") from None
     except papermill.PapermillExecutionError as error:
         if "[Errno 28]" in error.evalue:
             raise OSError(errno.ENOSPC, error.evalue) from None
@@ -75,7 +90,20 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
             raise CourseError("cell-refused", error.evalue, f"The page up to there: {page}.") from None
         raise CourseError("cell-failed", f"A cell of {name} failed with {error.ename}: {error.evalue[:300]}",
                           f"Open {page} and read the cell.") from None
-    return Execution(name, write_page(target), _find_run(name, execution, parameters.get("tracking_uri", "")))
+    return Execution(name, write_page(target), _find_run(execution, parameters.get("tracking_uri", "")))
+
+
+def _fill_folder(folder, name):
+    """Make the folder of a page, with the images that it shows."""
+    try:
+        (folder / "images").mkdir(parents=True, exist_ok=True)
+        for image in (NOTEBOOKS / "images").iterdir():
+            shutil.copyfile(image, folder / "images" / image.name)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise CourseError("pages-not-writable", f"The page's folder, {folder}, cannot be written.",
+                          f"Name one that is yours: python -m helpers notebook {name} --output DIR.") from None
 
 
 def find_notebook(name: str) -> Path:
@@ -88,26 +116,29 @@ def find_notebook(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _tagged_runs() -> Iterator[str]:
-    """Let every run that a process begins from here on carry a tag of its own; yield the tag's value."""
+def _page_environment() -> Iterator[str]:
+    """Let a kernel that begins from here on find the course, and tag its runs; yield the tag's value."""
     execution = uuid.uuid4().hex
-    saved = {name: os.environ.pop(name, None) for name in (*FOREIGN_RUN, RUN_TAGS)}
-    os.environ[RUN_TAGS] = json.dumps(json.loads(saved[RUN_TAGS] or "{}") | {EXECUTION_TAG: execution})
+    tags = json.loads(os.environ.get(RUN_TAGS) or "{}") | {EXECUTION_TAG: execution}
+    saved = dict(os.environ)
+    os.environ.update(kernel_variables() | {RUN_TAGS: json.dumps(tags)})
     try:
         yield execution
     finally:
-        del os.environ[RUN_TAGS]
-        os.environ.update({name: value for name, value in saved.items() if value is not None})
+        os.environ.clear()
+        os.environ.update(saved)
 
 
-def _find_run(name, execution, tracking_uri):
-    """Return the run that a page made, whatever else was logged meanwhile; the page's name is its experiment's."""
+def _find_run(execution, tracking_uri):
+    """Return the newest run of a page, or None, whatever else was logged, deleted or renamed meanwhile."""
     import mlflow
+    from mlflow.entities import ViewType
 
     mlflow.set_tracking_uri(tracking_store(tracking_uri).uri)
-    (run,) = mlflow.search_runs(experiment_names=[name], output_format="list",
-                                filter_string=f"tags.`{EXECUTION_TAG}` = '{execution}'")
-    return run
+    client = mlflow.MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)]
+    runs = client.search_runs(experiments, f"tags.`{EXECUTION_TAG}` = '{execution}'", ViewType.ALL, max_results=1)
+    return runs[0] if runs else None
 
 
 @contextlib.contextmanager
@@ -137,9 +168,18 @@ def print_answers(execution: Execution) -> None:
     """Print what a page asked and answered, and where to read on."""
     import mlflow
     import pandas as pd
+    from mlflow.exceptions import MlflowException
 
-    text = mlflow.artifacts.load_text(f"{execution.run.info.artifact_uri}/answers.csv")
-    for question, answer in pd.read_csv(io.StringIO(text), keep_default_na=False).itertuples(index=False):
-        print(f"  Q  {question}\n  A  {' '.join(answer.split())}")
-    speed = execution.run.data.metrics["tokens_per_second"]
-    print(f"  {speed:.0f} tokens per second; page: {execution.page}", flush=True)
+    if execution.run is None:
+        print(f"  The run of this page is not in the store any more; page: {execution.page}", flush=True)
+        return
+    try:
+        text = mlflow.artifacts.load_text(f"{execution.run.info.artifact_uri}/answers.csv")
+        answers = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)[["question", "answer"]]
+    except (MlflowException, OSError, ValueError, KeyError):  # not there, or not a page's
+        print("  The run of this page has no answers.csv with questions and answers.")
+    else:
+        for question, answer in answers.itertuples(index=False):
+            print(f"  Q  {question}\n  A  {' '.join(answer.split())}")
+    speed = execution.run.data.metrics.get("tokens_per_second")  # None: the answers were too short to tell
+    print("  " + (f"{speed:.0f} tokens per second; " if speed else "") + f"page: {execution.page}", flush=True)

@@ -8,7 +8,7 @@ import os
 import warnings
 from base64 import b64encode
 from pathlib import Path
-from urllib.parse import unquote
+from urllib.parse import quote, unquote, urlsplit
 
 import nbformat
 from bs4 import BeautifulSoup
@@ -100,11 +100,19 @@ def _lead_links_on(document, folder):
     """Let a link to another page lead to its HTML beside this one, and one to a file of the course to that file."""
     for link in document.select("a[href]"):
         target, mark, anchor = link["href"].partition("#")
-        if not target or "://" in target:
+        if not target or urlsplit(target).scheme:
             continue
-        to = target.removesuffix(".ipynb") + ".html" if target.endswith(".ipynb") else Path(
-            os.path.relpath(NOTEBOOKS / target, folder)).as_posix()
+        to = target.removesuffix(".ipynb") + ".html" if target.endswith(".ipynb") else _address(
+            NOTEBOOKS / unquote(target), folder)
         link["href"] = to + mark + anchor
+
+
+def _address(file, folder):
+    """Return the address of a file for a page in a folder: a relative one, unless they are on two drives."""
+    try:
+        return quote(Path(os.path.relpath(file, folder)).as_posix())
+    except ValueError:
+        return file.as_uri()
 
 
 def _embed_images(document, folder):

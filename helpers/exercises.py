@@ -129,9 +129,11 @@ def _(my_uri, version, client):
         return "a model's address is models:/NAME@ALIAS; here the alias is mine."
     try:
         found = client.get_model_version_by_alias(version.name, "mine").version
-    except MlflowException:
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return f"{version.name} or its version was deleted. Run this page's cells from Register it on."
         return f"the registry knows no alias mine of {version.name}. Call client.set_registered_model_alias."
-    return None if found == version.version else (
+    return None if str(found) == str(version.version) else (
         f"mine stands on version {found}, and this page's is {version.version}. Move it.")
 
 

@@ -14,12 +14,13 @@ from mlflow.pyfunc import PyFuncModel
 REPEATS = 3
 
 
-def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> tuple[dict[str, float], PyFuncModel]:
+def measure(folder: Path | str, ask: Callable[[object, int], int],
+            tokens: int) -> tuple[dict[str, float], PyFuncModel]:
     """Load a logged model anew, time what it does, and return the figures with the model.
 
     Parameters
     ----------
-    model_uri : str
+    folder : Path or str
         Of a logged model.
     ask : callable
         ``ask(model, max_tokens)`` makes one prediction and returns the number of tokens in its answer.
@@ -30,30 +31,36 @@ def measure(model_uri: str, ask: Callable[[object, int], int], tokens: int) -> t
     -------
     figures : dict of str to float
         ``load_seconds``; ``first_token_seconds``, the time to an answer of one token;
-        ``tokens_per_second`` after the first token, 0 where the answer had no second one;
+        ``tokens_per_second`` after the first token, absent where the answers were too short to tell;
         ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far, with all that it has loaded.
         Times are medians of three, after a warm-up.
     model : mlflow.pyfunc.PyFuncModel
         The copy that was measured, to go on with.
     """
     started = time.perf_counter()
-    model = mlflow.pyfunc.load_model(model_uri)
+    model = mlflow.pyfunc.load_model(str(folder))
     load_seconds = time.perf_counter() - started
     ask(model, 1)
-    first, rates = [], []
-    for _ in range(REPEATS):
-        first.append(_timed(ask, model, 1)[1])
-        count, seconds = _timed(ask, model, tokens)
-        rates.append(max(count - 1, 0) / max(seconds - first[-1], 1e-9) if count > 1 else 0.0)
-    folder = mlflow.artifacts.download_artifacts(model_uri)
-    figures = {
-        "load_seconds": load_seconds,
-        "first_token_seconds": statistics.median(first),
-        "tokens_per_second": statistics.median(rates),
-        "disk_bytes": folder_bytes(folder),
-        "peak_memory_bytes": peak_memory_bytes(),
-    }
-    return figures, model
+    pairs = [(_timed(ask, model, 1), _timed(ask, model, tokens)) for _ in range(REPEATS)]
+    first, rate = read_times(pairs)
+    figures = {"load_seconds": load_seconds, "first_token_seconds": first, "disk_bytes": folder_bytes(folder),
+               "peak_memory_bytes": peak_memory_bytes()}
+    return figures if rate is None else figures | {"tokens_per_second": rate}, model
+
+
+def read_times(pairs: list[tuple[tuple[int, float], tuple[int, float]]]) -> tuple[float, float | None]:
+    """Return the seconds to the first token, and the tokens per second after it or None.
+
+    ``pairs`` has tokens and seconds of an answer of one token and of a longer one. The difference of two nearly equal
+    times is no figure: the rest of the longer answer has to take a tenth of the time to its first token, and twice as
+    long as that time differs from one answer to the next.
+    """
+    firsts = [seconds for (_, seconds), _ in pairs]
+    first = statistics.median(firsts)
+    rest = statistics.median(seconds - one for (_, one), (_, seconds) in pairs)
+    later = statistics.median(tokens - 1 for _, (tokens, _) in pairs)
+    differs = statistics.median(abs(seconds - first) for seconds in firsts)
+    return first, later / rest if later >= 1 and rest > max(first / 10, 2 * differs) else None
 
 
 def _timed(ask, model, max_tokens):

@@ -1,7 +1,10 @@
 """Checks what a learner, a workshop or CI puts into a page, before anything long starts."""
 
 import ast
+import json
+import logging
 import math
+import os
 from collections.abc import Iterable
 
 from helpers.devices import DEVICES
@@ -12,6 +15,9 @@ from helpers.models.catalogue import find_entry
 DEFAULTS = {"model": "smollm2-135m", "tracking_uri": "", "question": "What is the capital of Spain?",
             "system_prompt": "Answer in one short sentence.", "max_tokens": 64, "temperature": 0.0, "device": "cpu"}
 PARAMETERS = tuple(DEFAULTS)
+# Variables in which libraries look for a number while they are imported.
+COUNTS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "JOBLIB_MULTIPROCESSING", "LOKY_MAX_CPU_COUNT",
+          "LOKY_MAX_DEPTH")
 
 
 def check_parameters(*, model: str, tracking_uri: str, question: str, system_prompt: str, max_tokens: int,
@@ -39,6 +45,7 @@ def check_parameters(*, model: str, tracking_uri: str, question: str, system_pro
         Names the parameter, its value and its range.
     """
     _refuse_injected()
+    check_variables()
     for name, value in (("model", model), ("tracking_uri", tracking_uri), ("question", question),
                         ("system_prompt", system_prompt), ("device", device)):
         if not isinstance(value, str):
@@ -64,6 +71,35 @@ def check_parameters(*, model: str, tracking_uri: str, question: str, system_pro
         raise CourseError("temperature-range", f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
     if device not in DEVICES:
         raise CourseError("device-unknown", f"device is {device!r}.", f"Choose one of: {', '.join(DEVICES)}.")
+
+
+def check_variables() -> None:
+    """Raise CourseError where MLflow, or a library under it, cannot read what a variable of the shell holds."""
+    for name in (*COUNTS, "MLFLOW_RUN_CONTEXT", "MLFLOW_LOGGING_LEVEL"):
+        if name in os.environ and not _is_readable(name, os.environ[name]):
+            raise _unreadable(f"{name} is {os.environ[name]!r}")
+    try:
+        from mlflow import environment_variables as known
+
+        for variable in vars(known).values():
+            if isinstance(variable, known._EnvironmentVariable):
+                variable.get()
+    except ValueError as error:  # it names the variable and quotes its value
+        raise _unreadable(error) from None
+
+
+def _is_readable(name, value):
+    if name == "MLFLOW_LOGGING_LEVEL":
+        return value.upper() in logging.getLevelNamesMapping()
+    try:
+        return type(json.loads(value)) is (dict if name == "MLFLOW_RUN_CONTEXT" else int)
+    except ValueError:
+        return False
+
+
+def _unreadable(what):
+    return CourseError("variable-unreadable", f"A variable of this shell cannot be read: {what}.",
+                       "Correct it, or take it away (unset NAME), and run this again, in a page with a new kernel.")
 
 
 def name_run(model: str, **parameters) -> str:

@@ -16,6 +16,7 @@ from IPython import get_ipython
 from mlflow.pyfunc import PythonModel
 
 from helpers.errors import CourseError
+from helpers.states import check_model
 from helpers.tables import NO_MATHEMATICS, Table, show_table
 
 _SHOW_SECONDS = 0.1  # between two updates of the page: a browser cannot draw one for each token
@@ -105,6 +106,7 @@ _held = {}  # a URI and its model, or nothing: a second model may not fit into t
 
 def _load(uri):
     if uri not in _held:
+        check_model(uri)
         _drop()
         _held[uri] = mlflow.pyfunc.load_model(uri)
     return _held[uri]

@@ -1,16 +1,18 @@
 """Says where MLflow keeps what the course logs, and where to look at it: a URI comes in, the store goes out."""
 
 import json
-import socket
+import re
+import tempfile
 from dataclasses import dataclass
-from urllib.parse import quote, urlsplit
+from pathlib import Path
+from urllib.parse import quote
 
 from helpers.errors import CourseError
-from helpers.paths import ROOT
+from helpers.models.space import check_disk
 from helpers.paths import tracking_uri as course_tracking_uri
+from helpers.stores.database import database_path, open_database, sqlite_uri
+from helpers.stores.server import ask_server, remove_copies_at_exit, without_password
 
-SQLITE = "sqlite:///"
-SERVER_SECONDS = 10
 UI = "http://127.0.0.1:5000"  # where `python -m helpers ui` listens unless it is told otherwise
 
 
@@ -21,6 +23,7 @@ class TrackingStore:
     Attributes
     ----------
     uri : str
+        Without a password: a page prints and logs it.
     artifact_location : str or None
         None where a tracking server decides.
     """
@@ -28,33 +31,61 @@ class TrackingStore:
     uri: str
     artifact_location: str | None
 
+    def check_room(self, folder: Path) -> None:
+        """Raise CourseError unless the disks have room for the copies of ``folder`` that a page logs and loads."""
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        if self.artifact_location is None:
+            # One on its way to the server, and what three loads by a name bring back.
+            check_disk("This page", 4 * size, Path(tempfile.gettempdir()))
+        else:
+            check_disk("The logged model", size, database_path(self.uri).parent)
+            check_disk("Logging it", size, Path(tempfile.gettempdir()))
 
-def tracking_store(uri: str = "") -> TrackingStore:
-    """Return the store to log to, and make its folder.
 
-    ``uri`` is ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the ``http``
-    address of a tracking server; empty for the course's own store under ``build/``.
+def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
+    """Return the store to log to; make its folder and its database, where they are not there.
+
+    Parameters
+    ----------
+    uri : str, optional
+        ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the ``http`` address of
+        a tracking server; empty for the course's own store under ``build/``. A name and a password in an address go
+        to the variables from which MLflow takes them.
+    experiment : str, optional
+        A name; one that is there and takes no runs is refused.
 
     A local database keeps its artifacts in ``mlartifacts`` beside it: MLflow's own default is the folder that a
-    notebook happens to run in.
+    notebook happens to run in. Of a server's models MLflow loads copies, and leaves them: they go to ``build/``, and
+    away with this process.
 
     Raises
     ------
     CourseError
-        Another kind of URI, a folder that cannot be written, a database that was moved here from
-        another folder, or a server that does not answer.
+        Another kind of URI; a folder that cannot be written; a database that was moved here from another folder, or
+        that MLflow cannot use; a server that does not answer as one; a deleted experiment.
     """
     uri = uri or course_tracking_uri()
     if uri.startswith(("http://", "https://")):
-        _check_server(uri)
-        return TrackingStore(uri, None)
-    if not uri.startswith(SQLITE) or not uri.removeprefix(SQLITE):
-        raise CourseError("store-kind", f"tracking_uri is {uri!r}, which is no store that the course can use.",
-                          "Give sqlite:/// with a path, or the http address of a tracking server.")
-    database = (ROOT / uri.removeprefix(SQLITE)).resolve()
-    artifacts = (database.parent / "mlartifacts").as_uri()
-    _check_folder(database, artifacts)
-    return TrackingStore(SQLITE + database.as_posix(), artifacts)
+        store = TrackingStore(without_password(uri), None)
+        found = ask_server(store.uri, experiment)
+        remove_copies_at_exit()
+    else:
+        database = database_path(uri)
+        if quoted := re.search("%[0-9A-Fa-f]{2}", str(database)):
+            raise CourseError("store-path", f"MLflow would not find a model again in {database.parent}: it reads "
+                              f"{quoted[0]} as another letter.",
+                              "Rename that folder, or set tracking_uri to sqlite:/// with a path without such a name.")
+        store = TrackingStore(sqlite_uri(database), (database.parent / "mlartifacts").as_uri())
+        found = open_database(database, store.artifact_location, experiment)
+    if experiment and found and found.lifecycle_stage == "deleted":
+        raise CourseError(
+            "experiment-deleted", f"The experiment {experiment} was deleted from the store {store.uri}.",
+            f'Restore it: mlflow.MlflowClient("{store.uri}").restore_experiment("{found.experiment_id}").')
+    if found and store.artifact_location and found.artifact_location.startswith("mlflow-artifacts:"):
+        raise CourseError(
+            "experiment-elsewhere", f"The experiment {experiment} was made in the MLflow UI, and keeps its artifacts "
+            "where only a running server can write.", "Rename it in the UI, and run this again.")
+    return store
 
 
 def ui_addresses(store: TrackingStore, runs: list, registered: str) -> dict[str, str]:
@@ -69,38 +100,3 @@ def ui_addresses(store: TrackingStore, runs: list, registered: str) -> dict[str,
         ids, experiments = (quote(json.dumps(list(dict.fromkeys(values)))) for values in (unique, unique.values()))
         addresses["side by side"] = f"{ui}/compare-runs?runs={ids}&experiments={experiments}"
     return addresses | {"the registered model": f"{ui}/models/{registered}"}
-
-
-def _check_folder(database, artifacts):
-    """Make the database's folder, and note in it where its artifacts are: the database holds their full path."""
-    note = database.with_name(database.name + ".artifacts")
-    try:
-        database.parent.mkdir(parents=True, exist_ok=True)
-        if not database.exists() or not note.exists():
-            note.write_text(artifacts, encoding="utf-8")
-    except OSError as error:
-        raise CourseError("store-not-writable",
-                          f"The folder of the tracking store, {database.parent}, cannot be written.",
-                          "Choose another tracking_uri, or make the folder yours.") from error
-    noted = note.read_text(encoding="utf-8")
-    if noted != artifacts:
-        raise CourseError(
-            "store-moved",
-            f"The tracking store {database} was made elsewhere, and its models are still in {noted}.",
-            "Move it back, choose another tracking_uri, or start anew: make clean.")
-
-
-def _check_server(uri):
-    """Ask once whether somebody listens: MLflow itself would try for minutes."""
-    try:
-        socket.create_connection(server_address(uri), timeout=SERVER_SECONDS).close()
-    except (OSError, ValueError) as error:
-        raise CourseError("store-no-answer", f"No tracking server answers at {uri}.",
-                          "Start it, correct tracking_uri, or leave tracking_uri empty for the course's own store.",
-                          ) from error
-
-
-def server_address(uri: str) -> tuple[str | None, int]:
-    """Return the host and the port of an ``http`` or ``https`` URI; ValueError where the port is no port."""
-    parts = urlsplit(uri)
-    return parts.hostname, parts.port or (443 if parts.scheme == "https" else 80)

@@ -1,6 +1,8 @@
 """Shows what a table alone cannot: a text as tokens, a logged model's folder, figures of runs side by side."""
 
 import html
+import math
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -88,12 +90,16 @@ def compare_figures(figures: dict[str, dict[str, float]]) -> BarTable:
     Parameters
     ----------
     figures : dict
-        What ``measure`` returned, by the page's name. A figure that a page lacks has no row.
+        What ``measure`` returned, by the page's name. A figure that is not there, or no number, has no bar.
     """
     rows = []
     for figure, (what, form, scale, better) in FIGURES.items():
-        values = {page: measured[figure] for page, measured in figures.items() if figure in measured}
+        values = {page: measured[figure] for page, measured in figures.items()
+                  if 0 <= measured.get(figure, math.nan) < sys.float_info.max}  # MLflow keeps that for infinity
         longest = max(values.values(), default=0) or 1
         rows += [(f"{what} ({better} is better)", page, form.format(value * scale), f"{value / longest:.4f}")
                  for page, value in values.items()]
+        if figure == "tokens_per_second":
+            rows += [(what, page, "the answer was too short to tell", "0") for page, measured in figures.items()
+                     if "first_token_seconds" in measured and figure not in measured]
     return BarTable("Side by side", ("figure", "page", "measured", "bar"), tuple(rows))

@@ -5,7 +5,9 @@ alone, and does the checks that need no more. A check returns or yields ``(level
 or FAIL; ``fix`` is empty for OK.
 """
 
+import contextlib
 import csv
+import getpass
 import importlib.metadata
 import os
 import platform
@@ -16,13 +18,17 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import tempfile
 import time
+import unicodedata
 import webbrowser
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 from course.doctor import network
 from course.doctor.smoke import smoke
 from course.environment import differing_packages, is_set_up, pins, project
+from helpers.errors import CourseError
 from helpers.files import is_writable
 from helpers.models.catalogue import find_entry, read_catalogue
 from helpers.models.kit import kit_address
@@ -45,7 +51,7 @@ def doctor() -> int:
     if (ROOT / ".git").exists() and shutil.which("git"):
         described = subprocess.run(["git", "describe", "--always", "--dirty", "--exclude=*"], cwd=ROOT,
                                    capture_output=True, text=True).stdout.strip()
-    print(f"The course {project()['version']}" + (f", commit {described}" if described else ""), flush=True)
+    print(_public(f"The course {project()['version']}" + (f", commit {described}" if described else "")), flush=True)
     levels = []
     for level, what, fix in _checks():
         levels.append(level)
@@ -57,11 +63,86 @@ def doctor() -> int:
 
 
 def _public(text):
-    """Write ``~`` for the home folder, whose name is often the user's, and mask passwords in addresses."""
-    home = os.path.expanduser("~").rstrip("/\\") or "~"  # noqa: PTH111, as Path.home() raises where there is none
-    for written in (home, home.replace("\\", "\\\\"), home.replace("\\", "/")):
-        text = re.sub(re.escape(written) + r"(?!\w)", "~", text)
-    return re.sub(r"://[^\s'\"]*@", "://***@", text)
+    """Return a line for a report that strangers read: places by what they are for, and nobody's names and passwords.
+
+    Of a path that the course does not know, its last part is left.
+    """
+    text = re.sub(r"://[^\s'\"]*@", "://***@", text)
+    text = re.sub(SECRETS, r"\1***", text)
+    for place, role in sorted(_places(), key=lambda known: -len(known[0])):
+        text = re.sub(_forms(place) + r"(?!\w)", lambda _, role=role: role, text, flags=re.IGNORECASE)
+    text = text.replace("the course's folder/", "").replace("the course's folder\\", "")
+    text = re.sub(r"file:/+[^\s'\"]*", lambda uri: _last_part(unquote(uri[0])), text)
+    for path in PATHS:
+        text = re.sub(path, lambda found: _last_part(found[0]), text)
+    for name in sorted(_names(), key=len, reverse=True):
+        short = re.sub(r"[^a-z0-9]", "", name, flags=re.IGNORECASE)[:6]  # as Windows shortens it: JANEDO~1
+        forms = [re.escape(form) for spelt in (name, unicodedata.normalize("NFD", name))
+                 for form in (spelt, quote(spelt))] + ([rf"{short}~\d"] if short else [])
+        text = re.sub(rf"(?<![^\W_])({'|'.join(forms)})(?![^\W_])", "***", text, flags=re.IGNORECASE)
+    return text
+
+
+# What a program may print of a secret: after the name of one, or in a shape that shows what it is.
+SECRETS = (r"(?i)(\b(?:bearer|basic) +|\b[\w-]*(?:token|passw(?:or)?d|secret|api_?key|signature)[\"']?\s*[=:]\s*[\"']?"
+           r"|[?&][^=&\s]+=)[^\s&'\"]+|\b(?-i:hf_)\w{8,}")
+# Folders that hold others by their owners' names.
+OF_PEOPLE = ("home", "users", "media", "volumes", "mnt", "scratch", "profiles", "documents and settings", "net")
+_PART = r"[^\s/\\:*?\"'<>|,;](?:[^/\\:*?\"'<>|,;\n]*[^\s/\\:*?\"'<>|,;])?"
+# A last part ends at a space, unless a capital letter follows, as in Jane Doe.
+_LAST = r"[^\s/\\:*?\"'<>|,;)]*(?: [A-Z\u00c0-\u00de][^\s/\\:*?\"'<>|,;)]*)*"
+# Absolute paths: in quotes to their end; of Windows, of a share, and of other systems, where a list has colons.
+PATHS = (r"(?<=')(?:/|[A-Za-z]:[\\/]|\\\\)[^'\n]*(?=')", r'(?<=")(?:/|[A-Za-z]:[\\/]|\\\\)[^"\n]*(?=")',
+         rf"(?<![\w/])(?:[A-Za-z]:[\\/]+|\\{{2,}})(?:{_PART}[\\/]+)*{_LAST}",
+         rf"(?<![\w/~.…-])/(?!/)(?:{_PART}/+)+{_LAST}")
+# A user may be called what the doctor has to say.
+OWN_WORDS = ("python", "java", "make", "course", "helpers", "model", "models", "cache", "http", "https", "ok", "warn",
+             "fail", "localhost", "linux", "windows", "darwin")
+
+
+def _last_part(path):
+    """Return what tells a file from others, and not whose it is."""
+    parts = [part for part in re.split(r"[/\\]+", path.removeprefix("file:").rstrip("/\\")) if part]
+    return "a folder" if len(parts) < 3 or parts[-2].lower() in OF_PEOPLE else f"…/{parts[-1]}"
+
+
+def _places():
+    """Yield the folders that a line may name, each with what it is for."""
+    with contextlib.suppress(CourseError):
+        if os.environ.get("COURSE_CACHE"):
+            yield str(model_cache()), "COURSE_CACHE"
+    for name in ("COURSE_CACHE", "COURSE_KIT", "JAVA_HOME"):
+        if re.match(r"/|[A-Za-z]:[\\/]|\\\\", os.environ.get(name, "")):
+            yield os.environ[name], name
+    folders = [(str(ROOT), "the course's folder"), (sys.prefix, "this Python's folder"),
+               (sys.base_prefix, "this Python's folder"), (_home(), "~")]
+    with contextlib.suppress(OSError):
+        folders.append((tempfile.gettempdir(), "the temporary folder"))
+    for folder, role in folders:
+        for spelt in {folder, os.path.realpath(folder)}:
+            if len(Path(spelt).parts) > 1:  # the home folder of a container's user may be /
+                yield spelt.rstrip("/\\"), role
+
+
+def _home():
+    return os.path.expanduser("~")  # noqa: PTH111, as Path.home() raises where there is none
+
+
+def _forms(place):
+    """Return a pattern for a folder as it is written: with either slash, one or two, or as the path of a URI."""
+    parts = [f"(?:{re.escape(part)}|{re.escape(quote(part))})" for part in re.split(r"[/\\]+", place)]
+    return r"(?:file:/{1,3}(?=/|[A-Za-z]:))?" + r"[/\\]{1,4}".join(parts)
+
+
+def _names():
+    """Return what the user and the machine are called."""
+    names = {os.environ.get(name, "") for name in ("USER", "USERNAME", "LOGNAME", "SUDO_USER", "COMPUTERNAME",
+                                                   "USERDOMAIN", "HOSTNAME")}
+    with contextlib.suppress(ImportError, KeyError, OSError):
+        names.add(getpass.getuser())
+    names |= {Path(_home()).name, platform.node(), platform.node().split(".")[0]}
+    names |= {part for name in names for part in re.split(r"[\\@]", name)}
+    return {name for name in names if len(name) > 1 and name.lower() not in OWN_WORDS and not name.isdigit()}
 
 
 def port_is_taken(port: int) -> bool:
@@ -174,7 +255,7 @@ def _cores():
 def _disk(ready):
     """Return the line on the disk of the course's folder."""
     needed, free = PAGES_MEGABYTES if ready else SETUP_MEGABYTES, free_disk(ROOT)
-    what = f"{free:,.0f} MB are free on the disk of {ROOT}"
+    what = f"{free:,.0f} MB are free on the disk of the course's folder"
     return ("OK", what, "") if free >= needed else (
         "FAIL", f"{what}, and {'a run' if ready else 'set-up'} needs {needed:,} MB", "Free some space.")
 
@@ -198,12 +279,13 @@ def _models():
     try:
         states = {name: cache_state(name) for name in dict.fromkeys([*entries, *cached_models()])}
     except OSError as error:
-        yield "FAIL", f"{error.filename} cannot be read", "Set COURSE_CACHE to a folder that is yours."
+        yield ("FAIL", f"the cache of models cannot be read: {error.strerror}",
+               "Set COURSE_CACHE to a folder that is yours.")
         return
     lacks = {name: _lacks(entry, states[name], memory) for name, entry in entries.items()}
     for name, state in states.items():
         if state == "damaged":
-            yield ("WARN", f"{name}: files in {model_cache() / find_entry(name).folder} are not as they were written",
+            yield ("WARN", f"{name}: files in its folder {find_entry(name).folder} are not as they were written",
                    f"Get them anew: python -m helpers prepare --model {name}")
         elif lacks.get(name):
             smaller = [other for other in entries if not lacks[other] and entries[other].memory < entries[name].memory]
@@ -225,7 +307,8 @@ def _lacks(entry, state, memory):
         needed[place] = needed.get(place, 0) + entry.disk
     for folder, megabytes in needed.items():
         if free_disk(folder) < megabytes:
-            return (f"{megabytes:,} MB of disk for {folder}, and {free_disk(folder):,.0f} MB are free",
+            where = "the course" if folder == ROOT else "the cache of models"
+            return (f"{megabytes:,} MB of disk for {where}, and {free_disk(folder):,.0f} MB are free",
                     "Free some space, or set COURSE_CACHE to a folder on another disk")
     return None
 
@@ -236,8 +319,8 @@ def _writable(folder):
         writable = is_writable(folder)
     except OSError:
         writable = False
-    return ("OK", f"{folder} can be written", "") if writable else (
-        "FAIL", f"{folder} cannot be written", "Move the course to a folder that is yours.")
+    return ("OK", "the course's folder can be written", "") if writable else (
+        "FAIL", "the course's folder cannot be written", "Move the course to a folder that is yours.")
 
 
 def _java():
@@ -246,7 +329,7 @@ def _java():
     home = os.environ.get("JAVA_HOME")
     java = shutil.which("java", path=Path(home, "bin") if home else None)
     if home and not java:
-        return "WARN", f"JAVA_HOME is {home}, and there is no Java in it", f"Correct JAVA_HOME or unset it. {fix}"
+        return "WARN", "JAVA_HOME is set, and there is no Java in it", f"Correct JAVA_HOME or unset it. {fix}"
     try:
         said = subprocess.run([java or "", "-version"], capture_output=True, text=True, errors="replace", timeout=20)
         version = re.search(r'version "((?:1\.)?(\d+)[^"]*)"', said.stderr + said.stdout)
@@ -259,13 +342,18 @@ def _java():
 
 def _browsers():
     try:
-        browser = getattr(webbrowser.get(), "name", "")
+        browser = _file_name(getattr(webbrowser.get(), "name", ""))
         yield "OK", f"JupyterLab opens the browser {browser}".strip(), ""
     except webbrowser.Error:
         yield ("WARN", "JupyterLab finds no browser to open",
                "Open the address that it prints in a browser, on this machine or through a tunnel.")
     if not any(installed is None for _, installed in differing_packages(tests=True).values()):
         chromium = find_chromium()
-        yield ("OK", f"the browser tests drive {chromium}", "") if chromium else (
+        yield ("OK", f"the browser tests drive {_file_name(chromium)}", "") if chromium else (
             "WARN", "the browser tests find neither Chromium nor Chrome, and are skipped",
             "Only for `make test`: install Google Chrome, or Chromium, on the PATH.")
+
+
+def _file_name(program):
+    """Return a program's name without its folder; BROWSER names them in any system's way."""
+    return re.split(r"[/\\]", program)[-1]

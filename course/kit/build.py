@@ -23,7 +23,7 @@ from helpers.errors import CourseError
 from helpers.files import is_size, locked, progress_bar, sha256
 from helpers.models.catalogue import TRACKS, find_entry
 from helpers.models.folders import is_as_listed, list_file, read_receipt, receipt_path
-from helpers.models.kit import COURSE, FORMAT, INDEX, MANIFEST, WHEELS_INDEX, read_kit
+from helpers.models.kit import COURSE, FORMAT, INDEX, MANIFEST, WHEELS_INDEX, as_word, read_kit
 from helpers.models.prepare import prepare_model
 from helpers.models.sources import is_from_hub
 from helpers.models.space import disk_errors, free_disk
@@ -54,9 +54,11 @@ def build(folder: Path, models: Sequence[str], platforms: Sequence[str] = (), py
     homes = {name: find_entry(name).folder for name in models}
     targets = [Target(system, python) for system in platforms for python in pythons]
     _refuse_other_folders(folder)
-    with _disk_errors(folder):
+    with _disk_errors(folder), contextlib.ExitStack() as at_end:
+        # Whoever gets the kit may read it, also where this user's own files are private.
+        at_end.callback(os.umask, os.umask(0o022))
         folder.mkdir(parents=True, exist_ok=True)
-        with locked(folder, lambda: _refuse_to_wait(folder)), contextlib.ExitStack() as at_end:
+        with locked(folder, lambda: _refuse_to_wait(folder)):
             site = _Site(folder, head)
             at_end.callback(shutil.rmtree, site.staging, ignore_errors=True)
             for name in models:
@@ -74,7 +76,7 @@ def build(folder: Path, models: Sequence[str], platforms: Sequence[str] = (), py
     kit = read_kit(str(folder))
     megabytes = sum(entry["size"] for entry in kit.files.values()) / 1e6
     print(f"{folder}: {len(kit.files)} files, {megabytes:,.0f} MB. Offer it to a room: "
-          f"python -m helpers kit serve \"{folder}\"; or copy the folder to a stick.")
+          f"python -m helpers kit serve {as_word(folder)}; or copy the folder to a stick.")
     return 0
 
 

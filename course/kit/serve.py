@@ -13,7 +13,7 @@ from starlette.responses import FileResponse
 from starlette.routing import Route
 
 from helpers.errors import CourseError
-from helpers.models.kit import INDEX, MANIFEST, WHEELS_INDEX, Kit, build_command, read_kit
+from helpers.models.kit import INDEX, MANIFEST, WHEELS_INDEX, Kit, as_word, build_command, read_kit
 
 PAGES = {"": INDEX, "wheels/": WHEELS_INDEX}
 
@@ -38,7 +38,7 @@ def serve(folder: Path, host: str, port: int) -> int:
         says = "Participants open that address. Whoever is in this network can read the kit, and nothing else here."
         if host in ("127.0.0.1", "localhost", "::1"):
             says = ("This machine alone can read it. To offer it to everybody in the network: "
-                    f'python -m helpers kit serve "{folder}" --host 0.0.0.0')
+                    f"python -m helpers kit serve {as_word(folder)} --host 0.0.0.0")
         print(says, flush=True)
         config = uvicorn.Config(application(kit), log_level="error", access_log=False, server_header=False,
                                 lifespan="off", timeout_graceful_shutdown=1)
@@ -77,7 +77,7 @@ def _listen(folder, host, port):
     except OSError as error:
         if error.errno == errno.EADDRINUSE or getattr(error, "winerror", None) == 10048:
             other = port + 1 if port < 65535 else port - 1
-            again = f'python -m helpers kit serve "{folder}" --host {host} --port {other}'
+            again = f"python -m helpers kit serve {as_word(folder)} --host {host} --port {other}"
             raise CourseError("port-taken", f"Port {port} is taken.", f"Choose another one: {again}.") from None
         raise CourseError(
             "host-refused", f"This machine cannot listen on {host}, port {port}: {error.strerror or error}.",

@@ -136,7 +136,7 @@ def _pip(site, target, *arguments):
     scratch.mkdir(exist_ok=True)
     places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
     try:
-        run_pip(*map(str, arguments), environment=dict(os.environ, PIP_USER="0", **places))
+        run_pip(*map(str, arguments), environment=dict(os.environ, **places))
     except PipError as error:
         failure = error.failure
         if failure.kind == "missing":

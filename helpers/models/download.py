@@ -4,74 +4,155 @@ Comes in: a URL, a size and a hash of each; goes out: whole files. It stands apa
 the Hub's client reads once, at its import, whether it may use the network, and in the rest of the course it may not.
 """
 
+import contextlib
 import hashlib
+import math
+import os
+import queue
+import ssl
 import sys
+import threading
 import time
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import httpx
-from huggingface_hub import constants, get_session
+from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
-from tqdm import tqdm
 
 from helpers.models.kit import BLOCK, Kit, reason
 from helpers.models.steps import answer, is_of_the_disk
 
-# Bytes that a cut connection may lose. The client's own blocks are of 10 MB: a minute of a bad network.
-constants.DOWNLOAD_CHUNK_SIZE = 1 << 16
 BUSY = (408, 429, 500, 502, 503, 504)
 TRIES, LONGEST_WAIT = 5, 60  # seconds
+BROKEN = (httpx.TimeoutException, httpx.NetworkError, httpx.RemoteProtocolError)
 
 
 # --- when to ask again ------------------------------------------------------------------------
 
 
-def seconds_to_wait(status: int | None, failures: int, headers: Mapping[str, str]) -> float | None:
+class Patience(NamedTuple):
+    """How long nothing may come: after ``read`` seconds a connection is made anew, after ``lost`` the network is lost.
+
+    A byte every few seconds is a slow network, and no lost one.
+    """
+
+    read: float
+    lost: float
+
+
+def patience(asked: str | None) -> Patience:
+    """Return how long to wait for a byte. ``asked`` is what a user has set HF_HUB_DOWNLOAD_TIMEOUT or its like to."""
+    # The rest of the eight is for one more connection: whoever looks at a bar that stands still is told within ten.
+    read = int(asked) if asked and asked.isdecimal() and int(asked) > 0 else 5
+    return Patience(read, max(8, 1.5 * read))
+
+
+class Silence:
+    """Seconds since something came from the network, but for those that the disk took; and how many ``blocks`` came."""
+
+    def __init__(self):
+        self.blocks = 0
+        self.heard()
+
+    def heard(self) -> None:
+        """Note that something came."""
+        self.since = time.monotonic()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Count no silence while this runs."""
+        self.since = math.inf
+        try:
+            yield
+        finally:
+            self.heard()
+
+    def seconds(self) -> float:
+        """Return how long nothing has come."""
+        return max(time.monotonic() - self.since, 0)
+
+
+def seconds_to_wait(status: int | None, failures: int, headers: Mapping[str, str], silent: float = 0,
+                    lost: float = math.inf) -> float | None:
     """Return how long to wait before a request is made again, and None where it is not.
 
-    ``status`` is the answer's, None for a connection that broke in the middle of one. ``failures`` counts the requests
-    in a row that have brought nothing, this one included. What the server asks for in the ``headers`` Retry-After or
-    RateLimit counts, up to LONGEST_WAIT.
+    ``status`` is the answer's, None for a connection that broke or was never made. ``failures`` counts the requests in
+    a row that have brought nothing, this one included. What the server asks for in the ``headers`` Retry-After or
+    RateLimit counts, up to LONGEST_WAIT. Where there is no answer, nobody waits until nothing has come for ``lost``
+    seconds; ``silent`` of them are over.
     """
     if failures >= TRIES or status not in (None, *BUSY):
         return None
+    wait = 2 ** (failures - 1)
+    if status is None:
+        return wait if silent + wait < lost else None
     asked, limit = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
-    wait = int(asked) if asked.isdigit() else limit.reset_in_seconds if limit else 2 ** (failures - 1)
-    return min(wait, LONGEST_WAIT)
+    return min(int(asked) if asked.isdigit() else limit.reset_in_seconds if limit else wait, LONGEST_WAIT)
 
 
-def retried(call: Callable[[], Any], broken: tuple[type[Exception], ...], arrived: Callable[[], int] = int) -> Any:
+def retried(call: Callable[[], Any], broken: tuple[type[Exception], ...], limits: Patience,
+            silence: Silence | None = None) -> Any:
     """Call, and call again where the server is busy or the connection is ``broken``, as ``seconds_to_wait`` says.
 
-    ``arrived`` returns the bytes so far: a call that brought some is no failure.
+    ``call`` tells ``silence`` what comes: one that brought something is no failure. Raises httpx.ReadTimeout where
+    nothing has come for as long as ``limits`` say, whatever it waits for: a name look-up has no limit of its own, and a
+    connection is tried at each of a host's addresses.
     """
-    failures, hooks = 0, get_session().event_hooks["response"]
-    if _refuse_busy not in hooks:
-        # The Hub's client would ask a busy server again itself, for as long as it says. Where a connection is lost, the
-        # client's own tries remain: five, a second apart.
-        hooks.append(_refuse_busy)
+    failures, silence = 0, silence or Silence()
+    silence.heard()
     while True:
-        before = arrived()
+        before = silence.blocks
         try:
-            return call()
+            return _watched(call, silence, limits.lost)
         except (HfHubHTTPError, *broken) as error:
-            failures = 1 if arrived() > before else failures + 1
+            failures = 1 if silence.blocks > before else failures + 1
             response = getattr(error, "response", None)
-            wait = seconds_to_wait(getattr(response, "status_code", None), failures, getattr(response, "headers", {}))
+            wait = None if certificate_trouble(error) else seconds_to_wait(
+                getattr(response, "status_code", None), failures, getattr(response, "headers", {}), silence.seconds(),
+                limits.lost)
             if wait is None:
                 raise
         if response is not None:
             print(f"Busy: the next try is in {wait} s", flush=True)  # helpers.models.steps shows it
-        time.sleep(wait)
+            with silence.paused():
+                time.sleep(wait)
+        else:
+            time.sleep(wait)
 
 
-def _refuse_busy(response):
-    if response.status_code in BUSY:
-        hf_raise_for_status(response)
+def _watched(call, silence, lost):
+    """Call in a thread, which is left behind when it is silent for too long: nothing can end it."""
+    outcome = queue.SimpleQueue()
+
+    def run():
+        try:
+            outcome.put((call(), None))
+        except BaseException as error:  # it is raised below
+            outcome.put((None, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        try:
+            result, error = outcome.get(timeout=0.1)
+        except queue.Empty:
+            if silence.seconds() >= lost:
+                raise httpx.ReadTimeout(f"nothing came for {lost:g} s") from None
+            continue
+        if error:
+            raise error
+        return result
+
+
+def certificate_trouble(error: BaseException | None) -> str | None:
+    """Return OpenSSL's reason where a certificate was refused, else None."""
+    while error is not None:
+        if isinstance(error, ssl.SSLCertVerificationError):
+            return error.verify_message
+        error = error.__cause__ or error.__context__
+    return None
 
 
 # --- files ------------------------------------------------------------------------------------
@@ -101,6 +182,10 @@ class File(NamedTuple):
 
 class ContentError(Exception):
     """A file came with another hash than its list has. Whoever wanted it makes a sentence of that."""
+
+
+class LengthError(Exception):
+    """A file came longer or shorter than its list has it, such as a proxy's page in its place."""
 
 
 class Download:
@@ -143,8 +228,8 @@ class Download:
             incomplete.unlink()
         resumed = _size(incomplete) > 0
         if file.url.startswith(("http://", "https://")):
-            # http_get has asked again itself where a connection was lost, but not where it was reset.
-            retried(lambda: self._get(file, incomplete, show), (httpx.ReadError,), lambda: _size(incomplete))
+            limits, silence = patience(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT")), Silence()
+            retried(lambda: self._get(file, incomplete, show, limits, silence), BROKEN, limits, silence)
         else:
             _copy(Path(file.url), incomplete, show)
         incomplete.replace(arrived)
@@ -154,18 +239,33 @@ class Download:
                 raise ContentError
             self._fetch_one(name, show)  # the half that was here may be what is wrong: the whole file gets a try
 
-    def _get(self, file, incomplete, show):
-        class Bar(tqdm):
-            def __init__(self, *arguments, **options):
-                super().__init__(disable=True)
+    def _get(self, file, incomplete, show, limits, silence):
+        """Bring what is still missing of a file; what has come stays, so that another try goes on from there.
 
-            def update(self, n=1):
-                show(_size(incomplete))
-
-        # Opened anew for each try, so that it goes on where the last one stopped.
-        with incomplete.open("ab") as stream:
-            http_get(file.url, stream, resume_size=stream.tell(), expected_size=file.size, headers=self.headers,
-                     tqdm_class=Bar)
+        Neither the Hub's client nor its http_get: that one asks again by itself, for a minute where a network is lost.
+        """
+        start = _size(incomplete)
+        if start == file.size:
+            incomplete.touch()  # a file of nothing
+            return
+        headers = (self.headers or {}) | {"Accept-Encoding": "identity"}  # a range is one of the file itself
+        if start:
+            headers["Range"] = f"bytes={start}-"
+        with get_session().stream("GET", file.url, headers=headers, timeout=limits.read) as response:
+            hf_raise_for_status(response)
+            start = start if response.status_code == httpx.codes.PARTIAL_CONTENT else 0  # or it knows no ranges
+            length = response.headers.get("Content-Length", "")
+            if length.isdecimal() and int(length) != file.size - start and "Content-Encoding" not in response.headers:
+                raise LengthError(f"{length} bytes come, and {file.size - start} are missing")  # what is here stays
+            with incomplete.open("ab" if start else "wb") as stream:
+                for block in response.iter_bytes():
+                    silence.blocks += 1
+                    with silence.paused():
+                        stream.write(block)
+                        stream.flush()
+                        show(stream.tell())
+        if _size(incomplete) != file.size:
+            raise LengthError(f"{_size(incomplete)} bytes came, and {file.size} are listed")
 
     def _incomplete(self, name):
         """Return the file that a download goes on in. Its name holds the hash: other content, other file."""
@@ -209,7 +309,7 @@ def work(order: dict) -> dict:
         if is_of_the_disk(error):
             raise
         name = order["prefix"] + download.current
-        if isinstance(error, ContentError) or "Consistency check failed" in str(error):  # http_get: another length
+        if isinstance(error, ContentError | LengthError):
             raise kit.changed(name) from error
         if isinstance(error, HfHubHTTPError):
             raise kit.unread(name, f"the server answers {error.response.status_code}") from error
@@ -219,4 +319,4 @@ def work(order: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(work, sys.argv[1]))
+    os._exit(answer(work, sys.argv[1]))  # at once: a thread may be left that waits for a server

@@ -4,6 +4,7 @@ What the receipt does not list is the user's, and stays. The builder of a kit us
 """
 
 import copy
+import glob
 import hashlib
 import json
 import os
@@ -132,7 +133,7 @@ def _partial(folder, recipe):
     """Return the folder to make in: on the disk that ``folder`` is on, and of this recipe alone."""
     digest = hashlib.sha256(json.dumps([str(folder), recipe], sort_keys=True).encode()).hexdigest()[:8]
     partial = folder.resolve().with_name(f"{folder.name}.{digest}.partial")
-    for other in folder.parent.glob(f"{folder.name}.*partial"):
+    for other in folder.parent.glob(f"{glob.escape(folder.name)}.*partial"):
         if other != partial:
             shutil.rmtree(other)
     partial.mkdir(exist_ok=True)

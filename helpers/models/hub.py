@@ -1,15 +1,17 @@
 """Chooses the few files that one track needs of a repository of the Hugging Face Hub, and refuses what it cannot use.
 
-``helpers.models.sources`` runs this in a process of its own, as ``helpers.models.download`` says. It loads no model.
+``helpers.models.sources`` runs this in a process of its own, as ``helpers.models.download`` says. It loads no weights.
 """
 
+import contextlib
 import json
+import os
 import re
-import ssl
+import shutil
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Mapping
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path, PurePosixPath
 
 import httpx
@@ -19,28 +21,71 @@ from huggingface_hub.file_download import hf_hub_url
 from huggingface_hub.utils import build_hf_headers
 
 from helpers.errors import CourseError
-from helpers.models.download import BUSY, TRIES, ContentError, Download, File, retried
+from helpers.models.download import (
+    BUSY,
+    TRIES,
+    ContentError,
+    Download,
+    File,
+    LengthError,
+    certificate_trouble,
+    patience,
+    retried,
+)
 from helpers.models.space import check_disk, check_memory, memory_needed
-from helpers.models.steps import answer, is_of_the_disk
+from helpers.models.steps import answer, is_of_the_disk, tell
+from helpers.models.usable import (
+    first_file,
+    make_tokenizer,
+    other_revision,
+    refuse_other_engine,
+    refuse_other_weights,
+    refuse_packed,
+    refuse_unexportable,
+    refuse_unknown_model,
+    weight_files,
+)
 
 WEB = "https://huggingface.co"
-# Formats that run code of their author's when they are loaded, or that transformers turns into such.
-PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # What a tokenizer, a configuration or a reader needs. No *.py: the course runs no code of a repository.
 SMALL = (".json", ".jinja", ".txt", ".model", "README.md", "LICENSE")
 SMALL_BYTES = 100_000_000
 
 
 def download(track: str, repo: str, folder: Path, finished: Path, revision: str | None = None,
-             commit: str | None = None, onnx_folder: str | None = None) -> dict:
+             commit: str | None = None, onnx_folder: str | None = None, export: bool = False) -> dict:
     """Bring the files of one track into ``folder``, but those that are right in ``folder`` or ``finished`` already.
 
     For the track ``"onnx"`` they come from one folder of the repository: ``onnx_folder``, or else the one for the CPU.
-    ``commit`` is looked for first, then ``revision``: a commit, branch or tag, or else the default branch.
+    ``commit`` is looked for first, then ``revision``: a commit, branch or tag, or else the default branch. With
+    ``export``, the files of track A are to be exported: what the builder cannot export does not come.
 
     Returns ``commit``, ``licence``, ``task``, ``context_length``, ``parameters``, ``bytes``, and ``sha256`` by file.
     """
-    info = _info(repo, revision, commit)
+    headers, trouble = retried(_headers, (), _for_listings())
+    try:
+        try:
+            info = _info(repo, revision, commit, headers)
+        except errors.HfHubHTTPError as error:
+            # The Hub answers so to a token that it does not know, for a public repository, too.
+            if _status(error) != httpx.codes.UNAUTHORIZED or "authorization" not in headers:
+                raise
+            headers, trouble = build_hf_headers(token=False), "is not accepted by the Hub: it is wrong, or has expired"
+            info = _info(repo, revision, commit, headers)
+        if trouble:
+            where, fix = token_place(os.environ)
+            tell(f"The token in {where} {trouble}. {repo} is public: going on without it. {fix}")
+        return _bring(track, repo, Download({}, folder, finished, headers), info, onnx_folder, export)
+    except errors.HfHubHTTPError as error:
+        if not trouble or _status(error) not in (401, 403):
+            raise
+        where, fix = token_place(os.environ)
+        raise CourseError("hub-token", f"The token in {where} {trouble}, and without one the Hub does not give {repo}.",
+                          fix) from error
+
+
+def _bring(track, repo, files, info, onnx_folder, export):
+    """Bring the files that ``info`` lists: the small ones first, which tell whether the large ones are worth it."""
     listing = _listing(repo, info)
     if info.pipeline_tag not in (None, "text-generation"):
         raise CourseError("hub-task", f"{repo} is a model for {info.pipeline_tag}, and the course runs "
@@ -49,21 +94,29 @@ def download(track: str, repo: str, folder: Path, finished: Path, revision: str 
     if track == "onnx":
         prefix = (_onnx_folder(repo, listing, onnx_folder) + "/").removeprefix("./")
     else:
-        _refuse_without_safetensors(repo, listing)
-    here = {name.removeprefix(prefix): file for name, file in listing.items()
-            if name.startswith(prefix) and "/" not in name.removeprefix(prefix)}
-    files = Download(here, folder, finished, build_hf_headers())
+        base = (info.card_data or {}).get("base_model")
+        refuse_other_weights(repo, listing, base if isinstance(base, str) else None)
+    files.files = {name.removeprefix(prefix): file for name, file in listing.items() if name.startswith(prefix)}
     try:
-        # The small files come first: they tell whether the large ones are worth the wait.
-        small = [name for name, file in here.items() if name.endswith(SMALL) and file.size <= SMALL_BYTES]
-        check_disk(repo, files.missing(small) / 1e6, folder)
+        small = [name for name, file in files.files.items() if name.endswith(SMALL) and file.size <= SMALL_BYTES
+                 and ("/" not in name or name.startswith("additional_chat_templates/"))]
+        check_disk(repo, files.missing(small) / 1e6, files.folder)
         files.fetch(small, bar=False)
-        _refuse_without_template(repo, files, track)
-        wanted = [*small, *(_onnx_files(repo, files) if track == "onnx" else _safetensors(repo, files))]
+        config = _read_config(repo, files, "genai_config.json" if track == "onnx" else "config.json")
+        if track == "onnx":
+            wanted = [*small, *_onnx_files(repo, files, config)]
+            _refuse_without_template(repo, files)
+        else:
+            wanted = [*small, *_safetensors(repo, files, config)]
+            types = info.safetensors.parameters if info.safetensors else {}
+            refuse_packed(repo, files.files, config, types)
+            if export:
+                refuse_unexportable(repo, config)
         facts = _facts(repo, info, files)
-        facts["bytes"] = sum(here[name].size for name in wanted)
+        facts["bytes"] = sum(files.files[name].size for name in wanted)
         check_memory(repo, memory_needed(facts["bytes"]))
-        check_disk(repo, files.missing(wanted) / 1e6, folder)
+        check_disk(repo, files.missing(wanted) / 1e6, files.folder)
+        _refuse_unloadable(track, repo, files, small, config)
         files.fetch(wanted)
     except ContentError:
         raise CourseError("hub-changed", f"{prefix}{files.current} of {repo} came with other content than the Hub "
@@ -73,15 +126,21 @@ def download(track: str, repo: str, folder: Path, finished: Path, revision: str 
     return facts | {"sha256": files.sha256}
 
 
-def _info(repo, revision, commit):
+def _info(repo, revision, commit, headers):
     """Return what the Hub says of a repository; of its newest commit where the recorded one is gone."""
+    limits = _for_listings()
     try:
-        return retried(lambda: HfApi().model_info(repo, revision=commit or revision, files_metadata=True, timeout=30),
-                       (httpx.ReadError, httpx.RemoteProtocolError))
+        return retried(lambda: HfApi(headers=headers, token=False).model_info(
+            repo, revision=commit or revision, files_metadata=True, timeout=limits.lost),
+            (httpx.ReadError, httpx.RemoteProtocolError), limits)
     except errors.RevisionNotFoundError:
         if not commit:
             raise
-        return _info(repo, revision, None)
+        return _info(repo, revision, None, headers)
+
+
+def _for_listings():
+    return patience(os.environ.get("HF_HUB_ETAG_TIMEOUT"))
 
 
 def _listing(repo, info):
@@ -96,6 +155,16 @@ def _listing(repo, info):
                                  sibling.lfs.sha256 if sibling.lfs else None, sibling.blob_id)
             seen.add(name.lower())
     return listing
+
+
+def _read_config(repo, files, name):
+    """Return the object in the file that describes the model; raise an error where there is none."""
+    if name not in files.files:
+        raise other_revision("hub-config", repo, f"{repo} has no {name}, so nothing says what kind of model it is.")
+    config = _read_json(files, name)
+    if not config:
+        raise other_revision("hub-config", repo, f"{name} of {repo} is no JSON that describes a model.")
+    return config
 
 
 def _read_json(files, name):
@@ -145,7 +214,11 @@ def _onnx_folder(repo, listing, folder):
                           f"or try hub:{repo}-onnx, where some authors keep them.")
     on_cpu = [name for name in folders if "cpu" in name.lower()] or [name for name in folders if name == "."]
     # acc-level-4: int8 arithmetic, the fastest on a CPU; where there are several, the last of the names.
-    folder = folder or max(on_cpu, key=lambda name: ("int4" in name, name), default=None)
+    chosen = folder or max(on_cpu, key=lambda name: ("int4" in name, name), default=None)
+    if not folder and len(on_cpu) > 1:
+        tell(f"{repo} has {len(on_cpu)} ONNX folders for the CPU: {', '.join(on_cpu)}. {chosen} is taken; to take "
+             "another, give the model an entry with its `folder` in data/models.toml, as phi-3-mini-4k has.")
+    folder = chosen
     if folder not in folders:
         raise CourseError("hub-no-onnx",
                           f"{repo} has no ONNX files for the CPU: it has {', '.join(folders) or 'none at all'}.",
@@ -154,84 +227,93 @@ def _onnx_folder(repo, listing, folder):
     return folder
 
 
-def _refuse_without_safetensors(repo, listing):
-    root = [name for name in listing if "/" not in name]
-    if "model.safetensors" in root or "model.safetensors.index.json" in root:
-        return
-    if any(name.endswith(PICKLES) for name in root):
-        raise CourseError("hub-pickles", f"{repo} has its weights only as pickles, and a pickle can run any code while "
-                          "it is loaded.", "Choose a repository with model.safetensors; some have it in a branch: "
-                          f"hub:{repo}@refs/pr/1, for one.")
-    raise CourseError("hub-no-safetensors", f"{repo} has no model.safetensors, so track A has nothing to load.",
-                      f"Choose the repository that {repo} was made from, or look at {WEB}/{repo}/tree/main.")
-
-
-def _other_revision(code, repo, what):
-    return CourseError(code, what, f"Look at {WEB}/{repo}/tree/main, and choose another revision: "
-                       f"hub:{repo}@REVISION.")
-
-
-def _safetensors(repo, files):
+def _safetensors(repo, files, config):
     """Return the names of the weights, and insist that the Hub has each."""
-    index, names = "model.safetensors.index.json", ["model.safetensors"]
-    if index in files.files:
-        weight_map = _read_json(files, index).get("weight_map")
-        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not names or not all(isinstance(name, str) for name in names):
-            raise _other_revision("hub-index", repo, f"{index} of {repo} names no weights.")
-    for name in sorted(set(names)):
-        # Whatever an index says: nothing but safetensors comes.
-        if name not in files.files or not name.endswith(".safetensors"):
-            raise _other_revision("hub-weights", repo,
-                                  f"{repo} says that it has {name}, and the Hub has no such safetensors.")
-    config = _read_json(files, "config.json")
-    if config.get("auto_map"):
-        # Its folder tells whether transformers has the model built in, and does not take seconds to import.
-        built_in = Path(find_spec("transformers").origin).with_name("models") / str(config.get("model_type"))
-        if not built_in.is_dir():
-            raise CourseError("hub-code", f"{repo} needs code of its own to be loaded, and the course runs no "
-                              "repository's code.",
-                              "Choose a model of a kind that transformers has built in, such as Phi-3.")
-    return sorted(set(names))
+    index = first_file(files.files, config)
+    weights = weight_files(repo, files.files, config, _read_json(files, index) if index else {})
+    others = sorted(name for name in files.files if name.endswith(".safetensors") and "/" not in name
+                    and name not in weights)
+    if others:
+        tell(f"Of the weights of {repo}, {weights[0]}{f' and {len(weights) - 1} more' if weights[1:] else ''} are "
+             f"taken, which transformers loads, and not {', '.join(others)}. For those, choose a repository that has "
+             "them as model.safetensors.")
+    return weights
 
 
-def _onnx_files(repo, files):
-    """Return the names of an ONNX model and its weights, and refuse what would load a library of somebody's."""
-    config = _read_json(files, "genai_config.json")
-    decoder = config.get("model", {}).get("decoder", {}) if isinstance(config.get("model"), dict) else {}
-    graph = decoder.get("filename") if isinstance(decoder, dict) else None
+def _onnx_files(repo, files, config):
+    """Return the names of an ONNX model and its weights, and insist that the Hub has each that is named."""
+    model = config.get("model") if isinstance(config.get("model"), dict) else {}
+    decoder = model.get("decoder") if isinstance(model.get("decoder"), dict) else {}
+    graph = decoder.get("filename")
     if not isinstance(graph, str) or graph not in files.files or not graph.endswith(".onnx"):
-        raise _other_revision("hub-graph", repo, f"genai_config.json of {repo} names no ONNX file that is there.")
-    for key, value in _walk(config):
-        if key == "custom_ops_library" or (key == "provider_options" and value):
-            raise CourseError("hub-library", f"genai_config.json of {repo} sets {key}, which can load a library and "
-                              "run any code.", "Choose another repository: the course takes plain models for the CPU.")
-    return [name for name in files.files if name.endswith(".onnx") or re.search(r"[._]data(\.\d+)?$", name)]
+        raise other_revision("hub-graph", repo, f"genai_config.json of {repo} names no ONNX file that is there.")
+    return [name for name in files.files
+            if "/" not in name and (name.endswith(".onnx") or re.search(r"[._]data(\.\d+)?$", name))]
 
 
-def _walk(value) -> Iterator[tuple]:
-    """Yield every key and value of nested objects and lists."""
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
-        yield key, inner
-        yield from _walk(inner)
-
-
-def _refuse_without_template(repo, files, track):
-    """Raise an error unless there is a tokenizer with a chat template."""
+def _refuse_without_template(repo, files):
+    """Raise an error unless there are a tokenizer and a chat template that the chat model reads."""
     if "tokenizer.json" not in files.sha256:
-        raise CourseError("hub-no-tokenizer", f"{repo} has no tokenizer.json, which both tracks read.",
+        raise CourseError("hub-no-tokenizer", f"{repo} has no tokenizer.json, which track B and the chat model read.",
                           "Choose a repository that has one; most that transformers has saved do.")
-    own = files.finished / "chat_template.jinja"
     template = _read_json(files, "tokenizer_config.json").get("chat_template")
-    if isinstance(template, list) and track == "transformers":  # several, by name
-        template = next((each.get("template") for each in template if isinstance(each, dict)
-                         and each.get("name") == "default"), None)
-    if "chat_template.jinja" in files.sha256 or own.exists() or (isinstance(template, str) and template.strip()):
+    if "chat_template.jinja" in files.sha256 or (files.finished / "chat_template.jinja").exists() \
+            or (isinstance(template, str) and template.strip()):
         return
-    raise CourseError("hub-no-template", f"{repo} has no chat template: nothing says how a conversation becomes its "
-                      "prompt, and llm/v1/chat needs that.",
-                      f"Choose an instruct model, or write the template that its authors describe to {own}, and run "
-                      "this again.")
+    raise _no_template(repo, files)
+
+
+def _no_template(repo, files):
+    return CourseError("hub-no-template", f"{repo} has no chat template: nothing says how a conversation becomes its "
+                       "prompt, and llm/v1/chat needs that.",
+                       "Choose an instruct model, or write the template that its authors describe to "
+                       f"{files.finished / 'chat_template.jinja'}, and run this again.")
+
+
+def _refuse_unloadable(track, repo, files, small, config):
+    """Let the libraries that are to load the model read its small files, in a folder that has these alone."""
+    with tempfile.TemporaryDirectory(dir=files.folder, ignore_cleanup_errors=True) as name:
+        folder = Path(name)
+        for file in small:
+            (folder / file).parent.mkdir(exist_ok=True)
+            shutil.copy(files.path(file), folder / file)
+        with contextlib.suppress(FileNotFoundError):  # the user's own template
+            shutil.copy(files.finished / "chat_template.jinja", folder)
+        if track == "onnx":
+            refuse_other_engine(repo, folder, config, config["model"]["decoder"]["filename"])
+        else:
+            refuse_unknown_model(repo, folder, config)
+        tokenizer = make_tokenizer(repo, folder)
+        if track == "transformers":
+            try:
+                tokenizer.get_chat_template()
+            except ValueError:  # none, or several and none of them called "default"
+                raise _no_template(repo, files) from None
+
+
+# --- tokens -----------------------------------------------------------------------------------
+
+
+def _headers():
+    """Return the headers of a request, and what is wrong with the user's token, None where nothing is."""
+    try:
+        headers = build_hf_headers()
+    except (OSError, ValueError):  # of a file that is no text, or not the user's to read
+        return build_hf_headers(token=False), "cannot be read"
+    if re.fullmatch("Bearer [!-~]+", headers.get("authorization", "Bearer none")):
+        return headers, None
+    return build_hf_headers(token=False), "has characters that no token has"
+
+
+def token_place(environment: Mapping[str, str]) -> tuple[str, str]:
+    """Return where the Hub's client has the user's token from, and what to do about one that does not work."""
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):  # in the client's order
+        if environment.get(name, "").strip():
+            return name, f"Unset {name}, or set it to a read token from {WEB}/settings/tokens."
+    named = [("HF_TOKEN_PATH", "the file that HF_TOKEN_PATH names"), ("HF_HOME", "$HF_HOME/token"),
+             ("XDG_CACHE_HOME", "$XDG_CACHE_HOME/huggingface/token")]
+    place = next((place for name, place in named if name in environment), "~/.cache/huggingface/token")
+    return place, "Run `hf auth login` for a new one, or `hf auth logout` or delete that file to be without one."
 
 
 # --- what goes wrong on the way ---------------------------------------------------------------
@@ -239,19 +321,6 @@ def _refuse_without_template(repo, files, track):
 
 def _status(error):
     return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
-
-
-def _certificate_trouble(error):
-    """Return OpenSSL's reason where a certificate was refused, else None."""
-    while error is not None:
-        if isinstance(error, ssl.SSLCertVerificationError):
-            return error.verify_message
-        error = error.__cause__ or error.__context__
-    return None
-
-
-def _is_other_answer(error):
-    return isinstance(error, json.JSONDecodeError | UnicodeDecodeError) or "Consistency check failed" in str(error)
 
 
 # The first row whose types or function fit an error says what stopped a download.
@@ -266,13 +335,13 @@ TROUBLES = (
      "Choose a branch, tag or commit of {web}/{repo}/tree/main, or leave @REVISION out."),
     (errors.RemoteEntryNotFoundError, "hub-no-file", "The Hub lists {file} of {repo} and does not have it.",
      "Run this again later, or choose another revision: hub:{repo}@REVISION."),
-    (lambda error: _status(error) in (401, 403), "hub-token", "The Hub refuses {repo} to this token.",
-     "Make a read token on {web}/settings/tokens and set HF_TOKEN to it, or unset HF_TOKEN."),
+    (lambda error: _status(error) in (401, 403), "hub-token", "The Hub refuses {repo} to the token in {token}.",
+     "{token_fix}"),
     (lambda error: _status(error) in BUSY, "hub-busy", "The Hub answers {status} for {repo}, also after {tries} tries.",
      "Run this again later; what has arrived stays."),
     (errors.HfHubHTTPError, "hub-status", "The Hub answers {status} for {repo}.",
      "Run this again later; what has arrived stays."),
-    (_certificate_trouble, "hub-certificate",
+    (certificate_trouble, "hub-certificate",
      "The certificate of {endpoint} is not accepted: {certificate}; this machine's clock says {now:%Y-%m-%d %H:%M}.",
      "Set the clock if it is off; if it is right, a proxy opens the connection: set SSL_CERT_FILE to the certificate "
      "that its owner gives you."),
@@ -280,7 +349,7 @@ TROUBLES = (
      "Correct HTTPS_PROXY, or unset it where no proxy is needed."),
     (httpx.TransportError, "hub-no-answer", "The network or the Hub, {endpoint}, has no answer.",
      "Check the network and the proxy (HTTPS_PROXY), and run this again; what has arrived stays."),
-    (_is_other_answer, "hub-other-answer",
+    ((LengthError, json.JSONDecodeError, UnicodeDecodeError), "hub-other-answer",
      "Something between you and {endpoint} answers in its place, such as a proxy's login page.",
      "Log in to the network in a browser, or set HTTPS_PROXY, and run this again."),
     ((httpx.RequestError, httpx.InvalidURL, OSError, UnicodeError, ValueError), "hub-settings",
@@ -295,11 +364,12 @@ def explain(error: Exception, repo: str) -> CourseError:
     """Return the CourseError that says in two sentences what stopped a download."""
     code, *sentences = next(row for fits, *row in TROUBLES
                             if (isinstance(error, fits) if isinstance(fits, type | tuple) else fits(error)))
+    token, token_fix = token_place(os.environ)
     file = re.search(r"/resolve/[^/]+/(\S+?)\.?$", str(error), re.MULTILINE)
     return CourseError(code, *(sentence.format(
         repo=repo, web=WEB, endpoint=constants.ENDPOINT, file=file[1] if file else "a file", status=_status(error),
-        tries=TRIES, certificate=_certificate_trouble(error), now=datetime.now(), kind=type(error).__name__,
-        error=str(error)) for sentence in sentences))
+        tries=TRIES, token=token, token_fix=token_fix, certificate=certificate_trouble(error), now=datetime.now(),
+        kind=type(error).__name__, error=str(error)) for sentence in sentences))
 
 
 def work(order: dict) -> dict:
@@ -314,4 +384,4 @@ def work(order: dict) -> dict:
 
 
 if __name__ == "__main__":
-    sys.exit(answer(work, sys.argv[1]))
+    os._exit(answer(work, sys.argv[1]))  # at once: torch takes its time to leave, and a thread may wait for a server

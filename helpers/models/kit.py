@@ -11,6 +11,7 @@ import ipaddress
 import json
 import os
 import re
+import shlex
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -31,13 +32,14 @@ PLATFORM_NAMES = {("Windows", "AMD64"): "windows", ("Darwin", "arm64"): "macos",
 PYTHONS = ("3.11", "3.12", "3.13")
 BLOCK = 1 << 20
 LARGEST_MANIFEST = 64 << 20
-TIMEOUT = 30  # seconds without a byte
+TIMEOUT = 8  # seconds without a byte
 BROKEN = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 
 def kit_address() -> str:
     """Return what COURSE_KIT says, empty where it is not set."""
-    return (os.environ.get("COURSE_KIT") or "").strip()
+    address = os.environ.get("COURSE_KIT") or ""
+    return address if address.strip() else ""
 
 
 def open_kit() -> "Kit | None":
@@ -65,6 +67,9 @@ def read_kit(address: str, complete: bool = True) -> "Kit":
         raise _no_kit(kit) from None
     except ValueError:  # a host that nobody can have
         raise _no_address(address) from None
+    except PermissionError:
+        raise CourseError("kit-not-readable", f"The kit {kit.address} is there, and you may not read it.",
+                          "Ask its owner to run: chmod -R a+rX on that folder.") from None
     except BROKEN as error:
         raise CourseError("kit-no-answer", f"The kit {kit.address} has no answer: {reason(error)}.",
                           "Check the address, that `kit serve` runs there, and that this machine is in the same "
@@ -220,9 +225,14 @@ class Kit:
                            "Build or copy the kit again; `python -m helpers kit check` names every such file.")
 
 
+def as_word(path: object) -> str:
+    """Return a path as one word of a command for a terminal, which takes some letters for its own."""
+    return shlex.quote(str(path)) if os.name == "posix" and re.search(r'["$`\\!]', str(path)) else f'"{path}"'
+
+
 def build_command(kit: Kit, platforms: tuple[str, ...] = (), pythons: tuple[str, ...] = ()) -> str:
     """Return the command that builds this kit again, with more platforms and Pythons where they are named."""
-    words = ["python -m helpers kit build", "DIR" if kit.is_url else f'"{kit.address}"']
+    words = ["python -m helpers kit build", "DIR" if kit.is_url else as_word(kit.address)]
     for option, key, more in (("--model", "models", ()), ("--platform", "platforms", platforms),
                               ("--python", "pythons", pythons)):
         names = dict.fromkeys([*kit.manifest[key], *more])
@@ -236,7 +246,8 @@ def _place(address):
     """Return a URL without what a browser's address line has behind it, or an absolute folder."""
     try:
         if "://" not in address:
-            return str((ROOT / Path(address.strip()).expanduser()).resolve())
+            folder = (ROOT / Path(address).expanduser()).resolve()  # a folder's name may end in a space
+            return str(folder if folder.exists() else (ROOT / Path(address.strip()).expanduser()).resolve())
         parts = urlsplit(re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address.strip()))
         if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
             return parts.geturl()

@@ -3,6 +3,7 @@
 Set-up calls it on a bare Python, so it imports the standard library alone.
 """
 
+import ast
 import errno
 import os
 import re
@@ -14,6 +15,15 @@ from datetime import datetime
 
 from helpers.errors import CourseError
 from helpers.models.steps import last_line, run_behind_a_bar, run_program
+
+# The options that a user's variables and files may set for the course's pip: where packages come from, how they get
+# here, and which of them are trusted. All others say what pip does with them, or how it tells so: that is the course's.
+USERS = frozenset((
+    "index-url", "pypi-url", "extra-index-url", "no-index", "find-links", "trusted-host",
+    "proxy", "no-proxy-env", "cert", "client-cert", "keyring-provider", "no-input",
+    "timeout", "default-timeout", "retries", "resume-retries", "cache-dir", "no-cache-dir",
+    "constraint", "build-constraint", "only-binary", "require-hashes", "uploaded-prior-to",
+    "use-feature", "use-deprecated"))
 
 
 @dataclass(frozen=True)
@@ -72,8 +82,42 @@ def run_pip(*arguments: str, python: str = sys.executable, environment: dict[str
 
     ``environment`` takes the place of this process's environment.
     """
+    variables = dict(os.environ) if environment is None else environment
     command = [python, "-m", "pip", *arguments, "--disable-pip-version-check"]
-    return _result(*run_program(command, dict(os.environ) if environment is None else environment, on_output))
+    settings = users_settings(arguments[0], python, variables)
+    return _result(*run_program(command, variables | settings, on_output))
+
+
+def users_settings(command: str, python: str, variables: dict[str, str]) -> dict[str, str]:
+    """Return variables that leave a command of pip no options of the user's but ``USERS``.
+
+    The user's are in the environment and in pip's files. With others pip would install elsewhere (``target``, ``user``,
+    ``prefix``), nothing (``dry-run``) or in silence (``quiet``). To pip, an empty variable is none. Raises PipError
+    where pip cannot read its files.
+    """
+    options = {name: _option(name) for name in variables if name.upper().startswith("PIP_")}
+    emptied = {name: "" for name, option in options.items() if option not in USERS | {"config-file"}}
+    if variables.get("PIP_CONFIG_FILE") == os.devnull:
+        return emptied
+    # What the files say of these may keep pip from listing them.
+    able = {"PIP_QUIET": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
+    command_line = [python, "-m", "pip", "config", "list"]
+    listed = _result(*run_program(command_line, variables | emptied | able, lambda text: None))
+    there = {option for name, option in options.items() if variables[name]}
+    kept = {"PIP_" + option.upper().replace("-", "_"): value
+            for option, value in read_settings(command, listed).items() if option not in there}
+    return emptied | kept | {"PIP_CONFIG_FILE": os.devnull}
+
+
+def read_settings(command: str, listed: str) -> dict[str, str]:
+    """Return those of ``USERS`` that pip's files hold for a command, from what ``pip config list`` printed."""
+    found = re.findall(rf"^(global|{command})\.([\w-]+)=(.+)$", listed, re.MULTILINE)
+    for_all_first = sorted(found, key=lambda row: row[0] == command)  # what stands under the command's own name wins
+    return {option: ast.literal_eval(value) for _, option, value in for_all_first if option in USERS}
+
+
+def _option(name):
+    return name[len("PIP_"):].lower().replace("_", "-")
 
 
 def download_wheel(title: str, requirement: str, folder) -> None:
@@ -81,7 +125,8 @@ def download_wheel(title: str, requirement: str, folder) -> None:
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--progress-bar", "raw",
                "--disable-pip-version-check", "--dest", folder, requirement]
     try:
-        _result(*run_behind_a_bar(title, command, r"Progress (\d+) of (\d+)"))
+        settings = users_settings("download", sys.executable, dict(os.environ))
+        _result(*run_behind_a_bar(title, command, r"Progress (\d+) of (\d+)", settings))
     except PipError as error:
         raise explain(error.failure, title) from None
 
@@ -138,8 +183,11 @@ def ask_index(name: str, seconds: float) -> IndexAnswer:
     command = [sys.executable, "-m", "pip", "-vv", "--no-input", "--retries", "1", "--timeout", "4",
                "--disable-pip-version-check", "index", "versions", name]
     try:
+        variables = dict(os.environ) | users_settings("index", sys.executable, dict(os.environ))
         asked = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, encoding="utf-8", errors="replace", timeout=seconds)
+                               text=True, encoding="utf-8", errors="replace", timeout=seconds, env=variables)
+    except PipError as error:
+        return read_index(False, error.failure.line)
     except subprocess.TimeoutExpired:
         return IndexAnswer("none")
     return read_index(asked.returncode == 0, asked.stdout)

@@ -35,7 +35,9 @@ PRECISION = "int8"
 def source_of(entry: CatalogueEntry, track: str, export: bool = False) -> "Source":
     """Return the source of one track's folder of a model; ``export``: a repository's ONNX files are made here."""
     table = entry.source
-    if "hub" in table and not (export and track == "onnx"):
+    if "hub" in table:
+        if export and track == "onnx":
+            return Export(entry, HubRepository(entry, "transformers", **table["hub"]["transformers"], export=True))
         return HubRepository(entry, track, **table["hub"][track])
     if track == "onnx":
         return Export(entry, source_of(entry, "transformers"))
@@ -169,13 +171,15 @@ class GgufWheel(Source):
 class HubRepository(Source):
     """The files that one track needs of a repository of the Hugging Face Hub; of its default branch without a revision.
 
-    ``folder`` is the one of the ONNX model in the repository; without, the one for the CPU is looked for.
+    ``folder`` is the one of the ONNX model in the repository; without, the one for the CPU is looked for. With
+    ``export``, nothing comes that cannot be exported.
     """
 
     track: str
     repo: str
     revision: str | None = None
     folder: str | None = None
+    export: bool = False
     goes_on = True
 
     @property
@@ -191,7 +195,7 @@ class HubRepository(Source):
         commit = receipt["facts"].get("commit") if receipt["recipe"] == self.recipe else None
         facts = ask(f"Downloading {self.repo}", "helpers.models.hub", {
             "track": self.track, "repo": self.repo, "revision": self.revision, "commit": commit,
-            "onnx_folder": self.folder, "folder": str(partial), "finished": str(folder)})
+            "onnx_folder": self.folder, "export": self.export, "folder": str(partial), "finished": str(folder)})
         digests = facts.pop("sha256")
         if "README.md" not in digests:
             digests["README.md"] = sha256(_write_model_card(self.entry, partial))

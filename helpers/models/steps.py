@@ -51,6 +51,8 @@ def run_behind_a_bar(title: str, command: list, progress: str | None = None,
             tail = (tail + text)[-4000:]
             for seconds in re.findall(r"Busy: the next try is in ([\d.]+) s", text):
                 bar.write(f"The server is busy: the next try is in {seconds} s.", file=sys.stdout)
+            for note in re.findall(r"^Note for the user: (.+)$", text, re.MULTILINE):
+                bar.write(note, file=sys.stdout)
             found = re.findall(progress, tail) if progress else []
             if found and int(found[-1][1]):
                 bar.update(100 * int(found[-1][0]) // int(found[-1][1]) - bar.n)
@@ -81,10 +83,15 @@ def run_step(title: str, command: list, progress: str | None = None,
 
 def ask(title: str, module: str, order: dict, environment: dict[str, str] | None = None) -> dict:
     """Let a module of ours do its ``work`` in a process of its own, which may use the network; return its answer."""
-    online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    online = {"COURSE_ONLINE": "1", "HF_HUB_DISABLE_XET": "1"}
     output = run_step(title, [sys.executable, "-m", module, json.dumps(order)], r"Progress (\d+) of (\d+)",
                       online | (environment or {}))
     return json.loads(output.splitlines()[-1])
+
+
+def tell(note: str) -> None:
+    """Show a sentence to whoever waits for this process, and for its ``answer``."""
+    print(f"Note for the user: {note}", flush=True)
 
 
 def answer(work: Callable[[dict], dict], order: str) -> int:

@@ -4,12 +4,17 @@ Run: python -m helpers test tests/course/test_commands.py
 """
 
 import errno
+import os
 import re
+import shlex
 import socket
+import subprocess
+import sys
+import tempfile
 from argparse import ArgumentParser
 
 import pytest
-from support import PAGES, ROOT, refuses
+from support import PAGES, ROOT, refuses, run_python
 
 from course.__main__ import _explain, main
 from course.commands import COMMANDS, SMALL_MODELS, run_command
@@ -99,6 +104,7 @@ def test_lab_opens_a_page_with_the_model_that_it_was_given(done, monkeypatch, wo
     assert run_command(["lab", *words]) == 0
     ((command, variables),) = done
     assert f"--LabApp.default_url=/lab/tree/notebooks/{page}.ipynb" in command
+    assert variables.pop("PYTHONPATH").split(os.pathsep)[0] == str(ROOT)
     assert variables == {"COURSE_MODEL": model}
 
 
@@ -169,7 +175,37 @@ def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(do
 def test_what_a_disk_refuses_becomes_two_sentences(number, code, says):
     error = _explain(OSError(number, "no", "/course/build"))
     assert (error.code, error.what) == (code, says)
-    assert _explain(OSError(errno.ENOENT, "no")) is None
+    assert _explain(OSError(errno.ENOENT, "no", "/course/build")) is None
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that somebody is in")
+def test_a_terminal_whose_folder_is_gone_is_told_so(tmp_path):
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = f"import os, runpy, sys; os.rmdir({str(gone)!r}); sys.path[0] = {str(ROOT)!r}; " \
+        "sys.argv[1:] = ['kit', 'check', 'x']; runpy.run_module('helpers', run_name='__main__', alter_sys=True)"
+    result = run_python(tmp_path, "-c", code, cwd=gone)
+    assert (result.returncode, result.stderr) == (
+        1, "error: The folder that this terminal is in is gone.\n       Go to another one, and run this again.\n")
+
+
+def test_whoever_stops_reading_gets_no_stack(tmp_path):
+    line = f"{shlex.quote(sys.executable)} -m helpers help | head -1"
+    result = subprocess.run(["sh", "-c", line], cwd=ROOT, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == ("python -m helpers COMMAND, with one of:\n", "")
+
+
+def test_the_ui_of_a_store_that_is_a_server_is_the_servers_own(done, monkeypatch, capsys):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+        monkeypatch.setenv(name, "1")  # to be as it was at the end
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("COURSE_TRACKING_URI", "http://ann:sesame@127.0.0.1:9")
+    with refuses("store-no-answer") as refusal:
+        run_command(["ui"])
+    assert "sesame" not in str(refusal.value)
+    monkeypatch.setattr("helpers.tracking.ask_server", lambda uri, experiment: None)
+    assert run_command(["ui"]) == 0
+    assert capsys.readouterr().out.endswith("has a UI of its own: http://127.0.0.1:9\n")
 
 
 def test_a_model_that_is_not_there_is_refused_with_those_that_are(monkeypatch, cache):

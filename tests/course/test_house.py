@@ -15,21 +15,24 @@ ALLOWED = {"helpers": set(), "serving": set(), "course": {"helpers", "serving"}}
 # From the ground up: a module imports nothing that stands after it. A name ending in .* is a folder.
 FLOORS = {
     "helpers": (
-        "errors", "paths", "files", "requirements",
+        "errors", "strangers", "paths", "files", "requirements",
         "models.steps", "models.pip", "models.catalogue", "models.space", "models.folders", "models.kit",
-        "models.download", "models.hub", "models.convert", "models.crowd", "models.sources", "models.prepare",
-        "devices", "parameters", "tracking", "tables", "signatures", "views", "measurement", "exercises", "servers",
-        "playground",
+        "models.download", "models.usable", "models.hub", "models.convert", "models.crowd", "models.sources",
+        "models.prepare",
+        "stores.database", "stores.server",
+        "devices", "parameters", "tracking", "states", "tables", "signatures", "views", "measurement", "exercises",
+        "servers", "playground",
     ),
     "course": (
-        "environment", "contents", "exercises", "static_page", "execute", "kit.wheels", "kit.check", "kit.build",
-        "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures", "bench.contenders",
-        "bench.fidelity", "bench.chat", "bench.notebooks", "generate", "mutate", "commands", "__main__",
+        "environment", "contents", "kernels", "exercises", "static_page", "execute", "kit.wheels", "kit.check",
+        "kit.build", "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures",
+        "bench.contenders", "bench.fidelity", "bench.chat", "bench.notebooks", "generate", "mutate", "commands",
+        "__main__",
     ),
     "serving": ("chat_model",),
 }
 # The packages' own names, and the door that starts `course` as a program.
-NO_FLOOR = {"helpers": {"", "models", "__main__"}, "course": {"", "kit", "doctor", "bench"}, "serving": {""}}
+NO_FLOOR = {"helpers": {"", "models", "stores", "__main__"}, "course": {"", "kit", "doctor", "bench"}, "serving": {""}}
 
 
 def files(room):
@@ -111,5 +114,5 @@ def test_public_functions_say_what_they_return(room):
 
 def test_what_a_page_imports_and_what_travels_alone_stay_small():
     page = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "helpers").glob("*.py"))
-    assert page <= 1_400
+    assert page <= 1_600
     assert len((ROOT / "serving" / "chat_model.py").read_text(encoding="utf-8").splitlines()) <= 1_600

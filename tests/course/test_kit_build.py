@@ -3,6 +3,7 @@
 Run: python -m helpers test tests/course/test_kit_build.py
 """
 
+import os
 import shutil
 import subprocess
 import sys
@@ -211,3 +212,16 @@ def test_a_disk_that_fills_up_is_an_error_that_says_so(tiny_disk, index):
     result = run("1400k", [sys.executable, "-c", code, index, folder / "kit"])
     assert result.stdout.splitlines()[-1].startswith("disk-full The disk is full: "), result.stdout + result.stderr
     assert "what is finished stays." in result.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_whoever_gets_a_kit_may_read_it_also_where_the_builders_files_are_private(index, tiny, tmp_path):
+    before = os.umask(0o077)
+    try:
+        build(tmp_path / "kit", ["tiny-phi3"])
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+    private = [path for path in (tmp_path / "kit", *(tmp_path / "kit").rglob("*")) if path.name != ".lock"
+               and path.stat().st_mode & (0o055 if path.is_dir() else 0o044) != (0o055 if path.is_dir() else 0o044)]
+    assert not private

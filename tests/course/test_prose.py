@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit
 import nbformat
 import pytest
 from support import ROOT
+from support.markdown import without_code, without_fences
 
 GLOBS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs/*.md", "notebooks/*.md", "deploy/**/*.md",
          "notebooks/*.ipynb")
@@ -30,28 +31,6 @@ every_page = pytest.mark.parametrize("path", PAGES, ids=lambda path: path.relati
 
 
 # How Markdown is read
-
-
-def without_fences(text: str) -> str:
-    """Return a text with its fenced code and HTML comments blanked, line for line."""
-    lines, fence = [], None
-    for line in text.split("\n"):
-        mark = re.match(r"[ >]*(?:[-*+] +|\d+[.)] +)?(`{3,}|~{3,})(.*)", line)
-        if fence is None and mark and not (mark[1][0] == "`" and "`" in mark[2]):
-            fence = mark[1]
-            line = ""
-        elif fence is not None:
-            if mark and mark[1].startswith(fence) and not mark[2].strip():
-                fence = None
-            line = ""
-        lines.append(line)
-    return re.sub(r"<!--.*?-->", lambda comment: "\n" * comment[0].count("\n"), "\n".join(lines), flags=re.DOTALL)
-
-
-def without_code(text: str) -> str:
-    """Return a text with its fenced code blanked, and x in place of each letter of inline code."""
-    return re.sub(r"(?<![`\\])(`+)(?!`)((?:(?!\n[ \t]*\n).)+?)(?<!`)\1(?!`)",
-                  lambda code: re.sub(r"\S", "x", code[0]), without_fences(text), flags=re.DOTALL)
 
 
 class Tags(HTMLParser):

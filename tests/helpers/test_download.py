@@ -5,19 +5,35 @@ Run: python -m helpers test tests/helpers/test_download.py
 
 import hashlib
 import random
+import ssl
 import subprocess
 import sys
+import threading
+import time
 from types import SimpleNamespace
 
 import httpx
 import pytest
+from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
 from support import ROOT
 from support.in_process import download_here
 from support.web_server import web_server
 
 from helpers.files import sha256
-from helpers.models.download import TRIES, ContentError, Download, File, retried, seconds_to_wait
+from helpers.models.download import (
+    BROKEN,
+    TRIES,
+    ContentError,
+    Download,
+    File,
+    LengthError,
+    Patience,
+    Silence,
+    patience,
+    retried,
+    seconds_to_wait,
+)
 
 CONTENT = {"big": random.Random(1).randbytes(200_000), "small.json": b"{}", "deep/er/d.txt": b"d"}
 RATE = {"RateLimit": '"api";r=0;t=55'}
@@ -41,6 +57,49 @@ def test_when_a_request_is_made_again(status, attempt, headers, seconds):
     assert seconds_to_wait(status, attempt, httpx.Headers(headers)) == seconds
 
 
+@pytest.mark.parametrize(("status", "failures", "silent", "lost", "seconds"), [
+    # Refused at once, as where a name is not found: asked after 0, 1 and 3 seconds, and said after 7.
+    (None, 1, 0, 9, 1), (None, 2, 1, 9, 2), (None, 3, 3, 9, 4), (None, 4, 7, 9, None),
+    # Still for 6 seconds, and one more connection.
+    (None, 1, 6, 9, 1), (None, 2, 9, 9, None), (None, 1, 7.9, 9, 1), (None, 1, 8, 9, None),
+    # Whoever has set a longer time waits for it.
+    (None, 1, 60, 90, 1), (None, 2, 89, 90, None),
+    # A server that answers is there, however long it is busy.
+    (503, 1, 30, 9, 1), (429, 4, 100, 9, 8)])
+def test_a_network_that_is_lost_is_not_waited_for(status, failures, silent, lost, seconds):
+    assert seconds_to_wait(status, failures, httpx.Headers(), silent, lost) == seconds
+
+
+@pytest.mark.parametrize(("asked", "limits"), [
+    (None, (5, 8)), ("", (5, 8)), ("soon", (5, 8)), ("0", (5, 8)), ("-5", (5, 8)), ("10", (10, 15)), ("60", (60, 90)),
+    ("2", (2, 8))])
+def test_how_long_nothing_may_come_is_what_a_user_has_set(asked, limits):
+    assert patience(asked) == limits
+    assert patience(None).lost < 10
+
+
+class Clock:
+    """A clock that tests set; nobody sleeps by it."""
+
+    def __init__(self):
+        self.now, self.pauses = 0, []
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.pauses.append(seconds)
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    download_here(monkeypatch)
+    clock = Clock()
+    monkeypatch.setattr("helpers.models.download.time", clock)
+    return clock
+
+
 def answer(status, **headers):
     return HfHubHTTPError("no", response=httpx.Response(status, headers=headers, request=httpx.Request("GET", "x:/")))
 
@@ -58,29 +117,104 @@ def calls(*outcomes):
     return call
 
 
-def test_a_call_is_made_again_as_the_policy_says(monkeypatch, capsys):
-    pauses = download_here(monkeypatch)
+def refused_certificate():
+    error = httpx.ConnectError("no")
+    error.__cause__ = ssl.SSLCertVerificationError()
+    error.__cause__.verify_message = "expired"
+    return error
+
+
+def test_a_call_is_made_again_as_the_policy_says(clock, capsys):
     assert retried(calls(answer(429, **{"Retry-After": "7"}), answer(500), httpx.ReadError("reset"), "good"),
-                   (httpx.ReadError,)) == "good"
-    assert pauses == [7, 2, 4]
+                   BROKEN, patience(None)) == "good"
+    assert clock.pauses == [7, 2, 4]
     assert capsys.readouterr().out.splitlines() == ["Busy: the next try is in 7 s", "Busy: the next try is in 2 s"]
-    for final in (httpx.ConnectError("gone"), answer(404), answer(401)):  # http_get has tried again itself
+    for final in (answer(404), answer(401), refused_certificate(), httpx.ProxyError("no"), OSError("the disk's")):
         with pytest.raises(type(final)):
-            retried(calls(final), (httpx.ReadError,))
-    assert pauses == [7, 2, 4]
+            retried(calls(final), BROKEN, patience(None))
+    assert clock.pauses == [7, 2, 4]
 
 
-def test_a_call_that_brings_something_is_no_failure(monkeypatch):
-    pauses, size = download_here(monkeypatch), [0]
+@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ConnectError("Name or service not known"),
+                                   httpx.RemoteProtocolError("cut"), httpx.ReadError("reset")])
+def test_what_fails_at_once_is_said_within_ten_seconds(clock, error):
+    with pytest.raises(type(error)):
+        retried(calls(*[error] * 9), BROKEN, patience(None))
+    assert clock.pauses == [1, 2, 4]
+    assert clock.now < 10
+
+
+def test_a_connection_that_is_still_is_made_anew_once_and_then_given_up(clock):
+    def still():
+        clock.now += 6  # the read timeout
+        raise httpx.ReadTimeout("still")
+
+    with pytest.raises(httpx.ReadTimeout):
+        retried(still, BROKEN, Patience(6, 9))
+    assert clock.pauses == [1]
+
+
+def test_a_name_look_up_that_never_ends_is_left(clock):
+    ready, ends = threading.Event(), threading.Event()
+
+    def look_up():
+        ready.set()
+        ends.wait()
+
+    def later():
+        ready.wait()
+        clock.now = 9
+
+    threading.Thread(target=later).start()
+    with pytest.raises(httpx.ReadTimeout, match="nothing came for 8 s"):
+        retried(look_up, BROKEN, patience(None))
+    ends.set()
+    assert clock.pauses == []
+
+
+def test_a_byte_every_few_seconds_is_slow_and_not_lost(clock):
+    silence, looked = Silence(), []
+
+    def trickle():
+        for _ in range(20):
+            clock.now += 4
+            looked.append(silence.seconds())
+            silence.heard()
+        return "all"
+
+    assert retried(trickle, BROKEN, patience(None), silence) == "all"
+    assert set(looked) == {4}
+
+
+def test_what_the_disk_takes_is_no_silence(clock):
+    silence = Silence()
+    clock.now = 3
+    with silence.paused():
+        clock.now = 100
+        assert silence.seconds() == 0
+    assert silence.seconds() == 0
+    clock.now = 102
+    assert silence.seconds() == 2
+
+
+def test_a_server_that_is_busy_for_long_is_not_lost(clock):
+    assert retried(calls(answer(503, **{"Retry-After": "60"}), httpx.ConnectError("restarts"), "good"),
+                   BROKEN, patience(None)) == "good"
+    assert clock.pauses == [60, 2]
+
+
+def test_a_call_that_brings_something_is_no_failure(clock):
+    silence = Silence()
 
     def call():
-        size[0] += 100 if size[0] < 1000 else 0
+        if silence.blocks < 10:
+            silence.blocks += 1
+            silence.heard()
         raise httpx.ReadError("reset")
 
     with pytest.raises(httpx.ReadError):
-        retried(call, (httpx.ReadError,), lambda: size[0])
-    assert size == [1000]
-    assert pauses == [1] * 10 + [2, 4, 8]
+        retried(call, BROKEN, patience(None), silence)
+    assert clock.pauses == [1] * 10 + [2, 4]
 
 
 @pytest.fixture
@@ -135,7 +269,7 @@ def test_a_cut_connection_goes_on_where_it_stopped(served, tmp_path, ranges):
     with web_server(web, {"/big": 70_000}, ranges, log=log) as url:
         download(url, tmp_path, "big").fetch(["big"])
     assert got(tmp_path) == {"big": CONTENT["big"]}
-    assert log == [("/big", None), ("/big", "bytes=65536-")]
+    assert log == [("/big", None), ("/big", "bytes=70000-")]
     assert pauses == [1]
 
 
@@ -180,24 +314,25 @@ def test_a_file_that_arrived_and_was_not_checked_is_not_asked_for(served, tmp_pa
 
 def test_how_far_a_download_is_is_printed_for_a_bar(served, tmp_path, monkeypatch, capsys):
     web, _ = served
-    ticks = iter(range(100))
-    clock = SimpleNamespace(monotonic=lambda: next(ticks), sleep=None)
+    one = download("", tmp_path, "small.json", "big")
+    clock = Clock()
     monkeypatch.setattr("helpers.models.download.time", clock)
+    for now, done in ((1, 5), (1.1, 6), (1.3, 7), (1.4, 8), (1.4, 10)):  # the last is all of it
+        clock.now = now
+        one._show(done, 10)
+    assert capsys.readouterr().out.splitlines() == [f"Progress {done} of 10" for done in (5, 7, 10)]
+    monkeypatch.setattr("helpers.models.download.time", time)
     with web_server(web) as url:
         one = download(url, tmp_path)
         half_of(one, "big", CONTENT["big"][:70_000])
         one.fetch(["small.json", "big"])
-        steps = [2, 70_002, 135_538, 200_002]  # of the client's block, and no less than what was here
-        assert capsys.readouterr().out.splitlines() == [f"Progress {done} of 200002" for done in steps]
+        steps = [int(line.split()[1]) for line in capsys.readouterr().out.splitlines()]
+        assert steps == sorted(steps)
+        assert steps[0] == 2
+        assert all(step > 70_002 for step in steps[1:])  # no less than what was here
+        assert steps[-1] == 200_002
         one.fetch(["deep/er/d.txt"], bar=False)
         assert capsys.readouterr().out == ""
-        clock.monotonic = lambda: 100  # no time passes
-        for path in (tmp_path / "got").iterdir():
-            if path.is_file():
-                path.unlink()
-        one = download(url, tmp_path)
-        one.fetch(["big", "small.json"])
-        assert capsys.readouterr().out.splitlines() == ["Progress 0 of 200002", "Progress 200002 of 200002"]
 
 
 def test_a_file_with_another_hash_is_not_kept(served, tmp_path):
@@ -251,28 +386,56 @@ def test_a_busy_server_is_asked_as_often_as_the_policy_says_and_no_more(served, 
     assert pauses[3:] == [2] * (TRIES - 1)
 
 
-@pytest.mark.parametrize(("cuts", "ranges"), [({}, [None]), ({"/big": 70_000}, [None, "bytes=65536-"])])
-def test_a_network_that_is_lost_is_said_after_a_few_seconds_and_what_came_stays(served, tmp_path, cuts, ranges):
-    web, pauses = served
-    log = []
+@pytest.mark.parametrize(("cuts", "ranges"), [({}, [None]), ({"/big": 70_000}, [None, "bytes=70000-"])])
+def test_a_network_that_is_lost_is_said_after_a_few_seconds_and_what_came_stays(served, tmp_path, monkeypatch, cuts,
+                                                                                ranges):
+    web, _ = served
+    log, pauses = [], []
+    clock = SimpleNamespace(sleep=pauses.append, monotonic=lambda: time.monotonic() + sum(pauses))
+    monkeypatch.setattr("helpers.models.download.time", clock)
     with web_server(web, cuts, log=log, leaves=True, gone=[] if cuts else ["/big"]) as url, \
             pytest.raises(httpx.RemoteProtocolError):
         download(url, tmp_path, "big").fetch(["big"])
-    # The client's own tries, a second apart, and nobody's around them.
-    assert [asked for _, asked in log] == ranges + ranges[-1:] * (6 - len(ranges))
-    assert pauses == [1] * 5
-    (half,) = (tmp_path / "got").iterdir()
-    assert half.stat().st_size == (65_536 if cuts else 0)
-
-
-def test_a_page_in_place_of_a_file_does_no_harm_to_the_next_try(served, tmp_path):
-    web, _ = served
-    with web_server(web, answer=b"<title>Welcome to Hotel WiFi</title>") as url, \
-            pytest.raises(OSError, match="Consistency check failed"):
-        download(url, tmp_path, "big").fetch(["big"])
+    # After the last byte: at once, and after 1, 3 and 7 seconds. Nobody else's tries are around them.
+    assert [asked for _, asked in log] == ranges + ranges[-1:] * (4 - len(ranges))
+    assert pauses == [1, 2, 4]
+    assert [path.stat().st_size for path in (tmp_path / "got").iterdir()] == ([70_000] if cuts else [])
     with web_server(web) as url:
         download(url, tmp_path, "big").fetch(["big"])
     assert got(tmp_path) == {"big": CONTENT["big"]}
+
+
+@pytest.mark.parametrize(("asked", "seconds"), [(None, 5), ("45", 45)])
+def test_a_connection_waits_as_long_as_a_user_has_set(served, tmp_path, monkeypatch, asked, seconds):
+    web, _ = served
+    monkeypatch.delenv("HF_HUB_DOWNLOAD_TIMEOUT", raising=False)
+    if asked:
+        monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", asked)
+    timeouts = []
+    get_session().event_hooks["request"].append(lambda request: timeouts.append(request.extensions["timeout"]))
+    with web_server(web) as url:
+        download(url, tmp_path, "big").fetch(["big"])
+    assert timeouts == [dict.fromkeys(("connect", "read", "write", "pool"), seconds)]
+
+
+@pytest.mark.parametrize("half", [0, 150_000])
+def test_a_page_in_place_of_a_file_does_no_harm_to_the_next_try(served, tmp_path, half):
+    web, _ = served
+    (tmp_path / "portal").mkdir()
+    (tmp_path / "portal" / "big").write_bytes(b"<title>Welcome to Hotel WiFi</title>")
+    for place, options in ((web, {"answer": b"<title>Welcome to Hotel WiFi</title>"}),
+                           (tmp_path / "portal", {"ranges": False})):  # without its length, and with it
+        with web_server(place, **options) as url, pytest.raises(LengthError):
+            one = download(url, tmp_path, "big")
+            if half:
+                half_of(one, "big", CONTENT["big"][:half])
+            one.fetch(["big"])
+    log = []
+    with web_server(web, log=log) as url:
+        download(url, tmp_path, "big").fetch(["big"])
+    assert got(tmp_path) == {"big": CONTENT["big"]}
+    if half:
+        assert log == [("/big", "bytes=150000-")]  # nor to what was here before
 
 
 @pytest.mark.slow
@@ -291,7 +454,7 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
         got.mkdir()
         with web_server(tmp_path) as url:
             result = subprocess.run([sys.executable, "-c", code, f"{url}/big", str(size), got, digest], cwd=ROOT,
-                                    capture_output=True, text=True, env={"HF_HUB_OFFLINE": "0", "PATH": ""})
+                                    capture_output=True, text=True, env={"COURSE_ONLINE": "1", "PATH": ""})
         assert result.returncode == 0, result.stderr
         assert sha256(got / "big") == digest
         peaks.append(int(result.stdout.split()[-1]) / 1000)

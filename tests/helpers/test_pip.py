@@ -4,7 +4,10 @@ Run: python -m helpers test tests/helpers/test_pip.py
 """
 
 import errno
+import os
 import ssl
+import subprocess
+import sys
 import threading
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -14,7 +17,19 @@ from support import refuses
 from support.kits import only_wheels
 from support.loopback_hub import LoopbackHub, certificate
 
-from helpers.models.pip import PipError, PipFailure, download_wheel, explain, read_failure, run_pip
+from helpers.models.pip import (
+    USERS,
+    PipError,
+    PipFailure,
+    ask_index,
+    download_wheel,
+    explain,
+    read_failure,
+    read_settings,
+    run_pip,
+    users_settings,
+)
+from helpers.paths import VENV, VENV_PYTHON
 
 
 @pytest.mark.parametrize(("output", "kind", "package"), [
@@ -126,3 +141,105 @@ def test_an_index_with_an_expired_certificate_says_what_the_clock_says(index, tm
     hub.close()
     assert "this machine's clock says 2" in refusal.value.what
     assert "Set the clock if it is off" in refusal.value.fix
+
+
+# --- what the user's own variables and files may say ------------------------------------------
+
+# Where pip would install, what it would take and how it would tell so: the course says that itself.
+OURS = {
+    "abi", "all-releases", "break-system-packages", "check-build-dependencies", "compile", "config-settings", "debug",
+    "dest", "destination-dir", "destination-directory", "disable-pip-version-check", "dry-run", "editable",
+    "exists-action", "force-reinstall", "group", "help", "ignore-installed", "ignore-requires-python",
+    "implementation", "isolated", "json", "local-log", "log", "log-file", "no-binary", "no-build-isolation",
+    "no-clean", "no-color", "no-compile", "no-dependencies", "no-deps", "no-python-version-warning",
+    "no-require-hashes", "no-user", "no-warn-conflicts", "no-warn-script-location", "only-dependencies", "only-deps",
+    "only-final", "platform", "pre", "prefer-binary", "prefix", "progress-bar", "python", "python-version", "quiet",
+    "refresh-package", "report", "require-venv", "require-virtualenv", "requirement", "requirements-from-script",
+    "root", "root-user-action", "source", "source-dir", "source-directory", "src", "target", "upgrade",
+    "upgrade-strategy", "use-pep517", "user", "verbose"}
+HOSTILE = {"TARGET": "elsewhere", "USER": "1", "PREFIX": "elsewhere", "ROOT": "elsewhere", "DRY_RUN": "1", "QUIET": "3",
+           "REPORT": "elsewhere.json", "PYTHON": "elsewhere", "REQUIRE_VIRTUALENV": "1", "NO_BINARY": ":all:",
+           "IGNORE_INSTALLED": "1", "NO_BUILD_ISOLATION": "0", "LOG": os.devnull + "/pip.log", "VERSION": "26.0",
+           "PROGRESS_BAR": "off", "DEST": "elsewhere", "PLATFORM": "win32", "ISOLATED": "1", "REQUIREMENT": "none.txt",
+           "EDITABLE": "elsewhere", "VERBOSE": "perhaps", "GROUP": "none", "ONLY_DEPS": "1"}
+LIST = r"""global.index-url='https://name:p%40ss@index.example/simple'
+global.extra-index-url='\nhttps://a.example\nhttps://b.example'
+global.target='/elsewhere'
+global.timeout='3'
+install.timeout='9'
+download.timeout='5'
+install.find-links='C:\\wheels'
+:env:.cert='/of/the/environment'
+"""
+
+
+def test_each_option_of_pip_is_the_users_or_the_courses():
+    code = ("from pip._internal.commands import create_command\n"
+            "for name in ('install', 'download', 'index'):\n"
+            "    for option in create_command(name).parser.option_list_all:\n"
+            "        print(*(long[2:] for long in option._long_opts), sep='\\n')")
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    assert set(said.stdout.split()) == USERS | OURS
+    assert not USERS & OURS
+
+
+@pytest.mark.parametrize(("command", "settings"), [
+    ("install", {"timeout": "9", "find-links": "C:\\wheels"}), ("download", {"timeout": "5"}),
+    ("index", {"timeout": "3"})])
+def test_what_pips_files_say_of_where_packages_come_from_is_kept(command, settings):
+    assert read_settings(command, LIST) == {
+        "index-url": "https://name:p%40ss@index.example/simple",
+        "extra-index-url": "\nhttps://a.example\nhttps://b.example"} | settings
+
+
+def test_a_variable_wins_over_a_file_and_other_options_are_emptied(tmp_path):
+    file = tmp_path / "pip.conf"
+    file.write_text("[global]\nproxy = http://file\ntimeout = 3\nquiet = 3\n"
+                    f"log = {os.devnull}/pip.log\n"
+                    "[install]\nretries = 1\nuser = 1\n", encoding="utf-8")
+    variables = dict(os.environ, PIP_CONFIG_FILE=str(file), PIP_TIMEOUT="7", PIP_TARGET="elsewhere", PIP_NO_INPUT="1",
+                     ALL_PROXY="http://shell")
+    settings = users_settings("install", sys.executable, variables)
+    assert settings.items() >= {
+        "PIP_PROXY": "http://file", "PIP_RETRIES": "1", "PIP_TARGET": "", "PIP_CONFIG_FILE": os.devnull}.items()
+    assert {"PIP_TIMEOUT", "PIP_NO_INPUT", "PIP_USER", "ALL_PROXY"} & set(settings) == set()
+
+
+def make_hostile(monkeypatch, tmp_path, way):
+    """Let the variables, or a file, hold what would make pip install elsewhere, nothing or in silence."""
+    if way == "variables":
+        for name, value in HOSTILE.items():
+            monkeypatch.setenv(f"PIP_{name}", value)
+        return
+    lines = [f"{name.lower().replace('_', '-')} = {value}" for name, value in HOSTILE.items()
+             if name not in ("VERBOSE", "VERSION", "PYTHON", "ISOLATED")]  # with the first two, pip does not even list
+    (tmp_path / "pip.conf").write_text("\n".join(["[global]", *lines]), encoding="utf-8")
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+
+
+@pytest.mark.parametrize("way", ["variables", "file"])
+def test_a_wheel_arrives_whatever_else_pip_is_told(index, tmp_path, monkeypatch, capsys, way):
+    only_wheels(index, "llm_words-1.0-py3-none-any.whl")
+    make_hostile(monkeypatch, tmp_path, way)
+    get_words(tmp_path / "got")
+    assert [path.name for path in (tmp_path / "got").iterdir()] == ["llm_words-1.0-py3-none-any.whl"]
+    assert "Downloading llm-words==1.0: 100%" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["variables", "file"])
+def test_set_up_installs_here_whatever_else_pip_is_told(index, tmp_path, monkeypatch, way):
+    only_wheels(index, "llm_words-1.0-py3-none-any.whl", "llm_more-1.0-py3-none-any.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
+    python = str(tmp_path / "venv" / VENV_PYTHON.relative_to(VENV))
+    make_hostile(monkeypatch, tmp_path, way)
+    monkeypatch.chdir(tmp_path)
+    said = run_pip("install", "llm-words", "llm-more", python=python)  # by the pip that Python brings along
+    assert "Successfully installed llm-more-1.0 llm-words-1.0" in said
+    assert len(list((tmp_path / "venv").rglob("llm_*.dist-info"))) == 2
+
+
+def test_the_doctor_reads_what_pip_says_whatever_else_it_is_told(index, tmp_path, monkeypatch):
+    make_hostile(monkeypatch, tmp_path, "variables")
+    only_wheels(index, "llm_words-1.0-py3-none-any.whl")
+    assert ask_index("llm-words", 60).kind == "found"

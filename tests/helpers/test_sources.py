@@ -371,7 +371,7 @@ def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_reci
     partial = orders[-1].pop("folder")
     assert partial.endswith(".partial")
     assert orders[-1] == {"track": "onnx", "repo": "org/name", "revision": None, "commit": None, "onnx_folder": "cpu",
-                          "finished": str(home / "onnx")}
+                          "export": False, "finished": str(home / "onnx")}
 
 
 # --- a kit --------------------------------------------------------------------------------------

@@ -91,6 +91,15 @@ def test_figures_stand_side_by_side_with_a_bar_each_and_a_text_twin():
     assert "figure" in repr(compare_figures({}))
 
 
+def test_a_speed_that_nobody_could_tell_is_said_to_be_none_and_no_number_has_a_bar():
+    shown = compare_figures({"A": {"first_token_seconds": 0.01, "load_seconds": float("nan")},
+                             "B": {"first_token_seconds": 0.02, "tokens_per_second": 40.0, "disk_bytes": float("inf")},
+                             "C": {}})
+    assert [row[1:3] for row in shown.rows] == [
+        ("A", "0.01 s"), ("B", "0.02 s"), ("B", "40.0 tokens per second"), ("A", "the answer was too short to tell")]
+    assert html_of(shown).select("td > div")[-1]["style"].startswith("width: 0.00%")
+
+
 # --- tokens and folders -------------------------------------------------------------------------
 
 def test_a_text_is_shown_token_by_token_with_markup_told_apart(tiny):

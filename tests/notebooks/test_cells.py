@@ -8,24 +8,16 @@ import json
 from types import SimpleNamespace
 
 import mlflow
-import nbformat
 import pytest
 from mlflow.models import infer_signature
-from support import PAGES, ROOT
+from support import PAGES, find_cell
 
-from helpers import name_run, pinned, show_table
+from helpers import check_model, check_name, check_run, name_run, pinned, show_table
 from helpers.parameters import DEFAULTS
 from helpers.tracking import tracking_store
 from serving import chat_model
 
 NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
-
-
-def find_cell(page, text):
-    """Return the source of the one code cell of a page that holds a text."""
-    cells = nbformat.read(ROOT / "notebooks" / f"{page}.ipynb", as_version=4).cells
-    (source,) = [cell.source for cell in cells if cell.cell_type == "code" and text in cell.source]
-    return source
 
 
 @pytest.fixture
@@ -35,7 +27,9 @@ def here(store):
     mlflow.create_experiment("cells", artifact_location=tracking_store(store).artifact_location)
     mlflow.set_experiment("cells")
     return {"mlflow": mlflow, "parameters": DEFAULTS, "name_run": name_run, "pinned": pinned, "show_table": show_table,
-            "client": mlflow.MlflowClient(), "MlflowException": mlflow.MlflowException}
+            "client": mlflow.MlflowClient(), "MlflowException": mlflow.MlflowException,
+            "tracking_store": tracking_store, "tracking_uri": store, "check_model": check_model,
+            "check_name": check_name, "check_run": check_run}
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -47,7 +41,7 @@ def test_a_run_that_fails_is_marked_so_and_takes_no_later_cells_figures(page, he
               "wrapper_file": tmp_path / "none.py", "chat_model": chat_model, "inspect": inspect,
               "entry": SimpleNamespace(context_length=8),
               "prepared": SimpleNamespace(sources=dict.fromkeys(("transformers", "onnx"), "x"),
-                                          onnx_dir=tmp_path / "none")}
+                                          onnx_dir=tmp_path / "none", transformers_dir=tmp_path / "none")}
     names = here | broken | former
     with pytest.raises((mlflow.MlflowException, OSError)):
         exec(find_cell(page, "start_run(run_name="), names)

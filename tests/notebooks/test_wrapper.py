@@ -37,7 +37,7 @@ def cell_of(start):
 def signature():
     """Return the signature that the notebook writes."""
     scope = {"mlflow": mlflow, "prompt": "a", "max_tokens": 16, "temperature": 0.0}
-    exec(cell_of("log_model(").source.split("\nwith mlflow.start_run")[0], scope)
+    exec(cell_of("log_model(").source.split("\nstore = tracking_store")[0], scope)
     return scope["signature"]
 
 

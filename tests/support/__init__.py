@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import nbformat
 import pytest
 
 from helpers import CourseError
@@ -18,6 +19,13 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")  # parallel, heading by heading
 PAGES = (*TRACKS, "ChatModel")
+
+
+def find_cell(page: str, text: str) -> str:
+    """Return the source of the one code cell of a page that holds a text."""
+    cells = nbformat.read(ROOT / "notebooks" / f"{page}.ipynb", as_version=4).cells
+    (source,) = [cell.source for cell in cells if cell.cell_type == "code" and text in cell.source]
+    return source
 
 
 @contextmanager

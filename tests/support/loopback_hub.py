@@ -48,6 +48,11 @@ class LoopbackHub:
         Files that the listing has and the Hub has not; files whose content differs from their hash.
     gated : set of str
         Repositories whose files want a token.
+    private : set of str
+        Repositories that nobody sees without a token.
+    expired : set of str
+        Tokens that the Hub does not accept, for a public repository either:
+        https://github.com/huggingface/huggingface_hub/pull/2847.
     says : dict of str to dict
         What a repository's listing says otherwise: fields of its own, and ``sizes`` by file.
     """
@@ -56,7 +61,7 @@ class LoopbackHub:
         self.root = root
         self.asked, self.sent = [], Counter()
         self.faults, self.forever = {}, {}
-        self.hidden, self.wrong, self.gated = set(), set(), set()
+        self.hidden, self.wrong, self.gated, self.private, self.expired = set(), set(), set(), set(), set()
         self.says = {}
         self.release = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
@@ -114,8 +119,11 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(b"", {"Retry-After": str(fault[1])}, 429)
         if isinstance(fault, int):
             return self.answer(b"", {"Retry-After": "0"}, fault)
+        token = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if token in hub.expired:
+            return self.answer(b"", {"X-Error-Message": "Invalid credentials in Authorization header"}, 401)
         repo = (info or file or [None, ""])[1]
-        if not (hub.root / repo).is_dir() or not repo:
+        if not (hub.root / repo).is_dir() or not repo or (repo in hub.private and not token):
             return self.answer(b"", {"X-Error-Code": "RepoNotFound"}, 401)
         commit = hub.commit(repo)
         revision = (info or file)[2] or "main"
