@@ -21,6 +21,7 @@ from helpers.models.catalogue import TRACKS, find_entry
 from helpers.models.kit import PLATFORM_NAMES, PYTHONS
 from helpers.parameters import DEFAULTS, check_variables, refuse_unknown
 from helpers.paths import BUILD, DATA, ROOT
+from helpers.stores.database import database_path
 
 DEFAULT_MODEL = DEFAULTS["model"]
 SMALL_MODELS = ("tiny-phi3", DEFAULT_MODEL)
@@ -59,6 +60,8 @@ def run_command(arguments: list[str]) -> int:
     options, rest = parser.parse_known_args(words, Namespace(parameters=parameters))
     if rest and not command.takes_words:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if command.takes_parameters:
+        database_path(parameters.get("tracking_uri", ""))  # what is no store is refused before set-up
     options.words = rest
     return _in_environment(command, options, arguments)
 
@@ -238,7 +241,6 @@ def lab_options() -> list[str]:
 
 def _ui(options):
     from course.doctor.checks import port_is_taken
-    from helpers.stores.database import database_path
     from helpers.tracking import tracking_store
 
     check_variables()

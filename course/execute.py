@@ -181,5 +181,6 @@ def print_answers(execution: Execution) -> None:
     else:
         for question, answer in answers.itertuples(index=False):
             print(f"  Q  {question}\n  A  {' '.join(answer.split())}")
-    speed = execution.run.data.metrics.get("tokens_per_second")  # None: the answers were too short to tell
-    print("  " + (f"{speed:.0f} tokens per second; " if speed else "") + f"page: {execution.page}", flush=True)
+    speed = execution.run.data.metrics.get("tokens_per_second")
+    told = f"{speed:.0f} tokens per second" if speed else "the answer was too short to tell a speed"
+    print(f"  {told}; page: {execution.page}", flush=True)

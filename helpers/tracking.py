@@ -1,7 +1,6 @@
 """Says where MLflow keeps what the course logs, and where to look at it: a URI comes in, the store goes out."""
 
 import json
-import re
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,10 +70,6 @@ def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
         remove_copies_at_exit()
     else:
         database = database_path(uri)
-        if quoted := re.search("%[0-9A-Fa-f]{2}", str(database)):
-            raise CourseError("store-path", f"MLflow would not find a model again in {database.parent}: it reads "
-                              f"{quoted[0]} as another letter.",
-                              "Rename that folder, or set tracking_uri to sqlite:/// with a path without such a name.")
         store = TrackingStore(sqlite_uri(database), (database.parent / "mlartifacts").as_uri())
         found = open_database(database, store.artifact_location, experiment)
     if experiment and found and found.lifecycle_stage == "deleted":

@@ -28,7 +28,12 @@ def database_path(uri: str = "") -> Path | None:
         shown = re.sub("://.*@", "://***@", uri)
         raise CourseError("store-kind", f"tracking_uri is {shown!r}, which is no store that the course can use.",
                           "Give sqlite:/// with a path, or the http address of a tracking server.")
-    return (ROOT / (path if scheme + ":///" == SQLITE else unquote(path))).resolve()
+    database = (ROOT / (path if scheme + ":///" == SQLITE else unquote(path))).resolve()
+    if quoted := re.search("%[0-9A-Fa-f]{2}", str(database)):
+        raise CourseError("store-path", f"MLflow would not find a model again in {database.parent}: it reads "
+                          f"{quoted[0]} as another letter.",
+                          "Rename that folder, or set tracking_uri to sqlite:/// with a path without such a name.")
+    return database
 
 
 def sqlite_uri(database: Path) -> str:

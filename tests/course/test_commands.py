@@ -178,6 +178,16 @@ def test_what_a_disk_refuses_becomes_two_sentences(number, code, says):
     assert _explain(OSError(errno.ENOENT, "no", "/course/build")) is None
 
 
+def test_a_store_that_is_none_is_refused_before_set_up(monkeypatch):
+    monkeypatch.setattr("course.commands._in_environment", lambda *arguments: pytest.fail("it went on"))
+    for words in (["run"], ["notebook", "ChatModel"]):
+        with refuses("store-path"):
+            run_command([*words, "-p", "tracking_uri", "sqlite:////My%20Repo/build/mlflow.db"])
+        monkeypatch.setenv("COURSE_TRACKING_URI", "postgresql://ann:sesame@there/mlflow")
+        with refuses("store-kind"):
+            run_command(words)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="Windows removes no folder that somebody is in")
 def test_a_terminal_whose_folder_is_gone_is_told_so(tmp_path):
     gone = tmp_path / "gone"

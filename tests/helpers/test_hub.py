@@ -22,6 +22,8 @@ from support import ROOT, interrupt, refuses
 from support.in_process import download_here
 from support.loopback_hub import LoopbackHub, certificate
 from support.phi3_layout import CPU, ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 
 from helpers import check_fits, prepare_model
 from helpers.files import sha256
@@ -929,7 +931,9 @@ def test_templates_come_from_where_transformers_reads_them(own):
 
 
 @pytest.mark.parametrize(("content", "code"), [
-    ("{}", "hub-no-tokenizer"), ("{", "hub-no-tokenizer"), (None, "hub-no-tokenizer")])
+    ("{}", "hub-no-tokenizer"), ("{", "hub-no-tokenizer"), (None, "hub-no-tokenizer"),
+    (Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>")).to_str(), "hub-no-tokenizer")],
+    ids=["empty", "no JSON", "absent", "of one piece"])
 @pytest.mark.parametrize(("track", "folder"), [("transformers", TORCH), ("onnx", f"{ONNX}/{CPU}")])
 def test_a_tokenizer_that_transformers_cannot_make_is_found_out_before_the_weights_travel(own, track, folder, content,
                                                                                           code):
