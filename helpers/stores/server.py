@@ -1,6 +1,7 @@
 """Makes a tracking server ready to log to: an address comes in, its experiment goes out, or why it is no store."""
 
 import atexit
+import contextlib
 import os
 import re
 import shutil
@@ -21,7 +22,9 @@ REFUSALS = (
     ("UNAUTHENTICATED|CUSTOMER_UNAUTHORIZED|PERMISSION_DENIED|401|403", "login",
      "The tracking server {0} does not let you in.",
      "Set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_TOKEN, as its owner told you."),
-    ("RetryError|5..$", "out-of-order", "The tracking server {0} reports an error of its own.",
+    ("is_store", "old-server", "The tracking server {0} is older than MLflow 3, and keeps no models of their own.",
+     "Ask whoever runs it for MLflow 3, or leave tracking_uri empty for the course's own store."),
+    ("RetryError|\\b5\\d\\d\\b", "out-of-order", "The tracking server {0} reports an error of its own.",
      "Ask whoever runs it, or run this again later."),
     ("Connection|Timeout|Invalid|LocationParse", "no-answer", "No tracking server answers at {0}.",
      "Start it, correct tracking_uri, or leave tracking_uri empty for the course's own store."),
@@ -48,23 +51,38 @@ def ask_server(uri: str, experiment: str) -> object:
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    before = os.environ.get("MLFLOW_HTTP_REQUEST_MAX_RETRIES")
+    is_store = False
+    with _once():
+        try:
+            found = MlflowClient(uri).get_experiment_by_name(experiment or "Default")
+            is_store = True
+            MlflowClient(uri).search_logged_models([found.experiment_id if found else "0"], max_results=1)
+        except (MlflowException, ValueError) as error:
+            if is_store and getattr(error, "error_code", "") != "ENDPOINT_NOT_FOUND":
+                return found
+            status = re.search(r"failed with error code (\d+)", str(error))
+            said = " ".join([type(error.__cause__ or error.__context__).__name__, status[1] if status else "",
+                             "is_store" if is_store else getattr(error, "error_code", "Invalid")])
+            _, code, what, fix = next(row for row in REFUSALS if re.search(row[0], said))
+            # Not `from error`: what it quotes may be secret.
+            host = re.match(r"https?://(\[.*?\]|[^:/]*)", uri)[1]
+            raise CourseError(f"store-{code}", what.format(uri), fix.format(uri, host)) from None
+    return found
+
+
+@contextlib.contextmanager
+def _once():
+    """Let MLflow ask no server twice, and wait no longer than SERVER_SECONDS or than the user's own variable says."""
+    before = {name: os.environ.get(name) for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")}
     os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = "0"
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(SERVER_SECONDS))
     try:
-        return MlflowClient(uri).get_experiment_by_name(experiment or "Default")
-    except (MlflowException, ValueError) as error:
-        status = re.search(r"failed with error code (\d+)", str(error))
-        said = " ".join([type(error.__cause__ or error.__context__).__name__, getattr(error, "error_code", "Invalid"),
-                         status[1] if status else ""])
-        _, code, what, fix = next(row for row in REFUSALS if re.search(row[0], said))
-        # Not `from error`: what it quotes may be secret.
-        host = re.match(r"https?://(\[.*?\]|[^:/]*)", uri)[1]
-        raise CourseError(f"store-{code}", what.format(uri), fix.format(uri, host)) from None
+        yield
     finally:
-        del os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"]
-        if before is not None:
-            os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] = before
+        for name, value in before.items():
+            del os.environ[name]
+            if value is not None:
+                os.environ[name] = value
 
 
 def remove_copies_at_exit() -> None:

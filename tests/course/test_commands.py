@@ -206,7 +206,7 @@ def test_whoever_stops_reading_gets_no_stack(tmp_path):
 
 
 def test_the_ui_of_a_store_that_is_a_server_is_the_servers_own(done, monkeypatch, capsys):
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
         monkeypatch.setenv(name, "1")  # to be as it was at the end
     monkeypatch.setattr(tempfile, "tempdir", None)
     monkeypatch.setenv("COURSE_TRACKING_URI", "http://ann:sesame@127.0.0.1:9")

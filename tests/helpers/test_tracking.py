@@ -267,15 +267,16 @@ class Answers(http.server.BaseHTTPRequestHandler):
     """Gives every request the server's one answer, and notes who asked for what."""
 
     def do_GET(self):
+        self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.asked.append((self.path, self.headers.get("Authorization")))
-        status, body = self.server.answer
+        status, body = self.server.answer if "logged-models" not in self.path else self.server.models
         self.send_response(status)
         self.send_header("Content-Type", "application/json" if body.startswith("{") else "text/html")
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body.encode())
 
-    do_CONNECT = do_GET  # noqa: N815 - the name is http.server's
+    do_POST = do_CONNECT = do_GET  # noqa: N815 - the names are http.server's
 
     def log_message(self, *arguments):
         pass
@@ -292,9 +293,9 @@ def answering(monkeypatch):
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", None)
     with contextlib.ExitStack() as stack:
-        def start(status, body):
+        def start(status, body, models=(200, "{}")):
             server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers))
-            server.answer, server.asked, server.daemon_threads = (status, body), [], True
+            server.answer, server.models, server.asked, server.daemon_threads = (status, body), models, [], True
             threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
             stack.callback(server.shutdown)
             return f"127.0.0.1:{server.server_port}", server.asked
@@ -312,7 +313,15 @@ def test_a_server_that_answers_is_a_store_that_decides_where_artifacts_are(statu
     address, asked = answering(status, body)
     store = tracking_store(f"http://{address}", "page")
     assert (store.uri, store.artifact_location) == (f"http://{address}", None)
-    assert len(asked) == 1
+    assert len(asked) == 2  # for an experiment, and whether it keeps models
+
+
+def test_a_server_that_keeps_no_logged_models_is_too_old(answering):
+    address, _ = answering(200, EXPERIMENT, models=(404, "<html>Not Found</html>"))
+    with refuses("store-old-server"):
+        tracking_store(f"http://{address}")
+    address, _ = answering(200, EXPERIMENT, models=(500, "{}"))  # a trouble of another day
+    assert tracking_store(f"http://{address}").uri == f"http://{address}"
 
 
 @pytest.mark.parametrize(("status", "body", "code"), [
@@ -333,7 +342,7 @@ def test_a_server_that_is_no_store_is_asked_once_and_refused_without_its_secrets
         assert "sesame" not in str(refusal.value)
         assert refusal.value.__cause__ is None
         assert f"http://{address}" in refusal.value.what
-    assert len(asked) == 1
+        assert len(asked) == 1
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "https://127.0.0.1:9", "http://127.0.0.1:99999",
@@ -354,7 +363,8 @@ def test_a_name_and_a_password_go_to_mlflows_variables_and_on_to_the_server(answ
     address, asked = answering(200, EXPERIMENT)
     assert tracking_store(f"http://ann:ses%40me@{address}/").uri == f"http://{address}/"
     assert os.environ["MLFLOW_TRACKING_PASSWORD"] == "ses@me"
-    ((_, sent),) = asked
+    ((_, sent), (_, again)) = asked
+    assert sent == again
     assert base64.b64decode(sent.removeprefix("Basic ")) == b"ann:ses@me"
 
 
@@ -385,6 +395,7 @@ def test_the_retries_of_whoever_set_them_are_there_again(answering, monkeypatch)
     with refuses("store-no-answer"):
         tracking_store("http://127.0.0.1:9")
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
+    assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ  # large files take their time
 
 
 @pytest.mark.slow
