@@ -24,7 +24,7 @@ def check_run(run: object) -> None:
             ("run-deleted", info, name, f'restore_run("{info.run_id}")')):
         if deleted.lifecycle_stage == "deleted":
             raise CourseError(code, f"{what} was deleted from the store {client.tracking_uri}.",
-                              f'Restore it: mlflow.MlflowClient("{client.tracking_uri}").{restore}.')
+                              f'Restore it: mlflow.MlflowClient({client.tracking_uri!r}).{restore}.')
 
 
 def check_model(uri: str, model_info: object = None) -> None:
@@ -54,7 +54,7 @@ def check_name(name: str) -> None:
     client = _client()
     if client.get_prompt(name):
         raise CourseError("name-taken", f"In the registry of {client.tracking_uri}, {name} is the name of a prompt.",
-                          f'Delete it: mlflow.MlflowClient("{client.tracking_uri}").delete_prompt("{name}").')
+                          f'Delete it: mlflow.MlflowClient({client.tracking_uri!r}).delete_prompt("{name}").')
 
 
 def _client():

@@ -35,10 +35,12 @@ class TrackingStore:
         size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
         if self.artifact_location is None:
             # One on its way to the server, and what three loads by a name bring back.
-            check_disk("This page", 4 * size, Path(tempfile.gettempdir()))
+            needed = [("This page", 4 * size, Path(tempfile.gettempdir()), "the course up")]
         else:
-            check_disk("The logged model", size, database_path(self.uri).parent)
-            check_disk("Logging it", size, Path(tempfile.gettempdir()))
+            needed = [("The logged model", size, database_path(self.uri).parent, "COURSE_TRACKING_URI to a path"),
+                      ("Logging it", size, Path(tempfile.gettempdir()), "TMPDIR to a folder")]
+        for title, megabytes, folder, setting in needed:
+            check_disk(title, megabytes, folder, setting)
 
 
 def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
@@ -75,7 +77,7 @@ def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
     if experiment and found and found.lifecycle_stage == "deleted":
         raise CourseError(
             "experiment-deleted", f"The experiment {experiment} was deleted from the store {store.uri}.",
-            f'Restore it: mlflow.MlflowClient("{store.uri}").restore_experiment("{found.experiment_id}").')
+            f'Restore it: mlflow.MlflowClient({store.uri!r}).restore_experiment("{found.experiment_id}").')
     if found and store.artifact_location and found.artifact_location.startswith("mlflow-artifacts:"):
         raise CourseError(
             "experiment-elsewhere", f"The experiment {experiment} was made in the MLflow UI, and keeps its artifacts "

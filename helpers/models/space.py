@@ -70,19 +70,20 @@ def check_memory(title: str, needed: float) -> None:
                           f"Close programs{_or_smaller('memory', needed, free)}.")
 
 
-def check_disk(title: str, needed: float, folder: Path) -> None:
-    """Raise CourseError unless ``needed`` megabytes are free on the disk of ``folder``."""
+def check_disk(title: str, needed: float, folder: Path, setting: str = "COURSE_CACHE to a folder") -> None:
+    """Raise CourseError unless ``needed`` megabytes are free on the disk of ``folder``, which a ``setting`` chose."""
     if free_disk(folder) < needed:
-        raise disk_full(title, needed, folder)
+        raise disk_full(title, needed, folder, setting)
 
 
-def disk_full(title: str, needed: float | None, folder: Path) -> CourseError:
+def disk_full(title: str, needed: float | None, folder: Path,
+              setting: str = "COURSE_CACHE to a folder") -> CourseError:
     """Return the error that says what is missing on the disk of ``folder``, in megabytes where it is known."""
     free = free_disk(folder)
     amount = f"{math.ceil(needed):,} MB" if needed else "more room"
     return CourseError(
         "disk-full", f"The disk is too full: {title} takes {amount} in {folder}, and {free:,.0f} MB are free.",
-        f"Free some space, or set COURSE_CACHE to a folder on another disk{_or_smaller('disk', needed or 0, free)}; "
+        f"Free some space, or set {setting} on another disk{_or_smaller('disk', needed or 0, free)}; "
         "what is finished stays.")
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from helpers.errors import CourseError
+from helpers.files import FULL
+from helpers.models.space import disk_full
 from helpers.paths import ROOT
 from helpers.paths import tracking_uri as course_tracking_uri
 
@@ -83,10 +85,12 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
                     raise sqlite3.DatabaseError("it has other tables than MLflow's")
         return MlflowClient(sqlite_uri(database)).get_experiment_by_name(experiment)
     except OSError as error:
-        raise _not_writable(database) from error
+        raise (_full(database) if error.errno in FULL else _not_writable(database)) from error
     except sqlite3.Error as error:
         if "readonly" in str(error):
             raise _not_writable(database) from error
+        if "full" in str(error):
+            raise _full(database) from error
         if "locked" in str(error):
             raise CourseError("store-busy", f"Another program has locked the tracking store {database}.",
                               "Close what writes to it, and run this again.") from error
@@ -104,6 +108,10 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
 def _unreadable(database, why):
     return CourseError("store-unreadable", f"{database} is no whole database of MLflow's: {why}.",
                        f"Remove it, {START_ANEW}.")
+
+
+def _full(database):
+    return disk_full("The tracking store", None, database.parent, "COURSE_TRACKING_URI to a path")
 
 
 def _not_writable(database):

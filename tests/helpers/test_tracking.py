@@ -188,6 +188,14 @@ def test_a_database_that_another_program_has_locked_is_said_to_be(store, monkeyp
     assert tracking_store(store).uri == store
 
 
+@pytest.mark.slow
+def test_a_disk_that_is_full_is_said_to_be(mounted):
+    code = "import os, sys; from helpers import CourseError, tracking_store\n" \
+        "try: tracking_store(f\"sqlite:///{os.environ['COURSE_CACHE']}/mlflow.db\")\n" \
+        "except CourseError as error: print(error.code)"
+    assert mounted("size=100k", [sys.executable, "-c", code]).stdout == "disk-full\n"
+
+
 def test_a_making_that_was_interrupted_leaves_no_half_of_a_database(tmp_path, python):
     # It ends where MLflow has changed a table and not yet noted which version of it that makes.
     uri = f"sqlite:///{(tmp_path / 'mlflow.db').as_posix()}"
