@@ -661,6 +661,7 @@ def jane(monkeypatch):
     ("at /Volumes/mary and /home/mary, D:/Users/mary/", "at a folder and a folder, a folder"),
     ("[Errno 13] Permission denied: '/srv/mary ann/a b.db'", "[Errno 13] Permission denied: '…/a b.db'"),
     ("see file:///srv/mary%20ann/x/a%20b.html now", "see …/a b.html now"),
+    ("'/home/mary ann' or \"/home/mary ann\"", "'a folder' or \"a folder\""),
     ('open("/scratch/mary") or "/srv/mary ann/a b.db"', 'open("a folder") or "…/a b.db"'),
     (r"D:\Users\Mary Ann, /home/Mary Ann", "a folder, a folder"),
     ("LD_LIBRARY_PATH=/srv/mary/cuda/lib:/scratch/mary/lib, @/scratch/mary/a.json",
