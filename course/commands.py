@@ -329,7 +329,7 @@ COMMANDS = {
     "notebook": Command("run one page with parameters of your own", _notebook, (_notebook_options,),
                         takes_parameters=True),
     "prepare": Command("download and convert a model", _prepare, (_model_option, _prepare_options)),
-    "check": Command("run the tests that take no real model, in under a minute; further words go to pytest", _check,
+    "check": Command("run the tests that take no real model; further words go to pytest", _check,
                      needs="tests", takes_words=True),
     "test": Command("run every test; further words go to pytest", _test, needs="tests", takes_words=True),
     "lab": Command("open JupyterLab on the course", _lab, (_model_option, _lab_options)),

@@ -38,6 +38,7 @@ def test_a_relative_path_starts_at_the_courses_folder_whatever_the_kernels_folde
     assert database_path("sqlite:///build/x/mlflow.db") == ROOT / "build" / "x" / "mlflow.db"
 
 
+@pytest.mark.slow
 def test_the_folder_of_a_store_is_made_with_all_above_it_and_a_database(tmp_path):
     store = tracking_store(f"sqlite:///{(tmp_path / 'a' / 'b' / 'mlflow.db').as_posix()}")
     assert store == TrackingStore(f"sqlite:///{(tmp_path / 'a' / 'b' / 'mlflow.db').as_posix()}",
@@ -196,6 +197,7 @@ def test_a_disk_that_is_full_is_said_to_be(mounted):
     assert mounted("size=100k", [sys.executable, "-c", code]).stdout == "disk-full\n"
 
 
+@pytest.mark.slow
 def test_a_making_that_was_interrupted_leaves_no_half_of_a_database(tmp_path, python):
     # It ends where MLflow has changed a table and not yet noted which version of it that makes.
     uri = f"sqlite:///{(tmp_path / 'mlflow.db').as_posix()}"

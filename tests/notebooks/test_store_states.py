@@ -21,6 +21,8 @@ from helpers import compare_figures
 from helpers.exercises import find_hint
 from helpers.states import check_model, check_name, check_run
 
+pytestmark = pytest.mark.slow  # each state is a store of its own, which takes half a second
+
 # A word of each cell, and the cells that it needs to have run.
 CELLS = {
     "ask": ("load_model(model_info.model_uri)", ()),
@@ -205,7 +207,6 @@ def test_a_cell_says_what_somebody_changed(number, state, cell, expected, store,
         assert stand.names["chat" if page == "ChatModel" else "loaded"] is not None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("state", "cell", "expected"), SLOW)
 @pytest.mark.parametrize("page", PAGES)
 def test_a_cell_says_what_the_command_line_removed(page, state, cell, expected, store, tmp_path, capsys):
