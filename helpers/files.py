@@ -26,6 +26,11 @@ def is_size(path: Path, size: int) -> bool:
     return path.is_file() and path.stat().st_size == size
 
 
+def folder_bytes(folder: Path | str) -> int:
+    """Return the bytes of all files below ``folder``."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
+
+
 def is_plain(name: str) -> bool:
     """Tell whether a relative name stays inside its folder, on every system: no drive, no stream, no way up."""
     return name.isprintable() and not re.search(r"[\\:]", name) and str(PurePosixPath(name)) == name \

@@ -11,6 +11,8 @@ import mlflow
 import psutil
 from mlflow.pyfunc import PyFuncModel
 
+from helpers.files import folder_bytes
+
 REPEATS = 3
 
 
@@ -67,11 +69,6 @@ def _timed(ask, model, max_tokens):
     started = time.perf_counter()
     count = ask(model, max_tokens)
     return count, time.perf_counter() - started
-
-
-def folder_bytes(folder: Path | str) -> int:
-    """Return the bytes of all files below ``folder``."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
 
 
 def peak_memory_bytes() -> int:

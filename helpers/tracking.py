@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from helpers.errors import CourseError
+from helpers.files import folder_bytes
 from helpers.models.space import check_disk
 from helpers.paths import tracking_uri as course_tracking_uri
 from helpers.stores.database import database_path, open_database, sqlite_uri
@@ -32,7 +33,7 @@ class TrackingStore:
 
     def check_room(self, folder: Path) -> None:
         """Raise CourseError unless the disks have room for the copies of ``folder`` that a page logs and loads."""
-        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
+        size = folder_bytes(folder) / 1e6
         if self.artifact_location is None:
             # One on its way to the server, and what three loads by a name bring back.
             needed = [("This page", 4 * size, Path(tempfile.gettempdir()), "the course up")]

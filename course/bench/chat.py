@@ -18,7 +18,7 @@ import mlflow
 from course.bench.contenders import CALLERS, CHAT, Contenders, start_llama
 from course.bench.fidelity import fidelity
 from course.bench.figures import int8_instructions
-from helpers.measurement import folder_bytes
+from helpers.files import folder_bytes
 from helpers.models.prepare import prepare_model
 from helpers.paths import ROOT
 

@@ -20,7 +20,7 @@ from course.bench.chat import bench_chat
 from course.bench.figures import BENCH, REACH, keep_run, machine_name, misses, read_runs, write_runs
 from course.execute import PAGES
 from helpers.errors import CourseError
-from helpers.measurement import folder_bytes
+from helpers.files import folder_bytes
 from helpers.paths import BUILD, ROOT
 
 # In a process of its own, so that its time and its memory are the page's: it writes what the page's run measured.

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from helpers.errors import CourseError
-from helpers.files import sha256
+from helpers.files import folder_bytes, sha256
 from helpers.models.catalogue import CatalogueEntry
 from helpers.models.folders import ensure, read_receipt
 from helpers.models.kit import open_kit
@@ -297,8 +297,7 @@ def _converted(entry):
 def _check_space(entry, partial):
     """Refuse to start where the machine does not have what the catalogue says that a model takes."""
     check_memory(entry.title, entry.memory)
-    there = sum(path.stat().st_size for path in partial.parent.rglob("*") if path.is_file())
-    check_disk(entry.title, entry.disk - there / 1e6, partial)
+    check_disk(entry.title, entry.disk - folder_bytes(partial.parent) / 1e6, partial)
 
 
 def _check(file, expected):

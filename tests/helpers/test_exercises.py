@@ -10,14 +10,13 @@ import nbformat
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from support import PAGES, ROOT, refuses
+from support import NAMES, PAGES, ROOT, refuses
 
 from course.exercises import make_exercise, pair, solve, write_exercises
 from helpers import check
 from helpers.exercises import CHECKS, find_hint
 from serving import chat_model
 
-NAMES = {"TransformerPipeline": "slm-transformers", "CustomPythonWrapper": "slm-onnx-prompt", "ChatModel": "slm-onnx"}
 # The exercises of each page in the page's order.
 ORDER = {"TransformerPipeline": ("warm pipeline", "request", "alias"),
          "CustomPythonWrapper": ("warm engine", "signature", "alias"),

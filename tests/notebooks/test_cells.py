@@ -10,14 +10,12 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 from mlflow.models import infer_signature
-from support import PAGES, find_cell
+from support import NAMES, PAGES, find_cell
 
 from helpers import check_model, check_name, check_run, name_run, pinned, show_table
 from helpers.parameters import DEFAULTS
 from helpers.tracking import tracking_store
 from serving import chat_model
-
-NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from support import PAGES, ROOT, TRACKS, refuses, run_python
+from support import NAMES, PAGES, ROOT, TRACKS, refuses, run_python
 
 from course.execute import execute, print_answers
 from helpers.signatures import find_signature
@@ -33,7 +33,6 @@ from serving.chat_model import ClientHabits
 
 pytestmark = pytest.mark.slow
 
-NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
 # Other than the defaults, each of them.
 OTHER = {"question": "What is the capital of France?", "system_prompt": "Answer in one sentence.", "max_tokens": 24,
          "temperature": 0.3}

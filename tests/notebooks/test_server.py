@@ -3,61 +3,45 @@
 Run: python -m helpers test tests/notebooks/test_server.py
 """
 
-import contextlib
 import os
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 
 import psutil
 import pytest
 from mlflow import MlflowClient
 from support import OURS, ROOT, TRACKS
+from support.jupyter import server
 
 from helpers.paths import BUILD
 
 
 @pytest.fixture
-def server(tmp_path):
+def tracking_server(tmp_path):
     """Start MLflow's own server on an empty database, and give its host and port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
-             "--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port)],
-            cwd=tmp_path, stdout=log, stderr=log, start_new_session=True)
-    try:
-        while True:
-            assert process.poll() is None, (tmp_path / "server.log").read_text()
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(0.2)
-        yield f"127.0.0.1:{port}"
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait()
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
+               "--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", "0"]
+    with server(command, dict(os.environ), tmp_path / "server.log", r"http://127\.0\.0\.1:[1-9]\d*") as address:
+        yield address.removeprefix("http://")
 
 
 @pytest.mark.slow
-def test_two_pages_at_the_same_moment_on_a_fresh_server_leave_their_models_there_and_nothing_here(server, tmp_path):
+def test_two_pages_at_the_same_moment_on_a_fresh_server_leave_their_models_there_and_nothing_here(
+        tracking_server, tmp_path):
     (tmp_path / "temporary").mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
     environment |= {"TMPDIR": str(tmp_path / "temporary"), "no_proxy": "127.0.0.1"}
     begun = {page: subprocess.Popen(
         [sys.executable, "-m", "helpers", "notebook", page, "--output", str(tmp_path / "pages"), "-p", "model",
-         "tiny-phi3", "-p", "tracking_uri", f"http://ann:ses%40me@{server}"],
+         "tiny-phi3", "-p", "tracking_uri", f"http://ann:ses%40me@{tracking_server}"],
         cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for page in TRACKS}
     for page, process in begun.items():
         said, _ = process.communicate()
         assert process.returncode == 0, said
         written = "".join((tmp_path / "pages" / f"{page}{ending}").read_text("utf-8") for ending in (".ipynb", ".html"))
-        assert server in written
+        assert tracking_server in written
         assert "ses%40me" not in written + said and "ses@me" not in written + said
-    client = MlflowClient(f"http://{server}")
+    client = MlflowClient(f"http://{tracking_server}")
     for name in ("slm-transformers", "slm-onnx-prompt"):
         version = client.get_model_version_by_alias(name, "champion")
         assert list((tmp_path / "artifacts").rglob(f"{version.source.rpartition('/')[2]}/artifacts/MLmodel"))

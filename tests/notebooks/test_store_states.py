@@ -13,8 +13,8 @@ import sys
 import mlflow
 import pytest
 from mlflow.entities import Metric
-from support import PAGES, find_cell, refuses
-from support.small_model import NAMES, make_stand
+from support import NAMES, PAGES, find_cell, refuses
+from support.small_model import make_stand
 
 from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers
 from helpers import compare_figures
@@ -134,8 +134,6 @@ STATES = [
     ("files deleted", "load", "model-gone"),
     ("nothing", "addresses", "compare|this run"),
     ("run deleted", "addresses", "run-deleted"),
-]
-MORE_STATES = [  # of the same kinds
     ("logged model deleted", "ask", "model-gone"),
     ("weights cut off", "ask", "model-not-whole"),
     ("experiment restored", "figures", ""),
@@ -198,8 +196,7 @@ def see(page, state, cell, expected, store, tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("number", "state", "cell", "expected"), [
-    pytest.param(number, *row, id=f"{row[0]}, {row[1]}", marks=[pytest.mark.slow] * (row in MORE_STATES))
-    for number, row in enumerate([*STATES, *MORE_STATES])])
+    pytest.param(number, *row, id=f"{row[0]}, {row[1]}") for number, row in enumerate(STATES)])
 def test_a_cell_says_what_somebody_changed(number, state, cell, expected, store, tmp_path, capsys):
     page = PAGES[number % 3]  # the cells of the three are alike: a test below says so
     stand, refusal = see(page, state, cell, expected, store, tmp_path, capsys)

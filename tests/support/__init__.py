@@ -19,6 +19,8 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")  # parallel, heading by heading
 PAGES = (*TRACKS, "ChatModel")
+# What each page registers.
+NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
 
 
 def find_cell(page: str, text: str) -> str:

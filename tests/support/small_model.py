@@ -22,9 +22,8 @@ from helpers import (
     ui_addresses,
 )
 from helpers.exercises import check
-from support import PAGES, ROOT, find_cell
+from support import NAMES, ROOT, find_cell
 
-NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
 FIGURES = {"load_seconds": 1.0, "first_token_seconds": 0.5, "tokens_per_second": 10.0, "disk_bytes": 2e6,
            "peak_memory_bytes": 1e8}
 
