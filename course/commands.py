@@ -40,6 +40,7 @@ class Command:
     needs: str = "course"  # what has to be installed: "nothing", "course" or, with the tests' packages, "tests"
     takes_parameters: bool = False  # -p NAME VALUE, for a page
     takes_words: bool = False  # what is no option of its own goes on to the program that it starts
+    has_help: bool = False  # that program tells its options itself
 
 
 def run_command(arguments: list[str]) -> int:
@@ -50,7 +51,8 @@ def run_command(arguments: list[str]) -> int:
         raise CourseError("command-unknown", f"There is no command called {name}.",
                           f"Choose one of: {', '.join(COMMANDS)}.")
     command, words = COMMANDS[name], arguments[1:]
-    parser = ArgumentParser(prog=f"python -m helpers {name}", description=command.help, allow_abbrev=False)
+    parser = ArgumentParser(prog=f"python -m helpers {name}", description=command.help, allow_abbrev=False,
+                            add_help=not command.has_help)
     for add_options in command.options:
         add_options(parser)
     parameters = {}
@@ -270,6 +272,17 @@ def _serve(command, **variables):
     return subprocess.call(command, cwd=ROOT, env=variables)
 
 
+def _serve_model(options):
+    from helpers.tracking import tracking_store
+
+    check_variables()
+    database = database_path()
+    if database and not database.exists():  # tracking_store would make it
+        raise CourseError("store-empty", "There is nothing to serve yet.", "Run the course first: make run.")
+    return _serve([sys.executable, str(ROOT / "serving" / "openai_server.py"), *options.words],
+                  MLFLOW_TRACKING_URI=tracking_store().uri)
+
+
 def _bench(options):
     from course.bench.notebooks import bench
 
@@ -334,6 +347,7 @@ COMMANDS = {
     "test": Command("run every test; further words go to pytest", _test, needs="tests", takes_words=True),
     "lab": Command("open JupyterLab on the course", _lab, (_model_option, _lab_options)),
     "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
+    "serve": Command("serve a registered model to OpenAI's clients", _serve_model, takes_words=True, has_help=True),
     "bench": Command("measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="tests"),
     "mutate": Command("plant faults in the policies, and count those that the tests notice", _mutate, needs="tests",
                       takes_words=True),

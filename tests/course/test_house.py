@@ -29,7 +29,7 @@ FLOORS = {
         "bench.contenders", "bench.fidelity", "bench.chat", "bench.notebooks", "generate", "mutate", "commands",
         "__main__",
     ),
-    "serving": ("chat_model",),
+    "serving": ("chat_model", "openai_server"),
 }
 # The packages' own names, and the door that starts `course` as a program.
 NO_FLOOR = {"helpers": {"", "models", "stores", "__main__"}, "course": {"", "kit", "doctor", "bench"}, "serving": {""}}
