@@ -19,7 +19,7 @@ from course import environment
 from helpers.errors import CourseError
 from helpers.models.catalogue import TRACKS, find_entry
 from helpers.models.kit import PLATFORM_NAMES, PYTHONS
-from helpers.parameters import DEFAULTS, check_variables, refuse_unknown
+from helpers.parameters import DEFAULTS, PARAMETERS, check_variables, refuse_unknown
 from helpers.paths import BUILD, DATA, ROOT
 from helpers.stores.database import database_path
 
@@ -38,7 +38,7 @@ class Command:
     work: Callable[[Namespace], int]
     options: tuple[Callable[[ArgumentParser], None], ...] = ()  # each adds some to the command's parser
     needs: str = "course"  # what has to be installed: "nothing", "course" or, with the tests' packages, "tests"
-    takes_parameters: bool = False  # -p NAME VALUE, for a page
+    parameters: tuple[str, ...] = ()  # those that -p NAME VALUE may set, for a page
     takes_words: bool = False  # what is no option of its own goes on to the program that it starts
     has_help: bool = False  # that program tells its options itself
 
@@ -56,13 +56,13 @@ def run_command(arguments: list[str]) -> int:
     for add_options in command.options:
         add_options(parser)
     parameters = {}
-    if command.takes_parameters:
+    if command.parameters:
         parser.epilog = "-p NAME VALUE sets a parameter of the notebook; as often as you like."
-        words, parameters = _split_parameters(words)
+        words, parameters = _split_parameters(words, command.parameters)
     options, rest = parser.parse_known_args(words, Namespace(parameters=parameters))
     if rest and not command.takes_words:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    if command.takes_parameters:
+    if command.parameters:
         database_path(parameters.get("tracking_uri", ""))  # what is no store is refused before set-up
     options.words = rest
     return _in_environment(command, options, arguments)
@@ -83,7 +83,7 @@ def _in_environment(command, options, arguments):
     return command.work(options)
 
 
-def _split_parameters(words):
+def _split_parameters(words, known):
     """Take each ``-p NAME VALUE`` out of a command line: argparse refuses a value that starts with a dash."""
     rest, parameters, left = [], {}, iter(words)
     for word in left:
@@ -99,7 +99,7 @@ def _split_parameters(words):
         except (ValueError, SyntaxError):
             raise CourseError("parameter-type", f"{name} is {value!r}, and it has to be a number.",
                               f"Such as: -p {name} 1.") from None
-    refuse_unknown(parameters)
+    refuse_unknown(parameters, known)
     return rest, parameters
 
 
@@ -275,12 +275,14 @@ def _serve(command, **variables):
 def _serve_model(options):
     from helpers.tracking import tracking_store
 
+    command = [sys.executable, str(ROOT / "serving" / "openai_server.py"), *options.words]
+    if {"-h", "--help"} & set(options.words):
+        return _serve(command)
     check_variables()
     database = database_path()
     if database and not database.exists():  # tracking_store would make it
         raise CourseError("store-empty", "There is nothing to serve yet.", "Run the course first: make run.")
-    return _serve([sys.executable, str(ROOT / "serving" / "openai_server.py"), *options.words],
-                  MLFLOW_TRACKING_URI=tracking_store().uri)
+    return _serve(command, MLFLOW_TRACKING_URI=tracking_store().uri)
 
 
 def _bench(options):
@@ -338,9 +340,9 @@ def _help(options):
 
 
 COMMANDS = {
-    "run": Command("run the course's pages and say what came out", _run, (_model_option,), takes_parameters=True),
+    "run": Command("run the course's pages and say what came out", _run, (_model_option,), parameters=PARAMETERS),
     "notebook": Command("run one page with parameters of your own", _notebook, (_notebook_options,),
-                        takes_parameters=True),
+                        parameters=(*PARAMETERS, "track")),
     "prepare": Command("download and convert a model", _prepare, (_model_option, _prepare_options)),
     "check": Command("run the tests that take no real model; further words go to pytest", _check,
                      needs="tests", takes_words=True),

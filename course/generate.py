@@ -8,14 +8,17 @@ import re
 import subprocess
 import sys
 
-from course.bench.figures import BENCH, FIGURES, REACH, UNITS, machine_name, misses, read_runs, show_range
+from course.bench.figures import BENCH, FIGURES, REACH, SERVICE, UNITS, machine_name, misses, read_runs, show_range
 from course.environment import TORCH_CPU_INDEX, project
 from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 
-CHART = DATA / "bench.svg"
-PAGES_WITH_TABLES = (ROOT / "README.md", ROOT / "docs" / "models.md", ROOT / "docs" / "chat-model.md")
-TABLE = re.compile(r"(<!-- (figures|models|ratios) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+CHART, SERVICE_CHART = DATA / "bench.svg", DATA / "service.svg"
+PAGES_WITH_TABLES = (ROOT / "README.md",
+                     *(ROOT / "docs" / f"{name}.md" for name in ("models", "chat-model", "serving")))
+TABLE = re.compile(r"(<!-- (figures|models|ratios|service) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+LINES = (("#1f5fa8", "-"), ("#b3541e", "--"))
+SERVERS = {"openai_server": "this server", "llama_cpp": "llama.cpp's"}
 # What the CUDA build of torch asks for on Linux; the course takes the CPU build.
 CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
 
@@ -34,7 +37,10 @@ def generate() -> int:
     (ROOT / "environment.yml").write_text(environment_yml(), encoding="utf-8")
     for page in PAGES_WITH_TABLES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
-    draw_chart(read_runs()[-1]["raw"]["chat"]["growth"])
+    runs = read_runs()
+    draw_chart(runs[-1]["raw"]["chat"]["growth"])
+    if growth := service_growth(runs):
+        draw_service_chart(growth)
     return 0
 
 
@@ -62,7 +68,8 @@ def environment_yml() -> str:
 def with_tables(text: str) -> str:
     """Return a document's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
     runs = read_runs()
-    tables = {"figures": figures_table(runs), "ratios": ratios_table(runs), "models": models_table()}
+    tables = {"figures": figures_table(runs), "ratios": ratios_table(runs), "models": models_table(),
+              "service": service_table(runs)}
     return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], text)
 
 
@@ -89,36 +96,62 @@ def figures_table(runs: list[dict]) -> str:
     for run in runs:
         dates.setdefault(f"{machine_name(run)}, Python {run['versions']['python']}", []).append(run["date"])
     measured = "; ".join(f"{machine}: {', '.join(dict.fromkeys(days))}" for machine, days in dates.items())
-    return "\n".join(lines) + (f"\n\n{_missed(runs, ratios=False)}Measured by `make bench` in {len(runs)} runs on "
+    return "\n".join(lines) + (f"\n\n{_missed(runs)}Measured by `make bench` in {len(runs)} runs on "
                                f"{measured}.\n")
 
 
 def ratios_table(runs: list[dict]) -> str:
     """Return the chat model's comparisons over all runs as a Markdown table, and what missed its reach."""
+    rates = [(what, [run["raw"]["chat"][part]["tokens_per_second"][name] for run in runs if "chat" in run["raw"]])
+             for what, part, name in (("one conversation", "single", "chat_model"),
+                                      ("16 rows", "rows16", "one_predict"), ("8 callers", "callers8", "chat_model"),
+                                      ("llama.cpp with 8 callers", "callers8", "llama_cpp_8_slots"),
+                                      ("the lesson's wrapper with 8 callers", "callers8", "lesson_behind_a_lock"))]
+    return _reach_table(runs, [name for name in REACH if name not in SERVICE]) + (
+        "In tokens per second: " + "; ".join(f"{what} {show_range(values, 0)}" for what, values in rates)
+        + ". The time to read the prompts is in these figures.\n")
+
+
+def service_table(runs: list[dict]) -> str:
+    """Return the server's comparisons over all runs, and how the seconds grew with the clients in the last of them."""
+    growth = service_growth(runs)
+    if not growth:
+        return "No run has measured it.\n"
+    lines = ["| clients | server | whole answer, median | 95th percentile | first token, median | 95th percentile |",
+             "|---|---|---|---|---|---|"]
+    for clients, servers in growth.items():
+        for name, title in SERVERS.items():
+            if found := servers.get(name):
+                seconds = [found[part][share] for part in ("whole", "first_token") for share in ("median", "p95")]
+                lines.append(f"| {clients} | {title} | " + " | ".join(f"{value:.2f} s" for value in seconds) + " |")
+    return _reach_table(runs, SERVICE) + "\n".join(lines) + "\n"
+
+
+def _reach_table(runs, names):
+    """Return these ratios over all runs, and what missed its reach."""
     lines = ["| what | against | times | reach |", "|---|---|---|---|"]
-    for name, reach in REACH.items():
-        values = [run["ratios"][name] for run in runs if name in run["ratios"]]
+    for name in names:
+        reach, values = REACH[name], [run["ratios"][name] for run in runs if name in run["ratios"]]
         if not values:  # no kept run has measured it
             continue
         bound = "; ".join(f"{kind.replace('_', ' ')} {reach[kind]}" for kind in ("at_least", "under") if kind in reach)
         days = [run["date"] for run in runs if name in misses(run)]
         bound += f"; missed on {', '.join(days)}" if days else ""
         lines.append(f"| {reach['what']} | {reach['against']} | {show_range(values, 3)} | {bound} |")
-    rates = [(what, [run["raw"]["chat"][part]["tokens_per_second"][name] for run in runs if "chat" in run["raw"]])
-             for what, part, name in (("one conversation", "single", "chat_model"),
-                                      ("16 rows", "rows16", "one_predict"), ("8 callers", "callers8", "chat_model"),
-                                      ("llama.cpp with 8 callers", "callers8", "llama_cpp_8_slots"),
-                                      ("the lesson's wrapper with 8 callers", "callers8", "lesson_behind_a_lock"))]
-    return "\n".join(lines) + "\n\n" + _missed(runs, ratios=True) + (
-        "In tokens per second: " + "; ".join(f"{what} {show_range(values, 0)}" for what, values in rates)
-        + ". The time to read the prompts is in these figures.\n")
+    return "\n".join(lines) + "\n\n" + _missed(runs, names)
 
 
-def _missed(runs, ratios):
-    """Return a sentence for each ratio, or each other figure, that missed what it should reach, with the reason."""
-    lines = [f"Missed on {run['date']}, {REACH[name]['what'] if ratios else name}: "
+def service_growth(runs: list[dict]) -> dict:
+    """Return how the server's seconds grew with its clients, in the last run that measured it; empty without one."""
+    return next((run["raw"]["chat"]["service"]["growth"] for run in reversed(runs)
+                 if "service" in run["raw"].get("chat", {})), {})
+
+
+def _missed(runs, names=()):
+    """Return a sentence for each of these ratios that missed its reach; without names, for each other figure."""
+    lines = [f"Missed on {run['date']}, {REACH[name]['what'] if names else name}: "
              f"{run.get('missed', {}).get(name, 'no reason is known.')}\n\n"
-             for run in runs for name in misses(run) if (name in REACH) is ratios]
+             for run in runs for name in misses(run) if (name in names if names else name not in REACH)]
     return "".join(lines)
 
 
@@ -129,24 +162,42 @@ def bench_digest() -> str:
 
 def draw_chart(growth: dict) -> None:
     """Write ``data/bench.svg``: tokens per second by callers, and what a longer prompt costs."""
+    callers, prompts = growth["tokens_per_second_by_callers"], growth["by_prompt_tokens"]
+    _draw(CHART, [
+        ("Tokens per second", "callers at once", {"": callers}),
+        ("Seconds to the first token", "tokens of prompt",
+         {"": {size: entry["first_token_seconds"] for size, entry in prompts.items()}}),
+        ("Then tokens per second", "tokens of prompt",
+         {"": {size: entry["then_tokens_per_second"] for size, entry in prompts.items()}})])
+
+
+def draw_service_chart(growth: dict) -> None:
+    """Write ``data/service.svg``: how the seconds of an answer, and to its first token, grow with the clients."""
+    def lines(part, share):
+        return {title: {clients: servers[name][part][share] for clients, servers in growth.items()}
+                for name, title in SERVERS.items() if all(name in servers for servers in growth.values())}
+
+    _draw(SERVICE_CHART, [
+        ("Seconds of an answer, median", "clients at once", lines("whole", "median")),
+        ("Seconds of an answer, 95th percentile", "clients at once", lines("whole", "p95")),
+        ("Seconds to the first token, 95th percentile", "clients at once", lines("first_token", "p95"))])
+
+
+def _draw(path, panels):
+    """Write a chart: of each panel its title, what stands below, and lines of points by name."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
-    callers, prompts = growth["tokens_per_second_by_callers"], growth["by_prompt_tokens"]
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "bench", "font.family": "sans-serif"}):
         figure = Figure(figsize=(9, 3), layout="constrained")
-        panels = figure.subplots(1, 3)
-        for panel, title, xlabel, points in (
-            (panels[0], "Tokens per second", "callers at once", callers),
-            (panels[1], "Seconds to the first token", "tokens of prompt",
-             {size: entry["first_token_seconds"] for size, entry in prompts.items()}),
-            (panels[2], "Then tokens per second", "tokens of prompt",
-             {size: entry["then_tokens_per_second"] for size, entry in prompts.items()}),
-        ):
-            panel.plot(list(map(int, points)), list(points.values()), marker="o", color="#1f5fa8")
-            panel.set_xscale("log", base=2)
-            panel.xaxis.set_major_formatter("{x:.0f}")
-            panel.set(title=title, xlabel=xlabel)
-            panel.set_ylim(bottom=0)
-            panel.grid(color="#dddddd")
-        figure.savefig(CHART, metadata={"Date": None, "Description": f"data/bench.json, sha256 {bench_digest()}"})
+        for axes, (title, xlabel, lines) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+            for (name, points), (color, style) in zip(lines.items(), LINES, strict=False):
+                axes.plot(list(map(int, points)), list(points.values()), style, marker="o", color=color, label=name)
+            if len(lines) > 1:
+                axes.legend()
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter("{x:.0f}")
+            axes.set(title=title, xlabel=xlabel)
+            axes.set_ylim(bottom=0)
+            axes.grid(color="#dddddd")
+        figure.savefig(path, metadata={"Date": None, "Description": f"data/bench.json, sha256 {bench_digest()}"})

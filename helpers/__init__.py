@@ -40,6 +40,7 @@ SET_UNLESS_THERE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",  # MLflow's evaluate imports it where it is there, and it asks for prices
     # MLflow's and transformers' own notes and progress bars would come between the lines of a page.
     "TRANSFORMERS_VERBOSITY": "error",
     "MLFLOW_LOGGING_LEVEL": "WARNING",

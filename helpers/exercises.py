@@ -39,7 +39,7 @@ def find_hint(name: str, answers: dict) -> str | None:
         return f"your answer stops with {type(error).__name__}: {error}"
 
 
-def _exercise(name):
+def exercise(name: str) -> Callable:
     """Put a check into CHECKS under its exercise's name."""
     return lambda function: CHECKS.setdefault(name, function)
 
@@ -71,17 +71,17 @@ def _surplus(answer, *known):
                 None)
 
 
-@_exercise("warm pipeline")
+@exercise("warm pipeline")
 def _(warm):
     return _settings_hint(warm, ("max_new_tokens",))
 
 
-@_exercise("warm engine")
+@exercise("warm engine")
 def _(warm):
     return _settings_hint(warm, ())
 
 
-@_exercise("request")
+@exercise("request")
 def _(request, model_info):
     from mlflow.models import validate_schema
 
@@ -104,7 +104,7 @@ def _(request, model_info):
     return None
 
 
-@_exercise("signature")
+@exercise("signature")
 def _(wider):
     from mlflow.models import ModelSignature
 
@@ -121,7 +121,7 @@ def _(wider):
     return None if params["top_p"].default == 1.0 else "a top_p of 1.0 changes nothing: let that be the default."
 
 
-@_exercise("alias")
+@exercise("alias")
 def _(my_uri, version, client):
     from mlflow.exceptions import MlflowException
 
@@ -137,7 +137,7 @@ def _(my_uri, version, client):
         f"mine stands on version {found}, and this page's is {version.version}. Move it.")
 
 
-@_exercise("pieces")
+@exercise("pieces")
 def _(read_piece):
     def chunk(delta, reason=None):
         return {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
@@ -154,7 +154,7 @@ def _(read_piece):
     return None
 
 
-@_exercise("seed")
+@exercise("seed")
 def _(seeded, chat_model):
     if not isinstance(seeded, dict):
         return "the settings are a dict, such as {\"temperature\": 1.0}."
@@ -166,7 +166,7 @@ def _(seeded, chat_model):
     return "a warm answer repeats itself only with a seed." if seeded.get("seed") is None else None
 
 
-@_exercise("settings")
+@exercise("settings")
 def _(changes, chat_model):
     if not isinstance(changes, dict):
         return "the settings are a dict: names of chat_model.SETTINGS, each with a new value."
@@ -180,7 +180,7 @@ def _(changes, chat_model):
     return None if changes.get("model", "slm-onnx") != "slm-onnx" else "give the model a name of your own: model."
 
 
-@_exercise("schema")
+@exercise("schema")
 def _(pet):
     if not isinstance(pet, dict):
         return "a schema is a dict that begins with {\"type\": \"object\"}."

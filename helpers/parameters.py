@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from helpers.devices import DEVICES
 from helpers.errors import CourseError
-from helpers.models.catalogue import find_entry
+from helpers.models.catalogue import TRACKS, find_entry
 
 # What a page's parameters are where nobody changes them.
 DEFAULTS = {"model": "smollm2-135m", "tracking_uri": "", "question": "What is the capital of Spain?",
@@ -21,7 +21,7 @@ COUNTS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "JOBLIB_MULTIPROCESS
 
 
 def check_parameters(*, model: str, tracking_uri: str, question: str, system_prompt: str, max_tokens: int,
-                     temperature: float, device: str) -> None:
+                     temperature: float, device: str, track: str | None = None) -> None:
     """Raise an error that says what to change, unless all parameters are usable.
 
     Parameters
@@ -38,14 +38,18 @@ def check_parameters(*, model: str, tracking_uri: str, question: str, system_pro
         0 takes the likeliest token each time; up to 2.
     device : str
         One of ``helpers.devices.DEVICES``. Whether it is there, the track asks its engine.
+    track : str, optional
+        One of ``helpers.models.catalogue.TRACKS``, where a page takes either.
 
     Raises
     ------
     CourseError
         Names the parameter, its value and its range.
     """
-    _refuse_injected()
+    _refuse_injected(PARAMETERS if track is None else (*PARAMETERS, "track"))
     check_variables()
+    if track is not None and track not in TRACKS:
+        raise CourseError("track-unknown", f"track is {track!r}.", f"Choose one of: {', '.join(TRACKS)}.")
     for name, value in (("model", model), ("tracking_uri", tracking_uri), ("question", question),
                         ("system_prompt", system_prompt), ("device", device)):
         if not isinstance(value, str):
@@ -112,7 +116,7 @@ def name_run(model: str, **parameters) -> str:
     return f"{model}: {', '.join(changed)}" if changed else model
 
 
-def _refuse_injected():
+def _refuse_injected(known):
     """Raise an error where papermill has injected a parameter that the notebook does not have.
 
     papermill itself says so in a log line and exits with 0.
@@ -121,7 +125,7 @@ def _refuse_injected():
         shell = get_ipython()
     except NameError:
         return
-    refuse_unknown(injected_names(shell.user_ns.get("In", [])))
+    refuse_unknown(injected_names(shell.user_ns.get("In", [])), known)
 
 
 def injected_names(cells: list[str]) -> list[str]:
@@ -131,12 +135,12 @@ def injected_names(cells: list[str]) -> list[str]:
     return [statement.targets[0].id for statement in statements if isinstance(statement, ast.Assign)]
 
 
-def refuse_unknown(names: Iterable[str]) -> None:
-    """Raise CourseError unless all ``names`` are parameters of the notebooks."""
-    unknown = [name for name in names if name not in PARAMETERS]
+def refuse_unknown(names: Iterable[str], known: Iterable[str] = PARAMETERS) -> None:
+    """Raise CourseError unless all ``names`` are ``known`` as parameters of a notebook."""
+    unknown = [name for name in names if name not in known]
     if unknown:
         raise CourseError("parameter-unknown", f"This notebook has no parameter called {', '.join(unknown)}.",
-                          f"Choose among: {', '.join(PARAMETERS)}.")
+                          f"Choose among: {', '.join(known)}.")
 
 
 def check_fits(prepared, messages: list[dict[str, str]], max_tokens: int) -> int:

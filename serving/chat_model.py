@@ -172,7 +172,7 @@ class ChatRequest(ClientHabits):
     stop: Stop | Annotated[list[Stop], Field(max_length=4)] = Field(
         [], description="up to 4 texts of 1 to 100 characters")
     n: Whole = Field(1, ge=1, le=8, description="a whole number from 1 to 8")
-    stream: bool | None = Field(None, description="true for predict_stream, false for predict, or left out")
+    stream: bool | None = Field(None, description="true, for predict_stream alone, false or left out")
     top_p: float = Field(1.0, gt=0, le=1, description="a number above 0, up to 1")
     top_k: Whole | None = Field(None, ge=1, description=FROM_1)
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="a number from -2 to 2")
@@ -825,7 +825,7 @@ class Scheduler:
     max_batch: int = 16  # rows: more make each step longer and hardly any token cheaper
     max_batches: int = 16  # that run in turns: each makes every other one slower
     # Running batches with which every row waits for another `patience` seconds, so that streams, too, get company.
-    eager_batches: int = 4
+    eager_batches: int = 8
     # Tokens of prompt, padding included, of a batch. It reads them in one call, and no other thread runs meanwhile.
     max_prefill: int = 512
     # Seconds that a row waits, at the most, for the running batches to end before it starts beside them: about as long
@@ -846,9 +846,9 @@ class Scheduler:
     def due(self, row: "Row", place: int, now: float) -> float:
         """Return when a row's turn comes; its patience begins then. ``place`` is its number in its call, from 0.
 
-        A call of many rows takes its turns like many calls, one after the other. A stream's patience is over.
+        A call of many rows takes its turns like many calls, one after the other. An urgent row's patience is over.
         """
-        return now - self.patience if row.stream else now + place // self.max_batch * self.patience
+        return now - self.patience if row.urgent else now + place // self.max_batch * self.patience
 
     def linger_time(self, waiting: Collection["Row"], last_size: int) -> float:
         """Return the seconds without a newcomer after which an idle engine starts a batch.
@@ -993,13 +993,13 @@ class Row:
     """One answer in the making.
 
     Without a ``sampler`` it takes the likeliest token. ``events`` gets ``(row, text)`` for each token of a stream,
-    and ``(row, None)`` at the end.
+    and ``(row, None)`` at the end. A stream is urgent, and does not wait for company, unless it is ``patient``.
     """
 
     def __init__(self, prompt: list[int], max_tokens: int, writer: TextWriter, sampler: Sampler | None,
-                 events: queue.SimpleQueue, stream: bool):
+                 events: queue.SimpleQueue, stream: bool, patient: bool = False):
         self.prompt, self.max_tokens, self.writer, self.sampler = prompt, max_tokens, writer, sampler
-        self.events, self.stream = events, stream
+        self.events, self.stream, self.urgent = events, stream, stream and not patient
         self.text, self.tokens, self.finish_reason, self.error, self.ended, self.due = "", 0, None, None, False, 0.0
         self.kept = None  # tokens of the prompt that a kept conversation has; None: not known
         self.reused = 0  # tokens that it did not read again
@@ -1461,8 +1461,9 @@ class ChatModel(mlflow.pyfunc.PythonModel):
                        params: dict | None = None) -> Iterator[dict]:
         """Answer one conversation, a dict or a table of one row, in chunks as the tokens come.
 
-        Of each choice come its role, then text, then its finish reason. Closing the iterator ends the work. Errors
-        are those of ``predict``.
+        Of each choice come its role, then text, then its finish reason. Closing the iterator ends the work. With
+        ``"stream": False`` nobody reads along: the chunks are the same, and the answer waits for company as those of
+        ``predict`` do. So a server can end an answer that it sends whole. Errors are those of ``predict``.
         """
         called = time.time_ns()
         if isinstance(model_input, pd.DataFrame):
@@ -1472,10 +1473,9 @@ class ChatModel(mlflow.pyfunc.PythonModel):
                 raise Refusal("A stream answers exactly one conversation.", "invalid_value")
             (model_input,) = model_input
         request = self._read(model_input)
-        if request.stream is False:
-            raise invalid("stream", ChatRequest.model_fields["stream"].description)
         events = queue.SimpleQueue()
-        return self._chunks(request, self._rows(request, events, stream=True), events, called)
+        rows = self._rows(request, events, stream=True, patient=request.stream is False)
+        return self._chunks(request, rows, events, called)
 
     def _chunks(self, request, rows, events, called):
         head, begun = self._head("chat.completion.chunk"), set()
@@ -1512,7 +1512,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):
             request.temperature = self._settings.temperature
         return request
 
-    def _rows(self, request, events, where="", stream=False):
+    def _rows(self, request, events, where="", stream=False, patient=False):
         """Return a row for each of the request's ``n`` answers."""
         context_length, switch = self._engine.context_length, self._engine.config.rope_switch
         prompt = self._encoder.encode(request.messages, context_length, where)
@@ -1529,7 +1529,8 @@ class ChatModel(mlflow.pyfunc.PythonModel):
         matcher = self._schemas.bind(request.response_format, where)
         greedy = not (request.temperature or request.frequency_penalty or request.presence_penalty or matcher)
         return [Row(prompt, max_tokens, TextWriter(self._encoder.tokenizer, request.stop),
-                    None if greedy else Sampler(request, index, matcher and matcher.deep_copy()), events, stream)
+                    None if greedy else Sampler(request, index, matcher and matcher.deep_copy()), events, stream,
+                    patient)
                 for index in range(request.n)]
 
     def _answers(self, rows, events, called):

@@ -12,6 +12,7 @@ the program.
 
 import argparse
 import asyncio
+import collections
 import contextlib
 import errno
 import hmac
@@ -20,6 +21,7 @@ import json
 import logging
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,11 +31,12 @@ import threading
 import time
 import traceback
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import h11
 import mlflow
 import uvicorn
 from fastapi import Depends, FastAPI, Request
@@ -50,8 +53,9 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
-from pydantic import BaseModel, ConfigDict, FailFast, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 _logger = logging.getLogger("openai_server")
@@ -68,7 +72,7 @@ class Limits:
     waiting: int = 256  # requests that may wait for their turn
     max_body: int = 1 << 20  # bytes of a request
     max_tokens: int = 2048  # tokens that a request may ask for
-    timeout: float = 120.0  # seconds from a request's last byte to its answer's
+    timeout: float = 120.0  # seconds from a request's head to its answer's end
     drain: float = 30.0  # seconds that requests in the making get after SIGTERM
     poll: float = 5.0  # seconds between two looks at where the alias points
 
@@ -119,6 +123,9 @@ def explain(error: BaseException) -> ServiceError:
         status = STATUS.get(code, 400)
         return ServiceError(status, error.message, code, error.field, 1 if status == 429 else None)
     frames = "".join(traceback.format_tb(error.__traceback__)[-3:])
+    if isinstance(error, MlflowException) and error.message.startswith("Failed to apply chat template"):
+        return ServiceError(400, "messages has to be a conversation that the model's chat template takes.",
+                            "invalid_value", "messages")
     if isinstance(error, MlflowException) and error.get_http_status_code() == 400:
         _logger.info("MLflow refused a request:\n%s", frames)
         return ServiceError(400, "The model's signature does not allow this request.", "invalid_value")
@@ -129,6 +136,19 @@ def explain(error: BaseException) -> ServiceError:
 # --- the request ----------------------------------------------------------------------------
 
 ROLES = ("system", "developer", "user", "assistant")
+STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # obfuscation is not added
+LEVELS = 200  # of a body's lists and objects in each other; MLflow and others follow them by recursion
+TEXT = "text, without NUL and without half a surrogate pair"
+
+
+def _whole(value):
+    """Take 4.0 for 4, which JSON does not tell apart."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+From1 = Annotated[int, Field(ge=1), BeforeValidator(_whole)]
+Text = Annotated[str, Field(pattern=r"^[^\x00]*$")]
+Stop = Annotated[str, Field(min_length=1, max_length=100)]
 
 
 class _Checked(BaseModel):
@@ -139,7 +159,7 @@ class ChatMessage(_Checked):
     """One turn of a conversation."""
 
     role: Literal[ROLES] = Field(description="system, developer, user or assistant")
-    content: str | Annotated[list[dict], Field(min_length=1)] = Field(description="text, or a list of parts")
+    content: Text | Annotated[list[dict], Field(min_length=1)] = Field(description=f"{TEXT}, or a list of parts")
 
 
 class ChatCompletionRequest(_Checked):
@@ -148,11 +168,13 @@ class ChatCompletionRequest(_Checked):
     messages: Annotated[list[ChatMessage], FailFast()] = Field(
         min_length=1, max_length=1000, description="a list of 1 to 1000 messages, role and content each")
     model: str | None = Field(None, description="a text")
-    max_tokens: int | float | None = Field(None, ge=1, description="a whole number from 1")
-    max_completion_tokens: int | float | None = Field(None, ge=1, description="a whole number from 1")
+    max_tokens: From1 | None = Field(None, description="a whole number from 1")
+    max_completion_tokens: From1 | None = Field(None, description="a whole number from 1")
     temperature: float | None = Field(None, ge=0, le=2, description="a number from 0 to 2")
-    n: int | float | None = Field(None, ge=1, description="a whole number from 1 to 8")
-    stop: str | list[str] | None = Field(None, description="up to 4 texts of 1 to 100 characters")
+    n: Annotated[int, Field(ge=1, le=8), BeforeValidator(_whole)] | None = Field(
+        None, description="a whole number from 1 to 8")
+    stop: Stop | Annotated[list[Stop], Field(max_length=4)] | None = Field(
+        None, description="up to 4 texts of 1 to 100 characters")
     stream: bool | None = Field(None, description="true, false or left out")
     stream_options: dict | None = Field(None, description="include_usage: true or false, for a stream")
 
@@ -179,34 +201,51 @@ def read_json(body: bytes) -> dict:
         raise ServiceError(400, "The body has to be JSON, in UTF-8.", "invalid_json") from None
     if not isinstance(values, dict):
         raise ServiceError(400, "The body has to be a JSON object with messages.", "invalid_json")
+    inside = [values]
+    for _ in range(LEVELS):
+        inside = [item for outer in inside for item in (outer.values() if isinstance(outer, dict) else outer)
+                  if isinstance(item, dict | list)]
+    if inside:
+        raise ServiceError(400, f"The body may be nested {LEVELS} levels deep.", "invalid_json")
     return {name: value for name, value in values.items() if value is not None}
 
 
 def check_request(values: dict, limits: Limits) -> None:
     """Raise a ServiceError that names the field and its range, unless the service can pass a request on."""
+    def refuse(name, allowed):
+        if name in bounded and allowed == bounded[name].description:
+            allowed += f" to {limits.max_tokens}"
+        raise ServiceError(400, f"{name} has to be {allowed}.", "invalid_value", name) from None
+
+    bounded = {name: ChatCompletionRequest.model_fields[name] for name in ("max_tokens", "max_completion_tokens")}
     try:
-        ChatCompletionRequest.model_validate(values)
+        asked = ChatCompletionRequest.model_validate(values)
     except ValidationError as error:
-        param, message = _place(error.errors(include_input=False, include_url=False)[0]["loc"])
-        raise ServiceError(400, message, "invalid_value", param) from None
-    for name in ("max_tokens", "max_completion_tokens"):
-        if values.get(name, 0) > limits.max_tokens:
-            raise ServiceError(400, f"{name} has to be a whole number from 1 to {limits.max_tokens}.", "invalid_value",
-                               name)
-    if "stream_options" in values and not values.get("stream"):
-        raise ServiceError(400, "stream_options has to be left out where the answer comes whole.", "invalid_value",
-                           "stream_options")
+        refuse(*_place(error.errors(include_input=False, include_url=False)[0]["loc"]))
+    for name, field in bounded.items():
+        if (getattr(asked, name) or 0) > limits.max_tokens:
+            refuse(name, field.description)
+    if asked.max_tokens and asked.max_completion_tokens not in (None, asked.max_tokens):
+        refuse("max_completion_tokens", "left out beside another max_tokens")
+    if asked.stream_options is not None and not asked.stream:
+        refuse("stream_options", "left out where the answer comes whole")
+    for name, value in (asked.stream_options or {}).items():
+        if name not in STREAM_OPTIONS and value is not None:
+            raise ServiceError(400, "stream_options holds a field that is not served. The fields are: "
+                               f"{', '.join(STREAM_OPTIONS)}.", "unknown_field", "stream_options")
+        if type(value) not in (bool, type(None)):
+            refuse(f"stream_options.{name}", "true or false")
 
 
 def _place(loc):
-    """Return the name of a field, such as ``messages[0].role``, and the sentence about it."""
-    field = ChatCompletionRequest.model_fields[loc[0]]
-    name, allowed = loc[0], field.description
-    if loc[0] == "messages" and len(loc) > 1:
-        inner = ChatMessage.model_fields.get(loc[2]) if len(loc) > 2 else None
-        name = f"messages[{loc[1]}]" + (f".{loc[2]}" if inner else "")
-        allowed = inner.description if inner else "an object with role and content"
-    return name, f"{name} has to be {allowed}."
+    """Return the name of the field at a place, such as ``messages[0].role``, and what it may be."""
+    name, allowed, fields = "", None, ChatCompletionRequest.model_fields
+    for step in loc:
+        if name == "messages" and isinstance(step, int):
+            name, allowed, fields = f"messages[{step}]", "an object with role and content", ChatMessage.model_fields
+        elif step in fields:
+            name, allowed, fields = f"{name}.{step}".lstrip("."), fields[step].description, {}
+    return name, allowed
 
 
 def adapt(values: dict, taken: set[str] | None) -> dict:
@@ -225,17 +264,50 @@ def adapt(values: dict, taken: set[str] | None) -> dict:
         known = unknown[0] if unknown[0] in NEUTRAL or unknown[0] in ("seed", "top_k") else None
         raise ServiceError(400, "The request holds a field that this model does not take. The fields are: "
                            f"{', '.join(sorted(taken))}.", "unknown_field", known)
-    return kept
+    return _for_flavor(kept) if taken in TAKEN_BY_FLAVOR.values() else kept
+
+
+def _for_flavor(values):
+    """Return a request in the types of a flavor's signature, which takes no parts, no 4.0 and no text for a list."""
+    values = values | {"messages": [_plain_message(*numbered) for numbered in enumerate(values["messages"])]}
+    if isinstance(values.get("stop"), str):
+        values["stop"] = [values["stop"]]
+    if "max_tokens" in values:
+        values["max_tokens"] = int(values["max_tokens"])
+    if "temperature" in values:  # a pipeline that samples can't divide by 0
+        values["temperature"] = max(float(values["temperature"]), 0.001)
+    return values
+
+
+def _is_text(value):
+    return isinstance(value, str) and not re.search("[\0\ud800-\udfff]", value)
+
+
+def _plain_message(number, message):
+    """Return a message of role, text and name. A ServiceError names what else there is, unless it is empty."""
+    content, name = message["content"], f"messages[{number}]"
+    if isinstance(content, list):
+        if len(content) > 1000 or not all(part.get("type") == "text" and _is_text(part.get("text"))
+                                          for part in content):
+            raise ServiceError(400, f"{name}.content has to be {TEXT}, or 1 to 1000 parts of text.", "invalid_value",
+                               f"{name}.content")
+        content = "\n".join(part["text"] for part in content)
+    if not _is_text(message.get("name") or ""):
+        raise ServiceError(400, f"{name}.name has to be {TEXT}.", "invalid_value", f"{name}.name")
+    if any(value for field, value in message.items() if field not in ("role", "content", "name")):
+        raise ServiceError(400, f"{name} holds a field that this model does not take. The fields are: role, content, "
+                           "name.", "unknown_field", name)
+    # Few templates know a developer; the others would leave it out without a word.
+    plain = {"role": "system" if message["role"] == "developer" else message["role"], "content": content}
+    return plain | ({"name": message["name"]} if message.get("name") else {})
 
 
 # --- the turns ------------------------------------------------------------------------------
 
 
-def admit(running: int, waiting: int, concurrent: int, most_waiting: int) -> Literal["run", "wait", "refuse"]:
-    """Say what a request may do that comes while others run and wait."""
-    if running < concurrent and not waiting:
-        return "run"
-    return "wait" if waiting < most_waiting else "refuse"
+def admit(running: int, waiting: int, concurrent: int, most_waiting: int) -> bool:
+    """Say whether a request may come in, to run at once or to wait, while others run and wait."""
+    return running < concurrent or waiting < most_waiting
 
 
 def retry_after(waiting: int, concurrent: int, seconds: float) -> int:
@@ -248,7 +320,7 @@ class Turns:
 
     def __init__(self, concurrent: Callable[[], int], most_waiting: int):
         self._concurrent, self._most_waiting = concurrent, most_waiting
-        self.running, self._line = 0, []
+        self.running, self._line = 0, collections.deque()
         self._seconds = 1.0  # that a request takes, as the last ones did
 
     @property
@@ -258,32 +330,34 @@ class Turns:
 
     async def take(self) -> None:
         """Wait for a turn. A ServiceError says that too many wait."""
-        allowed = admit(self.running, self.waiting, self._concurrent(), self._most_waiting)
-        if allowed == "refuse":
+        if not admit(self.running, self.waiting, self._concurrent(), self._most_waiting):
             raise ServiceError(429, f"The service is busy: {self.waiting} requests wait. Try again later.", "busy",
                                retry_after=retry_after(self.waiting, self._concurrent(), self._seconds))
-        if allowed == "wait":
-            turn = asyncio.get_running_loop().create_future()
-            self._line.append(turn)
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():  # its turn came in the same moment: the next one gets it
-                    self.give(None)
-                else:
-                    self._line.remove(turn)
-                raise
-        else:
-            self.running += 1
+        turn = asyncio.get_running_loop().create_future()
+        self._line.append(turn)
+        self._begin()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn in self._line:
+                self._line.remove(turn)
+            elif not turn.cancelled():  # its turn came in the moment in which the caller left: the next one gets it
+                self.give()
+            raise
 
-    def give(self, seconds: float | None) -> None:
-        """Give a turn back, after so many seconds, and let the next one begin."""
+    def give(self, seconds: float | None = None) -> None:
+        """Give a turn back, after so many seconds, and let the next ones begin."""
         if seconds is not None:
             self._seconds += (seconds - self._seconds) / 8
-        if self._line and self.running <= self._concurrent():
-            self._line.pop(0).set_result(None)  # the count stays: one ends, one begins
-        else:
-            self.running -= 1
+        self.running -= 1
+        self._begin()
+
+    def _begin(self):
+        while self._line and self.running < self._concurrent():
+            turn = self._line.popleft()
+            if not turn.done():  # its caller may have left in this moment
+                turn.set_result(None)
+                self.running += 1
 
 
 # --- the figures ----------------------------------------------------------------------------
@@ -327,71 +401,81 @@ class StartError(Exception):
         self.what, self.fix = what, fix
 
 
-class ServedModel:
-    """One version of a model: loaded, tried with one request, and closed after its last one."""
+async def in_thread(function: Callable, *arguments: Any) -> Any:
+    """Call a function on a thread of its own. The end of the program does not wait for it, as for asyncio.to_thread."""
+    loop = asyncio.get_running_loop()
+    done = loop.create_future()
 
-    def __init__(self, model: mlflow.pyfunc.PyFuncModel, name: str, version: str, folder: Path | None = None):
-        self.name, self.version, self._model, self._folder = name, version, model, folder
-        self._asked, self._retired, self._lock = 0, False, threading.Lock()
+    def call():
+        try:
+            ended = function(*arguments), None
+        except Exception as error:
+            ended = None, error
+        except BaseException as error:  # a model's sys.exit() ends nothing but the thread
+            ended = None, RuntimeError(type(error).__name__)
+        with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits for it any more
+            loop.call_soon_threadsafe(lambda: done.cancelled() or done.set_result(ended))
+
+    threading.Thread(target=call, daemon=True).start()
+    value, error = await done
+    if error:
+        raise error
+    return value
+
+
+class ServedModel:
+    """One version of a model, loaded."""
+
+    def __init__(self, model: mlflow.pyfunc.PyFuncModel, name: str, version: str, copy: Path | None = None):
+        self.name, self.version, self._model, self._copy = name, version, model, copy
+        self.borrowed = 0  # by how many requests; the desk counts them
         schema, flavor = model.metadata.get_input_schema(), model.loader_module
         names = set(schema.input_names()) if schema and schema.has_input_names() else None
         self.taken = TAKEN_BY_FLAVOR.get(flavor) or names
         self.streams = getattr(model, "_predict_stream_fn", None) is not None  # MLflow has no public word for it
         self._tells_usage = self.streams and (names is None or "stream_options" in names)
+        self._python_model = None
         with contextlib.suppress(MlflowException, AttributeError):  # a flavor's model has no Python model in it
             self._python_model = model.unwrap_python_model()
 
     def rows(self) -> int:
         """Return how many answers its engine makes now; 0 for a model that does not tell."""
-        stats = getattr(getattr(self, "_python_model", None), "stats", None)
+        stats = getattr(self._python_model, "stats", None)
         return stats()["running"] if stats else 0
 
     def try_once(self) -> None:
-        """Ask it for one token; it raises what the model raises."""
-        for _ in self.chunks({"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}, True):
-            pass
+        """Ask it for one token; it raises what the model raises, and where the answer is no chat completion."""
+        asked = {"messages": [{"role": "user", "content": "Hello"}]}
+        if self.taken is None or "max_tokens" in self.taken:
+            asked["max_tokens"] = 1
+        if not join(self.chunks(asked, True))["choices"]:
+            raise ServiceError(500, "The model's answer is no chat completion.", "unusable_model")
 
     def chunks(self, values: dict, streamed: bool) -> Iterator[dict]:
         """Yield the chunks of an answer. Closing the iterator ends the work of a model that streams.
 
         A model that streams is asked for a stream even where the answer goes out whole, if its stream tells the usage:
-        only a stream can be ended. Of any other model, the whole answer comes as one chunk.
+        only a stream can be ended. ``"stream": False`` then tells it that nobody reads along, and that it may take its
+        time for company. Of any other model, the whole answer comes as one chunk.
         """
-        with self._lock:
-            self._asked += 1
-        try:
-            if self._tells_usage or (self.streams and streamed):
-                if self._tells_usage:
-                    values = values | {"stream_options": {"include_usage": True}}
-                with contextlib.closing(self._model.predict_stream(values)) as chunks:
-                    yield from chunks
-            else:
-                yield from _as_chunks(self._model.predict(values))
-        finally:
-            with self._lock:
-                self._asked -= 1
-            self._close_if_idle()
-
-    def retire(self) -> None:
-        """Close it once nobody asks it any more."""
-        self._retired = True
-        self._close_if_idle()
-
-    def _close_if_idle(self):
-        with self._lock:
-            if not self._retired or self._asked or self._model is None:
-                return
-            self._model = None
-        self.close()
+        if not (self._tells_usage or (self.streams and streamed)):
+            yield from _as_chunks(self._model.predict(values))
+            return
+        if self._tells_usage:
+            values = values | {"stream": streamed, "stream_options": {"include_usage": True}}
+        with contextlib.closing(self._model.predict_stream(values)) as chunks:
+            yield from chunks
 
     def close(self) -> None:
         """Free its memory, and remove the copy of its folder that was made for this service."""
-        close = getattr(getattr(self, "_python_model", None), "close", None)
-        if close:
-            close()
-        self._python_model = None
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        close = getattr(self._python_model, "close", None)
+        try:
+            if close:
+                close()
+        finally:
+            self._model = self._python_model = None
+            if self._copy:
+                shutil.rmtree(self._copy, ignore_errors=True)
 
 
 def _as_chunks(result):
@@ -409,89 +493,151 @@ def _as_chunks(result):
     yield head | {"choices": [], "usage": answer.get("usage")}
 
 
-class Address:
-    """Where a model is: a name in the registry with an alias or a version, or any other address of MLflow's."""
+def join(chunks: Iterable[dict]) -> dict:
+    """Return the whole chat completion that a stream's chunks make."""
+    head, usage, choices = {}, None, {}
+    for chunk in chunks:
+        head, usage = head or chunk, chunk.get("usage") or usage
+        for choice in chunk["choices"]:
+            whole = choices.setdefault(choice["index"], {
+                "index": choice["index"], "message": {"role": "assistant", "content": ""}, "logprobs": None,
+                "finish_reason": None})
+            whole["message"]["content"] += choice["delta"].get("content") or ""
+            whole["finish_reason"] = choice["finish_reason"] or whole["finish_reason"]
+    kept = {name: head[name] for name in ("id", "created", "model", "system_fingerprint") if name in head}
+    return kept | {"object": "chat.completion", "choices": [choices[index] for index in sorted(choices)],
+                   "usage": usage}
 
-    def __init__(self, uri: str):
-        self.uri, self._client = uri, mlflow.MlflowClient()
+
+class Address:
+    """Where a model is: a name in the registry with an alias or a version, or any other address of MLflow's.
+
+    ``copies`` is a folder for this service alone: what MLflow copies to there is removed with the version it was for.
+    """
+
+    def __init__(self, uri: str, copies: Path | None = None):
+        self.uri, self._copies = uri, copies
         place = uri.removeprefix("models:/") if uri.startswith("models:/") and not uri.startswith("models:/m-") else ""
-        self._name, _, self._alias = place.partition("@")
+        self._name, self.moves, alias = place.partition("@")
+        self._alias = alias if self.moves else None
         self._number = None
-        if place and not self._alias:
+        if place and not self.moves:
             self._name, _, self._number = place.partition("/")
         self.name = self._name or "model"
-        self.moves = bool(self._alias)
 
     def find_version(self) -> str:
         """Return the number of the version that it points to now; what MLflow raises tells that there is none."""
-        if self._alias:
-            return str(self._client.get_model_version_by_alias(self._name, self._alias).version)
+        if self.moves:
+            return str(mlflow.MlflowClient().get_model_version_by_alias(self._name, self._alias).version)
         return self._number or "1"
 
-    def load(self, version: str) -> ServedModel:
-        """Load a version and try it with one request; it raises what the model raises."""
-        uri = f"models:/{self._name}/{version}" if self._name else self.uri
-        folder, copy = mlflow.artifacts.download_artifacts(uri), None
-        if Path(folder).is_relative_to(tempfile.gettempdir()):  # a tracking server's: MLflow made a copy, and left it
-            copy = Path(folder)
+    def fetch(self, version: str) -> Path:
+        """Return the folder of a version: the store's own, or a copy where the store is behind a server."""
+        uri = f"models:/{self._name}/{version}" if self.moves else self.uri
+        return Path(mlflow.artifacts.download_artifacts(uri))
+
+    def load(self, version: str, folder: Path) -> ServedModel:
+        """Load a version from its folder; it raises what the model raises."""
+        copy = folder if self._copies and folder.is_relative_to(self._copies) else None
         try:
-            served = ServedModel(mlflow.pyfunc.load_model(folder), self.name, version, copy)
-            served.try_once()
+            return ServedModel(mlflow.pyfunc.load_model(str(folder)), self.name, version, copy)
         except BaseException:
             if copy:
                 shutil.rmtree(copy, ignore_errors=True)
             raise
-        return served
 
 
 class Desk:
-    """Holds the version that serves, and changes it when the alias moves: the next one is loaded beside it first."""
+    """Holds the version that serves, and changes it when the alias moves: the next one is loaded beside it first.
 
-    def __init__(self, address: Address, figures: Figures):
-        self.address, self._figures = address, figures
+    ``patience`` is for how many seconds a version may think about its first token. All but the loading happens on the
+    event loop's thread, so there are no locks.
+    """
+
+    def __init__(self, address: Address, figures: Figures, patience: float):
+        self.address, self._figures, self._patience = address, figures, patience
         self.current: ServedModel | None = None
-        self.failed: str | None = None
+        self.failed: str | None = None  # the version that the alias points to, if it does not load
+        self._given_up: str | None = None
 
-    def serve(self, served: ServedModel) -> None:
-        """Let a version take over; the one before ends what it has begun."""
-        before, self.current = self.current, served
-        self._figures.version.clear()
-        self._figures.version.labels(served.name, served.version).set(1)
-        self._figures.rows.set_function(served.rows)
-        if before:
-            before.retire()
+    def borrow(self) -> ServedModel:
+        """Return the version that serves now. It is not closed until it is given back."""
+        self.current.borrowed += 1
+        return self.current
+
+    def give_back(self, served: ServedModel) -> None:
+        """Take a version back, and close it if it serves no more and nobody else has it."""
+        served.borrowed -= 1
+        if served is not self.current and not served.borrowed:
+            threading.Thread(target=served.close, daemon=True).start()
+
+    async def begin(self) -> None:
+        """Let the first version serve. A StartError says why there is none."""
+        store = re.sub("//[^/@]*@", "//", mlflow.get_tracking_uri())  # without a password
+        try:
+            version = await in_thread(self.address.find_version)
+        except Exception as error:  # MLflow's, or its database's
+            raise StartError(f"The store {store} names no version at {self.address.uri}: {first_line(error)}.",
+                             "Register a version under that name and alias, or name another one: --model.") from None
+        try:
+            await self._bring(version, await in_thread(self.address.fetch, version))
+        except Exception as error:  # whatever a model raises while it is loaded
+            raise StartError(f"The model at {self.address.uri} does not load: {first_line(error)}.",
+                             "Name another one: --model.") from None
 
     async def look(self) -> None:
         """Look once where the alias points, and change the version where it has moved."""
         try:
-            version = await asyncio.to_thread(self.address.find_version)
+            version = await in_thread(self.address.find_version)
         except Exception as error:  # the registry is locked or away, or the alias is: what serves goes on
             _logger.warning("The registry does not tell where %s points: %s.", self.address.uri, type(error).__name__)
             return
-        if version == self.current.version:
-            self._tell_failed(None)
-        elif version != self.failed:
+        failed = None
+        if version == self._given_up:
+            return
+        self._given_up = None
+        if version != self.current.version:
             try:
-                served = await asyncio.to_thread(self.address.load, version)
-            except Exception as error:  # whatever it is: this version does not load, and the one before serves on
-                _logger.error("Version %s did not load (%s); version %s serves on.", version, type(error).__name__,
-                              self.current.version)
-                self._figures.load_failures.inc()
-                self._tell_failed(version)
-                return
-            self._tell_failed(None)
-            self.serve(served)
-            _logger.warning("Version %s serves now.", version)
-
-    def _tell_failed(self, version):
-        self.failed = version
-        self._figures.failed_version.set(int(version) if version else 0)
+                folder = await in_thread(self.address.fetch, version)
+                self._given_up = version  # a version that comes and does not load would not load the next time either
+                await self._bring(version, folder)
+                self._given_up = None
+                _logger.warning("Version %s serves now.", version)
+            except Exception as error:  # whatever it is: the version before serves on
+                failed = version
+                if version != self.failed:
+                    self._figures.load_failures.inc()
+                    _logger.error("Version %s did not load (%s); version %s serves on.", version,
+                                  type(error).__name__, self.current.version)
+        self.failed = failed
+        self._figures.failed_version.set(int(failed or 0))
 
     async def watch(self, seconds: float) -> None:
         """Look again and again, with so many seconds between two looks."""
         while True:
             await asyncio.sleep(seconds)
             await self.look()
+
+    async def _bring(self, version, folder):
+        """Load a version, try it with one request, and let it take over; the one before ends what it has begun."""
+        served = await in_thread(self.address.load, version, folder)
+        served.borrowed += 1
+        try:
+            await asyncio.wait_for(in_thread(served.try_once), self._patience)
+            before, self.current = self.current, served
+        finally:
+            self.give_back(served)
+        self._figures.version.clear()
+        self._figures.version.labels(served.name, served.version).set(1)
+        self._figures.rows.set_function(served.rows)
+        if before and not before.borrowed:
+            threading.Thread(target=before.close, daemon=True).start()
+
+
+def first_line(error: Exception) -> str:
+    """Return what an exception says, in one line without its full stop, for whoever starts the service."""
+    said = (getattr(error, "message", None) or str(error)).strip()
+    return f"{type(error).__name__}: {said.splitlines()[0].rstrip('.')}" if said else type(error).__name__
 
 
 # --- the answer -----------------------------------------------------------------------------
@@ -526,34 +672,32 @@ async def ends_with_client(request: Request) -> AsyncIterator[None]:
 class Answer(Response):
     """One request on its way: it waits for its turn, a thread asks the model, and what comes goes out."""
 
-    def __init__(self, service: "Service", request: Request, values: dict):
-        self._service, self._request, self._values = service, request, values
+    background = None  # a Response has it, and FastAPI looks
+
+    def __init__(self, service: "Service", request: Request, values: dict, deadline: float):
+        self._service, self._request, self._values, self._deadline = service, request, values, deadline
         self._streamed = bool(values.get("stream"))
         self._asks_usage = bool((values.get("stream_options") or {}).get("include_usage"))
-        self._came, self._begun = time.perf_counter(), False
-        self._first, self._usage = None, None
-        self.background = None
+        self._came, self._over = time.perf_counter(), threading.Event()
+        self._begun = self._counted = False
+        self._first, self._usage, self._reason, self._texts = None, None, None, []
 
     async def __call__(self, scope, receive, send):
         """Answer, as an ASGI application does."""
-        outcome = "ok"
         try:
-            async with (ends_with_client(self._request), asyncio.timeout(self._service.limits.timeout),
-                        contextlib.aclosing(self._chunks()) as chunks):
-                if self._streamed:
-                    await self._send_stream(chunks, send)
-                else:
-                    await self._send_whole(chunks, scope, receive, send)
+            async with ends_with_client(self._request), asyncio.timeout_at(self._deadline):
+                try:
+                    await self._answer(scope, receive, send)
+                finally:
+                    self._over.set()
         except ClientLeftError:
-            outcome = "cancelled"
+            self._count("cancelled")
         except BaseException as error:
-            error = self._read_end(error)
-            outcome = error.code
-            await self._send_error(error, scope, receive, send)
-        finally:
-            self._count(outcome)
+            error = self._explain(error)
+            self._count(error.code)
+            await self._refuse(error, scope, receive, send)
 
-    def _read_end(self, error):
+    def _explain(self, error):
         """Return what a caller reads of the exception that ended an answer."""
         if isinstance(error, TimeoutError):
             return ServiceError(504, f"The answer took longer than {self._service.limits.timeout:g} seconds.",
@@ -562,103 +706,119 @@ class Answer(Response):
             return ServiceError(503, "The service is closing.", "closed")
         return explain(error)
 
-    async def _chunks(self):
-        """Yield the model's chunks, made ready for OpenAI's clients."""
-        service = self._service
-        await service.turns.take()
-        began, handed_over = time.perf_counter(), False
-        stop, loop, events = threading.Event(), asyncio.get_running_loop(), asyncio.Queue()
+    async def _answer(self, scope, receive, send):
+        turns, desk = self._service.turns, self._service.desk
+        await turns.take()
+        began, served = time.perf_counter(), desk.borrow()  # only now: it may have changed while this request waited
+        loop, parts = asyncio.get_running_loop(), asyncio.Queue()
+
+        def put(part):
+            if not isinstance(part, bytes):  # the model is free again, and no sooner: it works on after a caller left
+                turns.give(time.perf_counter() - began)
+                desk.give_back(served)
+            parts.put_nowait(part)
+
+        def tell(part):
+            with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits for it any more
+                loop.call_soon_threadsafe(put, part)
+
         try:
-            served = service.desk.current  # only now: it may have changed while this request waited
-            values = adapt(self._values, served.taken)
+            # MLflow's iterator has to be read by the thread that made it.
+            threading.Thread(target=self._ask, args=(served, tell), daemon=True).start()
+        except RuntimeError as error:  # the system gives no more threads
+            put(explain(error))
+        whole = b""
+        while isinstance(part := await parts.get(), bytes):
+            if self._streamed:
+                await self._send(send, part)
+            else:
+                whole = part
+        if part:
+            raise part
+        self._count("ok")
+        if self._streamed:
+            await self._send(send, b"data: [DONE]\n\n", last=True)
+        else:
+            self._begun = True
+            await Response(whole, media_type="application/json")(scope, receive, send)
 
-            def tell(kind, value=None):
-                with contextlib.suppress(RuntimeError):  # the loop has ended, and nobody waits for it any more
-                    loop.call_soon_threadsafe(receive, kind, value)
-
-            def receive(kind, value):
-                if kind == "end":
-                    service.turns.give(time.perf_counter() - began)
-                events.put_nowait((kind, value))
-
-            threading.Thread(target=self._ask, args=(served, values, stop, tell), daemon=True).start()
-            handed_over = True  # from here on the thread gives the turn back: it may work on after the caller left
-            while True:
-                kind, value = await events.get()
-                if kind == "end":
-                    return
-                if kind == "error":
-                    raise value
-                yield value | {"model": served.name, "system_fingerprint": f"{served.name}/{served.version}"}
-        finally:
-            stop.set()
-            if not handed_over:
-                service.turns.give(None)
-
-    def _ask(self, served, values, stop, tell):
-        """Ask the model, on a thread of its own: MLflow's iterator has to be read by the thread that made it."""
-        try:
-            with (self._service.trace(served, values) as trace,
-                  contextlib.closing(served.chunks(values, self._streamed)) as chunks):
-                for chunk in chunks:
-                    if stop.is_set():
-                        break
-                    trace.see(chunk)
-                    tell("chunk", chunk)
-        except BaseException as error:  # whatever it is, the caller is waiting for it
-            tell("error", error)
-        finally:
-            tell("end")
-
-    def _see(self, chunk):
-        """Note when the first text came, and what the usage was."""
-        if self._first is None and any(choice["delta"].get("content") for choice in chunk["choices"]):
-            self._first = time.perf_counter() - self._came
-        self._usage = chunk.get("usage") or self._usage
-
-    async def _send_stream(self, chunks, send):
-        async for chunk in chunks:
-            self._see(chunk)
-            if not chunk["choices"] and not self._asks_usage:
-                continue
-            if self._asks_usage:
-                chunk = {"usage": None} | chunk
-            await self._send_event(send, json.dumps(chunk, ensure_ascii=False))
-        await self._send_event(send, "[DONE]")
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _send_event(self, send, text):
-        """Send one server-sent event. The first one makes the answer a success that can't be taken back."""
+    async def _send(self, send, events, last=False):
+        """Send server-sent events. The first ones make the answer a success that can't be taken back."""
         if not self._begun:
             self._begun = True
             await send({"type": "http.response.start", "status": 200, "headers": [
                 (b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]})
-        await send({"type": "http.response.body", "body": f"data: {text}\n\n".encode(), "more_body": True})
+        await send({"type": "http.response.body", "body": events, "more_body": not last})
 
-    async def _send_whole(self, chunks, scope, receive, send):
-        head, texts, reasons = {}, {}, {}
-        async for chunk in chunks:
-            self._see(chunk)
-            head = head or chunk
-            for choice in chunk["choices"]:
-                texts.setdefault(choice["index"], []).append(choice["delta"].get("content") or "")
-                reasons[choice["index"]] = choice["finish_reason"] or reasons.get(choice["index"])
-        answer = {name: head[name] for name in ("id", "created", "model", "system_fingerprint") if name in head}
-        answer |= {"object": "chat.completion", "usage": self._usage, "choices": [
-            {"index": index, "message": {"role": "assistant", "content": "".join(texts[index])},
-             "logprobs": None, "finish_reason": reasons[index]} for index in sorted(texts)]}
-        self._begun = True
-        await JSONResponse(answer)(scope, receive, send)
-
-    async def _send_error(self, error, scope, receive, send):
+    async def _refuse(self, error, scope, receive, send):
         if not self._begun:
             await error.response()(scope, receive, send)
         elif self._streamed:
-            await self._send_event(send, json.dumps(error.body()))
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await self._send(send, _event(error.body()), last=True)
+
+    def _ask(self, served, tell):
+        """Ask the model, on a thread of its own: tell each part of the answer; at last a ServiceError, or None."""
+        try:
+            with self._service.span(served, len(self._values["messages"])) as span:
+                # Nothing is raised in here: MLflow would write down what it says, and that may quote the request.
+                failed = self._make(served, tell)
+                if span:
+                    self._describe(span, failed)
+        except Exception as error:  # tracing's own
+            failed = explain(error)
+        tell(failed)
+
+    def _make(self, served, tell):
+        """Tell each part of the answer. Return the ServiceError that it ended with, if it did."""
+        try:
+            values = adapt(self._values, served.taken)
+            with contextlib.closing(served.chunks(values, self._streamed)) as chunks:
+                chunks = self._watch(chunks, {"model": served.name,
+                                              "system_fingerprint": f"{served.name}/{served.version}"})
+                if not self._streamed:
+                    tell(_json(join(chunks)))
+                    return None
+                for chunk in chunks:
+                    if chunk["choices"] or self._asks_usage:
+                        tell(_event({"usage": None} | chunk if self._asks_usage else chunk))
+        except BaseException as error:  # whatever it is, the caller is waiting for it
+            return explain(error)
+        return None
+
+    def _watch(self, chunks, names):
+        """Yield the model's chunks with its names, until the answer is over, and note what they tell."""
+        for chunk in chunks:
+            if self._over.is_set():
+                return
+            for choice in chunk["choices"]:
+                if text := choice["delta"].get("content"):
+                    self._first = self._first or time.perf_counter() - self._came
+                    if self._service.trace_texts:
+                        self._texts.append(text)
+                self._reason = choice["finish_reason"] or self._reason
+            self._usage = chunk.get("usage") or self._usage
+            yield chunk | names
+
+    def _describe(self, span, failed):
+        """Add to a trace how the answer went: sizes and times, and its text only where that was asked for."""
+        span.set_attribute("outcome", failed.code if failed else "cancelled" if self._over.is_set() else "ok")
+        if failed:
+            span.set_status("ERROR")
+        if self._first is not None:
+            span.set_attributes({"first_token_seconds": self._first, "finish_reason": self._reason})
+        if self._usage:
+            span.set_attribute(SpanAttributeKey.CHAT_USAGE, {
+                "input_tokens": self._usage["prompt_tokens"], "output_tokens": self._usage["completion_tokens"],
+                "total_tokens": self._usage["total_tokens"]})
+        if self._service.trace_texts:
+            span.set_inputs(self._values)
+            span.set_outputs("".join(self._texts))
 
     def _count(self, outcome):
-        figures = self._service.figures
+        """Count the request, once, before its end goes out: who has an answer finds it in the figures."""
+        if self._counted:
+            return
+        self._counted, figures = True, self._service.figures
         figures.requests.labels(outcome).inc()
         if outcome == "ok":
             figures.duration.observe(time.perf_counter() - self._came)
@@ -670,34 +830,13 @@ class Answer(Response):
             figures.answer_tokens.observe(self._usage["completion_tokens"])
 
 
-class Trace:
-    """One request in MLflow's tracing: sizes and times, and texts only where that was asked for."""
+def _json(value):
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
 
-    def __init__(self, texts: bool, span: Any = None):
-        self._span, self._texts = span, texts
-        self._began, self._first, self._said = time.perf_counter(), None, []
 
-    def see(self, chunk: dict) -> None:
-        """Note what a chunk tells."""
-        if not self._span:
-            return
-        said = [choice["delta"].get("content") or "" for choice in chunk["choices"]]
-        if self._first is None and any(said):
-            self._first = time.perf_counter() - self._began
-            self._span.set_attribute("first_token_seconds", self._first)
-        self._said += said if self._texts else []
-        for choice in chunk["choices"]:
-            if choice["finish_reason"]:
-                self._span.set_attribute("finish_reason", choice["finish_reason"])
-        if usage := chunk.get("usage"):
-            self._span.set_attribute(SpanAttributeKey.CHAT_USAGE, {
-                "input_tokens": usage["prompt_tokens"], "output_tokens": usage["completion_tokens"],
-                "total_tokens": usage["total_tokens"]})
-
-    def end(self) -> None:
-        """Add the answer's text, where that was asked for."""
-        if self._span and self._texts:
-            self._span.set_outputs("".join(self._said))
+def _event(value):
+    """Return one server-sent event."""
+    return b"data: " + _json(value) + b"\n\n"
 
 
 # --- the application ------------------------------------------------------------------------
@@ -706,49 +845,42 @@ class Trace:
 class Service:
     """What all requests share."""
 
-    def __init__(self, desk: Desk, limits: Limits, figures: Figures, traces: str | None = None,
-                 trace_texts: bool = False):
-        self.desk, self.limits, self.figures = desk, limits, figures
+    def __init__(self, address: Address, limits: Limits, traces: str | None = None, trace_texts: bool = False):
+        self.limits, self.figures, self.traces, self.trace_texts = limits, Figures(), traces, trace_texts
+        self.desk = Desk(address, self.figures, limits.timeout)
         # A model without predict_stream may not be made for several callers: nothing says that it is.
-        self.turns = Turns(lambda: limits.concurrent or (64 if desk.current.streams else 1), limits.waiting)
-        self._traces, self._trace_texts = traces, trace_texts
-        figures.running.set_function(lambda: self.turns.running)
-        figures.waiting.set_function(lambda: self.turns.waiting)
+        self.turns = Turns(lambda: limits.concurrent or (64 if self.desk.current.streams else 1), limits.waiting)
+        self.figures.running.set_function(lambda: self.turns.running)
+        self.figures.waiting.set_function(lambda: self.turns.waiting)
 
-    @contextlib.contextmanager
-    def trace(self, served: ServedModel, values: dict) -> Iterator[Trace]:
-        """Open a trace for one request, if the service makes any; the chat model adds its own spans to it."""
-        if not self._traces:
-            yield Trace(False)
-            return
-        with mlflow.start_span("chat_completion", SpanType.CHAT_MODEL, attributes={
-                "model": served.name, "version": served.version, "messages": len(values["messages"])}) as span:
-            if self._trace_texts:
-                span.set_inputs(values)
-            trace = Trace(self._trace_texts, span)
+    async def begin(self) -> None:
+        """Get ready for the first request. A StartError says why it can't."""
+        if self.traces:
             try:
-                yield trace
-            except Exception as error:
-                # MLflow would write down what the exception says, and that may quote the request.
-                span.set_attribute("error", explain(error).code)
-                span.set_status("ERROR")
-                failed = error
-            else:
-                failed = None
-            trace.end()
-        if failed:
-            raise failed
+                await in_thread(mlflow.set_experiment, self.traces)
+            except Exception as error:  # MLflow's, or its database's
+                raise StartError(f"No traces can be written to {self.traces}: {first_line(error)}.",
+                                 "Name another experiment: --traces.") from None
+        await self.desk.begin()
+
+    def span(self, served: ServedModel, messages: int) -> contextlib.AbstractContextManager:
+        """Open a trace for one request, if the service makes any; the chat model adds its own spans to it."""
+        if not self.traces:
+            return contextlib.nullcontext()
+        return mlflow.start_span("chat_completion", SpanType.CHAT_MODEL, attributes={
+            "model": served.name, "version": served.version, "messages": messages})
 
 
 def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
     """Return the ASGI application. ``token`` is what callers have to bring; ``hosts`` are the names it answers to."""
-    app = FastAPI(title="A chat model", version="1", docs_url=None, redoc_url=None)
+    app = FastAPI(title="A chat model", version="1", docs_url=None, redoc_url=None, redirect_slashes=False)
 
     async def check_caller(request: Request) -> None:
         if host_name(request.headers.get("host", "")) not in hosts:
             raise ServiceError(421, "This service does not answer for this host.", "unknown_host")
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
-        if token and not hmac.compare_digest(given.encode(), token.encode()):
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        known = hmac.compare_digest(given.encode("latin-1"), (token or "").encode()) and scheme.lower() == "bearer"
+        if token and not known:
             raise ServiceError(401, "This service wants a token: Authorization: Bearer TOKEN.", "invalid_api_key")
 
     checked = [Depends(check_caller)]
@@ -761,8 +893,9 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
         "requestBody": request_body})
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
+        deadline = asyncio.get_running_loop().time() + service.limits.timeout
         try:
-            values = read_json(await read_body(request, service.limits.max_body))
+            values = read_json(await read_body(request, service.limits.max_body, deadline))
             check_request(values, service.limits)
             if service.desk.current is None:
                 raise ServiceError(503, "The model is not loaded yet.", "loading", retry_after=1)
@@ -772,7 +905,7 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
         except ServiceError as error:
             service.figures.requests.labels(error.code).inc()
             raise
-        return Answer(service, request, values)
+        return Answer(service, request, values, deadline)
 
     @app.get("/v1/models", dependencies=checked, responses=errors)
     async def models() -> dict:
@@ -812,7 +945,7 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
 
     @app.exception_handler(Exception)
     async def fail(request: Request, error: Exception) -> Response:
-        return ServiceError(500, "The service failed on this request.", "failed").response()
+        return explain(error).response()
 
     return app
 
@@ -837,13 +970,22 @@ def names(address: Address) -> set[str]:
     return {address.name, address.uri, address.uri.removeprefix("models:/")}
 
 
-async def read_body(request: Request, most: int) -> bytes:
+async def read_body(request: Request, most: int, deadline: float) -> bytes:
     """Return a request's body; a ServiceError says that it is longer than it may be, before all of it has come."""
+    too_large = ServiceError(413, f"The body may have {most} bytes.", "request_too_large")
+    if int(request.headers.get("content-length", 0)) > most:
+        raise too_large
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > most:
-            raise ServiceError(413, f"The body may have {most} bytes.", "request_too_large")
+    try:
+        async with asyncio.timeout_at(deadline):
+            async for part in request.stream():
+                body += part
+                if len(body) > most:
+                    raise too_large
+    except TimeoutError:
+        raise ServiceError(408, "The body took too long to come.", "timeout") from None
+    except ClientDisconnect:
+        raise ServiceError(400, "The body did not come to its end.", "cancelled") from None
     return bytes(body)
 
 
@@ -872,8 +1014,11 @@ def connection(seconds: float) -> type[H11Protocol]:
         def data_received(self, data):
             if self.clock is None:
                 self._set(HEAD_SECONDS)
-            before = self.cycle
             super().data_received(data)
+
+        def handle_events(self):
+            before = self.cycle
+            super().handle_events()
             if self.cycle is not before:
                 self._set(seconds)
 
@@ -884,6 +1029,17 @@ def connection(seconds: float) -> type[H11Protocol]:
         def connection_lost(self, exc):
             self._set(None)
             super().connection_lost(exc)
+
+        def send_400_response(self, msg):
+            """Refuse what is no HTTP. uvicorn does so in plain text, and fails where the answer has begun."""
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.abort()
+                return
+            refusal = ServiceError(400, msg, "invalid_request").response()
+            for event in (h11.Response(status_code=400, headers=[*refusal.raw_headers, (b"connection", b"close")]),
+                          h11.Data(data=refusal.body), h11.EndOfMessage()):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
 
         def _set(self, limit):
             if self.clock:
@@ -953,30 +1109,25 @@ def listen(host: str, port: int) -> socket.socket:
                          "Choose another --host or --port.") from None
 
 
-def load_first(address: Address) -> ServedModel:
-    """Load the version to begin with. A StartError says why there is none."""
-    try:
-        version = address.find_version()
-    except MlflowException as error:
-        raise StartError(f"The store {mlflow.get_tracking_uri()} has nothing at {address.uri}: "
-                         f"{error.message.splitlines()[0].rstrip('.')}.",
-                         "Register a version under that name and alias, or name another one: --model.") from None
-    try:
-        return address.load(version)
-    except Exception as error:  # whatever a model raises while it is loaded
-        said = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "no reason given"
-        raise StartError(f"The model at {address.uri} does not load: {type(error).__name__}: {said}.",
-                         "Name another one: --model.") from None
-
-
 class Server(uvicorn.Server):
     """A uvicorn server that listens first, loads its model then, and says one line when it is ready."""
 
     failure: StartError | None = None
 
-    def __init__(self, config: uvicorn.Config, service: Service, place: str):
-        super().__init__(config)
-        self._service, self._place = service, place
+    def __init__(self, service: Service, listener: socket.socket, token: str | None, hosts: set[str]):
+        limits, (host, port, *_) = service.limits, listener.getsockname()
+        super().__init__(uvicorn.Config(
+            build_app(service, token, hosts), http=connection(limits.timeout + 5), ws="none", lifespan="off",
+            log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False,
+            h11_max_incomplete_event_size=HEAD_BYTES, timeout_graceful_shutdown=math.ceil(limits.drain)))
+        self._service, self._listener = service, listener
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self) -> None:
+        """Serve until a signal comes. A StartError says why it could not begin."""
+        super().run([self._listener])
+        if self.failure:
+            raise self.failure
 
     async def main_loop(self):
         """Load the model, and run until a signal comes."""
@@ -989,18 +1140,18 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what has begun, for a bounded time, and close the model."""
         await super().shutdown(sockets)
-        if self._service.desk.current:
-            self._service.desk.current.close()
+        if current := self._service.desk.current:
+            with contextlib.suppress(TimeoutError):  # a model that does not end does not hold up the program
+                await asyncio.wait_for(in_thread(current.close), 5)
 
     async def _begin(self):
-        desk = self._service.desk
         try:
-            served = await asyncio.to_thread(load_first, desk.address)
+            await self._service.begin()
         except StartError as error:
             self.failure, self.should_exit = error, True
             return
-        desk.serve(served)
-        print(f"Serving {served.name}, version {served.version}, at {self._place}/v1", flush=True)
+        desk = self._service.desk
+        print(f"Serving {desk.address.name}, version {desk.current.version}, at {self.address}/v1", flush=True)
         if desk.address.moves:
             await desk.watch(self._service.limits.poll)
 
@@ -1010,37 +1161,23 @@ def main(words: list[str]) -> int:
     options = read_options(words)
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     # uvicorn finishes what has begun, and then raises the signal again: for this program, that is its good end.
-    signal.signal(signal.SIGTERM, lambda *_: None)
+    for name in ("SIGTERM", "SIGBREAK"):  # the second one is Windows'
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), lambda *_: sys.exit(0))
     try:
         # What MLflow copies goes to a folder of this program's own, which ends with it.
-        with tempfile.TemporaryDirectory(prefix="openai-server-") as tempfile.tempdir:
-            serve(options, os.environ.get(TOKEN) or None)
+        with tempfile.TemporaryDirectory(prefix="openai-server-", ignore_cleanup_errors=True) as tempfile.tempdir:
+            hosts = check_reach(options.host, token := os.environ.get(TOKEN) or None, options.allowed_host)
+            limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
+            service = Service(Address(options.model, Path(tempfile.tempdir)), limits, options.traces,
+                              options.trace_texts)
+            Server(service, listen(options.host, options.port), token, hosts).run()
     except StartError as error:
         print(f"error: {error.what}\n       {error.fix}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
     return 0
-
-
-def serve(options: argparse.Namespace, token: str | None) -> None:
-    """Listen, load and serve. A StartError says why it can't begin."""
-    hosts = check_reach(options.host, token, options.allowed_host)
-    listener = listen(options.host, options.port)
-    limits = Limits(**{field.name: getattr(options, field.name) for field in fields(Limits)})
-    figures = Figures()
-    service = Service(Desk(Address(options.model), figures), limits, figures, options.traces, options.trace_texts)
-    if options.traces:
-        mlflow.set_experiment(options.traces)
-    config = uvicorn.Config(
-        build_app(service, token, hosts), http=connection(limits.timeout + 5), ws="none", lifespan="off",
-        log_config=None, log_level="critical", access_log=False, proxy_headers=False, server_header=False,
-        h11_max_incomplete_event_size=HEAD_BYTES, timeout_graceful_shutdown=math.ceil(limits.drain))
-    shown = f"[{options.host}]" if ":" in options.host else options.host
-    server = Server(config, service, f"http://{shown}:{listener.getsockname()[1]}")
-    server.run(sockets=[listener])
-    if server.failure:
-        raise server.failure
 
 
 if __name__ == "__main__":

@@ -18,6 +18,8 @@ import mlflow
 from course.bench.contenders import CALLERS, CHAT, Contenders, start_llama
 from course.bench.fidelity import fidelity
 from course.bench.figures import int8_instructions
+from course.bench.service import service
+from course.bench.turns import PAUSE, mix, take_turns, timed
 from helpers.files import folder_bytes
 from helpers.models.prepare import prepare_model
 from helpers.paths import ROOT
@@ -27,7 +29,6 @@ TOKENS = 64
 ROWS = 16
 TURNS = 5
 DAY = 28  # sentences that a caller says in each turn: the fifth turn's prompt then has about 1,415 tokens
-PAUSE = 0.3  # seconds, in which the threads of the one before stop looking for work
 CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -43,7 +44,7 @@ def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, 
     ratios, raw = {}, {}
     memory = _memory(store, tokens)
     contenders = Contenders(prepared, repeats, tokens)
-    for measure in (_single, _json, _rows, _callers, _stream, _conversation, _growth, fidelity):
+    for measure in (_single, _json, _rows, _callers, _stream, _conversation, _growth, fidelity, service):
         print(f"measuring: {measure.__name__.strip('_')}", flush=True)
         found, figures = measure(contenders)
         ratios |= found
@@ -57,19 +58,6 @@ def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, 
     return ratios, raw
 
 
-def _turns(works, repeats):
-    """Time each work after a warm-up, in turns. Return each one's median seconds."""
-    seconds = [[] for _ in works]
-    for turn in range(repeats + 1):
-        for work, taken in zip(works, seconds, strict=True):
-            time.sleep(PAUSE)
-            started = time.perf_counter()
-            work()
-            if turn:
-                taken.append(time.perf_counter() - started)
-    return [statistics.median(taken) for taken in seconds]
-
-
 def _rates(tokens, seconds):
     """Return tokens per second by name."""
     return {name: tokens / taken for name, taken in seconds.items()}
@@ -77,7 +65,8 @@ def _rates(tokens, seconds):
 
 def _race(works, repeats):
     """Return the median seconds of each work, by name."""
-    return dict(zip(works, _turns(works.values(), repeats), strict=True))
+    taken = take_turns({name: timed(work) for name, work in works.items()}, repeats)
+    return {name: statistics.median(seconds) for name, seconds in taken.items()}
 
 
 def _single(them):
@@ -127,11 +116,6 @@ def _load(them, ask, callers, lengths):
         list(pool.map(lambda length: ask(them.story(), length), lengths))
 
 
-def mix(lengths: list[int], count: int) -> list[int]:
-    """Return ``count`` lengths, each as often as the others, short and long ones by turns."""
-    return [lengths[5 * number % len(lengths)] for number in range(count)]
-
-
 def _callers(them):
     lengths = mix(them.mixed, 4 * CALLERS)
     asks = {"chat_model": them.ask_chat, "lesson_behind_a_lock": them.ask_lesson}
@@ -151,7 +135,7 @@ def _callers(them):
 def _stream(them):
     others, few = [them.tokens] * (CALLERS - 1), min(8, them.tokens)
     alone, company = [], []
-    (batch,) = _turns([lambda: _load(them, them.ask_chat, len(others), others)], them.repeats)
+    (batch,) = _race({"batch": lambda: _load(them, them.ask_chat, len(others), others)}, them.repeats).values()
     for turn in range(them.repeats + 1):
         first_alone, _ = them.ask_stream(them.story(), few)
         crowd = threading.Thread(target=_load, args=(them, them.ask_chat, len(others), others))
@@ -208,8 +192,8 @@ def _talk(them, talk, number):
 def _growth(them):
     callers, half = {}, max(them.tokens // 2, 1)
     for count in (1, 2, 4, 8, 16):
-        (seconds,) = _turns([lambda count=count: _load(them, them.ask_chat, count, [half] * 2 * count)], them.repeats)
-        callers[str(count)] = 2 * count * half / seconds
+        works = {"load": lambda count=count: _load(them, them.ask_chat, count, [half] * 2 * count)}
+        callers[str(count)] = 2 * count * half / _race(works, them.repeats)["load"]
     prompts, new = {}, max(them.tokens // 4, 1) + 1
     for sentences in (0, 4, 13, 32, 68, 142, 288):
         taken = []

@@ -37,12 +37,24 @@ REACH = {
     "memory": {"under": 1.6, "what": "peak memory of a process that loads it, less 200 MB",
                "against": "the size of the model's folder"},
     "log_disk": {"under": 1.05, "what": "bytes that logging adds", "against": "the size of the model's folder"},
+    "service8_llamacpp": {"at_least": 1.0, "what": "8 HTTP clients, answers of mixed length, half of them streamed",
+                          "against": "llama.cpp's server"},
+    "service32_llamacpp": {"at_least": 1.0, "what": "32 such clients",
+                           "against": "llama.cpp's server with 8 or 32 slots, whichever is faster"},
+    "service8_mlflow": {"at_least": 1.5, "what": "the 8 clients",
+                        "against": "`mlflow models serve` with the lesson's wrapper"},
+    "service32_mlflow": {"at_least": 1.5, "what": "the 32 clients", "against": "the same"},
+    "service_ttft95_llamacpp": {"under": 1.0, "what": "seconds to the first token of 8 clients' streams, 95th "
+                                "percentile", "against": "llama.cpp's server"},
+    "soak_memory": {"under": 1.05, "what": "the server's memory after 10,000 requests",
+                    "against": "after the first 1,000"},
 }
+SERVICE = [name for name in REACH if name.startswith(("service", "soak"))]  # these stand on the service's page
 CONTENDERS = {"chat_model": "the chat model, int8", "llama_cpp": "llama.cpp, Q4_1", "openvino": "OpenVINO GenAI, Q4_1"}
 FIDELITY = ("chat", "fidelity")
 # The instructions of a processor that multiply whole numbers of 8 bits, as Linux names them.
 INT8 = ("amx_int8", "avx512_vnni", "avx_vnni_int8", "avx_vnni", "i8mm", "asimddp")
-UNITS = {"s": 1, "min": 60, "GB": 1e9, "": 1}
+UNITS = {"ms": 1e-3, "s": 1, "min": 60, "GB": 1e9, "": 1}
 
 
 @dataclass(frozen=True)
@@ -91,6 +103,10 @@ FIGURES = (
     Figure("`make test` once set up", ("test", "tests_seconds"), "min", 1, {"under": 540}),
     Figure("disk after that: packages, models, what the tests left", ("test", "disk_bytes"), "GB", 1),
     *(figure for page in PAGES for figure in _track_figures(page)),
+    Figure("the server: what it adds to a request, at the median", ("chat", "service", "overhead", "added_seconds"),
+           "ms", 1, {"under": 0.010}),
+    Figure("threads and descriptors that 9,000 requests leave behind in it", ("chat", "service", "soak", "left_behind"),
+           "", 0, {"under": 1}),
     *(Figure(f"{title}: seconds to the first token of a conversation's 5th turn",
              ("chat", "conversation", name, "5", "first_token_seconds"), "s", 2)
       for name, title in (("chat_model", "the chat model"), ("llama_cpp", "llama.cpp with its prompt cache"))),

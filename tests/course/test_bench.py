@@ -13,13 +13,16 @@ import pytest
 from support import ROOT, refuses
 from support.runs import run
 
-from course.bench import chat, notebooks
+from course import generate
+from course.bench import chat, notebooks, service, turns
+from course.bench.clients import Clients
 from course.bench.contenders import FLEET, OpenVino, keep_busy
 from course.bench.fidelity import equal_tokens
 from course.bench.figures import (
     FIGURES,
     KEPT,
     REACH,
+    SERVICE,
     int8_instructions,
     keep_run,
     machine_name,
@@ -30,6 +33,10 @@ from course.bench.figures import (
     write_runs,
 )
 from course.bench.notebooks import bench, bench_page, bench_prepare, run_measured
+from course.bench.service import halves
+from course.bench.turns import mix, percentile, take_turns, timed
+from course.generate import ratios_table, service_table
+from helpers.servers import running
 from serving import chat_model
 
 
@@ -89,23 +96,71 @@ def test_a_range_is_the_smallest_and_the_largest(values, digits, shown):
 
 def test_the_mixed_load_has_every_length_as_often_as_the_others_and_not_in_order():
     lengths = [8, 16, 24, 32, 40, 48, 56, 64]
-    mixed = chat.mix(lengths, 32)
+    mixed = mix(lengths, 32)
     assert sorted(mixed) == sorted(lengths * 4)
     assert mixed[:8] != sorted(mixed[:8])
+    streamed = [length for length, stream in zip(mixed, halves(32, 8), strict=True) if stream]
+    assert sorted(streamed) == sorted(lengths * 2)
 
 
-def test_works_take_turns_and_the_median_leaves_out_the_warm_up(monkeypatch):
+def test_works_take_turns_and_the_warm_up_is_left_out(monkeypatch):
     clock, order = [0.0], []
     costs = {"a": iter([100, 1, 2, 30]), "b": iter([100, 5, 5, 5])}
-    monkeypatch.setattr(chat.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(chat.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(turns.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
 
     def work(name):
         order.append(name)
         clock[0] += next(costs[name])
 
-    assert chat._turns([lambda: work("a"), lambda: work("b")], 3) == [2, 5]
+    works = {name: timed(lambda name=name: work(name)) for name in costs}
+    assert take_turns(works, 3) == {"a": [1, 2, 30], "b": [5, 5, 5]}
     assert order == ["a", "b"] * 4
+    costs.update(a=iter([100, 1, 2, 30]), b=iter([100, 5, 5, 5]))
+    assert chat._race({name: lambda name=name: work(name) for name in costs}, 3) == {"a": 2, "b": 5}
+
+
+@pytest.mark.parametrize(("values", "share", "value"), [
+    ([7], 0.95, 7), ([3, 1, 2], 0.5, 2), ([4, 3, 2, 1], 0.5, 2), (range(1, 101), 0.95, 95), (range(1, 22), 0.95, 20),
+    (range(1, 21), 0.95, 19), ([1, 2], 1.0, 2), ([1, 9], 0.95, 9),
+])
+def test_a_percentile_is_one_of_the_values(values, share, value):
+    assert percentile(values, share) == value
+
+
+async def _stand_in(scope, receive, send):
+    """Answer like a server that counts tokens: what was asked for, an error for 13, and one in the stream for 14."""
+    asked = json.loads((await receive())["body"])
+    length = asked["max_tokens"]
+    status = 500 if length == 13 else 200
+    usage = {"usage": {"completion_tokens": length}}
+    if asked.get("stream"):
+        events = [{"choices": [{"delta": {"content": text}}]} for text in ("", "a", "b")]
+        end = [{"error": {"code": "failed"}}] if length == 14 else [{"choices": []} | usage, "[DONE]"]
+        body = "".join(f"data: {event if event == '[DONE]' else json.dumps(event)}\n\n" for event in events + end)
+    else:
+        body = json.dumps({"predictions": ["text"]} if "inputs" in asked else usage)
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": body.encode()})
+
+
+def test_clients_tell_of_each_request_in_order_what_it_took():
+    bodies = [{"max_tokens": 3}, {"max_tokens": 4, "stream": True}, {"max_tokens": 5, "inputs": {}}]
+    with running(_stand_in) as address, Clients() as clients:
+        for _ in range(2):
+            seconds, replies = clients.ask(address, bodies * 4, 3)
+            assert [reply["tokens"] for reply in replies] == [3, 4, 0] * 4
+            assert [reply.get("texts") for reply in replies] == [None, None, ["text"]] * 4
+            assert [reply["first_token_seconds"] is not None for reply in replies] == [False, True, False] * 4
+            assert all(0 < (reply["first_token_seconds"] or reply["seconds"]) <= reply["seconds"] <= seconds
+                       for reply in replies)
+        for wrong, says in (({"max_tokens": 13}, "500"), ({"max_tokens": 14, "stream": True}, "failed")):
+            with refuses("bench-request") as refusal:
+                clients.ask(address, [bodies[0], wrong], 2)
+            assert f"1 of 2 requests to {address} failed. The first: '{says}" in refusal.value.what
+    with Clients() as clients, refuses("bench-request") as refusal:
+        clients.ask(address, bodies, 3)  # nobody listens there any more
+    assert "3 of 3 requests" in refusal.value.what
 
 
 @pytest.mark.parametrize(("answer", "reference", "count"), [
@@ -166,6 +221,39 @@ def test_a_fleet_is_longer_than_a_story():
     jsonschema.validate({"ships": ships}, FLEET)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"ships": ships[1:]}, FLEET)
+
+
+def test_the_service_has_its_own_ratios_and_shows_how_the_last_run_that_measured_it_grew():
+    def grown(date, scale, **ratios):
+        seconds = {"whole": {"median": 1.004 * scale, "p95": 2.0 * scale},
+                   "first_token": {"median": 0.25 * scale, "p95": 0.5 * scale}}
+        one = run(date, **ratios)
+        one["raw"]["chat"]["service"] = {
+            "growth": {"1": {"openai_server": seconds, "llama_cpp": seconds}, "64": {"openai_server": seconds}}}
+        return one
+
+    unmeasured = run("2026-01-04")
+    for name in SERVICE:
+        del unmeasured["ratios"][name]
+    assert service_table([unmeasured]) == "No run has measured it.\n"
+    runs = [grown("2026-01-02", 1, service8_llamacpp=0.9), grown("2026-01-03", 10, service8_llamacpp=1.25), unmeasured]
+    table, chat_models = service_table(runs), ratios_table(runs)
+    assert "| 0.900 to 1.250 | at least 1.0; missed on 2026-01-02 |" in table
+    assert "Missed on 2026-01-02, 8 HTTP clients, answers of mixed length, half of them streamed: no reason" in table
+    assert "| 1 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n| 1 | llama.cpp's | 10.04 s |" in table
+    assert table.endswith("| 64 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n")
+    assert "HTTP" not in chat_models and "10,000" not in chat_models and "16 rows" in chat_models
+    assert "issed" not in chat_models and "16 rows" not in table
+
+
+def test_the_services_chart_has_a_line_for_each_server_that_was_measured(tmp_path, monkeypatch):
+    seconds = {part: {"median": 1.0, "p95": 2.0} for part in ("whole", "first_token")}
+    monkeypatch.setattr(generate, "SERVICE_CHART", tmp_path / "service.svg")
+    for servers in (["openai_server"], ["openai_server", "llama_cpp"]):
+        generate.draw_service_chart({clients: dict.fromkeys(servers, seconds) for clients in ("1", "2", "64")})
+        drawn = (tmp_path / "service.svg").read_text(encoding="utf-8")
+        assert generate.bench_digest() in drawn and "clients at once" in drawn and ">64<" in drawn
+        assert ("llama.cpp's" in drawn) is ("llama_cpp" in servers)
 
 
 @pytest.mark.slow
@@ -230,15 +318,19 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
         model_config=chat_model.SETTINGS, signature=chat_model.SIGNATURE, pip_requirements=["mlflow"])
     version = mlflow.register_model(info.model_uri, "slm-onnx")
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
-    monkeypatch.setattr(chat, "PAUSE", 0)
+    for module in (chat, turns):
+        monkeypatch.setattr(module, "PAUSE", 0)
+    monkeypatch.setattr(service, "LOGS", tmp_path)
+    monkeypatch.setattr(service, "SOAK", 200)
+    monkeypatch.setattr(service, "GROWTH", (1, 2))
     ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
     against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}  # it has none
-    assert len(against_gguf) == 6
+    assert len(against_gguf) == 9
     assert set(ratios) == set(REACH) - {"track_ratio"} - against_gguf
     assert all(ratio > 0 for ratio in ratios.values())
     assert json.loads(json.dumps(raw)) == raw
     assert set(raw) == {"single", "json_rate", "rows16", "callers8", "stream_ttft", "conversation", "growth",
-                        "fidelity", "memory", "log_disk", "int8_instructions"}
+                        "fidelity", "service", "memory", "log_disk", "int8_instructions"}
     sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
     assert len(sizes) == 5 and sizes == sorted(set(sizes))
     assert set(raw["fidelity"]) == {"prompts", "reference_tokens", "chat_model"}
@@ -249,4 +341,12 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7  # the longest prompts are longer than its context
     assert raw["memory"]["callers8_bytes"] >= raw["memory"]["load_bytes"] > 1e8
     assert raw["log_disk"]["logged_bytes"] > raw["memory"]["model_bytes"]
+    served = raw["service"]
+    assert set(served) == {"overhead", "crowds", "first_token", "growth", "soak"}
+    assert {name: found["requests"] for name, found in served["crowds"].items()} == {"8": 32, "32": 128}
+    assert set(served["crowds"]["8"]["tokens_per_second"]) == {"openai_server", "mlflow"}
+    assert list(served["growth"]) == ["1", "2"]
+    for found in (served["growth"]["2"]["openai_server"]["whole"], served["first_token"]["openai_server"]):
+        assert 0 < found["median"] <= found["p95"]
+    assert served["soak"]["requests"] == 200 and served["soak"]["settled"]["memory_bytes"] > 1e8
     assert mlflow.get_tracking_uri() == store

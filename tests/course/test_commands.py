@@ -18,6 +18,7 @@ from support import PAGES, ROOT, refuses, run_python
 
 from course.__main__ import _explain, main
 from course.commands import COMMANDS, SMALL_MODELS, run_command
+from helpers.tracking import tracking_store
 
 
 @pytest.fixture
@@ -123,6 +124,8 @@ def test_every_command_has_help_and_stands_in_the_list(capsys):
     listed = re.findall(r"^  (\w+) +(.+)$", capsys.readouterr().out, re.MULTILINE)
     assert listed[:len(COMMANDS)] == [(name, command.help) for name, command in COMMANDS.items()]
     for name, command in COMMANDS.items():
+        if command.has_help:  # its program tells its options: see below
+            continue
         parser = ArgumentParser()
         for add_options in command.options:
             add_options(parser)
@@ -130,6 +133,27 @@ def test_every_command_has_help_and_stands_in_the_list(capsys):
             run_command([name, "--help"])
         assert end.value.code == 0
         assert command.help in " ".join(capsys.readouterr().out.split())
+
+
+def test_serve_starts_the_server_on_the_courses_store_with_its_words(done, store, tmp_path, monkeypatch):
+    monkeypatch.setattr("course.commands._serve", lambda command, **variables: done.append((command, variables)) or 0)
+    monkeypatch.setenv("COURSE_TRACKING_URI", store)
+    assert run_command(["serve", "--model", "models:/x@y", "--port", "0"]) == 0
+    assert run_command(["serve", "--help"]) == 0
+    (served, variables), (helped, _) = done
+    assert served[1:] == [str(ROOT / "serving" / "openai_server.py"), "--model", "models:/x@y", "--port", "0"]
+    assert variables == {"MLFLOW_TRACKING_URI": tracking_store(store).uri}
+    assert helped[2:] == ["--help"]
+    monkeypatch.setenv("COURSE_TRACKING_URI", "sqlite:///" + (tmp_path / "none.db").as_posix())
+    with refuses("store-empty"):
+        run_command(["serve"])
+    assert not (tmp_path / "none.db").exists()
+
+
+def test_serve_tells_the_servers_own_options(python):
+    told = python("-m", "helpers", "serve", "--help")
+    assert told.returncode == 0, told.stderr
+    assert "--allowed-host NAME" in told.stdout
 
 
 def test_the_readme_and_the_makefile_name_commands_that_there_are():
@@ -145,7 +169,7 @@ def test_the_readme_and_the_makefile_name_commands_that_there_are():
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, bench, mutate, doctor, generate,"),
+    (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, serve, bench, mutate, doctor, generate,"),
 ])
 def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, says):
     result = python("-m", "helpers", *arguments)

@@ -20,8 +20,9 @@ FLOORS = {
         "models.download", "models.usable", "models.hub", "models.convert", "models.crowd", "models.sources",
         "models.prepare",
         "stores.database", "stores.server",
-        "devices", "parameters", "tracking", "states", "tables", "signatures", "views", "measurement", "exercises",
-        "servers", "playground",
+        "devices", "parameters", "tracking", "states", "tables", "signatures", "views", "measurement",
+        "exercises", "servers", "operations.programs", "operations.evaluation", "operations.load",
+        "operations.dashboard", "operations.drift", "operations.exercises", "playground",
     ),
     "course": (
         "environment", "contents", "kernels", "exercises", "static_page", "execute", "kit.wheels", "kit.check",
@@ -32,7 +33,8 @@ FLOORS = {
     "serving": ("chat_model", "openai_server"),
 }
 # The packages' own names, and the door that starts `course` as a program.
-NO_FLOOR = {"helpers": {"", "models", "stores", "__main__"}, "course": {"", "kit", "doctor", "bench"}, "serving": {""}}
+NO_FLOOR = {"helpers": {"", "models", "operations", "stores", "__main__"}, "course": {"", "kit", "doctor", "bench"},
+            "serving": {""}}
 
 
 def files(room):

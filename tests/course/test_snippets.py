@@ -54,6 +54,7 @@ TREATMENTS = (
     (r"(make|python -m helpers) (test|check)", READ, "what runs this test"),
     (r"(make|python -m helpers) lab( MODEL=\S+)?", READ, "tests/notebooks/test_browser.py opens JupyterLab"),
     (r"(make|python -m helpers) ui", READ, "tests/notebooks/test_ui.py opens it"),
+    (r"python -m helpers serve( .*)?", READ, "tests/serving/test_openai_service.py serves by it"),
     (r"(make|python -m helpers) doctor", READ, "tests/course/test_doctor.py runs it"),
     (r"(make|python -m helpers) (bench|mutate)( --keep)?", READ, "it takes an hour"),
     (r"(make|python -m helpers) generate", READ, "tests/course/test_generate.py compares what it writes"),
@@ -259,7 +260,7 @@ def help_of(name):
         add_options(parser)
     actions = [action for action in parser._actions if isinstance(action, _SubParsersAction)]
     parsers = [parser, *(inner for action in actions for inner in action.choices.values())]
-    return "\n".join(one.format_help() for one in parsers) + ("\n-p" if COMMANDS[name].takes_parameters else "")
+    return "\n".join(one.format_help() for one in parsers) + ("\n-p" if COMMANDS[name].parameters else "")
 
 
 def test_both_columns_of_a_table_are_one_command(monkeypatch):

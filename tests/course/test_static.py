@@ -11,7 +11,7 @@ import tomllib
 import nbformat
 import pytest
 import yaml
-from support import PAGES, ROOT, TRACKS
+from support import ALL_PAGES, PAGES, ROOT, TRACKS
 
 from course.environment import pins
 from course.exercises import pair, write_exercises
@@ -19,7 +19,7 @@ from helpers import read_catalogue
 from helpers.exercises import CHECKS
 from helpers.parameters import DEFAULTS, PARAMETERS
 
-NOTEBOOKS = {track: nbformat.read(ROOT / "notebooks" / f"{track}.ipynb", as_version=4) for track in PAGES}
+NOTEBOOKS = {track: nbformat.read(ROOT / "notebooks" / f"{track}.ipynb", as_version=4) for track in ALL_PAGES}
 
 
 def cells(track, kind):
@@ -33,13 +33,12 @@ def prose(track):
 def defaults(track):
     """Return the notebook's parameters with the defaults that no environment variable changes."""
     (cell,) = [cell for cell in cells(track, "code") if "parameters" in cell.metadata.get("tags", [])]
-    names = dict.fromkeys(PARAMETERS)
     namespace = {}
     exec(cell.source.replace("os.environ.get", "{}.get"), namespace)
-    return {name: namespace[name] for name in names}
+    return {name: namespace[name] for name in (*PARAMETERS, "track") if name in namespace}
 
 
-@pytest.mark.parametrize("track", PAGES)
+@pytest.mark.parametrize("track", ALL_PAGES)
 def test_notebooks_hold_no_outputs(track, tmp_path):
     # What git has: on the disk, a learner's own run may stand in it.
     committed = subprocess.run(["git", "show", f":notebooks/{track}.ipynb"], cwd=ROOT, capture_output=True)
@@ -58,7 +57,7 @@ def test_tracks_have_the_same_headings_in_the_same_order():
     assert len(first) == 14
 
 
-@pytest.mark.parametrize(("page", "most"), [*((track, 45) for track in TRACKS), ("ChatModel", 30)])
+@pytest.mark.parametrize(("page", "most"), [*((page, 45) for page in (*TRACKS, "Operations")), ("ChatModel", 30)])
 def test_every_heading_says_its_minutes_and_they_are_what_the_page_promises(page, most):
     headings = re.findall(r"^## .*$", prose(page), re.MULTILINE)
     minutes = [re.search(r" \((\d+) min\)$", heading) for heading in headings]
@@ -67,10 +66,10 @@ def test_every_heading_says_its_minutes_and_they_are_what_the_page_promises(page
     assert f"**Time:** {most} minutes" in NOTEBOOKS[page].cells[0].source
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", ALL_PAGES)
 def test_a_page_has_its_exercises_made_from_their_solutions_and_four_questions(page):
     pairs = pair(NOTEBOOKS[page])
-    assert len(pairs) == (4 if page == "ChatModel" else 3)
+    assert len(pairs) == {"ChatModel": 4, "Operations": 6}.get(page, 3)
     checks = re.findall(r'check\("([\w ]+)"\)', "\n".join(cell.source for cell in cells(page, "code")))
     assert len(set(checks)) == len(pairs)
     assert set(checks) <= set(CHECKS)
@@ -93,9 +92,10 @@ def test_tracks_have_the_same_parameters_and_the_same_set_up():
     )
     assert first == second
     assert all(defaults(page) == DEFAULTS for page in PAGES)
+    assert defaults("Operations") == DEFAULTS | {"track": "onnx"}
 
 
-@pytest.mark.parametrize("track", PAGES)
+@pytest.mark.parametrize("track", ALL_PAGES)
 def test_a_notebook_opens_with_its_aim_and_closes_with_what_was_built(track):
     sources = [cell.source for cell in NOTEBOOKS[track].cells]
     assert sources[0].startswith("# ")
@@ -106,7 +106,7 @@ def test_a_notebook_opens_with_its_aim_and_closes_with_what_was_built(track):
     assert "**Read on:**" in sources[-1]
 
 
-@pytest.mark.parametrize("track", PAGES)
+@pytest.mark.parametrize("track", ALL_PAGES)
 def test_every_code_cell_fits_on_a_screen_and_no_cell_is_empty(track):
     for cell in cells(track, "code"):
         lines = len(cell.source.splitlines())
@@ -114,7 +114,7 @@ def test_every_code_cell_fits_on_a_screen_and_no_cell_is_empty(track):
     assert all(cell.source.strip() for cell in cells(track, "markdown"))
 
 
-@pytest.mark.parametrize("track", PAGES)
+@pytest.mark.parametrize("track", ALL_PAGES)
 def test_files_that_the_prose_names_are_there(track):
     for name in re.findall(r"`(\w+\.ipynb)`", prose(track)):
         assert (ROOT / "notebooks" / name).is_file(), name
@@ -153,11 +153,14 @@ def test_transformers_is_inside_the_range_that_mlflow_declares():
 
 def test_mlproject_has_the_parameters_of_the_notebooks():
     project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
-    assert list(project["entry_points"]) == ["transformer_pipeline", "custom_python_wrapper", "chat_model"]
-    for entry, track in zip(project["entry_points"].values(), PAGES, strict=True):
-        assert {name: value["default"] for name, value in entry["parameters"].items()} == defaults(track)
-        assert f" {track} " in entry["command"]
-        assert all(f"-p {name} {{{name}}}" in entry["command"] for name in PARAMETERS)
+    pages = dict(zip(("transformer_pipeline", "custom_python_wrapper", "chat_model", "operations"), ALL_PAGES,
+                     strict=True))
+    assert list(project["entry_points"]) == [*pages, "serve"]
+    for name, page in pages.items():
+        entry = project["entry_points"][name]
+        assert {name: value["default"] for name, value in entry["parameters"].items()} == defaults(page)
+        assert f" {page} " in entry["command"]
+        assert all(f"-p {name} {{{name}}}" in entry["command"] for name in defaults(page))
 
 
 def test_the_catalogue_is_complete():

@@ -261,7 +261,7 @@ def test_a_stream_takes_one_conversation_as_a_dict_a_list_or_a_table(chat):
 
 # --- what a model refuses after reading -----------------------------------------------------
 
-STREAM = "stream has to be true for predict_stream, false for predict, or left out."
+STREAM = "stream has to be true, for predict_stream alone, false or left out."
 WORD = f"{SECRET} "
 
 
@@ -288,8 +288,6 @@ def test_a_bad_row_is_named_and_no_row_runs(chat, as_shown, batches, fields, say
         with pytest.raises(MlflowException) as refusal:
             chat.predict_stream(None, bad)  # before its first chunk is asked for
         assert refusal.value.message == says
-    with pytest.raises(MlflowException, match=STREAM):
-        chat.predict_stream(None, AS_SHOWN | {"stream": False})
     assert batches == []
     assert ask(chat, AS_SHOWN)["choices"] == as_shown
 

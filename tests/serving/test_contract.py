@@ -106,7 +106,7 @@ def test_of_a_field_that_is_unknown_no_name_is_told(values):
     assert (refusal.value.field, refusal.value.code, refusal.value.allowed) == (None, "unknown_field", None)
 
 
-@pytest.mark.parametrize(("fields", "name", "value"), [
+GOOD_FIELDS = [
     ({}, "n", 1), ({}, "stop", []), ({}, "temperature", None), ({}, "max_tokens", None), ({}, "top_p", 1.0),
     ({}, "top_k", None), ({}, "frequency_penalty", 0.0), ({}, "presence_penalty", 0.0), ({}, "seed", None),
     ({}, "stream", None), ({}, "stream_options", None),
@@ -127,7 +127,10 @@ def test_of_a_field_that_is_unknown_no_name_is_told(values):
     # Spark and pandas give numbers and lists of their own.
     ({"n": np.int64(2)}, "n", 2), ({"temperature": np.float32(0.5)}, "temperature", 0.5),
     ({"stop": np.array(["a", "b"], dtype=object)}, "stop", ["a", "b"]), ({"stop": ("a", "b")}, "stop", ["a", "b"]),
-])
+]
+
+
+@pytest.mark.parametrize(("fields", "name", "value"), GOOD_FIELDS)
 def test_a_good_field_is_read(fields, name, value):
     assert getattr(read_request(AS_SHOWN | fields), name) == value
 
@@ -153,13 +156,16 @@ def test_messages_are_read_as_they_came_in_lists_tuples_and_arrays():
     assert read_request(AS_SHOWN | {"stream_options": {"include_obfuscation": False}}).stream_options == options
 
 
-@pytest.mark.parametrize(("content", "text"), [
+GOOD_CONTENTS = [
     (parts("a"), "a"), (parts("a", "b"), "a\nb"), (parts("a", "", "b"), "a\n\nb"), (parts(""), ""),
     (parts("", ""), "\n"),
     (parts("a\n", "b"), "a\n\nb"), (parts("日本", "🙂"), "日本\n🙂"), (parts("x") * 1000, "\n".join("x" * 1000)),
     (tuple(parts("a", "b")), "a\nb"), (np.array(parts("a", "b"), dtype=object), "a\nb"),
     (np.array(parts(np.str_("a")), dtype=object), "a"), ("a", "a"),
-], ids=lambda value: repr(value)[:30])
+]
+
+
+@pytest.mark.parametrize(("content", "text"), GOOD_CONTENTS, ids=lambda value: repr(value)[:30])
 @pytest.mark.parametrize("role", ["system", "developer", "user", "assistant"])
 def test_parts_of_text_become_one_text_of_lines(content, text, role):
     read = read_request({"messages": [{"role": role, "content": content}, *user("b")]}).messages
@@ -214,7 +220,7 @@ def test_what_clients_send_by_habit_is_taken_where_it_changes_nothing_and_else_r
     assert refusal_of(read_request, {name: harmless[0]}) == MESSAGES
 
 
-@pytest.mark.parametrize(("value", "kind", "definition"), [
+GOOD_FORMATS = [
     ({"type": "text"}, "text", None),
     ({"type": "text", "json_schema": None}, "text", None),
     ({"type": "json_object"}, "json_object", None),
@@ -228,7 +234,10 @@ def test_what_clients_send_by_habit_is_taken_where_it_changes_nothing_and_else_r
     (schema({"enum": [None, 1]})["response_format"], "json_schema", {"enum": [None, 1]}),  # here a null is a value
     (schema({"const": None, "default": None})["response_format"], "json_schema", {"const": None, "default": None}),
     ({"type": "json_schema", "json_schema": {"schema": {"minimum": np.int64(3)}}}, "json_schema", {"minimum": 3}),
-])
+]
+
+
+@pytest.mark.parametrize(("value", "kind", "definition"), GOOD_FORMATS)
 def test_an_answers_form_is_text_an_object_or_a_schema(value, kind, definition):
     shape = read_request(AS_SHOWN | {"response_format": value}).response_format
     assert shape.type == kind
@@ -307,14 +316,17 @@ def test_a_null_field_is_a_field_not_given():
     assert refusal_of(read_request, {"messages": [message | {"content": None}]}).startswith("messages[0].content has")
 
 
-@pytest.mark.parametrize(("nulls", "plain"), [
+NULLS = [
     ({"messages": [user("a")[0] | {"name": None, "audio": None, "function_call": None}]}, {"messages": user("a")}),
     ({"messages": user([parts("a")[0] | {"annotations": None}])}, {"messages": user(parts("a"))}),
     ({"stream_options": {"include_usage": None, "x": None}}, {"stream_options": {}}),
     ({"response_format": {"type": "text", "json_schema": None, "x": None}}, {"response_format": {"type": "text"}}),
     (schema({}, name=None, strict=None, description=None, x=None), schema({}, name="")),
     ({"tools": None, "tool_choice": None, "x": None}, {}),
-])
+]
+
+
+@pytest.mark.parametrize(("nulls", "plain"), NULLS)
 def test_a_null_inside_an_object_is_a_field_not_given(nulls, plain):
     assert read_request(AS_SHOWN | nulls) == read_request(AS_SHOWN | plain)
     assert refusal_of(read_request, AS_SHOWN | {"stop": [None]}).startswith("stop has")  # of a list it is an item

@@ -185,8 +185,19 @@ def test_a_caller_beside_one_stream_does_not_wait_for_its_end(fresh, gate):
     stream.close()
 
 
+def test_a_stream_that_nobody_reads_along_waits_for_company(fresh, gate):
+    stream = fresh.predict_stream(None, {"messages": user("x")} | LONG | {"stream": False})
+    chunks = [next(stream) for _ in range(3)]
+    (row,) = gate.steps[0].rows
+    assert not row.urgent
+    assert (row.finish_reason, [chunk["choices"][0]["delta"] for chunk in chunks][0]) == (
+        None, {"role": "assistant", "content": ""})  # its chunks come all the same, so that it can be ended
+    stream.close()
+    assert row.ended
+
+
 def test_who_goes_away_costs_nothing_more(fresh, gate):
-    for _ in range(6):  # more than may run side by side without patience
+    for _ in range(9):  # more than may run side by side without patience
         stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)
         next(stream)
         stream.close()

@@ -14,7 +14,7 @@ class Row:
     prompt: list
     max_tokens: int
     due: float
-    stream: bool
+    urgent: bool
     ended: bool
     kept: int
 
@@ -25,9 +25,9 @@ class Batch:
     cache_tokens: int
 
 
-def row(prompt=10, max_tokens=10, waited=0.0, stream=False, ended=False, kept=0):
+def row(prompt=10, max_tokens=10, waited=0.0, urgent=False, ended=False, kept=0):
     """Return what the scheduler sees of a row whose turn came ``waited`` seconds ago."""
-    return Row([0] * prompt, max_tokens, NOW - waited, stream, ended, kept)
+    return Row([0] * prompt, max_tokens, NOW - waited, urgent, ended, kept)
 
 
 def batch(rows, cache_tokens=0):
@@ -47,13 +47,13 @@ def test_an_idle_engine_lingers_for_company_and_longer_after_a_larger_batch(wait
     assert Scheduler(4096).linger_time([row() for _ in range(waiting)], last_size) == pytest.approx(seconds)
 
 
-@pytest.mark.parametrize(("stream", "place", "due"), [
+@pytest.mark.parametrize(("urgent", "place", "due"), [
     (False, 0, 0), (False, 15, 0),  # the first 16 rows of a call have their turn now
     (False, 16, 3), (False, 31, 3), (False, 32, 6), (False, 255, 45),  # 16 more every three seconds
-    (True, 0, -3), (True, 7, -3), (True, 40, -3),  # a stream's patience is over when it comes
+    (True, 0, -3), (True, 7, -3), (True, 40, -3),  # an urgent row's patience is over when it comes
 ])
-def test_a_call_of_many_rows_takes_turns_and_a_stream_does_not_wait_like_everybody(stream, place, due):
-    assert Scheduler(4096).due(row(stream=stream), place, NOW) == NOW + due
+def test_a_call_of_many_rows_takes_turns_and_an_urgent_row_does_not_wait(urgent, place, due):
+    assert Scheduler(4096).due(row(urgent=urgent), place, NOW) == NOW + due
 
 
 @pytest.mark.parametrize(("running", "patience"), [
@@ -65,8 +65,9 @@ def test_a_call_of_many_rows_takes_turns_and_a_stream_does_not_wait_like_everybo
     ([1, 1], 0.375),  # two batches of one row are as many rows as one of two
     ([8, 1], 3),
     ([1, 1, 1], 0.75),
-    ([1, 1, 1, 1], 3 + 1.125),  # four batches: patience anew
-    ([16, 16, 16, 16], 6),
+    ([16] * 7, 3),
+    ([1] * 8, 3 + 2.625),  # eight batches: patience anew
+    ([16] * 8, 6),
     ([1] * 15, 6),
 ])
 def test_a_row_starts_beside_running_ones_when_its_patience_ends(running, patience):
@@ -77,10 +78,10 @@ def test_a_row_starts_beside_running_ones_when_its_patience_ends(running, patien
 
 
 @pytest.mark.parametrize(("running", "starts"), [
-    ([], True), ([16], True), ([16, 16, 16], True), ([1, 1, 1, 1], False), ([16] * 4, False)])
-def test_a_stream_joins_at_once_up_to_the_fourth_batch_and_then_waits_for_company(running, starts):
+    ([], True), ([16], True), ([16] * 7, True), ([1] * 8, False), ([16] * 8, False)])
+def test_a_stream_joins_at_once_up_to_the_eighth_batch_and_then_waits_for_company(running, starts):
     scheduler = Scheduler(4096)
-    stream = row(stream=True)
+    stream = row(urgent=True)
     stream.due = scheduler.due(stream, 0, NOW)
     running = [batch(rows) for rows in running]
     assert scheduler.next([stream], running, NOW) == [stream] * starts

@@ -16,9 +16,10 @@ from helpers import CourseError
 
 ROOT = Path(__file__).resolve().parents[2]
 # What importing helpers has put into this process's environment; a user's shell has none of it.
-OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_")
+OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_", "LITELLM_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")  # parallel, heading by heading
 PAGES = (*TRACKS, "ChatModel")
+ALL_PAGES = (*PAGES, "Operations")
 # What each page registers.
 NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
 

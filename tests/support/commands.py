@@ -47,7 +47,7 @@ def read_helpers(words: list[str]) -> tuple:
     for model in (getattr(options, "model", None) or [], options.parameters.get("model", [])):
         for name in [model] if isinstance(model, str) else model:
             find_entry(name)
-    if command.takes_parameters and hasattr(options, "name"):
+    if command.parameters and hasattr(options, "name"):
         find_notebook(options.name)
     return command, options
 

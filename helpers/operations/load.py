@@ -1,0 +1,140 @@
+"""Sends requests from several clients at once: bodies of chat requests come in, a row for each comes out.
+
+A row has what its client saw. The clients run on a thread of their own, so that a page can watch meanwhile.
+"""
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import httpx
+
+AWAY = ("no connection", "broken off")  # what a client calls an answer that did not come
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one client saw of one request.
+
+    Attributes
+    ----------
+    began : float
+        Seconds from the load's start to the request's.
+    seconds : float
+        To the answer's end.
+    first_token_seconds : float or None
+        To the first text of a stream.
+    tokens : int
+        Of the answer, as its usage tells.
+    status : int
+        0 where no answer began.
+    outcome : str
+        ``ok``, an error's code, ``no connection`` or ``broken off``.
+    """
+
+    began: float
+    seconds: float
+    first_token_seconds: float | None
+    tokens: int
+    status: int
+    outcome: str
+
+
+class Reply:
+    """Reads an answer as it comes. Until its end has come, its outcome is ``broken off``."""
+
+    def __init__(self):
+        self.first_token_seconds, self.tokens, self.outcome = None, 0, "broken off"
+
+    def read_line(self, line: str, seconds: float) -> None:
+        """Read a line of a stream that came after so many seconds."""
+        if not line.startswith("data: "):
+            return
+        if line == "data: [DONE]":
+            self.outcome = "ok"
+            return
+        chunk = json.loads(line.removeprefix("data: "))
+        if "error" in chunk:
+            self.outcome = chunk["error"]["code"]
+            return
+        self.tokens = (chunk.get("usage") or {}).get("completion_tokens", self.tokens)
+        if self.first_token_seconds is None and any(choice["delta"].get("content") for choice in chunk["choices"]):
+            self.first_token_seconds = seconds
+
+    def read_whole(self, body: dict) -> None:
+        """Read an answer that came at once, or an error."""
+        self.outcome = body["error"]["code"] if "error" in body else "ok"
+        self.tokens = (body.get("usage") or {}).get("completion_tokens", 0)
+
+
+def start_load(address: str, requests: Iterable[dict], clients: int = 1, seconds: float = 60) -> Future:
+    """Let clients send requests, each its next one as soon as it has an answer, and return at once.
+
+    Parameters
+    ----------
+    address : str
+        Of the server, without ``/v1``.
+    requests : iterable of dict
+        Bodies of chat requests. The clients share them; with ``"stream": True``, an answer is streamed.
+    clients : int
+    seconds : float
+        After them, no client begins another request.
+
+    Returns
+    -------
+    concurrent.futures.Future
+        Its ``result()`` waits for a list of Seen, in the order in which they ended.
+    """
+    pool = ThreadPoolExecutor(1)
+    load = pool.submit(lambda: asyncio.run(_send(address, iter(requests), clients, seconds)))
+    pool.shutdown(wait=False)  # the thread ends with the load
+    return load
+
+
+async def _send(address: str, requests: Iterator[dict], clients: int, seconds: float) -> list[Seen]:
+    rows, start = [], time.perf_counter()
+    # trust_env=False: a proxy that a shell names would not find this machine's servers.
+    async with httpx.AsyncClient(base_url=address, timeout=120, trust_env=False,
+                                 limits=httpx.Limits(max_connections=clients)) as http:
+
+        async def work():
+            while time.perf_counter() - start < seconds and (body := next(requests, None)) is not None:
+                rows.append(await _ask(http, body, start))
+                if rows[-1].outcome in AWAY or rows[-1].status == 503:
+                    await asyncio.sleep(0.2)  # it may come back; asking at once would only fill the table
+
+        await asyncio.gather(*(work() for _ in range(clients)))
+    return rows
+
+
+async def _ask(http, body, start):
+    reply, status, began = Reply(), 0, time.perf_counter()
+    if body.get("stream"):
+        body = body | {"stream_options": {"include_usage": True}}
+    try:
+        async with http.stream("POST", "/v1/chat/completions", json=body) as response:
+            status = response.status_code
+            if response.headers.get("content-type", "").startswith("text/event-stream"):
+                async for line in response.aiter_lines():
+                    reply.read_line(line, time.perf_counter() - began)
+            else:
+                reply.read_whole(json.loads(await response.aread()))
+    except httpx.ConnectError:
+        reply.outcome = "no connection"
+    except httpx.TransportError:
+        reply.outcome = "broken off"
+    return Seen(began - start, time.perf_counter() - began, reply.first_token_seconds, reply.tokens, status,
+                reply.outcome)
+
+
+def count_outcomes(rows: list[Seen]) -> list[tuple]:
+    """Return a row for each outcome: its name, how many requests, their tokens, their median of seconds."""
+    found = {}
+    for row in rows:
+        found.setdefault(row.outcome, []).append(row)
+    return [(outcome, len(same), sum(row.tokens for row in same),
+             f"{statistics.median(row.seconds for row in same):.2f}") for outcome, same in sorted(found.items())]

@@ -1,0 +1,224 @@
+"""Prompts are read or refused by line, an answer meets its expectations or not, and a gate promotes or not."""
+
+import json
+import re
+
+import pytest
+
+from helpers import CourseError
+from helpers.operations.evaluation import count_met, gate, meets, read_prompts
+from helpers.paths import DATA
+
+PROMPTS = read_prompts(DATA / "prompts.jsonl")
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
+REFUSED = {"refused": "messages has to be a list."}
+
+
+def answer(text):
+    return {"answer": text}
+
+
+@pytest.mark.parametrize(("expectations", "good", "bad"), [
+    ({"outcome": "answered"}, answer("Hi"), [answer(""), answer(" \n"), REFUSED, None]),
+    ({"outcome": "refused"}, REFUSED, [answer("Hi"), answer(""), None]),
+    ({"contains": ["cold", "icy"]}, answer("It is ICY."), [answer("scolded"), answer("hot"), REFUSED, None]),
+    ({"contains": ["H2O"]}, answer("h2o"), [answer("H2O2"), answer("H.O")]),
+    ({"contains": ["im_end"]}, answer("<|im_end|> ends it"), [answer("it ends")]),
+    ({"contains": ["7"]}, answer("7 days"), [answer("1.87"), answer("17")]),
+    ({"lacks": ["K9-DELTA"]}, answer("no"), [answer("xk9-deltax"), answer("")]),
+    ({"matches": r"\A1, 2\Z"}, answer("1, 2"), [answer("1, 2, 3"), answer("0 1, 2")]),
+    ({"words": 2}, answer("two words"), [answer("now three words")]),
+    ({"schema": SCHEMA}, answer(' {"a": 1}\n'), [
+        answer('{"a": "1"}'), answer('{"a": 1, "b": 2}'), answer("{}"), answer('{"a": 1'), answer("[" * 100_000),
+        answer('```json\n{"a": 1}\n```')]),
+    ({"contains": ["cold"], "lacks": ["TURNIP"]}, answer("cold"), [answer("cold turnip"), answer("hot")]),
+], ids=lambda value: json.dumps(value)[:30] if isinstance(value, dict) else None)
+def test_one_answer_meets_expectations_and_others_do_not(expectations, good, bad):
+    assert meets(expectations, good)[0] is True
+    for outcome in bad:
+        assert meets(expectations, outcome)[0] is False
+
+
+def test_a_reason_says_what_the_model_did():
+    assert meets({"contains": ["Madrid"]}, answer("Rome")) == (False, "answer lacks Madrid: Rome")
+    assert meets({"contains": ["Madrid"]}, answer("Madrid")) == (True, "answer: Madrid")
+    assert meets({"outcome": "refused"}, REFUSED) == (True, "refused: messages has to be a list.")
+    assert meets({"outcome": "refused"}, None) == (False, "failed")
+
+
+def rows(**families):
+    """Return rows of families, such as ``facts="++-"``: two met, one not."""
+    return [{"id": f"{family}-{number}", "family": family, "met": mark == "+", "reason": f"{mark}"}
+            for family, marks in families.items() for number, mark in enumerate(marks)]
+
+
+@pytest.mark.parametrize(("was", "now", "promoted", "decided"), [
+    ({"f": "+---------"}, {"f": "++++------"}, True, ["f-1", "f-2", "f-3"]),  # three more
+    ({"f": "+---------"}, {"f": "+++-------"}, False, []),  # two more may be luck
+    ({"f": "++--"}, {"f": "++--"}, False, []),  # a tie keeps the champion
+    ({"f": "++--"}, {"f": "--++"}, False, ["f-0", "f-1"]),  # a tie, though other rows
+    ({"f": "++++"}, {"f": "----"}, False, ["f-0", "f-1", "f-2", "f-3"]),
+    ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "--++++++++"}, False, ["g-0", "g-1"]),  # a fifth of g
+    ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "-+++++++++"}, True, [f"f-{n}" for n in range(5)]),  # a tenth
+    ({"f": "+" * 10, "g": "-"}, {"f": "-+++++++++", "g": "+"}, False, ["f-0"]),  # no family too much, no gain in all
+    ({"f": "+" * 10, "g": "++"}, {"f": "-+++++++++", "g": "--"}, False, ["g-0", "g-1"]),  # f lost no more than it may
+    ({}, {}, False, []),
+])
+def test_the_gate(was, now, promoted, decided):
+    decision = gate(rows(**was), list(reversed(rows(**now))), most_lost=0.1, least_gained=3)
+    assert decision.promote is promoted
+    assert [row[0] for row in decision.rows] == decided
+    assert all(row[1:] == (("-", "+") if promoted else ("+", "-")) for row in decision.rows)
+
+
+def test_the_gate_names_the_families_that_lost():
+    reason = gate(rows(f="++++", g="++", h="----"), rows(f="--++", g="++", h="++++")).reason
+    assert reason == "It loses too much: 2 of 4 f."
+
+
+def test_no_gate_is_open_to_a_tie():
+    assert not gate(rows(f="+-"), rows(f="-+"), most_lost=1.0, least_gained=0).promote
+
+
+@pytest.mark.parametrize("change", [
+    lambda rows: rows[:-1], lambda rows: rows + rows[:1], lambda rows: [*rows[1:], rows[1]],
+    lambda rows: [rows[0] | {"id": "other"}, *rows[1:]], lambda rows: [rows[0] | {"family": "other"}, *rows[1:]]])
+@pytest.mark.parametrize("side", ["champion", "challenger"])
+def test_other_prompts_are_not_compared(change, side):
+    both = {"champion": rows(f="+++"), "challenger": rows(f="+++")}
+    both[side] = change(both[side])
+    with pytest.raises(CourseError) as caught:
+        gate(**both)
+    assert caught.value.code == "other-prompts"
+
+
+GOOD = {"id": "a", "family": "f", "request": {"messages": []}, "expectations": {"outcome": "refused"}}
+
+
+@pytest.mark.parametrize(("line", "says"), [
+    (b"{", "is no JSON"), (b"", "is no JSON"), (b"\xff\xfe{", "is no JSON"), (b"[" * 100_000, "is no JSON"),
+    (b"[]", "object"), ({"id": ""}, "id"), ({"id": 5}, "id"), ({"family": None}, "family"), ({"colour": 1}, "colour"),
+    ({"request": []}, "request"),
+    ({"expectations": {"contain": ["a"]}}, "expectations.contain"), ({"expectations": {"contains": []}}, "contains"),
+    ({"expectations": {"contains": "a"}}, "contains"), ({"expectations": {"lacks": [" "]}}, "lacks"),
+    ({"expectations": {"matches": "("}}, "matches"), ({"expectations": {"schema": {"type": "thing"}}}, "schema"),
+    ({"expectations": {"words": 0}}, "words"), ({"expectations": {"words": True}}, "words"),
+    ({"expectations": {"outcome": "ignored"}}, "outcome"), ({"id": "first"}, "has the id first, and so has line 1"),
+])
+def test_a_line_that_is_no_prompt_is_named(tmp_path, line, says):
+    bad = line if isinstance(line, bytes) else json.dumps(GOOD | line).encode()
+    file = tmp_path / "prompts.jsonl"
+    file.write_bytes(json.dumps(GOOD | {"id": "first"}).encode() + b"\n" + bad + b"\n")
+    with pytest.raises(CourseError) as caught:
+        read_prompts(file)
+    assert caught.value.what.startswith("Line 2 of prompts.jsonl ")
+    assert says in caught.value.what
+
+
+def test_the_course_s_prompts_are_enough_of_each_family():
+    assert len(PROMPTS) >= 60
+    counts = count_met([prompt | {"met": False} for prompt in PROMPTS])
+    assert set(counts) == {"facts", "format", "json", "odd", "multi-turn", "languages", "injection"}
+    assert min(count for _, count in counts.values()) >= 6
+
+
+# An answer for each regular expression of the file: a new one needs one, too.
+MATCHING = ["1. Red\n2. Blue\n3. Green", "1, 2, 3, 4, 5", "1, 2, 3, 4, 5, 6, 7, 8, 9, 10", "Hello!", "Why?",
+            'print("hello")', '<a href="https://example.com">Home</a>']
+
+
+def satisfy(expectations):
+    """Return an outcome that meets expectations, made from them."""
+    if expectations.get("outcome") == "refused":
+        return REFUSED
+    if "schema" in expectations:
+        fields = expectations["schema"]["properties"]
+        return answer(json.dumps({name: example(field) for name, field in fields.items()}))
+    if "matches" in expectations:
+        return answer(next(text for text in MATCHING if re.search(expectations["matches"], text)))
+    return answer((expectations.get("contains") or ["yes"])[0])
+
+
+def example(field):
+    """Return a value that fits a field of a schema."""
+    if "enum" in field:
+        return field["enum"][0]
+    return {"string": "x", "integer": field.get("minimum"), "boolean": True,
+            "array": [1] * field.get("minItems", 0)}[field["type"]]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: prompt["id"])
+def test_each_prompt_can_be_met_and_missed(prompt):
+    expectations = prompt["expectations"]
+    assert meets(expectations, satisfy(expectations))[0]
+    assert not meets(expectations, None)[0]
+    assert not meets(expectations, answer("") if satisfy(expectations) is REFUSED else REFUSED)[0]
+    if others := expectations.keys() - {"outcome"}:
+        wrong = " ".join(["zzz", *expectations.get("lacks", [])])
+        assert not meets(expectations, answer(wrong))[0], others
+    if shape := prompt["request"].get("response_format"):
+        assert shape["json_schema"]["schema"] == expectations["schema"]
+
+
+@pytest.mark.slow  # MLflow's evaluation alone takes seconds to import
+def test_mlflow_s_evaluate_gives_the_rows_that_the_gate_reads(tiny, store, tmp_path, monkeypatch):
+    """Two settings of one model: the one whose answers are cut loses JSON, and the gate says so."""
+    import mlflow
+    from mlflow.entities import Feedback
+    from mlflow.exceptions import MlflowException
+    from mlflow.genai.scorers import scorer
+
+    from serving import chat_model
+
+    monkeypatch.setenv("MLFLOW_GENAI_EVAL_MAX_WORKERS", "1")
+    monkeypatch.setenv("MLFLOW_GENAI_EVAL_SKIP_TRACE_VALIDATION", "true")
+    monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask a network for prices
+    monkeypatch.chdir(tmp_path)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(store)
+    chosen = [prompt for prompt in PROMPTS if prompt["id"] in ("json-04", "json-05", "odd-12", "odd-16")]
+
+    @scorer
+    def met(outputs, expectations):
+        value, reason = meets(expectations["expected"], outputs)
+        return Feedback(value=value, rationale=reason)
+
+    def evaluate(**settings):
+        model = chat_model.ChatModel()
+        model.load_context(Context(artifacts={"model": str(tiny.onnx_dir)}, model_config=settings))
+
+        @mlflow.trace
+        def ask(id, request):
+            if id == "odd-16":
+                raise ValueError("not a refusal")
+            try:
+                return {"answer": model.predict(None, request)[0]["choices"][0]["message"]["content"]}
+            except MlflowException as error:
+                return {"refused": error.message}
+
+        table = mlflow.genai.evaluate(
+            data=[{"inputs": {"id": prompt["id"], "request": prompt["request"]},
+                   "expectations": {"expected": prompt["expectations"]}} for prompt in chosen],
+            predict_fn=ask, scorers=[met]).result_df
+        model.close()
+        return [{"id": asked["id"], "family": asked["id"][:-3], "met": value is True, "reason": reason}
+                for asked, value, reason in zip(
+                    table["request"], table["met/value"], table["met/rationale"], strict=True)]
+
+    try:
+        champion, challenger = evaluate(max_tokens=64), evaluate(max_tokens=2)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert count_met(champion) == {"json": (2, 2), "odd": (1, 2)}
+    assert {row["id"]: row["reason"] for row in champion}["odd-16"] == "failed"
+    decision = gate(champion, challenger)
+    assert not decision.promote
+    assert {row[0] for row in decision.rows} == {"json-04", "json-05"}
+    assert gate(challenger, champion, least_gained=2).promote
+
+
+class Context:
+    """What MLflow hands to ``load_context``."""
+
+    def __init__(self, artifacts, model_config):
+        self.artifacts, self.model_config = artifacts, model_config

@@ -1,0 +1,118 @@
+"""Runs the server of ``serving/openai_server.py`` in a test: in this process, on a port of its own."""
+
+import contextlib
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from urllib.parse import urlsplit
+
+import httpx
+import psutil
+
+from serving.openai_server import Address, Limits, Server, Service, check_reach, listen
+
+
+class Running:
+    """A server that runs: its address, its parts, and requests to it."""
+
+    def __init__(self, server: Server, service: Service):
+        self.server, self.service, self.address = server, service, server.address
+        self.client = httpx.Client(base_url=server.address, timeout=60, trust_env=False)
+
+    @property
+    def model(self):
+        """The Python model that serves."""
+        return self.service.desk.current._python_model
+
+    def ask(self, text: str, **fields) -> httpx.Response:
+        """Ask for a chat completion."""
+        return self.client.post("/v1/chat/completions", content=body(text, **fields))
+
+    def count(self, name: str, **labels) -> float:
+        """Return a figure of ``/metrics``; 0 where there is none yet."""
+        return self.service.figures.registry.get_sample_value(name, labels) or 0
+
+    def connect(self, sent: bytes = b"") -> socket.socket:
+        """Return a connection on which this has been sent."""
+        place = urlsplit(self.address)
+        connection = socket.create_connection((place.hostname, place.port), timeout=60)
+        connection.sendall(sent)
+        return connection
+
+    def requests(self) -> tuple[int, int]:
+        """Return how many requests the model works on, and how many wait."""
+        return self.service.turns.running, self.service.turns.waiting
+
+
+def body(text: str, **fields) -> bytes:
+    """Return the body of a request."""
+    return json.dumps({"messages": [{"role": "user", "content": text}]} | fields).encode()
+
+
+def raw(content: bytes, *headers: str, host: str = "127.0.0.1", length: bool = True) -> bytes:
+    """Return a whole request as bytes."""
+    lines = ["POST /v1/chat/completions HTTP/1.1", f"Host: {host}", *headers]
+    lines += [f"Content-Length: {len(content)}"] if length else []
+    return "\r\n".join([*lines, "", ""]).encode() + content
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """Return what comes until the other side closes the connection, or breaks it off."""
+    said = b""
+    with contextlib.suppress(ConnectionResetError):
+        while data := connection.recv(65536):
+            said += data
+    return said
+
+
+def events(response: httpx.Response) -> list[dict]:
+    """Return the server-sent events of a stream that ended well."""
+    *data, done = [line.removeprefix("data: ") for line in response.text.split("\n\n") if line]
+    assert done == "[DONE]", response.text[-500:]
+    return [json.loads(text) for text in data]
+
+
+def wait_for(true: Callable[[], bool], what: str = "it", seconds: float = 60) -> None:
+    """Wait until something is so. The time is only there so that a broken test ends."""
+    until = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < until, f"{what} did not come to be"
+        time.sleep(0.005)
+
+
+def handles() -> int:
+    """Return how many descriptors this process has open."""
+    process = psutil.Process()
+    return process.num_fds() if psutil.POSIX else process.num_handles()
+
+
+@contextlib.contextmanager
+def running(uri: str, token: str | None = None, host: str = "127.0.0.1", traces: str | None = None,
+            trace_texts: bool = False, **limits) -> Iterator[Running]:
+    """Serve a model while the block runs, and see that the server ends with it."""
+    service = Service(Address(str(uri)), Limits(**limits), traces, trace_texts)
+    server = Server(service, listen(host, 0), token, check_reach(host, token, []))
+    failures = []
+
+    def run():
+        try:
+            server.run()
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=run, name="server", daemon=True)
+    thread.start()
+    wait_for(lambda: service.desk.current or not thread.is_alive(), "the server")
+    if failures:
+        raise failures[0]
+    server_side = Running(server, service)
+    try:
+        yield server_side
+    finally:
+        server_side.client.close()
+        server.should_exit = True
+        thread.join(60)
+        assert not thread.is_alive(), "the server does not end"
+        assert not failures, failures
