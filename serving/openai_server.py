@@ -573,10 +573,10 @@ class Desk:
 
     async def begin(self) -> None:
         """Let the first version serve. A StartError says why there is none."""
-        store = re.sub("//[^/@]*@", "//", mlflow.get_tracking_uri())  # without a password
         try:
             version = await in_thread(self.address.find_version)
         except Exception as error:  # MLflow's, or its database's
+            store = without_password(mlflow.get_tracking_uri())
             raise StartError(f"The store {store} names no version at {self.address.uri}: {first_line(error)}.",
                              "Register a version under that name and alias, or name another one: --model.") from None
         try:
@@ -636,8 +636,13 @@ class Desk:
 
 def first_line(error: Exception) -> str:
     """Return what an exception says, in one line without its full stop, for whoever starts the service."""
-    said = (getattr(error, "message", None) or str(error)).strip()
+    said = without_password((getattr(error, "message", None) or str(error)).strip())
     return f"{type(error).__name__}: {said.splitlines()[0].rstrip('.')}" if said else type(error).__name__
+
+
+def without_password(text: str) -> str:
+    """Return a text with addresses, such as a store's, without the user and the password in them."""
+    return re.sub("//[^/@\\s]*@", "//", text)
 
 
 # --- the answer -----------------------------------------------------------------------------

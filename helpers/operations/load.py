@@ -96,10 +96,11 @@ def start_load(address: str, requests: Iterable[dict], clients: int = 1, seconds
 
 
 async def _send(address: str, requests: Iterator[dict], clients: int, seconds: float) -> list[Seen]:
-    rows, start = [], time.perf_counter()
+    rows = []
     # trust_env=False: a proxy that a shell names would not find this machine's servers.
     async with httpx.AsyncClient(base_url=address, timeout=120, trust_env=False,
                                  limits=httpx.Limits(max_connections=clients)) as http:
+        start = time.perf_counter()
 
         async def work():
             while time.perf_counter() - start < seconds and (body := next(requests, None)) is not None:

@@ -27,8 +27,8 @@ FLOORS = {
     "course": (
         "environment", "contents", "kernels", "exercises", "static_page", "execute", "kit.wheels", "kit.check",
         "kit.build", "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures",
-        "bench.contenders", "bench.fidelity", "bench.chat", "bench.notebooks", "generate", "mutate", "commands",
-        "__main__",
+        "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients", "bench.service", "bench.chat",
+        "bench.notebooks", "generate", "mutate", "commands", "__main__",
     ),
     "serving": ("chat_model", "openai_server"),
 }

@@ -16,7 +16,7 @@ from support import ALL_PAGES, PAGES, ROOT, TRACKS
 from course.environment import pins
 from course.exercises import pair, write_exercises
 from helpers import read_catalogue
-from helpers.exercises import CHECKS
+from helpers.operations.exercises import CHECKS
 from helpers.parameters import DEFAULTS, PARAMETERS
 
 NOTEBOOKS = {track: nbformat.read(ROOT / "notebooks" / f"{track}.ipynb", as_version=4) for track in ALL_PAGES}
