@@ -143,7 +143,7 @@ def _reach_table(runs, names):
 
 def service_growth(runs: list[dict]) -> dict:
     """Return how the server's seconds grew with its clients, in the last run that measured it; empty without one."""
-    return next((run["raw"]["chat"]["service"]["growth"] for run in runs
+    return next((run["raw"]["chat"]["service"]["growth"] for run in reversed(runs)
                  if "service" in run["raw"].get("chat", {})), {})
 
 

@@ -192,8 +192,8 @@ def servers(tiny, empty_database, tmp_path_factory):
 def run_script(client, address, model, folder, python=sys.executable):
     """Return what a client's calls came to, and its version; it may reach this machine alone."""
     script = folder / "script.py"
-    script.write_text(f"{HARNESS}\n{textwrap.dedent(SCRIPTS[client])}\nprint(json.dumps([said, version({client!r})]))\n",
-                      encoding="utf-8")
+    end = f"print(json.dumps([said, version({client!r})]))\n"
+    script.write_text(f"{HARNESS}\n{textwrap.dedent(SCRIPTS[client])}\n{end}", encoding="utf-8")
     refused = folder / "refused.log"
     variables = QUIET | {"PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"), "REFUSED_LOG": str(refused)}
     variables |= {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
@@ -209,7 +209,8 @@ def rows_of(client, version, *tracks):
     calls = {}
     for name in tracks[0]:
         calls.setdefault(" | ".join(track[name] for track in tracks), []).append(name)
-    return [f"| {client} {version}".rstrip() + f" | {', '.join(names)} | {came_to} |" for came_to, names in calls.items()]
+    head = f"| {client} {version}".rstrip()
+    return [f"{head} | {', '.join(names)} | {came_to} |" for came_to, names in calls.items()]
 
 
 def see_in_document(client, rows):
@@ -242,8 +243,8 @@ def test_what_llama_indexs_calls_come_to(servers, tmp_path):
 @pytest.mark.slow
 def test_what_llm_says(servers, tmp_path):
     (tmp_path / "extra-openai-models.yaml").write_text("".join(
-        f"- {{model_id: {name}, model_name: {name}, api_key_name: course, api_base: \"{servers[name]}\"}}\n" for name in NAMES),
-        encoding="utf-8")
+        f"- {{model_id: {name}, model_name: {name}, api_key_name: course, api_base: \"{servers[name]}\"}}\n"
+        for name in NAMES), encoding="utf-8")
     found = []
     for name in NAMES:
         said = {}

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -23,7 +24,7 @@ import pytest
 from support import ROOT, stand_ins
 from support.service import body, events, raw, read_all, running, wait_for
 
-from serving import openai_server
+from serving import chat_model, openai_server
 
 SECRET = "zqsecret"
 URI = "models:/stand-in@champion"
@@ -224,6 +225,56 @@ def test_a_store_in_the_temporary_folder_is_never_removed(registry, monkeypatch,
         serves(server, "2")
         wait_for(lambda: threading.active_count() < 99)
     assert folder_of("1").is_dir() and folder_of("2").is_dir()
+
+
+# --- with the engine ------------------------------------------------------------------------
+
+
+@pytest.fixture
+def engines(registry, tiny):
+    """Register the chat model on the toy model; return how many engines' threads there are."""
+    def log():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # there is no input example
+            logged = mlflow.pyfunc.log_model(
+                name="slm", python_model=str(ROOT / "serving" / "chat_model.py"), signature=chat_model.SIGNATURE,
+                artifacts={"model": tiny.onnx_dir.as_uri()}, model_config=chat_model.SETTINGS,
+                pip_requirements=["mlflow"])
+        return mlflow.register_model(logged.model_uri, "stand-in").version
+
+    before = set(threading.enumerate())
+    move(log())
+    log()
+    return lambda: sum("_run" in thread.name for thread in set(threading.enumerate()) - before)
+
+
+def test_200_clients_that_leave_free_the_engine(engines, record_property):
+    with running(URI, concurrent=200) as server:
+        threads = threading.active_count()
+        asked = {"max_tokens": 2000, "frequency_penalty": -2.0}
+        clients = [server.connect(raw(body(f"{number}", stream=number % 2 == 0, **asked))) for number in range(200)]
+        wait_for(lambda: server.service.desk.current.rows() >= 64, "rows of the engine")
+        for client in clients:
+            client.close()
+        wait_for(lambda: server.count("slm_requests_total", outcome="cancelled") == 200)
+        made = server.model.stats()["completion_tokens"]
+        wait_for(lambda: server.requests() == (0, 0) and server.service.desk.current.rows() == 0)
+        made = server.model.stats()["completion_tokens"] - made
+        record_property("tokens per answer that the engine made for clients that had left", made / 200)
+        assert server.model.stats()["waiting"] == 0 and threading.active_count() <= threads
+        assert server.ask("Hello", max_tokens=2).status_code == 200
+
+
+def test_the_old_engine_ends_when_the_alias_moves(engines):
+    with running(URI, poll=0.05) as server, ThreadPoolExecutor(8) as pool:
+        old = weakref.ref(server.model)
+        asked = [pool.submit(server.ask, "Hello", max_tokens=60, stream=number % 2 == 0) for number in range(8)]
+        assert engines() == 1
+        move("2")
+        serves(server, "2")
+        assert {answer.result().status_code for answer in asked} == {200}
+        wait_for(lambda: engines() == 1 and (gc.collect() or old() is None), "the old engine's end")
+        assert server.ask("Hello", max_tokens=2).json()["system_fingerprint"] == "stand-in/2"
 
 
 # --- the traces -----------------------------------------------------------------------------
