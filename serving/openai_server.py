@@ -435,6 +435,7 @@ class ServedModel:
         self.streams = getattr(model, "_predict_stream_fn", None) is not None  # MLflow has no public word for it
         self._tells_usage = self.streams and (names is None or "stream_options" in names)
         self._python_model = None
+        self._pipeline = model.get_raw_model() if flavor == "mlflow.transformers" else None
         with contextlib.suppress(MlflowException, AttributeError):  # a flavor's model has no Python model in it
             self._python_model = model.unwrap_python_model()
 
@@ -459,12 +460,23 @@ class ServedModel:
         time for company. Of any other model, the whole answer comes as one chunk.
         """
         if not (self._tells_usage or (self.streams and streamed)):
+            self._check_length(values)
             yield from _as_chunks(self._model.predict(values))
             return
         if self._tells_usage:
             values = values | {"stream": streamed, "stream_options": {"include_usage": True}}
         with contextlib.closing(self._model.predict_stream(values)) as chunks:
             yield from chunks
+
+    def _check_length(self, values):
+        """Refuse what a pipeline's model cannot read: the pipeline itself would try, for minutes and gigabytes."""
+        if self._pipeline is None:
+            return
+        longest = self._pipeline.model.config.max_position_embeddings
+        prompt = self._pipeline.tokenizer.apply_chat_template(values["messages"], tokenize=False)
+        if len(self._pipeline.tokenizer(prompt)["input_ids"]) >= longest:
+            raise ServiceError(400, f"messages has to be fewer than {longest} tokens, the model's context.",
+                               "context_length_exceeded", "messages")
 
     def close(self) -> None:
         """Free its memory, and remove the copy of its folder that was made for this service."""
@@ -473,7 +485,7 @@ class ServedModel:
             if close:
                 close()
         finally:
-            self._model = self._python_model = None
+            self._model = self._python_model = self._pipeline = None
             if self._copy:
                 shutil.rmtree(self._copy, ignore_errors=True)
 

@@ -55,7 +55,7 @@ class Reply:
         if not line.startswith("data: "):
             return
         if line == "data: [DONE]":
-            self.outcome = "ok"
+            self.outcome = "ok" if self.outcome == "broken off" else self.outcome  # an error came before it
             return
         chunk = json.loads(line.removeprefix("data: "))
         if "error" in chunk:

@@ -69,6 +69,7 @@ TREATMENTS = (
     (r"conda env create .*", READ, "conda fetches gigabytes; tests/course/test_generate.py compares the file"),
     (r"mlflow (run|models build-docker)", READ, "the command's name alone"),
     (r"mlflow models serve .*", READ, "tests/notebooks/test_course.py serves by these lines"),
+    (r"curl .*/v1/chat/completions .*", READ, "tests/serving/test_openai_clients.py asks by curl"),
     (r"curl .*", READ, "tests/notebooks/test_course.py asks by these lines"),
 )
 # Inline code of several words that is no command: what is said in a page or by it.

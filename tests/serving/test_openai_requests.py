@@ -337,13 +337,13 @@ def test_requests_made_from_the_description_get_an_answer_or_a_refusal(server, m
                                                             "/metrics"}
     for operation in operations:
         if mode is GenerationMode.POSITIVE or operation.method == "post":  # the others take nothing that may be wrong
-            examples = settings(max_examples=60 if operation.method == "post" else 1,
+            examples = settings(max_examples=40 if operation.method == "post" else 1,
                                 suppress_health_check=list(HealthCheck))
             examples(given(operation.as_strategy(generation_mode=mode))(ask))()
     answered = statuses["/v1/chat/completions", 200]
     assert server.count("slm_requests_total", outcome="ok") - answers == answered
     assert statuses["/v1/chat/completions", 400] > 5
-    assert (answered > 5) == (mode is GenerationMode.POSITIVE)
+    assert (answered > 2) == (mode is GenerationMode.POSITIVE)
 
 
 def test_a_chat_models_own_name_is_taken_and_others_are_not(server):

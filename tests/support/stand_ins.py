@@ -6,12 +6,10 @@
 import sys
 import threading
 import time
-import warnings
 from pathlib import Path
 
 import mlflow
 
-warnings.filterwarnings("ignore", ".*Add type hints")  # MLflow's; hints would make it change what it is given
 USAGE = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
 
 
