@@ -473,7 +473,10 @@ class ServedModel:
         if self._pipeline is None:
             return
         longest = self._pipeline.model.config.max_position_embeddings
-        prompt = self._pipeline.tokenizer.apply_chat_template(values["messages"], tokenize=False)
+        try:
+            prompt = self._pipeline.tokenizer.apply_chat_template(values["messages"], tokenize=False)
+        except Exception:  # whatever a template raises, it will raise it again for MLflow, which has a word for it
+            return
         if len(self._pipeline.tokenizer(prompt)["input_ids"]) >= longest:
             raise ServiceError(400, f"messages has to be fewer than {longest} tokens, the model's context.",
                                "context_length_exceeded", "messages")

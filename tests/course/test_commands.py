@@ -256,7 +256,7 @@ def test_a_page_that_is_not_there_is_refused_with_those_that_are():
 
     with refuses("notebook-unknown") as refusal:
         execute("Nothing", {})
-    assert refusal.value.fix == "Choose one of: ChatModel, CustomPythonWrapper, TransformerPipeline."
+    assert refusal.value.fix == "Choose one of: ChatModel, CustomPythonWrapper, Operations, TransformerPipeline."
 
 
 def test_an_interruption_is_no_stack(monkeypatch, capsys):

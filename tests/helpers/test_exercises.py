@@ -10,17 +10,20 @@ import nbformat
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from support import NAMES, PAGES, ROOT, refuses
+from support import ALL_PAGES, NAMES, ROOT, refuses
 
 from course.exercises import make_exercise, pair, solve, write_exercises
 from helpers import check
-from helpers.exercises import CHECKS, find_hint
+from helpers.exercises import find_hint
+from helpers.operations.exercises import CHECKS
 from serving import chat_model
 
 # The exercises of each page in the page's order.
 ORDER = {"TransformerPipeline": ("warm pipeline", "request", "alias"),
          "CustomPythonWrapper": ("warm engine", "signature", "alias"),
-         "ChatModel": ("seed", "pieces", "schema", "settings")}
+         "ChatModel": ("seed", "pieces", "schema", "settings"),
+         "Operations": ("roll back", "scorer", "failed calls", "stream usage", "outside the band", "retry")}
+CALLS = {}  # what the operations page knows of the calls that it traced
 
 
 PET = {"type": "object", "required": ["name", "kind", "age"], "additionalProperties": False, "properties": {
@@ -43,12 +46,24 @@ class Registry:
         return SimpleNamespace(version=self.aliases[alias])
 
 
+@pytest.fixture(scope="module", autouse=True)
+def calls(tmp_path_factory):
+    """Trace a call that went well and one that failed, as the operations page does."""
+    mlflow.set_tracking_uri("sqlite:///" + (tmp_path_factory.mktemp("calls") / "mlflow.db").as_posix())
+    mlflow.tracing.reset()
+    for state in ("OK", "ERROR"):
+        with mlflow.start_span("chat") as span:
+            span.set_status(state)
+        mlflow.get_trace(span.trace_id, flush=True)
+    CALLS.update(experiment=SimpleNamespace(experiment_id="0"), refused=span.trace_id)
+
+
 def page_names(page="TransformerPipeline", **more):
     """Return what a page has bound where its exercises stand."""
     signature = ModelSignature(CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA)
     return {"mlflow": mlflow, "prompt": "Hello", "max_tokens": 64, "chat_model": chat_model, "client": Registry(),
             "model_info": SimpleNamespace(signature=signature),
-            "version": SimpleNamespace(name=NAMES[page], version=2)} | more
+            "version": SimpleNamespace(name=NAMES.get(page), version=2)} | CALLS | more
 
 
 def run(source, names):
@@ -60,7 +75,8 @@ def cells(page):
     return pair(nbformat.read(ROOT / "notebooks" / f"{page}.ipynb", as_version=4))
 
 
-@pytest.mark.parametrize(("page", "number"), [(page, number) for page in PAGES for number in range(len(ORDER[page]))])
+@pytest.mark.parametrize(("page", "number"), [
+    (page, number) for page in ALL_PAGES for number in range(len(ORDER[page]))])
 def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, capsys):
     exercise, solution = cells(page)[number]
     name = ORDER[page][number]
@@ -152,6 +168,30 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
     ("settings", "changes = {'max_tokens': '8', 'model': 'mine'}", "ValidationError"),
     ("settings", "changes = {'max_tokens': 8, 'model': 'mine', 'threads': 900}", "leave threads out"),
     ("settings", "changes = 8", "a dict"),
+    ("roll back", "def find_former(champion):\n    return str(int(champion.version) - 1)", "read the tag"),
+    ("roll back", "def find_former(champion):\n    return champion.tags['replaced']", "KeyError"),
+    ("roll back", "def find_former(champion):\n    return champion.tags", "The tag is called replaced"),
+    ("roll back", "def find_former(champion):\n    return champion.tags.get('replaced', '1')", "return None"),
+    ("scorer", "def ends_well(outputs):\n    return outputs['answer'].endswith(('.', '!', '?'))", "strip it first"),
+    ("scorer", "def ends_well(outputs):\n    return outputs['answer'].strip()[-1:] == '.'", "'Is it? Yes!'"),
+    ("scorer", "def ends_well(outputs):\n    return outputs['answer'].strip()[-1:] in list('.!?')", "KeyError"),
+    ("scorer", "def ends_well(outputs):\n    return 'refused' not in outputs", "it has to be False"),
+    ("failed calls", "failures = 7", "a filter is text"),
+    ("failed calls", "failures = 'status is bad'", "can't read this filter"),
+    ("failed calls", "failures = \"trace.name = 'chat'\"", "that went well, too"),
+    ("failed calls", "failures = \"trace.name = 'other'\"", "doesn't find the call"),
+    ("stream usage", "def read_stream(chunks):\n    return chunks[-1].choices[0].delta.content, 2", "IndexError"),
+    ("stream usage", "def read_stream(chunks):\n    return 'Madrid'", "two things"),
+    ("stream usage", "def read_stream(chunks):\n    return 'Mad', 2", "whole text is 'Madrid'"),
+    ("stream usage", "def read_stream(chunks):\n    return 'Madrid', chunks[-1].usage.total_tokens", "yours are 11"),
+    ("outside the band", "def find_outside(values, low, high):\n    return [9]", "yours are [9]"),
+    ("outside the band", "def find_outside(values, low, high):\n    return [4]", "below the band"),
+    ("outside the band", "def find_outside(values, low, high):\n    return [1, 3]", "counted from 1"),
+    ("outside the band", "def find_outside(values, low, high):\n    return [2, 3, 4, 5]", "on the line is inside"),
+    ("outside the band", "def find_outside(values, low, high):\n    return {2, 4}", "of the type set"),
+    ("retry", "def pause(status, headers):\n    return headers.get('retry-after', 1)", "header is text"),
+    ("retry", "def pause(status, headers):\n    return float(headers['retry-after'])", "KeyError"),
+    ("retry", "def pause(status, headers):\n    return float(headers.get('retry-after', 1))", "asks for None"),
 ])
 def test_a_check_says_what_to_look_at(name, wrote, says, capsys):
     assert not check(name, run(wrote, page_names()))

@@ -16,16 +16,7 @@ from support import stand_ins
 from support.service import body, events, handles, raw, read_all, running, wait_for
 
 from serving import openai_server
-from serving.openai_server import (
-    ServiceError,
-    StartError,
-    Turns,
-    admit,
-    check_reach,
-    explain,
-    host_name,
-    retry_after,
-)
+from serving.openai_server import ServiceError, StartError, Turns, admit, check_reach, explain, host_name, retry_after
 
 SECRET = "zqsecret"
 
@@ -470,7 +461,7 @@ def test_of_two_tokens_only_the_first_one_counts(guarded):
     ("Host: localhost\r\nbroken", (400, "invalid_request")),
 ])
 @pytest.mark.parametrize("line", ["POST /v1/chat/completions HTTP/1.1", "GET /metrics HTTP/1.1"])
-def test_a_head_that_is_wrong(line, head, answer, streams, guarded):
+def test_a_head_that_is_wrong(line, head, answer, guarded):
     with guarded.connect(f"{line}\r\n{head}\r\nConnection: close\r\n\r\n".encode()) as connection:
         assert refused(read_all(connection)) == answer
 

@@ -92,10 +92,11 @@ class NoChat(Plain):
 
 
 class Thinks(Plain):
-    """Never comes to its first word."""
+    """Does not come to its first word."""
 
     def predict(self, context, model_input, params=None):
-        time.sleep(60)
+        print("thinking", flush=True)
+        time.sleep(600)
 
 
 def save(folder: Path, kind: str) -> Path:
