@@ -1157,13 +1157,13 @@ class Batch:
         for row in self.rows:
             row.end(error)
 
-    def step(self) -> None:
-        """Read a part of the prompt, or give each row its next token."""
+    def step(self) -> bool:
+        """Read a part of the prompt, or give each row its next token. Tell whether all of the prompt is read now."""
         if not self.opened:
             self._open()
         if self._unread:
             self._generator.append_tokens(self._unread.pop(0))
-            return
+            return not self._unread
         sampling = [(place, row.sampler) for place, row in enumerate(self.rows) if row.sampler and not row.ended]
         if sampling:
             logits = self._generator.get_logits()
@@ -1180,6 +1180,7 @@ class Batch:
         for row, token in zip(self.rows, self._generator.get_next_tokens().tolist(), strict=True):
             if not row.ended:
                 row.take(token, self._config.end_tokens)
+        return False
 
 
 _logger = logging.getLogger("chat_model")
@@ -1329,7 +1330,8 @@ class Engine:
             self._batches = [*self._batches, self._start(rows)]
         for batch in self._batches:
             try:
-                batch.step()
+                if batch.step():
+                    batch.step()  # a first token does not wait for the others' turns
             except Exception:  # whatever it is, the other batches go on
                 if not batch.opened and self._kept.all:
                     self._kept.all = []  # memory may be short: it tries again, without what was kept

@@ -434,6 +434,7 @@ class ServedModel:
         self.taken = TAKEN_BY_FLAVOR.get(flavor) or names
         self.streams = getattr(model, "_predict_stream_fn", None) is not None  # MLflow has no public word for it
         self._tells_usage = self.streams and (names is None or "stream_options" in names)
+        self._ends_whole = self._tells_usage  # a whole answer can be ended, because a stream makes it
         self._python_model = None
         self._pipeline = model.get_raw_model() if flavor == "mlflow.transformers" else None
         with contextlib.suppress(MlflowException, AttributeError):  # a flavor's model has no Python model in it
@@ -449,8 +450,16 @@ class ServedModel:
         asked = {"messages": [{"role": "user", "content": "Hello"}]}
         if self.taken is None or "max_tokens" in self.taken:
             asked["max_tokens"] = 1
-        if not join(self.chunks(asked, True))["choices"]:
-            raise ServiceError(500, "The model's answer is no chat completion.", "unusable_model")
+        for streamed in (True, False):
+            try:
+                answer = join(self.chunks(asked, streamed))
+            except MlflowException:
+                if streamed or not self._ends_whole:
+                    raise
+                self._ends_whole = False  # it knows no stream that nobody reads along
+                answer = join(self.chunks(asked, streamed))
+            if not answer["choices"]:
+                raise ServiceError(500, "The model's answer is no chat completion.", "unusable_model")
 
     def chunks(self, values: dict, streamed: bool) -> Iterator[dict]:
         """Yield the chunks of an answer. Closing the iterator ends the work of a model that streams.
@@ -459,7 +468,7 @@ class ServedModel:
         only a stream can be ended. ``"stream": False`` then tells it that nobody reads along, and that it may take its
         time for company. Of any other model, the whole answer comes as one chunk.
         """
-        if not (self._tells_usage or (self.streams and streamed)):
+        if not (self.streams if streamed else self._ends_whole):
             self._check_length(values)
             yield from _as_chunks(self._model.predict(values))
             return

@@ -210,6 +210,14 @@ def test_an_answer_is_the_same_whole_and_streamed(kind, request):
         assert server.requests() == (0, 0)
 
 
+@pytest.mark.parametrize("kind, whole", [("TellsStream", "False"), ("Older", "None")])
+def test_a_model_is_told_whether_somebody_reads_along(tmp_path, kind, whole):
+    with running(stand_ins.save(tmp_path / "a", kind)) as server:
+        assert server.ask("x").json()["choices"][0]["message"]["content"] == whole
+        assert events(server.ask("x", stream=True))[0]["choices"][0]["delta"]["content"] == "True"
+        assert server.count("slm_completion_tokens_total") == 4  # of both, the usage is known
+
+
 @pytest.mark.parametrize("kind, together", [("streams", 8), ("plain", 1)])
 def test_a_model_without_streams_is_asked_by_one_caller_at_a_time(kind, together, request):
     with running(request.getfixturevalue(kind)) as server, ThreadPoolExecutor(8) as callers:

@@ -70,6 +70,22 @@ class Streams(Plain):
         yield head | {"choices": [], "usage": USAGE}
 
 
+class TellsStream(Streams):
+    """Answers with what the field ``stream`` was."""
+
+    def words(self, request):
+        yield str(request.get("stream"))
+
+
+class Older(TellsStream):
+    """Wants a stream to be one, as chat models did before."""
+
+    def predict_stream(self, context, model_input, params=None):
+        if model_input.get("stream") is False:
+            raise mlflow.MlflowException("no", error_code=1000)
+        yield from super().predict_stream(context, model_input, params)
+
+
 class NoLoad(Plain):
     """Does not load."""
 
