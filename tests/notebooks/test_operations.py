@@ -142,7 +142,7 @@ def test_mlflow_run_runs_the_page_on_the_other_track_with_its_exercises_open(pro
     (page,) = re.findall(r"page: (\S.*)\.html", result.stdout)
     assert "Not yet: put your own" in Path(f"{page}.ipynb").read_text(encoding="utf-8")
     aliases = mlflow.MlflowClient(store).get_registered_model("slm-transformers").aliases
-    assert aliases == {"champion": "1", "challenger": "2"}
+    assert {alias: int(version) for alias, version in aliases.items()} == {"champion": 1, "challenger": 2}
 
 
 def test_mlflow_run_serves_until_a_signal_comes(projects, tmp_path):
