@@ -246,12 +246,10 @@ def _ui(options):
     from helpers.tracking import tracking_store
 
     check_variables()
-    database = database_path()
-    if database is None:
+    if database_path() is None:
         print(f"The course's store is a tracking server, which has a UI of its own: {tracking_store().uri}")
         return 0
-    if not database.exists():  # tracking_store would make it
-        raise CourseError("store-empty", "There is nothing to show yet.", "Run the course first: make run.")
+    _refuse_empty_store("show")
     if port_is_taken(options.port):
         raise CourseError("port-taken", f"Port {options.port} is taken.",
                           f"Choose another one: python -m helpers ui --port {options.port + 1}.")
@@ -261,6 +259,13 @@ def _ui(options):
     quiet = "ignore:starlette.middleware.wsgi is deprecated"
     return _serve([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--registry-store-uri", store,
                    "--host", LOOPBACK, "--port", str(options.port)], PYTHONWARNINGS=quiet)
+
+
+def _refuse_empty_store(doing):
+    """Raise CourseError where no page has run yet: there is no database, and tracking_store would make it."""
+    database = database_path()
+    if database and not database.exists():
+        raise CourseError("store-empty", f"There is nothing to {doing} yet.", "Run the course first: make run.")
 
 
 def _serve(command, **variables):
@@ -279,9 +284,7 @@ def _serve_model(options):
     if {"-h", "--help"} & set(options.words):
         return _serve(command)
     check_variables()
-    database = database_path()
-    if database and not database.exists():  # tracking_store would make it
-        raise CourseError("store-empty", "There is nothing to serve yet.", "Run the course first: make run.")
+    _refuse_empty_store("serve")
     return _serve(command, MLFLOW_TRACKING_URI=tracking_store().uri)
 
 

@@ -205,7 +205,9 @@ def read_json(body: bytes) -> dict:
     for _ in range(LEVELS):
         inside = [item for outer in inside for item in (outer.values() if isinstance(outer, dict) else outer)
                   if isinstance(item, dict | list)]
-    if inside:
+        if not inside:
+            break
+    else:
         raise ServiceError(400, f"The body may be nested {LEVELS} levels deep.", "invalid_json")
     return {name: value for name, value in values.items() if value is not None}
 
@@ -428,7 +430,7 @@ class ServedModel:
 
     def __init__(self, model: mlflow.pyfunc.PyFuncModel, name: str, version: str, copy: Path | None = None):
         self.name, self.version, self._model, self._copy = name, version, model, copy
-        self.borrowed = 0  # by how many requests; the desk counts them
+        self.borrowed = 1  # by the desk, which has it until another takes over, and by how many requests
         schema, flavor = model.metadata.get_input_schema(), model.loader_module
         names = set(schema.input_names()) if schema and schema.has_input_names() else None
         self.taken = TAKEN_BY_FLAVOR.get(flavor) or names
@@ -542,11 +544,8 @@ class Address:
     def __init__(self, uri: str, copies: Path | None = None):
         self.uri, self._copies = uri, copies
         place = uri.removeprefix("models:/") if uri.startswith("models:/") and not uri.startswith("models:/m-") else ""
-        self._name, self.moves, alias = place.partition("@")
-        self._alias = alias if self.moves else None
-        self._number = None
-        if place and not self.moves:
-            self._name, _, self._number = place.partition("/")
+        self._name, self.moves, self._alias = place.partition("@")
+        self._name, _, self._number = self._name.partition("/")
         self.name = self._name or "model"
 
     def find_version(self) -> str:
@@ -584,15 +583,21 @@ class Desk:
         self.failed: str | None = None  # the version that the alias points to, if it does not load
         self._given_up: str | None = None
 
+    def serving(self) -> ServedModel:
+        """Return the version that serves now. A ServiceError says that there is none yet."""
+        if self.current is None:
+            raise ServiceError(503, "The model is not loaded yet.", "loading", retry_after=1)
+        return self.current
+
     def borrow(self) -> ServedModel:
         """Return the version that serves now. It is not closed until it is given back."""
         self.current.borrowed += 1
         return self.current
 
     def give_back(self, served: ServedModel) -> None:
-        """Take a version back, and close it if it serves no more and nobody else has it."""
+        """Take a version back, and close it if nobody else has it."""
         served.borrowed -= 1
-        if served is not self.current and not served.borrowed:
+        if not served.borrowed:
             threading.Thread(target=served.close, daemon=True).start()
 
     async def begin(self) -> None:
@@ -645,17 +650,17 @@ class Desk:
     async def _bring(self, version, folder):
         """Load a version, try it with one request, and let it take over; the one before ends what it has begun."""
         served = await in_thread(self.address.load, version, folder)
-        served.borrowed += 1
         try:
             await asyncio.wait_for(in_thread(served.try_once), self._patience)
-            before, self.current = self.current, served
-        finally:
+        except BaseException:
             self.give_back(served)
+            raise
+        before, self.current = self.current, served
         self._figures.version.clear()
         self._figures.version.labels(served.name, served.version).set(1)
         self._figures.rows.set_function(served.rows)
-        if before and not before.borrowed:
-            threading.Thread(target=before.close, daemon=True).start()
+        if before:
+            self.give_back(before)
 
 
 def first_line(error: Exception) -> str:
@@ -926,8 +931,7 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
         try:
             values = read_json(await read_body(request, service.limits.max_body, deadline))
             check_request(values, service.limits)
-            if service.desk.current is None:
-                raise ServiceError(503, "The model is not loaded yet.", "loading", retry_after=1)
+            service.desk.serving()
             if values.get("model", service.desk.address.name) not in names(service.desk.address):
                 raise ServiceError(404, "This service has no model of that name: /v1/models has the list.",
                                    "model_not_found", "model")
@@ -950,9 +954,7 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
     @app.get("/ready", responses=errors)
     async def ready() -> dict:
         """Say whether a model is loaded, which, and whether its successor failed to load."""
-        current = service.desk.current
-        if current is None:
-            raise ServiceError(503, "The model is not loaded yet.", "loading", retry_after=1)
+        current = service.desk.serving()
         return {"status": "ready", "model": current.name, "version": current.version,
                 "failed_version": service.desk.failed}
 

@@ -5,13 +5,11 @@ the lesson's wrapper. The clients are one and the same program for all of them.
 """
 
 import contextlib
-import os
 import statistics
 import sys
 import time
 from collections.abc import Iterator
 from functools import partial
-from pathlib import Path
 from types import MappingProxyType
 
 import mlflow
@@ -54,8 +52,7 @@ def service(them: Contenders) -> tuple[dict, dict]:
 
 @contextlib.contextmanager
 def _running(command: list, ready: str, log: str) -> Iterator[Program]:
-    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])  # MLflow looks for uvicorn
-    program = start_program(command, ready, LOGS / log, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri(), PATH=path)
+    program = start_program(command, ready, LOGS / log, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
     try:
         yield program
     finally:

@@ -68,7 +68,7 @@ TREATMENTS = (
     (r"COURSE_KIT=\S+ python3 -m helpers run", READ, "tests/course/test_kit_room.py runs the course from a kit"),
     (r"\$env:\w+=.*", READ, "its twin for a POSIX shell is run, and PowerShell is not everywhere"),
     (r"conda env create .*", READ, "conda fetches gigabytes; tests/course/test_generate.py compares the file"),
-    (r"mlflow (run|models build-docker)", READ, "the command's name alone"),
+    (r"mlflow (run|models build-docker|models serve)", READ, "the command's name alone"),
     (r"mlflow models serve .*", READ, "tests/notebooks/test_course.py serves by these lines"),
     (r"curl .*/v1/chat/completions .*", READ, "tests/serving/test_openai_clients.py asks by curl"),
     (r"curl .*", READ, "tests/notebooks/test_course.py asks by these lines"),

@@ -176,6 +176,7 @@ def test_mlflow_s_evaluate_gives_the_rows_that_the_gate_reads(tiny, store, tmp_p
     monkeypatch.chdir(tmp_path)
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(store)
+    mlflow.set_experiment("evaluation")
     chosen = [prompt for prompt in PROMPTS if prompt["id"] in ("json-04", "json-05", "odd-12", "odd-16")]
 
     @scorer

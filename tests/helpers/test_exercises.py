@@ -50,12 +50,13 @@ class Registry:
 def calls(tmp_path_factory):
     """Trace a call that went well and one that failed, as the operations page does."""
     mlflow.set_tracking_uri("sqlite:///" + (tmp_path_factory.mktemp("calls") / "mlflow.db").as_posix())
+    experiment = mlflow.set_experiment("calls")
     mlflow.tracing.reset()
     for state in ("OK", "ERROR"):
         with mlflow.start_span("chat") as span:
             span.set_status(state)
         mlflow.get_trace(span.trace_id, flush=True)
-    CALLS.update(experiment=SimpleNamespace(experiment_id="0"), refused=span.trace_id)
+    CALLS.update(experiment=experiment, refused=span.trace_id)
 
 
 def page_names(page="TransformerPipeline", **more):

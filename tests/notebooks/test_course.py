@@ -8,7 +8,6 @@ import json
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import warnings
@@ -27,6 +26,7 @@ from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from support import NAMES, PAGES, ROOT, TRACKS, refuses, run_python
 
 from course.execute import execute, print_answers
+from helpers.operations.programs import free_port
 from helpers.signatures import find_signature
 from helpers.tracking import tracking_store
 from serving.chat_model import ClientHabits
@@ -227,10 +227,7 @@ def test_the_lines_for_two_terminals_serve_the_model_and_ask_it(course, tmp_path
     # One page for all: the lines differ in the model's name only. The port may be taken on this machine.
     notebook = nbformat.read(course.folder / "ChatModel.ipynb", as_version=4)
     (cell,) = [cell for cell in notebook.cells if cell.cell_type == "code" and '"serve"' in cell.source]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    serve, ask = "".join(output.text for output in cell.outputs).replace("5001", port).strip().split("\n\n")
+    serve, ask = "".join(output.text for output in cell.outputs).replace("5001", str(free_port())).strip().split("\n\n")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
     with (tmp_path / "log").open("w") as log:
         server = subprocess.Popen(["sh", "-c", serve], cwd=tmp_path, env=environment, stdout=log, stderr=log)

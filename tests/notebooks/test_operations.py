@@ -145,7 +145,8 @@ def test_mlflow_run_runs_the_page_on_the_other_track_with_its_exercises_open(pro
     assert {alias: int(version) for alias, version in aliases.items()} == {"champion": 1, "challenger": 2}
 
 
-def test_mlflow_run_serves_until_a_signal_comes(projects, tmp_path):
+def test_mlflow_run_serves_until_a_signal_comes(projects, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)  # MLflow sets it, and another test's store may be meant
     store, _, variables = projects
     command = [sys.executable, *map(str, project("serve", model="models:/slm-transformers@champion", port=0))]
     program = start_program(command, r"Serving slm-transformers, version 1, at (http://\S+)/v1", tmp_path / "log",

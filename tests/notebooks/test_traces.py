@@ -65,6 +65,7 @@ class Echo:
 def ask_on_the_page(model, store, **options):
     """Ask as the page does, on a store of its own; return the answer and the trace."""
     mlflow.set_tracking_uri(store)
+    mlflow.set_experiment("traces")  # one of another test's store may be set
     names = {"mlflow": mlflow, "chat": model, "name": "slm-onnx", "version": "3"}
     exec(find_cell("Operations", "def ask(request, keep_texts"), names)
     completion, trace_id = names["ask"](REQUEST, **options)

@@ -5,7 +5,6 @@ A test fails where the table in docs/serving.md is not what it found, and prints
 Run: python -m helpers test tests/serving/test_openai_clients.py
 """
 
-import inspect
 import json
 import os
 import re
@@ -20,11 +19,10 @@ import pytest
 import transformers
 from huggingface_hub import ModelCard
 from support import ROOT, run_python, stand_ins
+from support.chat import chat_model_for
 from support.service import raw, running, wait_for
 
 from helpers.operations.programs import start_program
-from serving import chat_model
-from serving.chat_model import SETTINGS, SIGNATURE
 
 TOKEN = "a token of this test's"
 NAMES = ("slm-onnx", "slm-transformers")
@@ -167,9 +165,7 @@ def servers(tiny, empty_database, tmp_path_factory):
     mlflow.set_experiment(experiment_id=experiment)
     pipeline = transformers.pipeline("text-generation", model=str(tiny.transformers_dir), device="cpu")
     logged = [
-        mlflow.pyfunc.log_model(name=NAMES[0], python_model=inspect.getfile(chat_model), signature=SIGNATURE,
-                                artifacts={"model": tiny.onnx_dir.as_uri()}, model_config=SETTINGS,
-                                pip_requirements=["mlflow"]),
+        mlflow.pyfunc.log_model(name=NAMES[0], **chat_model_for(tiny)),
         mlflow.transformers.log_model(pipeline, name=NAMES[1], task="llm/v1/chat", pip_requirements=["mlflow"],
                                       model_config={"max_new_tokens": 8, "do_sample": False},
                                       model_card=ModelCard("A toy."))]
@@ -301,9 +297,7 @@ def test_a_full_line_is_a_rate_limit_error_after_the_clients_own_retries(tmp_pat
 
 def test_the_real_model_answers_in_words_and_fits_a_class(smol, tmp_path):
     folder = tmp_path / "model"
-    mlflow.pyfunc.save_model(folder, python_model=inspect.getfile(chat_model), signature=SIGNATURE,
-                             artifacts={"model": smol.onnx_dir.as_uri()}, model_config=SETTINGS,
-                             pip_requirements=["mlflow"])
+    mlflow.pyfunc.save_model(folder, **chat_model_for(smol))
     asked = {"model": "model", "max_tokens": 32, "messages": [
         {"role": "system", "content": "Answer in one short sentence."},
         {"role": "user", "content": "What is the capital of Spain?"}]}

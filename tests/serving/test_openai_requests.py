@@ -21,11 +21,23 @@ from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from schemathesis import GenerationMode, checks
 from support import ROOT
-from support.chat import AS_SHOWN, BAD, HABITS, SECRET, SENT_BACK, contents, deltas, parts, schema, user
+from support.chat import (
+    AS_SHOWN,
+    BAD,
+    HABITS,
+    SECRET,
+    SENT_BACK,
+    chat_model_for,
+    contents,
+    deltas,
+    parts,
+    schema,
+    user,
+)
 from support.service import events, running
 
-from serving import chat_model, openai_server
-from serving.chat_model import SETTINGS, SIGNATURE, ChatRequest, Refusal, read_request
+from serving import openai_server
+from serving.chat_model import ChatRequest, Refusal, read_request
 from tests.serving.test_answers import ANYTHING, REQUESTS
 from tests.serving.test_contract import GOOD_CONTENTS, GOOD_FIELDS, GOOD_FORMATS, NULLS
 from tests.serving.test_schema import REFUSED, SCHEMAS, request
@@ -38,10 +50,7 @@ WITHOUT_ANSWER = ("invalid_value", "unknown_field", "invalid_json", "model_not_f
 def server(tiny, tmp_path_factory):
     """Serve the chat model on the toy model, with 16 tokens where a request says nothing."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    mlflow.pyfunc.save_model(
-        folder, python_model=inspect.getfile(chat_model), signature=SIGNATURE,
-        artifacts={"model": tiny.onnx_dir.as_uri()}, model_config=SETTINGS | {"max_tokens": 16},
-        pip_requirements=["mlflow"])
+    mlflow.pyfunc.save_model(folder, **chat_model_for(tiny, max_tokens=16))
     with running(folder, max_body=1 << 23) as served:
         yield served
 
@@ -307,6 +316,13 @@ def test_track_a_refuses_the_rest_by_name(flavor, fields, param):
 def test_what_the_chat_model_refuses_breaks_no_other_model(flavor, fields, says):
     values = fields if "messages" in fields or not fields else {"messages": user(SECRET)} | fields
     post(flavor, {"max_tokens": 1} | values)  # sees that it is no fault of the service's, and quotes nothing
+
+
+def test_track_a_refuses_more_than_its_context_as_the_chat_model_does(server, flavor):
+    values = {"messages": user(f"{SECRET} " * 3_000), "max_tokens": 1}
+    error = refused(flavor, values)
+    assert error == refused(server, values)
+    assert (error["param"], error["code"]) == ("messages", "context_length_exceeded")
 
 
 def test_a_template_that_takes_no_such_conversation_is_the_callers_matter(tiny, tmp_path):

@@ -22,9 +22,10 @@ import mlflow
 import psutil
 import pytest
 from support import ROOT, stand_ins
+from support.chat import chat_model_for
 from support.service import body, events, raw, read_all, running, wait_for
 
-from serving import chat_model, openai_server
+from serving import openai_server
 
 SECRET = "zqsecret"
 URI = "models:/stand-in@champion"
@@ -238,10 +239,7 @@ def engines(registry, tiny):
     def log():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # there is no input example
-            logged = mlflow.pyfunc.log_model(
-                name="slm", python_model=str(ROOT / "serving" / "chat_model.py"), signature=chat_model.SIGNATURE,
-                artifacts={"model": tiny.onnx_dir.as_uri()}, model_config=chat_model.SETTINGS,
-                pip_requirements=["mlflow"])
+            logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny))
         return mlflow.register_model(logged.model_uri, "stand-in").version
 
     before = set(threading.enumerate())
@@ -263,7 +261,8 @@ def test_200_clients_that_leave_free_the_engine(engines, record_property):
         wait_for(lambda: server.requests() == (0, 0) and server.service.desk.current.rows() == 0)
         made = server.model.stats()["completion_tokens"] - made
         record_property("tokens per answer that the engine made for clients that had left", made / 200)
-        assert server.model.stats()["waiting"] == 0 and threading.active_count() <= threads
+        assert server.model.stats()["waiting"] == 0
+        wait_for(lambda: threading.active_count() <= threads, "the end of the threads")
         assert server.ask("Hello", max_tokens=2).status_code == 200
 
 

@@ -23,6 +23,14 @@ def contents(completion):
     return [choice["message"]["content"] for choice in completion["choices"]]
 
 
+def chat_model_for(prepared, **settings):
+    """Return what MLflow's `log_model` and `save_model` are told of the chat model on a prepared model."""
+    from serving import chat_model
+
+    return {"python_model": chat_model.__file__, "signature": chat_model.SIGNATURE, "pip_requirements": ["mlflow"],
+            "artifacts": {"model": prepared.onnx_dir.as_uri()}, "model_config": chat_model.SETTINGS | settings}
+
+
 def load_chat(folder, **settings):
     """Return the chat model on a folder, as MLflow would load it."""
     from serving.chat_model import ChatModel
