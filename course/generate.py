@@ -89,7 +89,7 @@ def figures_table(runs: list[dict]) -> str:
     for figure in FIGURES:
         unit, scale = figure.unit, UNITS[figure.unit]
         if values := [value / scale for value in map(figure.find, runs) if value is not None]:
-            budget = f"{figure.budget['under'] / scale:g} {unit} " if figure.budget else ""
+            budget = f"{figure.budget['under'] / scale:g} {unit}".strip() + " " if figure.budget else ""
             shown = f"{show_range(values, figure.digits)} {unit}".strip()
             lines.append(f"| {figure.what} | {shown} | {budget}|")
     dates = {}
@@ -135,7 +135,7 @@ def _reach_table(runs, names):
         if not values:  # no kept run has measured it
             continue
         bound = "; ".join(f"{kind.replace('_', ' ')} {reach[kind]}" for kind in ("at_least", "under") if kind in reach)
-        days = [run["date"] for run in runs if name in misses(run)]
+        days = dict.fromkeys(run["date"] for run in runs if name in misses(run))
         bound += f"; missed on {', '.join(days)}" if days else ""
         lines.append(f"| {reach['what']} | {reach['against']} | {show_range(values, 3)} | {bound} |")
     return "\n".join(lines) + "\n\n" + _missed(runs, names)
@@ -148,11 +148,14 @@ def service_growth(runs: list[dict]) -> dict:
 
 
 def _missed(runs, names=()):
-    """Return a sentence for each of these ratios that missed its reach; without names, for each other figure."""
+    """Return a sentence for each of these ratios that missed its reach; without names, for each other figure.
+
+    Two runs of one day that missed it for one reason have one sentence.
+    """
     lines = [f"Missed on {run['date']}, {REACH[name]['what'] if names else name}: "
              f"{run.get('missed', {}).get(name, 'no reason is known.')}\n\n"
              for run in runs for name in misses(run) if (name in names if names else name not in REACH)]
-    return "".join(lines)
+    return "".join(dict.fromkeys(lines))
 
 
 def bench_digest() -> str:

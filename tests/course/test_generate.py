@@ -64,6 +64,9 @@ def test_a_table_shows_the_range_over_the_runs_and_what_missed_its_reach():
     assert cells(table, "one conversation")[2:] == ["0.968 to 0.970", "at least 0.97; missed on 2026-01-02"]
     assert "Missed on 2026-01-02, one conversation through `predict`: Another program ran.\n" in table
     assert "one conversation 100; 16 rows 100;" in table
+    twice = ratios_table([runs[0], runs[0]])  # two runs of a day, and one reason
+    assert cells(twice, "one conversation")[3] == cells(table, "one conversation")[3]
+    assert twice.count("Another program ran.") == 1
     assert "issed" not in ratios_table(runs[1:]) + figures_table(runs)
     assert cells(ratios_table(runs[1:]), "16 rows")[2] == "3.250"
     runs[1]["raw"]["prepare"]["warm_seconds"] = 0.6
