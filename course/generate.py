@@ -181,9 +181,9 @@ def draw_service_chart(growth: dict) -> None:
                 for name, title in SERVERS.items() if all(name in servers for servers in growth.values())}
 
     _draw(SERVICE_CHART, [
-        ("Seconds of an answer, median", "clients at once", lines("whole", "median")),
-        ("Seconds of an answer, 95th percentile", "clients at once", lines("whole", "p95")),
-        ("Seconds to the first token, 95th percentile", "clients at once", lines("first_token", "p95"))])
+        ("Answer, median (s)", "clients at once", lines("whole", "median")),
+        ("Answer, 95th percentile (s)", "clients at once", lines("whole", "p95")),
+        ("First token, 95th percentile (s)", "clients at once", lines("first_token", "p95"))])
 
 
 def _draw(path, panels):
