@@ -12,6 +12,7 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -154,6 +155,15 @@ def _kit_options(parser):
     check.add_argument("address", metavar="DIR_OR_URL")
 
 
+def _deploy_options(parser):
+    parser.add_argument("cloud", choices=["azureml"], help="Azure Machine Learning")
+    parser.add_argument("--model", dest="address", default="models:/slm-onnx@champion", metavar="URI")
+    parser.add_argument("--endpoint", metavar="NAME", help="left out: the model's name")
+    parser.add_argument("--instance-type", metavar="NAME", help="left out: the smallest that has the memory")
+    parser.add_argument("--part", action="append", choices=["online", "batch", "job"], help="left out: all three")
+    parser.add_argument("--dry-run", action="store_true", help="fill the files, print the commands, and send nothing")
+
+
 def _port(text):
     port = int(text)
     if not 0 <= port < 65536:
@@ -277,15 +287,24 @@ def _serve(command, **variables):
     return subprocess.call(command, cwd=ROOT, env=variables)
 
 
-def _serve_model(options):
+def _serving(program, doing, options):
+    """Turn this process into a program of serving/, which reads the words itself, on the course's store."""
     from helpers.tracking import tracking_store
 
-    command = [sys.executable, str(ROOT / "serving" / "openai_server.py"), *options.words]
+    command = [sys.executable, str(ROOT / "serving" / program), *options.words]
     if {"-h", "--help"} & set(options.words):
         return _serve(command)
     check_variables()
-    _refuse_empty_store("serve")
+    _refuse_empty_store(doing)
     return _serve(command, MLFLOW_TRACKING_URI=tracking_store().uri)
+
+
+def _deploy(options):
+    from course.azure import PARTS, deploy
+
+    check_variables()
+    _refuse_empty_store("deploy")
+    return deploy(options.address, options.endpoint, options.instance_type, options.part or PARTS, options.dry_run)
 
 
 def _bench(options):
@@ -352,7 +371,12 @@ COMMANDS = {
     "test": Command("run every test; further words go to pytest", _test, needs="tests", takes_words=True),
     "lab": Command("open JupyterLab on the course", _lab, (_model_option, _lab_options)),
     "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
-    "serve": Command("serve a registered model to OpenAI's clients", _serve_model, takes_words=True, has_help=True),
+    "serve": Command("serve a registered model to OpenAI's clients", partial(_serving, "openai_server.py", "serve"),
+                     takes_words=True, has_help=True),
+    "batch": Command("let a registered model answer a Parquet file on a Spark cluster",
+                     partial(_serving, "spark_batch.py", "ask"), takes_words=True, has_help=True),
+    "deploy": Command("fill the files for a cloud from a registered model, and send them there", _deploy,
+                      (_deploy_options,)),
     "bench": Command("measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="tests"),
     "mutate": Command("plant faults in the policies, and count those that the tests notice", _mutate, needs="tests",
                       takes_words=True),

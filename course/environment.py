@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import shutil
+import subprocess
 import sys
 import tomllib
 import urllib.request
@@ -39,7 +40,18 @@ def pins(tests: bool) -> dict[str, str]:
     """Return the exact version of each package of the course; with ``tests``, also of what only the tests need."""
     course = project()
     requirements = course["dependencies"] + (course["optional-dependencies"]["dev"] if tests else [])
-    return dict(requirement.split("==") for requirement in requirements)
+    return dict(requirement.partition(";")[0].split("==") for requirement in requirements)
+
+
+def install_extra(name: str, folder: Path) -> Path:
+    """Install an extra at the course's versions into a folder of its own, and return that; uv has to be there."""
+    command = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", folder, "--constraint",
+               ROOT / "constraints.txt", *project()["optional-dependencies"][name]]
+    installed = subprocess.run(command, capture_output=True, text=True)
+    if installed.returncode:
+        raise CourseError("extra-failed", f"The extra {name} cannot be installed: {installed.stderr.strip()}",
+                          "Look whether the package index can be reached.")
+    return folder
 
 
 def inside_venv() -> bool:

@@ -170,7 +170,7 @@ def print_answers(execution: Execution) -> None:
     import pandas as pd
     from mlflow.exceptions import MlflowException
 
-    if execution.name == "Operations":  # it asks many questions, and its runs are evaluations
+    if execution.name in ("Operations", "Cloud"):  # they ask many questions, and a run of theirs has no answers
         print(f"  page: {execution.page}", flush=True)
         return
     if execution.run is None:

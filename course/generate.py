@@ -1,6 +1,6 @@
-"""Writes the files that are made from others: environment.yml, constraints.txt, the documents' tables and the chart.
+"""Writes the files that are made from others: environment.yml, constraints.txt, what documents and the container need.
 
-In come pyproject.toml, data/models.toml and data/bench.json.
+In come pyproject.toml, deploy/container/requirements.in, data/models.toml and data/bench.json.
 """
 
 import hashlib
@@ -8,15 +8,27 @@ import re
 import subprocess
 import sys
 
-from course.bench.figures import BENCH, FIGURES, REACH, SERVICE, UNITS, machine_name, misses, read_runs, show_range
+from course.bench.figures import (
+    BATCH,
+    BENCH,
+    FIGURES,
+    REACH,
+    SERVICE,
+    UNITS,
+    machine_name,
+    misses,
+    read_runs,
+    show_range,
+)
 from course.environment import TORCH_CPU_INDEX, project
 from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 
+IMAGE = ROOT / "deploy" / "container" / "requirements.in"
 CHART, SERVICE_CHART = DATA / "bench.svg", DATA / "service.svg"
 PAGES_WITH_TABLES = (ROOT / "README.md",
-                     *(ROOT / "docs" / f"{name}.md" for name in ("models", "chat-model", "serving")))
-TABLE = re.compile(r"(<!-- (figures|models|ratios|service) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+                     *(ROOT / "docs" / f"{name}.md" for name in ("models", "chat-model", "serving", "batch")))
+TABLE = re.compile(r"(<!-- (figures|models|ratios|service|batch) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 LINES = (("#1f5fa8", "-"), ("#b3541e", "--"))
 SERVERS = {"openai_server": "this server", "llama_cpp": "llama.cpp's"}
 # What the CUDA build of torch asks for on Linux; the course takes the CPU build.
@@ -24,16 +36,18 @@ CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
 
 
 def generate() -> int:
-    """Write all of them. constraints.txt asks the package index; the rest needs no network."""
+    """Write all of them. The first two ask the package index; the rest needs no network."""
     constraints = ROOT / "constraints.txt"
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11",
-               "--all-extras", "--no-header", "--no-annotate", "--upgrade", "pyproject.toml"]
+               "--extra", "dev", "--no-header", "--no-annotate", "--upgrade", "pyproject.toml"]
     resolved = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     constraints.write_text(
         "# Every package of the course at one version, for pip install --constraint. Made from pyproject.toml:\n"
         "# python -m helpers generate\n"
         + "".join(line + "\n" for line in resolved.splitlines() if not line.startswith(CUDA_PACKAGES)),
         encoding="utf-8")
+    (command,) = re.findall(r"^# python (-m uv pip compile .*)$", IMAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
     (ROOT / "environment.yml").write_text(environment_yml(), encoding="utf-8")
     for page in PAGES_WITH_TABLES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
@@ -69,7 +83,7 @@ def with_tables(text: str) -> str:
     """Return a document's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
     runs = read_runs()
     tables = {"figures": figures_table(runs), "ratios": ratios_table(runs), "models": models_table(),
-              "service": service_table(runs)}
+              "service": service_table(runs), "batch": batch_table(runs)}
     return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], text)
 
 
@@ -107,7 +121,7 @@ def ratios_table(runs: list[dict]) -> str:
                                       ("16 rows", "rows16", "one_predict"), ("8 callers", "callers8", "chat_model"),
                                       ("llama.cpp with 8 callers", "callers8", "llama_cpp_8_slots"),
                                       ("the lesson's wrapper with 8 callers", "callers8", "lesson_behind_a_lock"))]
-    return _reach_table(runs, [name for name in REACH if name not in SERVICE]) + (
+    return _reach_table(runs, [name for name in REACH if name not in SERVICE + BATCH]) + (
         "In tokens per second: " + "; ".join(f"{what} {show_range(values, 0)}" for what, values in rates)
         + ". The time to read the prompts is in these figures.\n")
 
@@ -125,6 +139,19 @@ def service_table(runs: list[dict]) -> str:
                 seconds = [found[part][share] for part in ("whole", "first_token") for share in ("median", "p95")]
                 lines.append(f"| {clients} | {title} | " + " | ".join(f"{value:.2f} s" for value in seconds) + " |")
     return _reach_table(runs, SERVICE) + "\n".join(lines) + "\n"
+
+
+def batch_table(runs: list[dict]) -> str:
+    """Return the batch's comparisons over all runs, and its rows per second."""
+    measured = [run["raw"]["chat"]["spark"] for run in runs if "spark" in run["raw"].get("chat", {})]
+    if not measured:
+        return "No run has measured it.\n"
+    rates = [(what, [found["rows_per_second"][name] for found in measured])
+             for what, name in (("one worker", "1"), ("two workers", "2"), ("one `predict`", "predict"))]
+    return _reach_table(runs, BATCH) + "In rows per second: " + "; ".join(
+        f"{what} {show_range(values, 1)}" for what, values in rates) + (
+        f". A run of 8 rows, all of it a start, takes "
+        f"{show_range([found['few_rows_seconds'] for found in measured], 0)} s.\n")
 
 
 def _reach_table(runs, names):

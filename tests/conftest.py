@@ -10,6 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support import ROOT, run_python
+from support.extras import TEMPORARY, install_extra
 
 # The same examples each time: a test that fails, fails for everybody. `--hypothesis-profile=search` looks for others.
 hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
@@ -19,10 +20,21 @@ hypothesis.settings.load_profile("course")
 
 def pytest_configure(config):
     """Give nbmake's notebooks the tiny model and a fresh store of each worker's own: nbmake injects no parameters."""
-    store = ROOT / "build" / "test" / os.environ.get("PYTEST_XDIST_WORKER", "main")
-    shutil.rmtree(store, ignore_errors=True)
+    shutil.rmtree(TEMPORARY, ignore_errors=True)
     os.environ["COURSE_MODEL"] = "tiny-phi3"
-    os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (store / "mlflow.db").as_posix()
+    os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (TEMPORARY / "mlflow.db").as_posix()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Let the cloud page find Spark, which the course's own Python does not have."""
+    if item.path.name != "Cloud.ipynb":
+        return (yield)
+    os.environ["PYTHONPATH"] = str(install_extra("spark"))
+    try:
+        return (yield)
+    finally:
+        del os.environ["PYTHONPATH"]
 
 
 # Each takes minutes: they begin, one on each core.
@@ -51,6 +63,12 @@ def smol():
     from helpers import prepare_model
 
     return prepare_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def site():
+    """Return a folder that has Spark for Python; PYTHONPATH names it to a program."""
+    return install_extra("spark")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from course.bench.contenders import CALLERS, CHAT, Contenders, start_llama
 from course.bench.fidelity import fidelity
 from course.bench.figures import int8_instructions
 from course.bench.service import service
+from course.bench.spark import spark
 from course.bench.turns import PAUSE, mix, take_turns, timed
 from helpers.files import folder_bytes
 from helpers.models.prepare import prepare_model
@@ -44,7 +45,7 @@ def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, 
     ratios, raw = {}, {}
     memory = _memory(store, tokens)
     contenders = Contenders(prepared, repeats, tokens)
-    for measure in (_single, _json, _rows, _callers, _stream, _conversation, _growth, fidelity, service):
+    for measure in (_single, _json, _rows, _callers, _stream, _conversation, _growth, fidelity, service, spark):
         print(f"measuring: {measure.__name__.strip('_')}", flush=True)
         found, figures = measure(contenders)
         ratios |= found

@@ -48,8 +48,11 @@ REACH = {
                                 "percentile", "against": "llama.cpp's server"},
     "soak_memory": {"under": 1.05, "what": "the server's memory after 10,000 requests",
                     "against": "after the first 1,000"},
+    "spark_two_workers": {"what": "rows per second on two workers", "against": "on one worker"},
+    "spark_predict": {"what": "the same on two workers", "against": "one `predict` in one process on all cores"},
 }
 SERVICE = [name for name in REACH if name.startswith(("service", "soak"))]  # these stand on the service's page
+BATCH = [name for name in REACH if name.startswith("spark")]  # and these on the batch's
 CONTENDERS = {"chat_model": "the chat model, int8", "llama_cpp": "llama.cpp, Q4_1", "openvino": "OpenVINO GenAI, Q4_1"}
 FIDELITY = ("chat", "fidelity")
 # The instructions of a processor that multiply whole numbers of 8 bits, as Linux names them.

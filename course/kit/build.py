@@ -31,8 +31,8 @@ from helpers.paths import DATA, ROOT, model_cache
 
 # The course, and what lies among it that is not the course's.
 COURSE_PARTS = (".ci", ".gitattributes", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
-                "MLproject", "Makefile", "README.md", "constraints.txt", "course", "data", "docs", "environment.yml",
-                "helpers", "notebooks", "pyproject.toml", "serving", "tests")
+                "MLproject", "Makefile", "README.md", "constraints.txt", "course", "data", "deploy", "docs",
+                "environment.yml", "helpers", "notebooks", "pyproject.toml", "serving", "tests")
 NOT_OURS = {"__pycache__", ".ipynb_checkpoints", ".DS_Store", "mlruns", "mlflow.db"}
 FEWER = "ask for fewer models, platforms and Pythons"
 

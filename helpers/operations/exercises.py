@@ -5,10 +5,9 @@ from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from mlflow.exceptions import MlflowException
 from openai.types.chat import ChatCompletionChunk
 
-from helpers.exercises import CHECKS, check, exercise
+from helpers.exercises import CHECKS, DOTS, check, exercise
 
 __all__ = ["CHECKS", "check"]
-DOTS = "put your own in place of the three dots after return, run that cell, then this one."
 
 
 @exercise("roll back")

@@ -55,6 +55,11 @@ class Program:
                                          stdin=subprocess.PIPE, **_own_group())
 
     @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    @property
     def running(self) -> bool:
         """Whether it still runs."""
         return self._process.poll() is None

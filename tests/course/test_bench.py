@@ -35,7 +35,7 @@ from course.bench.figures import (
 from course.bench.notebooks import bench, bench_page, bench_prepare, run_measured
 from course.bench.service import halves
 from course.bench.turns import mix, percentile, take_turns, timed
-from course.generate import ratios_table, service_table
+from course.generate import batch_table, ratios_table, service_table
 from helpers.servers import running
 from serving import chat_model
 
@@ -246,6 +246,16 @@ def test_the_service_has_its_own_ratios_and_shows_how_the_last_run_that_measured
     assert "issed" not in chat_models and "16 rows" not in table
 
 
+def test_the_batch_has_its_own_ratios_and_rows_per_second():
+    one = run("2026-01-02", spark_two_workers=1.5)
+    assert batch_table([one]) == "No run has measured it.\n"
+    one["raw"]["chat"]["spark"] = {"rows_per_second": {"1": 1.0, "2": 1.5, "predict": 2.04}, "few_rows_seconds": 20.4}
+    table = batch_table([one, run("2026-01-03", spark_two_workers=1.7)])
+    assert "| rows per second on two workers | on one worker | 1.500 to 1.700 |" in table
+    assert "one worker 1.0; two workers 1.5; one `predict` 2.0" in table and "takes 20 s" in table
+    assert "workers" not in ratios_table([one])
+
+
 def test_the_services_chart_has_a_line_for_each_server_that_was_measured(tmp_path, monkeypatch):
     seconds = {part: {"median": 1.0, "p95": 2.0} for part in ("whole", "first_token")}
     monkeypatch.setattr(generate, "SERVICE_CHART", tmp_path / "service.svg")
@@ -330,7 +340,7 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     assert all(ratio > 0 for ratio in ratios.values())
     assert json.loads(json.dumps(raw)) == raw
     assert set(raw) == {"single", "json_rate", "rows16", "callers8", "stream_ttft", "conversation", "growth",
-                        "fidelity", "service", "memory", "log_disk", "int8_instructions"}
+                        "fidelity", "service", "spark", "memory", "log_disk", "int8_instructions"}
     sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
     assert len(sizes) == 5 and sizes == sorted(set(sizes))
     assert set(raw["fidelity"]) == {"prompts", "reference_tokens", "chat_model"}

@@ -135,18 +135,20 @@ def test_every_command_has_help_and_stands_in_the_list(capsys):
         assert command.help in " ".join(capsys.readouterr().out.split())
 
 
-def test_serve_starts_the_server_on_the_courses_store_with_its_words(done, store, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("command", "program"), [("serve", "openai_server.py"), ("batch", "spark_batch.py")])
+def test_a_program_of_serving_starts_on_the_courses_store_with_its_words(
+        command, program, done, store, tmp_path, monkeypatch):
     monkeypatch.setattr("course.commands._serve", lambda command, **variables: done.append((command, variables)) or 0)
     monkeypatch.setenv("COURSE_TRACKING_URI", store)
-    assert run_command(["serve", "--model", "models:/x@y", "--port", "0"]) == 0
-    assert run_command(["serve", "--help"]) == 0
+    assert run_command([command, "--model", "models:/x@y", "a", "b"]) == 0
+    assert run_command([command, "--help"]) == 0
     (served, variables), (helped, _) = done
-    assert served[1:] == [str(ROOT / "serving" / "openai_server.py"), "--model", "models:/x@y", "--port", "0"]
+    assert served[1:] == [str(ROOT / "serving" / program), "--model", "models:/x@y", "a", "b"]
     assert variables == {"MLFLOW_TRACKING_URI": tracking_store(store).uri}
     assert helped[2:] == ["--help"]
     monkeypatch.setenv("COURSE_TRACKING_URI", "sqlite:///" + (tmp_path / "none.db").as_posix())
     with refuses("store-empty"):
-        run_command(["serve"])
+        run_command([command])
     assert not (tmp_path / "none.db").exists()
 
 
@@ -169,7 +171,8 @@ def test_the_readme_and_the_makefile_name_commands_that_there_are():
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
-    (["walk"], "Choose one of: run, notebook, prepare, check, test, lab, ui, serve, bench, mutate, doctor, generate,"),
+    (["walk"],
+     "Choose one of: run, notebook, prepare, check, test, lab, ui, serve, batch, deploy, bench, mutate, doctor,"),
 ])
 def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, says):
     result = python("-m", "helpers", *arguments)
@@ -256,7 +259,7 @@ def test_a_page_that_is_not_there_is_refused_with_those_that_are():
 
     with refuses("notebook-unknown") as refusal:
         execute("Nothing", {})
-    assert refusal.value.fix == "Choose one of: ChatModel, CustomPythonWrapper, Operations, TransformerPipeline."
+    assert refusal.value.fix == "Choose one of: ChatModel, Cloud, CustomPythonWrapper, Operations, TransformerPipeline."
 
 
 def test_an_interruption_is_no_stack(monkeypatch, capsys):

@@ -22,19 +22,20 @@ FLOORS = {
         "stores.database", "stores.server",
         "devices", "parameters", "tracking", "states", "tables", "signatures", "views", "measurement",
         "exercises", "servers", "operations.programs", "operations.evaluation", "operations.load",
-        "operations.dashboard", "operations.drift", "operations.exercises", "playground",
+        "operations.dashboard", "operations.drift", "operations.exercises", "cloud.simulation", "cloud.exercises",
+        "playground",
     ),
     "course": (
         "environment", "contents", "kernels", "exercises", "static_page", "execute", "kit.wheels", "kit.check",
         "kit.build", "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures",
-        "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients", "bench.service", "bench.chat",
-        "bench.notebooks", "generate", "mutate", "commands", "__main__",
+        "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients", "bench.service", "cluster", "bench.spark",
+        "bench.chat", "bench.notebooks", "generate", "mutate", "azure", "commands", "__main__",
     ),
-    "serving": ("chat_model", "openai_server"),
+    "serving": ("chat_model", "openai_server", "spark_batch", "score"),
 }
 # The packages' own names, and the door that starts `course` as a program.
-NO_FLOOR = {"helpers": {"", "models", "operations", "stores", "__main__"}, "course": {"", "kit", "doctor", "bench"},
-            "serving": {""}}
+NO_FLOOR = {"helpers": {"", "cloud", "models", "operations", "stores", "__main__"},
+            "course": {"", "kit", "doctor", "bench"}, "serving": {""}}
 
 
 def files(room):

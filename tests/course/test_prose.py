@@ -179,6 +179,7 @@ def astray(target: str, page: Path, root: Path, known: set[str]) -> str | None:
 
 def foreign(text: str) -> list[str]:
     """Return the paths and addresses of a text that belong to the machine where it was written."""
+    text = text.replace("--tmpfs /tmp ", "")  # a container's own
     found = re.findall(r"(?<![\w.~-])/(?:work|tmp|root)(?![\w-])[^\s`)\"']*", text)
     candidates = re.findall(r"(?<![\w.])\d{1,3}(?:\.\d{1,3}){3}(?!\.?\d)", text)
     candidates += re.findall(r"(?<![\w:.])(?=[\dA-Fa-f:]*[\dA-Fa-f])(?:[\dA-Fa-f]{0,4}:){2,7}[\dA-Fa-f]{0,4}(?![\w:])",

@@ -30,7 +30,7 @@ from helpers import in_terminal
 from helpers.models.catalogue import CatalogueEntry, read_catalogue
 from helpers.models.sources import source_of
 from helpers.paths import BUILD, model_cache
-from serving import openai_server
+from serving import openai_server, spark_batch
 
 DOCUMENTS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("notebooks/*.md")),
              *sorted(ROOT.glob("notebooks/*.ipynb")), ROOT / "CONTRIBUTING.md",
@@ -46,6 +46,8 @@ TREATMENTS = (
     (r"export [A-Z_]+=\S+", RUN, ""),
     (r"mlflow run \. .*", RUN, ""),
     (r"papermill .*", RUN, ""),
+    (r"mlflow artifacts download .*", RUN, ""),
+    (r"python -m helpers deploy azureml --dry-run", RUN, ""),
     (r"python -m nbstripout .*", RUN, ""),
     (r"(make|python -m helpers) clean", RUN, ""),
     (r"python -m helpers (exercises|COMMAND)", RUN, ""),
@@ -56,6 +58,14 @@ TREATMENTS = (
     (r"(make|python -m helpers) lab( MODEL=\S+)?", READ, "tests/notebooks/test_browser.py opens JupyterLab"),
     (r"(make|python -m helpers) ui", READ, "tests/notebooks/test_ui.py opens it"),
     (r"python -m helpers serve( .*)?", READ, "tests/serving/test_openai_service.py serves by it"),
+    (r"python -m helpers batch .*", READ, "tests/serving/test_spark_batch.py runs that program"),
+    (r"python -m pip install --editable \"\.\[(spark|azure)\]\"", READ, "tests/support/extras.py installs its pins"),
+    (r"python -m helpers deploy azureml( --part online)?", READ, "tests/course/test_azure.py answers as Azure does"),
+    (r"az ml [a-z -]+", READ, "it needs an account; tests/course/test_azure.py sends what it would send"),
+    (r"docker (build|run) .*", READ, "tests/course/test_container.py runs what an image would run"),
+    (r"docker buildx imagetools inspect .*", READ, "it asks Docker's registry"),
+    (r"kubectl (create|apply) .*", READ, "it needs a cluster; tests/course/test_container.py checks the files"),
+    (r"python -m uv pip compile .*", READ, "tests/course/test_container.py compares what it made"),
     (r"(make|python -m helpers) doctor", READ, "tests/course/test_doctor.py runs it"),
     (r"(make|python -m helpers) (bench|mutate)( --keep)?", READ, "it takes an hour"),
     (r"(make|python -m helpers) generate", READ, "tests/course/test_generate.py compares what it writes"),
@@ -68,14 +78,14 @@ TREATMENTS = (
     (r"COURSE_KIT=\S+ python3 -m helpers run", READ, "tests/course/test_kit_room.py runs the course from a kit"),
     (r"\$env:\w+=.*", READ, "its twin for a POSIX shell is run, and PowerShell is not everywhere"),
     (r"conda env create .*", READ, "conda fetches gigabytes; tests/course/test_generate.py compares the file"),
-    (r"mlflow (run|models build-docker|models serve)", READ, "the command's name alone"),
+    (r"mlflow (run|models build-docker|models generate-dockerfile|models serve)", READ, "the command's name alone"),
     (r"mlflow models serve .*", READ, "tests/notebooks/test_course.py serves by these lines"),
     (r"curl .*/v1/chat/completions .*", READ, "tests/serving/test_openai_clients.py asks by curl"),
     (r"curl .*", READ, "tests/notebooks/test_course.py asks by these lines"),
 )
 # Inline code of several words that is no command: what is said in a page or by it.
 SAID = ("Answer in one short sentence.", "Failed to predict data", "Not yet:", "What is the capital of Spain?",
-        "kill -9")
+        "kill -9", "-(-waiting // target)", "9 // 4", "spark.executor.memoryOverhead=2g")
 
 
 @dataclass(frozen=True)
@@ -210,14 +220,16 @@ def test_each_treatment_is_some_commands():
     ("export MLFLOW_TRACKING_URI=sqlite:///mlflow.db", "not the course's store"),
     ("conda env create --file environment.yaml", "no environment.yaml"),
     ("curl http://example.org/invocations", "asks another machine"),
-    ("az ml model create", "nobody knows how to read az"),
+    ("az ml model make", "the course prints no such command"),
+    ("docker build --file deploy/Dockerfile .", "there is no deploy/Dockerfile"),
+    ("pip install x", "nobody knows how to read pip"),
 ])
 def test_a_command_that_would_fail_is_noticed(command, says):
     assert says in (find_fault(command) or "")
 
 
 @pytest.mark.parametrize(("text", "kinds"), [
-    ("Run `az ml model create` or `pip install x`.", ["commands", "commands"]),
+    ("Run `helm install x` or `pip install x`.", ["commands", "commands"]),
     ("Set `X=1` with `--export`, `-p`; a `word`, `n: 2`, `{\"a\": 1}`.",
      ["variable", "option", "option", "word", "word", "word"]),
     ("It prints:\n\n```\n4\n```\n- Then:\n\n  ```sh\n  make rum\n  ```", ["output", "commands"]),
@@ -245,8 +257,9 @@ def test_every_block_is_of_a_kind_that_somebody_reads():
 
 
 def test_options_variables_paths_and_folders_that_are_named_are_there(capsys):
-    with pytest.raises(SystemExit):
-        openai_server.read_options(["--help"])
+    for program in (openai_server, spark_batch):
+        with pytest.raises(SystemExit):
+            program.read_options(["--help"])
     helps = "\n".join([capsys.readouterr().out, *(help_of(name) for name in COMMANDS)])
     for snippet in of_kind("option"):
         assert re.search(rf"(?<![\w-]){snippet.text}(?![\w-])", helps), snippet
@@ -301,8 +314,8 @@ def read_recipe(target):
 @pytest.mark.parametrize("entry", yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"])
 def test_the_command_of_an_entry_of_mlproject_is_one_that_the_course_takes(entry):
     project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"][entry]
-    defaults = {name: "'{}'".format(parameter["default"]) for name, parameter in project["parameters"].items()}
-    assert find_fault(project["command"].format(**defaults)) is None
+    values = {name: "'{}'".format(parameter.get("default", name)) for name, parameter in project["parameters"].items()}
+    assert find_fault(project["command"].format(**values)) is None
 
 
 def test_the_lines_that_the_pages_print_differ_in_the_models_name_alone():

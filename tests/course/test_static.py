@@ -13,6 +13,7 @@ import pytest
 import yaml
 from support import ALL_PAGES, PAGES, ROOT, TRACKS
 
+import helpers.cloud.exercises  # noqa: F401 - its checks go into CHECKS, too
 from course.environment import pins
 from course.exercises import pair, write_exercises
 from helpers import read_catalogue
@@ -57,7 +58,8 @@ def test_tracks_have_the_same_headings_in_the_same_order():
     assert len(first) == 14
 
 
-@pytest.mark.parametrize(("page", "most"), [*((page, 45) for page in (*TRACKS, "Operations")), ("ChatModel", 30)])
+@pytest.mark.parametrize(("page", "most"), [
+    *((page, 45) for page in (*TRACKS, "Operations")), ("ChatModel", 30), ("Cloud", 40)])
 def test_every_heading_says_its_minutes_and_they_are_what_the_page_promises(page, most):
     headings = re.findall(r"^## .*$", prose(page), re.MULTILINE)
     minutes = [re.search(r" \((\d+) min\)$", heading) for heading in headings]
@@ -69,7 +71,7 @@ def test_every_heading_says_its_minutes_and_they_are_what_the_page_promises(page
 @pytest.mark.parametrize("page", ALL_PAGES)
 def test_a_page_has_its_exercises_made_from_their_solutions_and_four_questions(page):
     pairs = pair(NOTEBOOKS[page])
-    assert len(pairs) == {"ChatModel": 4, "Operations": 6}.get(page, 3)
+    assert len(pairs) == {"ChatModel": 4, "Operations": 6, "Cloud": 4}.get(page, 3)
     checks = re.findall(r'check\("([\w ]+)"\)', "\n".join(cell.source for cell in cells(page, "code")))
     assert len(set(checks)) == len(pairs)
     assert set(checks) <= set(CHECKS)
@@ -92,7 +94,7 @@ def test_tracks_have_the_same_parameters_and_the_same_set_up():
     )
     assert first == second
     assert all(defaults(page) == DEFAULTS for page in PAGES)
-    assert defaults("Operations") == DEFAULTS | {"track": "onnx"}
+    assert defaults("Operations") == defaults("Cloud") == DEFAULTS | {"track": "onnx"}
 
 
 @pytest.mark.parametrize("track", ALL_PAGES)
@@ -135,7 +137,8 @@ def test_the_wrapper_that_the_notebook_writes_is_clean():
 
 
 def test_every_pin_is_exact_and_stands_in_the_constraints():
-    constraints = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    constraints = [line.partition(" ;")[0] for line in
+                   (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()]
     for name, version in pins(tests=True).items():
         if name != "pip":  # pip is the one package that does not constrain itself
             assert f"{name}=={version}" in constraints
@@ -153,9 +156,9 @@ def test_transformers_is_inside_the_range_that_mlflow_declares():
 
 def test_mlproject_has_the_parameters_of_the_notebooks():
     project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
-    pages = dict(zip(("transformer_pipeline", "custom_python_wrapper", "chat_model", "operations"), ALL_PAGES,
+    pages = dict(zip(("transformer_pipeline", "custom_python_wrapper", "chat_model", "operations", "cloud"), ALL_PAGES,
                      strict=True))
-    assert list(project["entry_points"]) == [*pages, "serve"]
+    assert list(project["entry_points"]) == [*pages, "serve", "batch"]
     for name, page in pages.items():
         entry = project["entry_points"][name]
         assert {name: value["default"] for name, value in entry["parameters"].items()} == defaults(page)

@@ -12,6 +12,7 @@ from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from support import ALL_PAGES, NAMES, ROOT, refuses
 
+import helpers.cloud.exercises  # noqa: F401 - its checks go into CHECKS, too
 from course.exercises import make_exercise, pair, solve, write_exercises
 from helpers import check
 from helpers.exercises import find_hint
@@ -22,7 +23,8 @@ from serving import chat_model
 ORDER = {"TransformerPipeline": ("warm pipeline", "request", "alias"),
          "CustomPythonWrapper": ("warm engine", "signature", "alias"),
          "ChatModel": ("seed", "pieces", "schema", "settings"),
-         "Operations": ("roll back", "scorer", "failed calls", "stream usage", "outside the band", "retry")}
+         "Operations": ("roll back", "scorer", "failed calls", "stream usage", "outside the band", "retry"),
+         "Cloud": ("reasons", "estimate", "size", "copies")}
 CALLS = {}  # what the operations page knows of the calls that it traced
 
 
@@ -193,6 +195,34 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
     ("retry", "def pause(status, headers):\n    return headers.get('retry-after', 1)", "header is text"),
     ("retry", "def pause(status, headers):\n    return float(headers['retry-after'])", "KeyError"),
     ("retry", "def pause(status, headers):\n    return float(headers.get('retry-after', 1))", "asks for None"),
+    ("reasons", "def count_reasons(rows):\n    return rows.reason.value_counts().to_dict()", "good rows are not in it"),
+    ("reasons", "def count_reasons(rows):\n    return rows[rows.status == 'error'].reason.value_counts()", "to_dict()"),
+    ("reasons", "def count_reasons(rows):\n    return {'empty': 1, 'too long': 1}", "yours is {'empty': 1"),
+    ("reasons", "def count_reasons(rows):\n    return {'empty': 2, 'too long': 1}", "a table of good rows"),
+    ("estimate", "def estimate(rows, row_seconds, start_seconds, executors):\n"
+     "    return (start_seconds + rows * row_seconds) / executors", "the start is not divided"),
+    ("estimate", "def estimate(rows, row_seconds, start_seconds, executors):\n"
+     "    return start_seconds + rows * row_seconds", "divide by how many"),
+    ("estimate", "def estimate(rows, row_seconds, start_seconds, executors):\n"
+     "    return rows * row_seconds / executors", "start first"),
+    ("estimate", "def estimate(rows, row_seconds, start_seconds, executors):\n    return 7", "yours says 7"),
+    ("estimate", "def estimate(rows, row_seconds, start_seconds, executors):\n    return '70'", "the type str"),
+    ("size", "def choose_size(times, most):\n    return min(size for size in times if times[size] <= most)",
+     "the smallest"),
+    ("size", "def choose_size(times, most):\n    return max(size for size in times if times[size] < most)",
+     "at the bound"),
+    ("size", "def choose_size(times, most):\n    return max(times)", "4 times the estimate"),
+    ("size", "def choose_size(times, most):\n    return max(size for size in times if times[size] <= most)",
+     "default=None"),
+    ("size", "def choose_size(times, most):\n"
+     "    return max((size for size in times if times[size] <= most), default=0)", "yours is 0"),
+    ("size", "def choose_size(times, most):\n    return [size for size in times if times[size] <= most][-1:][0]",
+     "IndexError"),
+    ("copies", "def count_copies(waiting, target, least, most):\n    return waiting // target", "round up"),
+    ("copies", "def count_copies(waiting, target, least, most):\n    return waiting / target", "whole number"),
+    ("copies", "def count_copies(waiting, target, least, most):\n    return -(-waiting // target)", "that is 2"),
+    ("copies", "def count_copies(waiting, target, least, most):\n    return max(-(-waiting // target), least)",
+     "that is 10"),
 ])
 def test_a_check_says_what_to_look_at(name, wrote, says, capsys):
     assert not check(name, run(wrote, page_names()))

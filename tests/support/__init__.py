@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_", "LITELLM_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")  # parallel, heading by heading
 PAGES = (*TRACKS, "ChatModel")
-ALL_PAGES = (*PAGES, "Operations")
+ALL_PAGES = (*PAGES, "Operations", "Cloud")
 # What each page registers.
 NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
 

@@ -8,6 +8,7 @@ import click
 import pytest
 
 from course.commands import run_command
+from course.environment import project
 from course.execute import find_notebook
 from helpers import CourseError
 from helpers.models.catalogue import find_entry
@@ -84,8 +85,17 @@ def find_fault(command: str) -> str | None:
             _read_click(papermill, words)
             if not (ROOT / words[0]).is_file():
                 return f"there is no {words[0]}"
+        elif program == "python" and words[:4] == ["-m", "pip", "install", "--editable"]:
+            (extra,) = re.fullmatch(r"\.\[(\w+)\]", words[4]).groups()
+            return None if extra in project()["optional-dependencies"] else f"there is no extra {extra}"
         elif program == "conda" and words[:3] == ["env", "create", "--file"]:
             return None if (ROOT / words[3]).is_file() else f"there is no {words[3]}"
+        elif program == "az":
+            printed = (ROOT / "course" / "azure.py").read_text(encoding="utf-8")
+            return None if " ".join(["az", *words]) in printed else "the course prints no such command"
+        elif program in ("docker", "kubectl") or (program == "python" and words[:2] == ["-m", "uv"]):
+            gone = [word for word in words if word.startswith("deploy/") and not (ROOT / word).exists()]
+            return f"there is no {gone[0]}" if gone else None
         elif program == "curl":
             return None if any(word.startswith("http://127.0.0.1:") for word in words) else "asks another machine"
         else:

@@ -70,6 +70,15 @@ class Streams(Plain):
         yield head | {"choices": [], "usage": USAGE}
 
 
+class Rows(Plain):
+    """Answers the requests of a list, as a chat model does that runs them as a batch."""
+
+    def predict(self, context, model_input, params=None):
+        if "refuse" in (request["messages"][-1]["content"] for request in model_input):
+            raise mlflow.MlflowException("messages has to be something else.", error_code=1000)
+        return [super(Rows, self).predict(context, request) for request in model_input]
+
+
 class TellsStream(Streams):
     """Answers with what the field ``stream`` was."""
 

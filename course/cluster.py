@@ -1,0 +1,92 @@
+"""Starts a real standalone Spark cluster on this machine, from the pip package: a master and its workers.
+
+``python -m course.cluster FOLDER SITE WORDS...`` starts one in a folder, with the pyspark of another one, and on it the
+batch program with these words.
+"""
+
+import contextlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+
+from helpers.operations.programs import Program, start_program
+from helpers.paths import ROOT
+from serving.spark_batch import QUICK_START
+
+BATCH = [sys.executable, str(ROOT / "serving" / "spark_batch.py")]
+
+
+class Cluster:
+    """A cluster that runs: its master's address, and the programs that it consists of.
+
+    It works in ``folder``; ``site`` is the folder that has pyspark.
+    """
+
+    def __init__(self, folder: Path, site: Path):
+        self.folder, self.workers = folder, []
+        self._spark = str(site / "pyspark" / "bin" / "spark-class")
+        self._variables = {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_LOCAL_DIRS": str(folder / "scratch"),
+                           "SPARK_DAEMON_JAVA_OPTS": QUICK_START, "PYTHONPATH": str(site)}
+        self.master = self._start("master", "master.Master", r"Starting Spark master at (spark://\S+)", "--port", 0)
+        self.address = self.master.address
+
+    def _start(self, log, name, ready, *words) -> Program:
+        command = [self._spark, f"org.apache.spark.deploy.{name}", "--host", "127.0.0.1", "--webui-port", "0"]
+        return start_program([*command, *map(str, words)], ready, self.folder / f"{log}.log", **self._variables)
+
+    def add_worker(self, memory: str = "1g") -> Program:
+        """Start a worker that runs one task at a time."""
+        number = len(self.workers)
+        worker = self._start(f"worker-{number}", "worker.Worker", r"registered with master (spark://\S+)", "--cores", 1,
+                             "--memory", memory, "--work-dir", self.folder / f"work-{number}", self.address)
+        self.workers.append(worker)
+        return worker
+
+    def python_bytes(self) -> int:
+        """Return the resident bytes of the workers' Python processes, all together."""
+        total = 0
+        for worker in self.workers:
+            for process in psutil.Process(worker.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    total += process.memory_info().rss if process.name().startswith("python") else 0
+        return total
+
+    def stop(self) -> None:
+        """End what still runs of it."""
+        for program in (*self.workers, self.master):
+            program.kill()
+
+    def batch(self, *words: str | Path, **variables: str) -> subprocess.Popen:
+        """Start the batch program on this cluster."""
+        return subprocess.Popen([*BATCH, "--master", self.address, *map(str, words)], stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True, env=self.environment(**variables))
+
+    def environment(self, **variables: str) -> dict:
+        """Return the environment variables of a program that uses it."""
+        return os.environ | self._variables | variables
+
+
+@contextlib.contextmanager
+def running(folder: Path, site: Path, workers: int = 2) -> Iterator[Cluster]:
+    """Run a cluster while the block runs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    cluster = Cluster(folder, site)
+    try:
+        for _ in range(workers):
+            cluster.add_worker()
+        yield cluster
+    finally:
+        cluster.stop()
+
+
+if __name__ == "__main__":
+    with running(Path(sys.argv[1]), Path(sys.argv[2])) as one:
+        process = one.batch(*sys.argv[3:])
+        said, complained = process.communicate()
+        print(said, end="")
+        print(complained, end="", file=sys.stderr)
+    sys.exit(process.returncode)
