@@ -36,6 +36,15 @@ LOGGED = ("jinja2", "joblib", "llguidance", "mlflow", "numpy", "onnxruntime-gena
           "tokenizers")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def init_sets_nothing_for_others():
+    """Take back the variable that init() sets, for which other tests' errors would lack their details."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_DISABLE_SCHEMA_DETAILS", "")
+        patch.delenv("MLFLOW_DISABLE_SCHEMA_DETAILS")
+        yield
+
+
 @pytest.fixture(scope="module")
 def saved(tiny, tmp_path_factory):
     """Save the chat model on the toy model as the chat page logs it; return the folder that stands around it."""
@@ -50,7 +59,6 @@ def loaded(saved):
     """Let init() load the chat model, as Azure does."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("AZUREML_MODEL_DIR", str(saved))
-        patch.delenv("MLFLOW_DISABLE_SCHEMA_DETAILS", raising=False)
         score.init()
         yield score._model
         score._model.unwrap_python_model().close()
