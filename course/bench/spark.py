@@ -35,7 +35,7 @@ def spark(them: Contenders) -> tuple[dict, dict]:
             cluster = at_end.enter_context(running(folder / f"cluster {workers}", site, workers))
             works[str(workers)] = lambda cluster=cluster: {
                 rows: _seconds(cluster, prompts[:rows], tokens) for rows in (FEW, ROWS)}
-        found = take_turns(works, max(them.repeats // 2, 1))
+        found = take_turns(works, max(them.repeats // 4, 1))
     workers = {name: statistics.median(turn[ROWS] - turn[FEW] for turn in found[name]) for name in ("1", "2")}
     rates = {"predict": ROWS / statistics.median(found["predict"])} | {
         name: (ROWS - FEW) / seconds for name, seconds in workers.items()}

@@ -53,7 +53,8 @@ def run_python(folder: Path, *arguments, network: bool = True, cwd: Path = ROOT,
     environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
     refused = folder / "refused.log"
     if not network:
-        environment |= {"PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"), "REFUSED_LOG": str(refused)}
+        paths = [str(ROOT / "tests" / "support" / "no_network"), *filter(None, [variables.get("PYTHONPATH")])]
+        environment |= {"PYTHONPATH": os.pathsep.join(paths), "REFUSED_LOG": str(refused)}
     result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
                             capture_output=True, text=True, encoding="utf-8", errors="replace")
     assert not refused.exists(), refused.read_text(encoding="utf-8")
