@@ -415,14 +415,13 @@ def run(spark: Any, options: argparse.Namespace, folder: Path) -> Report:
     table, total = number_rows(spark, options.input, options.column)
     plan = {"input": options.input, "rows": total, "column": options.column, "model": version,
             "system": options.system, "max_tokens": options.max_tokens, "temperature": options.temperature}
-    table = _go_on(files, unfinished, plan, options.overwrite, table, spark)
+    fields = {name: plan[name] for name in ("max_tokens", "temperature") if plan[name] is not None}
+    wrapped = wrap_model(version, folder / "model", {
+        "fields": fields, "system": options.system, "threads": int(spark.conf.get("spark.task.cpus", "1"))})
+    table = _go_on(files, unfinished, plan, options.overwrite, table, spark)  # writes, once the model is there
     kept = total - table.count() if files.exists(f"{unfinished}/rows") else 0
     parts = -(-(total - kept) // options.rows_per_task)
     if parts or not kept:
-        fields = {name: plan[name] for name in ("max_tokens", "temperature") if plan[name] is not None}
-        threads = int(spark.conf.get("spark.task.cpus", "1"))
-        wrapped = wrap_model(version, folder / "model",
-                             {"fields": fields, "system": plan["system"], "threads": threads})
         answer = mlflow.pyfunc.spark_udf(spark, wrapped.as_uri(), result_type=f"struct<{_as_struct(ANSWER)}>",
                                          env_manager="local")
         # Rows of similar length come one after the other, so that a batch has few that wait for a long one.

@@ -14,7 +14,7 @@ from support import ROOT, refuses
 from support.runs import run
 
 from course import generate
-from course.bench import chat, notebooks, service, turns
+from course.bench import chat, notebooks, service, spark, turns
 from course.bench.clients import Clients
 from course.bench.contenders import FLEET, OpenVino, keep_busy
 from course.bench.fidelity import equal_tokens
@@ -333,6 +333,7 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     monkeypatch.setattr(service, "LOGS", tmp_path)
     monkeypatch.setattr(service, "SOAK", 200)
     monkeypatch.setattr(service, "GROWTH", (1, 2))
+    monkeypatch.setattr(spark, "take_turns", lambda works, repeats: {name: [work()] for name, work in works.items()})
     ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
     against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}  # it has none
     assert len(against_gguf) == 9

@@ -303,11 +303,12 @@ def test_every_row_is_answered_and_a_bad_one_says_why(cluster, batch, tiny, regi
 
 
 @slow
-def test_conversations_and_settings_reach_the_model(batch, tiny, registry, tmp_path):
+def test_conversations_and_settings_reach_the_model_and_no_proxy_is_asked(batch, tiny, registry, tmp_path):
     logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny, max_tokens=4))
     talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
             {"role": "user", "content": "And now?"}]
-    code, _, complained = batch([talk], "--max-tokens", "7", "--system", "Be brief.", model=logged.model_uri)
+    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
+    code, _, complained = batch([talk], "--max-tokens", "7", "--system", "Be brief.", model=logged.model_uri, **proxies)
     assert (code, complained) == (0, ""), complained
     asked = {"messages": [{"role": "system", "content": "Be brief."}, *talk], "max_tokens": 7}
     alone = mlflow.pyfunc.load_model(logged.model_uri).predict(asked)[0]
@@ -493,14 +494,6 @@ def test_a_full_disk_leaves_nothing_half_written(store, registry, site, mounted,
     assert result.returncode == 1 and "A disk is full." in result.stderr, result.stderr
     assert f"{out}.unfinished/plan.json" in result.stdout.split("\n")
     assert not [line for line in result.stdout.split("\n") if f"{line}/".startswith(f"{out}/")]
-
-
-@slow
-def test_a_proxy_is_not_asked(batch, registry, tmp_path):
-    registry("Rows")
-    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
-    code, _, complained = batch(["word 1"], **proxies)
-    assert (code, complained) == (0, ""), complained
 
 
 @slow
