@@ -514,7 +514,8 @@ def read_settings(master: str, settings: Sequence[str]) -> dict[str, str]:
         "spark.log.level": "ERROR", "spark.ui.enabled": "false", "spark.ui.showConsoleProgress": "false",
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",  # as many as the chat model takes in one call
         # The files of a task are there when the task ends, not when all have, so that a run can go on.
-        "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2"}
+        "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
+        "spark.executorEnv.TMPDIR": "."}  # MLflow unpacks the model there, and leaves it: in the executor's own folder
     if re.match(r"spark://(127\.|localhost)", master):
         chosen |= {"spark.driver.host": "127.0.0.1", "spark.driver.bindAddress": "127.0.0.1",
                    "spark.driver.extraJavaOptions": QUICK_START, "spark.executor.extraJavaOptions": QUICK_START}
@@ -575,6 +576,7 @@ def main(words: list[str]) -> int:
         check_master(options.master)
         os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
         with tempfile.TemporaryDirectory(prefix="spark-batch-", ignore_cleanup_errors=True) as folder:
+            tempfile.tempdir = folder  # MLflow leaves the zip file there that Spark ships
             try:
                 spark = start_spark(options.master, options.conf)
                 try:

@@ -287,8 +287,11 @@ def left_over(tmp_path):
 def test_every_row_is_answered_and_a_bad_one_says_why(cluster, batch, tiny, registry, tmp_path):
     logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny, max_tokens=4))
     prompts = [*(f"Tell me about the number {number}." for number in range(20)), None, "", "word " * 5000, "a\x00b"]
-    code, said, complained = batch(prompts, model=logged.model_uri)
+    (temporary := tmp_path / "temporary").mkdir()
+    code, said, complained = batch(prompts, model=logged.model_uri, TMPDIR=str(temporary))
     assert (code, complained) == (0, ""), complained
+    assert not [path for path in temporary.rglob("*") if path.suffix == ".zip" or path.name == "MLmodel"]
+    assert list(cluster.folder.glob("work-*/**/MLmodel"))  # what a worker unpacks goes with its folder
     rows = read(tmp_path)
     assert list(rows["row"]) == list(range(24)) and list(rows["id"]) == [f"id {number}" for number in range(24)]
     assert list(rows["status"]) == ["ok"] * 20 + ["error"] * 4
