@@ -158,3 +158,14 @@ def test_mlflow_run_serves_until_a_signal_comes(projects, tmp_path, monkeypatch)
     finally:
         program.stop()
     assert not program.running
+
+
+@pytest.mark.index
+def test_mlflow_run_makes_a_fresh_environment_from_which_the_course_finds_its_own(projects, tmp_path):
+    store, _, variables = projects
+    words = [word for word in project("serve", model="models:/nobody@champion", port=0)
+             if word not in ("--env-manager", "local")]
+    result = run_python(tmp_path, *words, cwd=tmp_path, MLFLOW_ENV_ROOT=str(tmp_path / "environments"),
+                        **variables | {"COURSE_TRACKING_URI": store})
+    assert result.returncode == 1 and list((tmp_path / "environments").iterdir()), result.stderr
+    assert "names no version at models:/nobody@champion" in result.stderr, result.stderr
