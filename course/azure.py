@@ -381,6 +381,7 @@ def _make(step, client, folder):
 
 
 AGAIN = "and this again; what is made stays"
+MORE_QUOTA = f"Ask for more at {QUOTAS}, or choose a smaller machine: --instance-type NAME."
 
 
 def judge(status: int | None, code: str, text: str, plan: Plan) -> CourseError:
@@ -394,10 +395,10 @@ def judge(status: int | None, code: str, text: str, plan: Plan) -> CourseError:
         name, used, limit, needed = quota.groups()
         return CourseError("azure-quota", f"Your quota has no room for a {name}: it takes {needed} cores, and of "
                            f"{limit} there are {used} in use.",
-                           f"Ask for more at {QUOTAS}, or choose a smaller machine: --instance-type NAME.")
+                           MORE_QUOTA)
     if re.search(r"OutOfQuota|QuotaExceeded|exceed.{0,40}quota|vCPU quota of", text):
         return CourseError("azure-quota", f"Your quota has no room for a {plan.instance_type}.",
-                           f"Ask for more at {QUOTAS}, or choose a smaller machine: --instance-type NAME.")
+                           MORE_QUOTA)
     if "already an endpoint with this name" in text:
         return CourseError("endpoint-taken", f"Somebody in your region has an endpoint called {plan.endpoint}.",
                            "Choose another name: --endpoint NAME.")
@@ -416,9 +417,12 @@ def judge(status: int | None, code: str, text: str, plan: Plan) -> CourseError:
     if status is None:
         return CourseError("azure-unreachable", "Azure did not answer.",
                            f"Check the network and the proxy (HTTPS_PROXY), {AGAIN}.")
-    words = re.sub(r"\s+", " ", text)[:200].rstrip(" .")
-    return CourseError("azure-refused", f"Azure refused this, {code or status}: {words}.",
+    return CourseError("azure-refused", f"Azure refused this, {code or status}: {_shorten(text)}.",
                        "Its documentation has this code: https://aka.ms/oe-tsg.")
+
+
+def _shorten(text):
+    return re.sub(r"\s+", " ", text)[:200].rstrip(" .")
 
 
 def explain(error: Exception, plan: Plan) -> CourseError:
@@ -428,8 +432,7 @@ def explain(error: Exception, plan: Plan) -> CourseError:
     if isinstance(error, HttpResponseError):
         return judge(error.status_code, getattr(error.error, "code", None) or "", str(error), plan)
     if type(error).__module__.startswith("azure.ai.ml"):
-        words = re.sub(r"\s+", " ", str(error))[:200].rstrip(" .")
-        return CourseError("azure-file", f"azure-ai-ml does not take a file: {words}.",
+        return CourseError("azure-file", f"azure-ai-ml does not take a file: {_shorten(str(error))}.",
                            f"Compare {TEMPLATES.relative_to(ROOT)} with what the course has.")
     return judge(None, "", str(error), plan)
 

@@ -38,11 +38,11 @@ class Cluster:
         command = [self._spark, f"org.apache.spark.deploy.{name}", "--host", "127.0.0.1", "--webui-port", "0"]
         return start_program([*command, *map(str, words)], ready, self.folder / f"{log}.log", **self._variables)
 
-    def add_worker(self, memory: str = "1g") -> Program:
+    def add_worker(self) -> Program:
         """Start a worker that runs one task at a time."""
         number = len(self.workers)
         worker = self._start(f"worker-{number}", "worker.Worker", r"registered with master (spark://\S+)", "--cores", 1,
-                             "--memory", memory, "--work-dir", self.folder / f"work-{number}", self.address)
+                             "--memory", "1g", "--work-dir", self.folder / f"work-{number}", self.address)
         self.workers.append(worker)
         return worker
 

@@ -418,8 +418,7 @@ def run(spark: Any, options: argparse.Namespace, folder: Path) -> Report:
     fields = {name: plan[name] for name in ("max_tokens", "temperature") if plan[name] is not None}
     wrapped = wrap_model(version, folder / "model", {
         "fields": fields, "system": options.system, "threads": int(spark.conf.get("spark.task.cpus", "1"))})
-    table = _go_on(files, unfinished, plan, options.overwrite, table, spark)  # writes, once the model is there
-    kept = total - table.count() if files.exists(f"{unfinished}/rows") else 0
+    table, kept = _go_on(files, unfinished, plan, options.overwrite, table, spark)  # writes, once the model is there
     parts = -(-(total - kept) // options.rows_per_task)
     if parts or not kept:
         answer = mlflow.pyfunc.spark_udf(spark, wrapped.as_uri(), result_type=f"struct<{_as_struct(ANSWER)}>",
@@ -444,23 +443,24 @@ def _as_struct(fields):
 
 
 def _go_on(files, unfinished, plan, anew, table, spark):
-    """Return the rows that are missing, of a run that began with the same plan or of a new one."""
+    """Return the rows that are missing, of a run with the same plan or of a new one, and how many are not."""
     told = f"{unfinished}/plan.json"
     if anew or not files.exists(told):
         files.remove(unfinished)
         files.write(told, json.dumps(plan))
-        return table
+        return table, 0
     other = [name for name, value in json.loads(files.read(told)).items() if value != plan[name]]
     if other:
         raise BatchError(f"{unfinished} is of a run with another {' and another '.join(other)}.",
                          "Run that one again to end it, or begin anew: --overwrite.")
     if not files.exists(f"{unfinished}/rows"):
-        return table
+        return table, 0
     try:
         done = spark.read.parquet(f"{unfinished}/rows").select("row")
     except Exception:  # no task had ended, so no file is in it
-        return table
-    return table.join(done, "row", "left_anti")
+        return table, 0
+    missing = table.join(done, "row", "left_anti")
+    return missing, plan["rows"] - missing.count()
 
 
 def _count(spark, path, total, kept):

@@ -3,14 +3,12 @@
 nbmake runs it on the other track. Run: python -m helpers test tests/notebooks/test_cloud.py
 """
 
-import os
 import re
-import sys
-from pathlib import Path
 
 import nbformat
 import pytest
-from support import ROOT, run_python
+from support import run_python
+from support.projects import activated, project
 
 pytestmark = [pytest.mark.slow, pytest.mark.index]
 
@@ -19,13 +17,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.index]
 def cells(tmp_path_factory, site):
     """Run the page with its exercises open; return of each cell the source, and what it shows, as text."""
     folder = tmp_path_factory.mktemp("clöud 1")
-    parameters = {"model": "tiny-phi3", "track": "transformers",
-                  "tracking_uri": "sqlite:///" + (folder / "mlflow.db").as_posix()}
-    options = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
-    result = run_python(folder, "-m", "mlflow", "run", ROOT, "-e", "cloud", "--env-manager", "local", *options,
-                        cwd=folder, network=False, PYTHONPATH=str(site),
-                        PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                        MLFLOW_TRACKING_URI="sqlite:///" + (folder / "projects.db").as_posix())
+    words = project("cloud", model="tiny-phi3", track="transformers",
+                    tracking_uri="sqlite:///" + (folder / "mlflow.db").as_posix())
+    result = run_python(folder, *words, cwd=folder, network=False, PYTHONPATH=str(site), **activated(folder))
     assert result.returncode == 0, result.stdout + result.stderr
     (page,) = re.findall(r"page: (\S.*)\.html", result.stdout)
     return [cell for cell in nbformat.read(f"{page}.ipynb", as_version=4).cells if cell.cell_type == "code"]

@@ -24,6 +24,7 @@ import transformers
 from huggingface_hub import ModelCard
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from support import NAMES, PAGES, ROOT, TRACKS, refuses, run_python
+from support.projects import activated, project
 
 from course.execute import execute, print_answers
 from helpers.operations.programs import free_port
@@ -258,10 +259,8 @@ def test_mlflow_run_takes_extreme_parameters_and_asks_nothing_of_the_network(pyt
     question = "-5? Who's the author of \"Hamlet\" & why?"
     parameters = {"model": "tiny-phi3", "tracking_uri": store, "question": question, "system_prompt": "",
                   "max_tokens": 4000, "temperature": 1}
-    options = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
-    result = python("-c", RUN_PROJECT, ROOT, "-e", entry, "--env-manager", "local", *options, cwd=tmp_path,
-                    network=False, PYTHONIOENCODING="ascii",
-                    MLFLOW_TRACKING_URI="sqlite:///" + (tmp_path / "projects.db").as_posix())
+    result = python(*project(entry, **parameters), cwd=tmp_path, network=False, PYTHONIOENCODING="ascii",
+                    **activated(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     assert f"Q  {question}" in result.stdout
     (shown,) = re.findall(r"page: (\S.*)\.html", result.stdout)
@@ -274,17 +273,6 @@ def test_mlflow_run_takes_extreme_parameters_and_asks_nothing_of_the_network(pyt
                         Path(f"{shown}.ipynb").read_text(encoding="utf-8"))
     assert counts
     assert all(int(one or other) <= 4000 for one, other in counts)
-
-
-# The `mlflow` command, with this Python's folder first on the PATH, as in an activated environment.
-RUN_PROJECT = """
-import os, sys
-from pathlib import Path
-os.environ["PATH"] = str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"]
-sys.argv = ["mlflow", "run", *sys.argv[1:]]
-from mlflow.cli import cli
-cli()
-"""
 
 
 # --- without a model ----------------------------------------------------------------------------

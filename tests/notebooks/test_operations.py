@@ -3,7 +3,6 @@
 Run: python -m helpers test tests/notebooks/test_operations.py
 """
 
-import os
 import re
 import sys
 import time
@@ -14,7 +13,8 @@ import mlflow
 import nbformat
 import psutil
 import pytest
-from support import ROOT, run_python
+from support import run_python
+from support.projects import activated, project
 
 from helpers.models.catalogue import TRACKS
 from helpers.operations.programs import start_program
@@ -118,19 +118,12 @@ def test_no_program_of_the_page_outlives_it(ran):
 # --- as a project ---------------------------------------------------------------------------
 
 
-def project(entry, **parameters):
-    """Return the words of ``mlflow run`` for an entry."""
-    options = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
-    return ["-m", "mlflow", "run", ROOT, "-e", entry, "--env-manager", "local", *options]
-
-
 @pytest.fixture(scope="module")
 def projects(tmp_path_factory):
     """Return a store with tiny versions that `mlflow run . -e operations` made, what it printed, and variables."""
     folder = tmp_path_factory.mktemp("projects 1")
     store = "sqlite:///" + (folder / "mlflow.db").as_posix()
-    variables = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                 "MLFLOW_TRACKING_URI": "sqlite:///" + (folder / "projects.db").as_posix()}
+    variables = activated(folder)
     result = run_python(folder, *project("operations", model="tiny-phi3", track="transformers", tracking_uri=store),
                         cwd=folder, network=False, **variables)
     return store, result, variables
@@ -163,8 +156,7 @@ def test_mlflow_run_serves_until_a_signal_comes(projects, tmp_path, monkeypatch)
 @pytest.mark.index
 def test_mlflow_run_makes_a_fresh_environment_from_which_the_course_finds_its_own(projects, tmp_path):
     store, _, variables = projects
-    words = [word for word in project("serve", model="models:/nobody@champion", port=0)
-             if word not in ("--env-manager", "local")]
+    words = project("serve", local=False, model="models:/nobody@champion", port=0)
     result = run_python(tmp_path, *words, cwd=tmp_path, MLFLOW_ENV_ROOT=str(tmp_path / "environments"),
                         **variables | {"COURSE_TRACKING_URI": store})
     assert result.returncode == 1 and list((tmp_path / "environments").iterdir()), result.stderr

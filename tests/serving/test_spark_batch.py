@@ -20,6 +20,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from support import ROOT, stand_ins
 from support.chat import chat_model_for
+from support.projects import activated, project
 from support.service import wait_for
 
 from course.cluster import running
@@ -337,15 +338,12 @@ def test_mlflow_run_makes_of_no_rows_a_whole_output_with_its_columns(cluster, re
     registry("Rows")
     table = tmp_path / "none.parquet"
     pd.DataFrame({"prompt": pd.Series([], dtype="str")}).to_parquet(table)
-    parameters = {"input": table, "output": tmp_path / "öut 1.parquet", "master": cluster.address,
-                  "model": "models:/stand-in@champion"}
-    options = [word for name, value in parameters.items() for word in ("-P", f"{name}={value}")]
-    environment = cluster.environment(
-        COURSE_TRACKING_URI=store, PATH=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        MLFLOW_TRACKING_URI="sqlite:///" + (tmp_path / "projects.db").as_posix())
+    words = project("batch", input=table, output=tmp_path / "öut 1.parquet", master=cluster.address,
+                    model="models:/stand-in@champion")
+    environment = cluster.environment(COURSE_TRACKING_URI=store, **activated(tmp_path))
     environment.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow sets it for the store of this test
-    command = [sys.executable, "-m", "mlflow", "run", ROOT, "-e", "batch", "--env-manager", "local", *options]
-    ran = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)
+    ran = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                         timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "\n0 rows in " in "\n" + ran.stdout
     assert list(read(tmp_path).columns) == ["prompt", "row", "answer", "status", "reason", "prompt_tokens",
