@@ -15,7 +15,7 @@ import psutil
 
 from helpers.operations.programs import Program, start_program
 from helpers.paths import ROOT
-from serving.spark_batch import QUICK_START
+from serving.spark_batch import DAEMONS
 
 BATCH = [sys.executable, str(ROOT / "serving" / "spark_batch.py")]
 
@@ -30,7 +30,7 @@ class Cluster:
         self.folder, self.workers = folder, []
         self._spark = str(site / "pyspark" / "bin" / "spark-class")
         self._variables = {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_LOCAL_DIRS": str(folder / "scratch"),
-                           "SPARK_DAEMON_JAVA_OPTS": QUICK_START, "PYTHONPATH": str(site)}
+                           "SPARK_DAEMON_JAVA_OPTS": DAEMONS, "PYTHONPATH": str(site)}
         self.master = self._start("master", "master.Master", r"Starting Spark master at (spark://\S+)", "--port", 0)
         self.address = self.master.address
 

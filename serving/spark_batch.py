@@ -42,6 +42,9 @@ ADDED = ("row", *(field.split()[0] for field in ANSWER.split(", ")))
 CELLS = r"string$|array<struct<(?=.*role:string)(?=.*content:string)"  # what a column of prompts may hold
 OLDEST_JAVA = 17
 QUICK_START = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # for a Java that has few cores, and little to do itself
+# For a master and its workers on one machine: a worker soon removes what a program that has ended left with it.
+DAEMONS = (f"{QUICK_START} -Dspark.worker.cleanup.enabled=true -Dspark.worker.cleanup.interval=30 "
+           "-Dspark.worker.cleanup.appDataTtl=30")
 LOOK_SECONDS, LOOKS = 5, 4  # looks at the cluster: how often, and how many in a row have to find nobody
 
 # --- the rows -------------------------------------------------------------------------------
