@@ -46,7 +46,7 @@ from course.azure import (
     values,
 )
 
-# The SDK's own warnings: their classes are in this extra alone, so the process that gathers the results cannot read them.
+# The SDK's own warnings: the process that gathers the results has no such classes, and ends when it is sent one.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::(azure|marshmallow)\b")
 
 HERE = Path(__file__).parent / "azure"
