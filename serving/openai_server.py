@@ -923,8 +923,12 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
     schema["properties"]["messages"]["items"] = schema.pop("$defs")["ChatMessage"]
     request_body = {"required": True, "content": {"application/json": {"schema": schema}}}
 
-    @app.post("/v1/chat/completions", dependencies=checked, responses=errors, openapi_extra={
-        "requestBody": request_body})
+    def described(media_type: str) -> dict:
+        """Say in the application's description that an answer is text of this type, too."""
+        return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
+
+    @app.post("/v1/chat/completions", dependencies=checked, responses=errors | described("text/event-stream"),
+              openapi_extra={"requestBody": request_body})
     async def chat_completions(request: Request) -> Response:
         """Answer a conversation, whole or as a stream of server-sent events."""
         deadline = asyncio.get_running_loop().time() + service.limits.timeout
@@ -958,7 +962,7 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
         return {"status": "ready", "model": current.name, "version": current.version,
                 "failed_version": service.desk.failed}
 
-    @app.get("/metrics", dependencies=checked, responses=errors)
+    @app.get("/metrics", dependencies=checked, responses=errors | described("text/plain"), response_class=Response)
     async def metrics() -> Response:
         """Tell the figures, as Prometheus reads them."""
         return Response(generate_latest(service.figures.registry), media_type=CONTENT_TYPE_LATEST)

@@ -342,7 +342,8 @@ def test_a_template_that_takes_no_such_conversation_is_the_callers_matter(tiny, 
     ids=["as described", "otherwise"])
 def test_requests_made_from_the_description_get_an_answer_or_a_refusal(server, mode, rules):
     description = schemathesis.openapi.from_url(f"{server.address}/openapi.json")
-    rules = [checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance, *rules]
+    rules = [checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance,
+             checks.content_type_conformance, *rules]
     statuses, answers = Counter(), server.count("slm_requests_total", outcome="ok")
 
     def ask(case):
