@@ -5,6 +5,7 @@ Run: python -m helpers test tests/notebooks/test_operations.py
 
 import re
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -157,7 +158,9 @@ def test_mlflow_run_serves_until_a_signal_comes(projects, tmp_path, monkeypatch)
 def test_mlflow_run_makes_a_fresh_environment_from_which_the_course_finds_its_own(projects, tmp_path):
     store, _, variables = projects
     words = project("serve", local=False, model="models:/nobody@champion", port=0)
-    result = run_python(tmp_path, *words, cwd=tmp_path, MLFLOW_ENV_ROOT=str(tmp_path / "environments"),
-                        **variables | {"COURSE_TRACKING_URI": store})
-    assert result.returncode == 1 and list((tmp_path / "environments").iterdir()), result.stderr
+    # MLflow puts the environment's path into a shell's line as it is, so it may have no space, as a checkout's may.
+    with tempfile.TemporaryDirectory() as environments:
+        result = run_python(tmp_path, *words, cwd=tmp_path, MLFLOW_ENV_ROOT=environments,
+                            **variables | {"COURSE_TRACKING_URI": store})
+        assert result.returncode == 1 and list(Path(environments).iterdir()), result.stderr
     assert "names no version at models:/nobody@champion" in result.stderr, result.stderr
