@@ -208,11 +208,16 @@ def keep_busy(start: Callable[[Any], Any], step: Callable[[], None], take: Calla
 
 
 def start_llama(gguf: Path, slots: int, context_length: int) -> xllamacpp.Server:
-    """Start llama.cpp's server on a GGUF file, with slots of so many tokens."""
+    """Start llama.cpp's server on a GGUF file, with slots of so many tokens.
+
+    A slot keeps what it read last. What slots read before is not kept beside them, or a story that comes again after
+    a while would be known, to its end.
+    """
     settings = xllamacpp.CommonParams()
     settings.model.path = str(gguf)
     settings.port, settings.verbosity = 0, -1
     settings.n_parallel, settings.n_ctx = slots, slots * context_length
+    settings.cache_ram_mib = 0
     settings.cpuparams.n_threads = settings.cpuparams_batch.n_threads = THREADS
     return xllamacpp.Server(settings)
 
