@@ -394,11 +394,9 @@ def judge(status: int | None, code: str, text: str, plan: Plan) -> CourseError:
     if quota:
         name, used, limit, needed = quota.groups()
         return CourseError("azure-quota", f"Your quota has no room for a {name}: it takes {needed} cores, and of "
-                           f"{limit} there are {used} in use.",
-                           MORE_QUOTA)
+                           f"{limit} there are {used} in use.", MORE_QUOTA)
     if re.search(r"OutOfQuota|QuotaExceeded|exceed.{0,40}quota|vCPU quota of", text):
-        return CourseError("azure-quota", f"Your quota has no room for a {plan.instance_type}.",
-                           MORE_QUOTA)
+        return CourseError("azure-quota", f"Your quota has no room for a {plan.instance_type}.", MORE_QUOTA)
     if "already an endpoint with this name" in text:
         return CourseError("endpoint-taken", f"Somebody in your region has an endpoint called {plan.endpoint}.",
                            "Choose another name: --endpoint NAME.")

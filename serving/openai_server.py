@@ -924,7 +924,7 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
     request_body = {"required": True, "content": {"application/json": {"schema": schema}}}
 
     def described(media_type: str) -> dict:
-        """Say in the application's description that an answer is text of this type, too."""
+        """Return what the application's description says of an answer that is text of this type."""
         return {200: {"content": {media_type: {"schema": {"type": "string"}}}}}
 
     @app.post("/v1/chat/completions", dependencies=checked, responses=errors | described("text/event-stream"),
