@@ -10,7 +10,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support import ROOT, run_python
-from support.extras import TEMPORARY, install_extra
+from support.extras import install_extra
 
 # The same examples each time: a test that fails, fails for everybody. `--hypothesis-profile=search` looks for others.
 hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
@@ -19,36 +19,17 @@ hypothesis.settings.load_profile("course")
 
 
 def pytest_configure(config):
-    """Give nbmake's notebooks the tiny model and a fresh store of each worker's own: nbmake injects no parameters."""
-    shutil.rmtree(TEMPORARY, ignore_errors=True)
+    """Give each worker the tiny model and a store of its own, as defaults of whatever it starts."""
+    folder = Path(tempfile.mkdtemp(prefix="course-tests-"))
+    config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
     os.environ["COURSE_MODEL"] = "tiny-phi3"
-    os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (TEMPORARY / "mlflow.db").as_posix()
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item):
-    """Let the cloud page find Spark, which the course's own Python does not have."""
-    if item.path.name != "Cloud.ipynb":
-        return (yield)
-    os.environ["PYTHONPATH"] = str(install_extra("spark"))
-    try:
-        return (yield)
-    finally:
-        del os.environ["PYTHONPATH"]
-
-
-# Each takes minutes: they begin, one on each core.
-LONGEST = ("test_course.py", "test_kit_room.py")
+    os.environ["COURSE_TRACKING_URI"] = "sqlite:///" + (folder / "mlflow.db").as_posix()
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as slow what runs a page or loads the real model, and let files with slow tests begin: they take longest."""
-    for item in items:
-        if item.path.suffix == ".ipynb" or "smol" in getattr(item, "fixturenames", ()):
-            item.add_marker("slow")
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: (item.path not in slow, item.path.name not in LONGEST))
+    """Let the files of the folders with the long tests begin, so that no worker ends with one of them alone."""
+    items.sort(key=lambda item: "unit" in item.path.parts)
 
 
 @pytest.fixture(scope="session")

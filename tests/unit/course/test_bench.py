@@ -1,0 +1,382 @@
+"""The benchmark: its gate, its ranges, and that it still measures.
+
+Run: python -m helpers test tests/unit/course/test_bench.py
+"""
+
+import builtins
+import json
+import sys
+
+import jsonschema
+import mlflow
+import pytest
+from support import ROOT, refuses
+from support.runs import run
+
+from course import generate
+from course.bench import chat, notebooks, service, spark, turns
+from course.bench.clients import Clients
+from course.bench.contenders import FLEET, OpenVino, keep_busy, llama_events, start_llama
+from course.bench.fidelity import equal_tokens
+from course.bench.figures import (
+    BATCH,
+    FIGURES,
+    KEPT,
+    REACH,
+    SERVICE,
+    int8_instructions,
+    keep_run,
+    machine_name,
+    misses,
+    reaches,
+    read_runs,
+    show_range,
+    write_runs,
+)
+from course.bench.notebooks import bench, bench_page, bench_prepare, run_measured
+from course.bench.service import halves
+from course.bench.turns import mix, percentile, take_turns, timed
+from course.generate import batch_table, ratios_table, service_table
+from helpers.models.prepare import prepare_model
+from helpers.servers import running
+from serving import chat_model
+
+
+@pytest.mark.parametrize(("value", "reach", "reached"), [
+    (0.97, {"at_least": 0.97}, True), (0.968, {"at_least": 0.97}, False), (0.9699999, {"at_least": 0.97}, False),
+    (2, {"at_least": 0.97}, True),
+    (1.0, {"under": 1.0}, False), (0.9999999, {"under": 1.0}, True), (1.0001, {"under": 1.0}, False),
+    (5, {}, True), (-5, {"what": "nothing to reach"}, True),
+])
+def test_a_gate_compares_the_figure_as_it_was_measured(value, reach, reached):
+    assert reaches(value, reach) is reached
+
+
+def test_a_run_says_what_it_misses():
+    assert misses(run()) == []
+    assert misses(run(single_overhead=0.968, memory=1.6)) == ["single_overhead", "memory"]
+    slow = run()
+    slow["raw"]["pages"]["TransformerPipeline on smollm2-135m"]["seconds"] = 300
+    slow["raw"]["prepare"]["warm_seconds"] = 0.5
+    slow["raw"]["test"] = {"seconds": 5399.9, "tests_seconds": 4801, "disk_bytes": 1}
+    assert misses(slow) == ["pages: TransformerPipeline on smollm2-135m: seconds", "prepare: warm_seconds",
+                            "test: tests_seconds"]
+    assert set(run()["ratios"]) == set(REACH)
+
+
+def test_a_run_without_a_figure_does_not_miss_it():
+    old = {"ratios": {"track_ratio": 4.0}, "raw": {"pages": {}, "test": {"seconds": 719.9}}}
+    assert misses(old) == []
+    assert {figure.find(old) for figure in FIGURES} == {None, 719.9}
+
+
+def test_the_oldest_runs_of_a_machine_make_way_and_those_of_another_stay(tmp_path):
+    def numbered(number, **machine):
+        one = run()
+        one["machine"] |= machine
+        return one | {"raw": number}
+
+    runs = [numbered("other", cores=4), numbered("more memory", memory_bytes=32e9)]
+    for number in range(KEPT + 2):
+        runs = keep_run(runs, numbered(number, memory_bytes=15.7e9 + number))  # a system tells a little more or less
+    assert [one["raw"] for one in runs] == ["other", "more memory", *range(2, KEPT + 2)]
+    assert keep_run(runs, runs[3]) == runs
+    assert {machine_name(one) for one in runs} == {
+        "4 cores (Fast, Linux, 16 GB)", "2 cores (Fast, Linux, 32 GB)", "2 cores (Fast, Linux, 16 GB)"}
+    write_runs(runs, tmp_path / "bench.json")
+    assert read_runs(tmp_path / "bench.json") == runs
+    assert read_runs(tmp_path / "none.json") == []
+
+
+@pytest.mark.parametrize(("values", "digits", "shown"), [
+    ([2.5], 2, "2.50"), ([3.98, 8.7829, 5], 2, "3.98 to 8.78"), ([17.2, 17.4], 0, "17"),
+    ([1234.4, 10], 0, "10 to 1,234"),
+])
+def test_a_range_is_the_smallest_and_the_largest(values, digits, shown):
+    assert show_range(iter(values), digits) == shown
+
+
+def test_the_mixed_load_has_every_length_as_often_as_the_others_and_not_in_order():
+    lengths = [8, 16, 24, 32, 40, 48, 56, 64]
+    mixed = mix(lengths, 32)
+    assert sorted(mixed) == sorted(lengths * 4)
+    assert mixed[:8] != sorted(mixed[:8])
+    streamed = [length for length, stream in zip(mixed, halves(32, 8), strict=True) if stream]
+    assert sorted(streamed) == sorted(lengths * 2)
+
+
+def test_works_take_turns_and_the_warm_up_is_left_out(monkeypatch):
+    clock, order = [0.0], []
+    costs = {"a": iter([100, 1, 2, 30]), "b": iter([100, 5, 5, 5])}
+    monkeypatch.setattr(turns.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(turns.time, "perf_counter", lambda: clock[0])
+
+    def work(name):
+        order.append(name)
+        clock[0] += next(costs[name])
+
+    works = {name: timed(lambda name=name: work(name)) for name in costs}
+    assert take_turns(works, 3) == {"a": [1, 2, 30], "b": [5, 5, 5]}
+    assert order == ["a", "b"] * 4
+    costs.update(a=iter([100, 1, 2, 30]), b=iter([100, 5, 5, 5]))
+    assert chat._race({name: lambda name=name: work(name) for name in costs}, 3) == {"a": 2, "b": 5}
+
+
+@pytest.mark.parametrize(("values", "share", "value"), [
+    ([7], 0.95, 7), ([3, 1, 2], 0.5, 2), ([4, 3, 2, 1], 0.5, 2), (range(1, 101), 0.95, 95), (range(1, 22), 0.95, 20),
+    (range(1, 21), 0.95, 19), ([1, 2], 1.0, 2), ([1, 9], 0.95, 9),
+])
+def test_a_percentile_is_one_of_the_values(values, share, value):
+    assert percentile(values, share) == value
+
+
+async def _stand_in(scope, receive, send):
+    """Answer like a server that counts tokens: what was asked for, an error for 13, and one in the stream for 14."""
+    asked = json.loads((await receive())["body"])
+    length = asked["max_tokens"]
+    status = 500 if length == 13 else 200
+    usage = {"usage": {"completion_tokens": length}}
+    if asked.get("stream"):
+        events = [{"choices": [{"delta": {"content": text}}]} for text in ("", "a", "b")]
+        end = [{"error": {"code": "failed"}}] if length == 14 else [{"choices": []} | usage, "[DONE]"]
+        body = "".join(f"data: {event if event == '[DONE]' else json.dumps(event)}\n\n" for event in events + end)
+    else:
+        body = json.dumps({"predictions": ["text"]} if "inputs" in asked else usage)
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": body.encode()})
+
+
+def test_clients_tell_of_each_request_in_order_what_it_took():
+    bodies = [{"max_tokens": 3}, {"max_tokens": 4, "stream": True}, {"max_tokens": 5, "inputs": {}}]
+    with running(_stand_in) as address, Clients() as clients:
+        for _ in range(2):
+            seconds, replies = clients.ask(address, bodies * 4, 3)
+            assert [reply["tokens"] for reply in replies] == [3, 4, 0] * 4
+            assert [reply.get("texts") for reply in replies] == [None, None, ["text"]] * 4
+            assert [reply["first_token_seconds"] is not None for reply in replies] == [False, True, False] * 4
+            assert all(0 < (reply["first_token_seconds"] or reply["seconds"]) <= reply["seconds"] <= seconds
+                       for reply in replies)
+        for wrong, says in (({"max_tokens": 13}, "500"), ({"max_tokens": 14, "stream": True}, "failed")):
+            with refuses("bench-request") as refusal:
+                clients.ask(address, [bodies[0], wrong], 2)
+            assert f"1 of 2 requests to {address} failed. The first: '{says}" in refusal.value.what
+    with Clients() as clients, refuses("bench-request") as refusal:
+        clients.ask(address, bodies, 3)  # nobody listens there any more
+    assert "3 of 3 requests" in refusal.value.what
+
+
+@pytest.mark.parametrize(("answer", "reference", "count"), [
+    ([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 2, 4], 2), ([7, 2, 3], [1, 2, 3], 0), ([1, 9, 3], [1, 2, 3], 1),
+    ([1, 2], [1, 2, 3], 2), ([1, 2, 3, 4], [1, 2, 3], 3), ([], [1], 0), ([1], [], 0), ([], [], 0),
+])
+def test_answers_are_equal_up_to_the_first_difference(answer, reference, count):
+    assert equal_tokens(answer, reference) == count
+
+
+@pytest.mark.parametrize(("cpuinfo", "names"), [
+    ("model name\t: AMD\nflags\t\t: fpu avx2 avx512_vnni avx_vnni amx_int8\nbugs\t: amx_bug\n",
+     ["amx_int8", "avx512_vnni", "avx_vnni"]),
+    ("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n", ["i8mm", "asimddp"]),
+    ("flags\t: fpu sse2\n", []), ("", []), ("bugs\t: avx_vnni\n", []), ("flags\t: avx_vnni_int16\n", []),
+])
+def test_the_processors_instructions_for_int8_are_told(cpuinfo, names):
+    assert int8_instructions(cpuinfo) == names
+
+
+@pytest.mark.parametrize("callers", [1, 2, 3, 9])
+def test_each_caller_asks_again_as_soon_as_it_has_an_answer(callers):
+    steps, log = [0], []
+
+    def start(length):
+        return {"length": length, "until": steps[0] + length}
+
+    def step():
+        steps[0] += 1
+
+    def take(begun):
+        log.append(steps[0])
+        return str(begun["length"]) if begun["until"] <= steps[0] else None
+
+    lengths = [3, 1, 4, 1, 5]
+    assert keep_busy(start, step, take, lengths, callers) == ["3", "1", "4", "1", "5"]
+    assert steps[0] == {1: 14, 2: 9, 3: 7, 9: 5}[callers]
+    assert max(map(log.count, log)) == min(callers, len(lengths))
+
+
+def test_a_machine_without_openvino_says_what_to_install(monkeypatch, tmp_path):
+    import_module = builtins.__import__
+
+    def without(name, *rest):
+        if name.startswith("openvino"):
+            raise ImportError(name)
+        return import_module(name, *rest)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with refuses("bench-openvino") as refusal:
+        OpenVino(tmp_path / "model.gguf")
+    assert "pip install openvino-genai==2" in refusal.value.fix
+
+
+def test_a_fleet_is_longer_than_a_story():
+    ships = [{"name": "", "masts": 1}] * FLEET["properties"]["ships"]["minItems"]
+    assert len(json.dumps({"ships": ships}, separators=(",", ":"))) > 5 * chat.TOKENS
+    jsonschema.validate({"ships": ships}, FLEET)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"ships": ships[1:]}, FLEET)
+
+
+@pytest.mark.slow
+def test_llama_cpp_does_not_know_a_story_that_comes_again():
+    (gguf,) = (prepare_model("smollm2-135m").onnx_dir.parent / "gguf").glob("*.gguf")
+    server = start_llama(gguf, 1, 512)
+
+    def read(text):
+        *_, last = llama_events(server, prompt=text, n_predict=2)
+        return last["timings"]["prompt_n"]
+
+    ships, trees = (f"Tell me a long story about the {name} of the north. " * 5 for name in ("ships", "trees"))
+    first = read(ships)
+    assert first > 50 and read(ships) < 5  # the slot still has it
+    assert read(trees) < first  # it has what both begin with
+    assert read(ships) > first / 2
+
+
+def test_the_service_has_its_own_ratios_and_shows_how_the_last_run_that_measured_it_grew():
+    def grown(date, scale, **ratios):
+        seconds = {"whole": {"median": 1.004 * scale, "p95": 2.0 * scale},
+                   "first_token": {"median": 0.25 * scale, "p95": 0.5 * scale}}
+        one = run(date, **ratios)
+        one["raw"]["chat"]["service"] = {
+            "growth": {"1": {"openai_server": seconds, "llama_cpp": seconds}, "64": {"openai_server": seconds}}}
+        return one
+
+    unmeasured = run("2026-01-04")
+    for name in SERVICE:
+        del unmeasured["ratios"][name]
+    assert service_table([unmeasured]) == "No run has measured it.\n"
+    runs = [grown("2026-01-02", 1, service8_llamacpp=0.9), grown("2026-01-03", 10, service8_llamacpp=1.25), unmeasured]
+    table, chat_models = service_table(runs), ratios_table(runs)
+    assert "| 0.900 to 1.250 | at least 1.0; missed on 2026-01-02 |" in table
+    assert "Missed on 2026-01-02, 8 HTTP clients, answers of mixed length, half of them streamed: no reason" in table
+    assert "| 1 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n| 1 | llama.cpp's | 10.04 s |" in table
+    assert table.endswith("| 64 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n")
+    assert "HTTP" not in chat_models and "10,000" not in chat_models and "16 rows" in chat_models
+    assert "issed" not in chat_models and "16 rows" not in table
+
+
+def test_the_batch_has_its_own_ratios_and_rows_per_second():
+    one = run("2026-01-02", spark_two_workers=1.5)
+    assert batch_table([one]) == "No run has measured it.\n"
+    one["raw"]["chat"]["spark"] = {"rows_per_second": {"1": 1.0, "2": 1.5, "predict": 2.04}, "few_rows_seconds": 20.4}
+    table = batch_table([one, run("2026-01-03", spark_two_workers=1.7)])
+    assert "| rows per second on two workers | on one worker | 1.500 to 1.700 |" in table
+    assert "one worker 1.0; two workers 1.5; one `predict` 2.0" in table and "takes 20 s" in table
+    assert "workers" not in ratios_table([one])
+
+
+def test_the_services_chart_has_a_line_for_each_server_that_was_measured(tmp_path, monkeypatch):
+    seconds = {part: {"median": 1.0, "p95": 2.0} for part in ("whole", "first_token")}
+    monkeypatch.setattr(generate, "SERVICE_CHART", tmp_path / "service.svg")
+    for servers in (["openai_server"], ["openai_server", "llama_cpp"]):
+        generate.draw_service_chart({clients: dict.fromkeys(servers, seconds) for clients in ("1", "2", "64")})
+        drawn = (tmp_path / "service.svg").read_text(encoding="utf-8")
+        assert generate.bench_digest() in drawn and "clients at once" in drawn and ">64<" in drawn
+        assert ("llama.cpp's" in drawn) is ("llama_cpp" in servers)
+
+
+@pytest.mark.slow
+def test_peak_memory_is_that_of_a_program_and_its_children(tmp_path):
+    child = "import time; held = bytearray(200_000_000); time.sleep(1.5)"
+    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print('done')"
+    seconds, peak = run_measured([sys.executable, "-c", code], ROOT, tmp_path / "log.txt")
+    assert 200e6 < peak < 400e6
+    assert seconds >= 1.5
+    assert (tmp_path / "log.txt").read_text(encoding="utf-8") == "done\n"
+    with refuses("bench-failed") as refusal:
+        run_measured([sys.executable, "-c", "raise SystemExit(3)"], ROOT, tmp_path / "log.txt")
+    assert "ended with 3" in refusal.value.what
+
+
+def test_a_measurement_is_written_unrounded_and_kept_beside_the_others_when_asked(tmp_path, monkeypatch, capsys):
+    folder, kept = tmp_path / "bench", tmp_path / "bench.json"
+    rates = {"TransformerPipeline": 17.5, "CustomPythonWrapper": 153.7, "ChatModel": 150.0}
+    measured, other = run(), run(cores=4)
+    measured["ratios"].pop("track_ratio")
+    page = measured["raw"]["pages"]["TransformerPipeline on tiny-phi3"]
+    monkeypatch.setattr(notebooks, "_bench_test", lambda folder: {"seconds": 5399.9, "tests_seconds": 4800.0})
+    monkeypatch.setattr(notebooks, "bench_prepare", lambda folder: measured["raw"]["prepare"])
+    monkeypatch.setattr(notebooks, "bench_page",
+                        lambda page_name, model, store, folder: (page, {"tokens_per_second": rates[page_name]}))
+    monkeypatch.setattr(notebooks, "bench_chat", lambda store: (measured["ratios"], measured["raw"]["chat"]))
+    with refuses("bench-missing"):
+        bench(keep=True, folder=folder, kept=kept)
+    write_runs([other], kept)
+    assert bench(keep=False, folder=folder, kept=kept) == 0
+    (one,) = read_runs(folder / "bench.json")
+    assert one["ratios"] == measured["ratios"] | {"track_ratio": 153.7 / 17.5}
+    assert set(one["raw"]["pages"]) == set(measured["raw"]["pages"])
+    assert one["machine"]["memory_bytes"] > 1e9 and one["machine"]["processor"]
+    assert "misses what it should reach: test: tests_seconds" in capsys.readouterr().out
+    assert read_runs(kept) == [other]
+    assert bench(keep=True, folder=folder, kept=kept) == 0
+    assert read_runs(kept) == [other, one]
+
+
+@pytest.mark.slow
+def test_a_model_is_prepared_in_an_empty_cache_and_found_again(tmp_path):
+    figures = bench_prepare(tmp_path, "tiny-phi3")
+    assert figures["seconds"] > figures["warm_seconds"] > 0
+    assert figures["peak_memory_bytes"] > 1e8
+    assert "is ready" in (tmp_path / "prepare.log").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, monkeypatch):
+    # A page itself, in a process of its own; then each comparison once, with answers of four tokens.
+    store = "sqlite:///" + (tmp_path / "mlflow.db").as_posix()
+    figures, metrics = bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
+    assert figures["seconds"] > 1 and figures["peak_memory_bytes"] > metrics["peak_memory_bytes"] > 1e8
+    assert metrics.get("tokens_per_second", 1) > 0  # absent where the tiny model is done too soon to tell
+    assert metrics["disk_bytes"] > 1e5
+    # What the third page would register.
+    mlflow.set_tracking_uri(store)
+    mlflow.set_experiment("CustomPythonWrapper")
+    info = mlflow.pyfunc.log_model(
+        name="slm-onnx", python_model=chat_model.__file__, artifacts={"model": str(tiny.onnx_dir)},
+        model_config=chat_model.SETTINGS, signature=chat_model.SIGNATURE, pip_requirements=["mlflow"])
+    version = mlflow.register_model(info.model_uri, "slm-onnx")
+    mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
+    for module in (chat, turns):
+        monkeypatch.setattr(module, "PAUSE", 0)
+    monkeypatch.setattr(service, "LOGS", tmp_path)
+    monkeypatch.setattr(service, "SOAK", 200)
+    monkeypatch.setattr(service, "GROWTH", (1, 2))
+    monkeypatch.setattr(spark, "take_turns", lambda works, repeats: {name: [work()] for name, work in works.items()})
+    ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
+    against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}  # it has none
+    assert len(against_gguf) == 9
+    assert set(ratios) == set(REACH) - {"track_ratio"} - against_gguf
+    # The tiny model's rows take less than a start of Spark differs from the next.
+    assert all(ratio > 0 for name, ratio in ratios.items() if name not in BATCH)
+    assert json.loads(json.dumps(raw)) == raw
+    assert set(raw) == {"single", "json_rate", "rows16", "callers8", "stream_ttft", "conversation", "growth",
+                        "fidelity", "service", "spark", "memory", "log_disk", "int8_instructions"}
+    sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
+    assert len(sizes) == 5 and sizes == sorted(set(sizes))
+    assert set(raw["fidelity"]) == {"prompts", "reference_tokens", "chat_model"}
+    assert 0 < raw["fidelity"]["reference_tokens"] <= 4
+    assert raw["fidelity"]["chat_model"]["equal_tokens"] > 0  # of text cut anew: noise may have more tokens then
+    assert 0.5 < raw["fidelity"]["chat_model"]["next_token_agreement"] <= 1
+    assert list(raw["growth"]["tokens_per_second_by_callers"]) == ["1", "2", "4", "8", "16"]
+    assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7  # the longest prompts are longer than its context
+    assert raw["memory"]["callers8_bytes"] >= raw["memory"]["load_bytes"] > 1e8
+    assert raw["log_disk"]["logged_bytes"] > raw["memory"]["model_bytes"]
+    served = raw["service"]
+    assert set(served) == {"overhead", "crowds", "first_token", "growth", "soak"}
+    assert {name: found["requests"] for name, found in served["crowds"].items()} == {"8": 32, "32": 128}
+    assert set(served["crowds"]["8"]["tokens_per_second"]) == {"openai_server", "mlflow"}
+    assert list(served["growth"]) == ["1", "2"]
+    for found in (served["growth"]["2"]["openai_server"]["whole"], served["first_token"]["openai_server"]):
+        assert 0 < found["median"] <= found["p95"]
+    assert served["soak"]["requests"] == 200 and served["soak"]["settled"]["memory_bytes"] > 1e8
+    assert mlflow.get_tracking_uri() == store

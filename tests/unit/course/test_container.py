@@ -1,0 +1,574 @@
+"""The image and its Kubernetes manifests: that they agree with the program, and what the image would run.
+
+No image is built here. Its packages are installed by its own requirements, and its program runs by its own ENTRYPOINT
+in namespaces: without rights, on a root that is read-only, in a network of its own.
+
+Run: python -m helpers test tests/unit/course/test_container.py
+"""
+
+import ast
+import importlib.metadata
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import kubernetes_validate
+import mlflow
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from support import ROOT, find_cell, stand_ins
+from support.chat import LONG, chat_model_for
+from support.jupyter import server
+from support.namespaces import DEVICES, WRITABLE, Image, answers, lacking
+from support.service import body, running, wait_for
+
+from serving import openai_server
+from serving.openai_server import read_options
+
+CONTAINER = ROOT / "deploy" / "container"
+REQUIREMENTS = CONTAINER / "requirements.txt"
+TOKEN = "a token of this test's"
+CALLER = {"Host": "slm:80", "Authorization": f"Bearer {TOKEN}"}
+# What the cluster fills in; the Pod's address is this machine's own here.
+CLUSTER = {"status.podIP": "127.0.0.1", "metadata.namespace": "default"}
+not_windows = pytest.mark.skipif(os.name == "nt", reason="2026-11-28: the image and its tools are for Linux")
+
+
+# --- how the files are read -----------------------------------------------------------------
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """Return a Dockerfile's instructions, each with what stands after it."""
+    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
+    whole = re.sub(r"\\\n\s*", "", "\n".join(lines))
+    return [tuple(line.split(None, 1)) for line in whole.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class Dockerfile:
+    """What the stages of deploy/container/Dockerfile say."""
+
+    stages: dict[str, list[tuple[str, str]]]
+
+    def all(self, name, stage="base"):
+        return [value for instruction, value in self.stages[stage] if instruction == name]
+
+    def one(self, name, stage="base"):
+        (value,) = self.all(name, stage)
+        return value
+
+    def words(self, name):
+        """Return the words of a command in its exec form."""
+        value = self.one(name)
+        return json.loads(value[value.index("["):])
+
+    def variables(self):
+        return dict(word.split("=", 1) for value in self.all("ENV") for word in shlex.split(value))
+
+
+def read_dockerfile():
+    stages, text = {}, (CONTAINER / "Dockerfile").read_text(encoding="utf-8")
+    for name, value in instructions(text):
+        if name == "FROM":
+            stages[value.split()[-1]] = []
+        if stages:
+            list(stages.values())[-1].append((name, value))
+    return Dockerfile(stages)
+
+
+def documents(*folders):
+    """Return the manifests of these folders by their files' names."""
+    return {path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+            for folder in folders for path in sorted((CONTAINER / folder).glob("*.yaml"))}
+
+
+IMAGE = read_dockerfile()
+APPLIED, OPTIONS = documents("kubernetes"), documents("options")
+MANIFESTS = APPLIED | OPTIONS
+POD = APPLIED["deployment.yaml"]["spec"]["template"]
+(SERVER,) = POD["spec"]["containers"]
+VARIABLES = {one["name"]: one["valueFrom"] for one in SERVER["env"]}
+LABELS = POD["metadata"]["labels"].items()
+DOCUMENT = (ROOT / "docs" / "container.md").read_text(encoding="utf-8")
+
+
+def manifest_args():
+    """Return the Deployment's args as a Pod would have them."""
+    known = {name: CLUSTER[source["fieldRef"]["fieldPath"]] for name, source in VARIABLES.items()
+             if "fieldRef" in source}
+    return [re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], word) for word in SERVER["args"]]
+
+
+def options_of(*args):
+    """Return the program's options as ENTRYPOINT and these words have it read them."""
+    _, _, *words = IMAGE.words("ENTRYPOINT")
+    return read_options([*words, *args])
+
+
+def docker_run():
+    """Return the options and the arguments of the document's `docker run`."""
+    (line,) = re.findall(r"^docker run (.*)$", DOCUMENT, re.MULTILINE)
+    options, arguments, words = {}, [], iter(shlex.split(line))
+    for word in words:
+        if word.startswith("--"):
+            options.setdefault(word, []).append("" if word in ("--rm", "--read-only") else next(words))
+        else:
+            arguments.append(word)
+    return options, arguments
+
+
+# --- the manifests and the program ----------------------------------------------------------
+
+
+NOT_CORE = ("pod-monitor.yaml", "prometheus-adapter.yaml")  # an operator's own kind, and values of a Helm chart
+OLDEST = "1.30"  # it brought the sleep before SIGTERM
+
+
+@pytest.mark.parametrize("name", [name for name in MANIFESTS if name not in NOT_CORE])
+def test_a_manifest_is_what_kubernetes_takes(name):
+    kubernetes_validate.validate(MANIFESTS[name], OLDEST, strict=True)
+    kubernetes_validate.validate(MANIFESTS[name], kubernetes_validate.latest_version(), strict=True)
+
+
+@pytest.mark.parametrize("fault", [
+    {"terminationGracePeriodSecond": 150}, {"terminationGracePeriodSeconds": "150"}, {"containers": None}])
+def test_a_wrong_field_of_a_manifest_is_noticed(fault):
+    deployment = json.loads(json.dumps(APPLIED["deployment.yaml"]))
+    deployment["spec"]["template"]["spec"] |= fault
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(deployment, OLDEST, strict=True)
+
+
+def test_each_manifest_says_what_it_is_for():
+    for path in CONTAINER.glob("*/*.yaml"):
+        assert path.read_text(encoding="utf-8").startswith("# "), path
+
+
+def hadolint(file):
+    """Return what hadolint complains of; it has no build for Windows."""
+    tool = Path(sys.executable).with_name("hadolint")
+    found = subprocess.run([tool, "--no-color", str(file)], capture_output=True, text=True)
+    assert found.returncode == bool(found.stdout), found.stderr
+    return found.stdout
+
+
+@not_windows
+def test_hadolint_finds_nothing_in_the_dockerfile():
+    assert hadolint(CONTAINER / "Dockerfile") == ""
+
+
+@not_windows
+@pytest.mark.parametrize(("old", "new", "rule"), [
+    ("ARG PYTHON=python:3.13-slim-trixie@sha256:\\w+\n\nFROM \\S+ AS", "FROM python AS", "DL3006"),
+    ("--no-cache-dir ", "", "DL3042"), ("# hadolint ignore=DL3022\n", "", "DL3022"),
+    (r'CMD \["--allowed-host".*', "CMD --allowed-host localhost", "DL3025")])
+def test_hadolint_finds_what_is_planted(old, new, rule, tmp_path):
+    text, count = re.subn(old, new, (CONTAINER / "Dockerfile").read_text(encoding="utf-8"))
+    assert count == 1
+    (tmp_path / "Dockerfile").write_text(text, encoding="utf-8")
+    assert rule in hadolint(tmp_path / "Dockerfile")
+
+
+def test_the_base_image_is_pinned_by_its_digest_and_says_where_that_is_from():
+    text = (CONTAINER / "Dockerfile").read_text(encoding="utf-8")
+    assert re.search(r"^ARG PYTHON=python:3\.13-slim-trixie@sha256:[0-9a-f]{64}$", text, re.MULTILINE)
+    assert {IMAGE.one("FROM", stage).split()[0] for stage in ("packages", "base")} == {"${PYTHON}"}
+    assert re.search(r"^# https://github.com/docker-library/repo-info/blob/[0-9a-f]{40}/\S+$", text, re.MULTILINE)
+
+
+def test_the_last_stage_has_no_model_and_the_other_one_has():
+    assert list(IMAGE.stages) == ["packages", "base", "with-model", "server"]
+    assert [name for name, _ in IMAGE.stages["server"]] == ["FROM"]
+    assert IMAGE.one("FROM", "server") == "base AS server"
+    assert IMAGE.one("COPY", "with-model").split()[-1] == options_of().model == "/model"
+
+
+def test_a_build_sends_what_the_dockerfile_copies_and_no_more():
+    sent = {line.removeprefix("!") for line in (CONTAINER / "Dockerfile.dockerignore").read_text().splitlines()
+            if line.startswith("!")}
+    copied = [value.split() for stage in IMAGE.stages for value in IMAGE.all("COPY", stage)]
+    assert sent == {words[-2] for words in copied if not any(word.startswith("--from") for word in words)}
+    assert all((ROOT / path).is_file() for path in sent)
+
+
+def test_every_option_is_one_of_the_programs():
+    assert options_of(*IMAGE.words("CMD")).allowed_host == ["localhost", "127.0.0.1"]
+    options = options_of(*manifest_args())
+    assert options.host == "0.0.0.0" and options.concurrent == 32 and options.waiting == 64
+    with pytest.raises(SystemExit):
+        options_of(*manifest_args(), "--no-such-option")
+
+
+def test_the_names_that_a_pod_answers_to_are_the_services_and_its_own():
+    name, namespace = APPLIED["service.yaml"]["metadata"]["name"], CLUSTER["metadata.namespace"]
+    assert options_of(*manifest_args()).allowed_host == [
+        name, f"{name}.{namespace}", f"{name}.{namespace}.svc", f"{name}.{namespace}.svc.cluster.local", "127.0.0.1"]
+    assert manifest_args()[4] != SERVER["args"][4] == "--allowed-host=$(POD_IP)"
+
+
+def test_there_is_one_port():
+    port = options_of().port
+    assert IMAGE.one("EXPOSE") == str(port)
+    assert f"'127.0.0.1', {port}," in IMAGE.words("HEALTHCHECK")[2]
+    assert SERVER["ports"] == [{"name": "http", "containerPort": port}]
+    assert [one["targetPort"] for one in APPLIED["service.yaml"]["spec"]["ports"]] == ["http"]
+    assert APPLIED["network-policy.yaml"]["spec"]["ingress"][0]["ports"] == [{"port": "http"}]
+    assert [one["port"] for one in OPTIONS["pod-monitor.yaml"]["spec"]["podMetricsEndpoints"]] == ["http"]
+    assert docker_run()[0]["--publish"] == [f"127.0.0.1:{port}:{port}"]
+
+
+PROBES = {name: SERVER[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+
+
+def test_a_kubelet_without_a_token_reads_the_probes_and_the_rest_wants_one(tmp_path):
+    asked_by_address = {"Host": "10.1.2.3:8000"}
+    with running(stand_ins.save(tmp_path / "model", "Streams"), token=TOKEN) as service:
+        for probe in PROBES.values():
+            assert probe["port"] == "http"
+            assert service.client.get(probe["path"], headers=asked_by_address).status_code == 200
+        assert service.client.get("/v1/models", headers=asked_by_address).status_code == 421
+        assert service.client.get("/v1/models").status_code == 401
+        (metrics,) = OPTIONS["pod-monitor.yaml"]["spec"]["podMetricsEndpoints"]
+        bearer = {"Authorization": f"{metrics['authorization']['type']} {TOKEN}"}
+        assert service.client.get(metrics["path"], headers=bearer).text.count("slm_requests_waiting 0.0") == 1
+    assert PROBES["startupProbe"]["path"] == PROBES["readinessProbe"]["path"] == "/ready"
+    assert PROBES["livenessProbe"]["path"] == "/health"
+
+
+def test_a_pod_has_the_time_to_end_what_it_has_begun():
+    options = options_of(*manifest_args())
+    pause = SERVER["lifecycle"]["preStop"]["sleep"]["seconds"]
+    close = 5  # what Server.shutdown gives the model
+    assert options.drain >= options.timeout
+    assert pause + options.drain + close < POD["spec"]["terminationGracePeriodSeconds"]
+    assert options_of(*IMAGE.words("CMD")).drain + close < int(*docker_run()[0]["--stop-timeout"])
+    startup = SERVER["startupProbe"]["periodSeconds"] * SERVER["startupProbe"]["failureThreshold"]
+    assert startup < APPLIED["deployment.yaml"]["spec"]["progressDeadlineSeconds"]
+
+
+def test_nobody_is_root_and_nothing_is_writable_but_tmp():
+    user = IMAGE.one("USER")
+    pod, container, (options, _) = POD["spec"]["securityContext"], SERVER["securityContext"], docker_run()
+    assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
+    assert f"{pod['runAsUser']}:{pod['runAsGroup']}" == user == options["--user"][0]
+    assert pod["runAsNonRoot"] is True and pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container == {"allowPrivilegeEscalation": False, "readOnlyRootFilesystem": True,
+                         "capabilities": {"drop": ["ALL"]}}
+    assert options["--cap-drop"] == ["ALL"] and options["--security-opt"] == ["no-new-privileges"]
+    assert "--read-only" in options and options["--tmpfs"] == ["/tmp"]
+    mounts = {one["mountPath"]: one for one in SERVER["volumeMounts"]}
+    volumes = {one["name"]: one for one in POD["spec"]["volumes"]}
+    assert set(mounts) == {options_of().model, "/tmp"} and mounts["/model"]["readOnly"] is True
+    assert "emptyDir" in volumes[mounts["/tmp"]["name"]]
+    assert options["--volume"][0].endswith(":/model:ro")
+    assert IMAGE.variables()["HOME"] == "/tmp"
+    assert POD["spec"]["automountServiceAccountToken"] is False
+
+
+def test_the_token_comes_from_the_secret_and_stands_in_no_file():
+    secret = OPTIONS["secret.yaml"]
+    place = {"name": secret["metadata"]["name"], "key": "token"}
+    assert secret["stringData"] == {"token": ""}
+    assert VARIABLES[openai_server.TOKEN]["secretKeyRef"] == place
+    assert OPTIONS["pod-monitor.yaml"]["spec"]["podMetricsEndpoints"][0]["authorization"]["credentials"] == place
+    assert f"kubectl create secret generic {place['name']} --from-file={place['key']}=" in DOCUMENT
+    assert docker_run()[0]["--env"] == [openai_server.TOKEN]
+
+
+def test_all_that_select_pods_select_these():
+    deployment = APPLIED["deployment.yaml"]
+    budget, policy = APPLIED["disruption-budget.yaml"]["spec"], APPLIED["network-policy.yaml"]["spec"]
+    selectors = [deployment["spec"]["selector"]["matchLabels"], APPLIED["service.yaml"]["spec"]["selector"],
+                 budget["selector"]["matchLabels"], policy["podSelector"]["matchLabels"],
+                 OPTIONS["egress-to-tracking.yaml"]["spec"]["podSelector"]["matchLabels"],
+                 OPTIONS["pod-monitor.yaml"]["spec"]["selector"]["matchLabels"],
+                 *(one["labelSelector"]["matchLabels"] for one in POD["spec"]["topologySpreadConstraints"])]
+    assert all(selector and selector.items() <= LABELS for selector in selectors)
+    target = APPLIED["autoscaler.yaml"]["spec"]["scaleTargetRef"]
+    assert target == {"apiVersion": deployment["apiVersion"], "kind": deployment["kind"],
+                      "name": deployment["metadata"]["name"]}
+    assert "replicas" not in deployment["spec"]
+    assert budget["maxUnavailable"] < APPLIED["autoscaler.yaml"]["spec"]["minReplicas"]
+    assert policy["egress"] == [] and policy["policyTypes"] == ["Ingress", "Egress"]
+
+
+def test_the_autoscaler_goes_by_figures_that_the_program_has_and_prometheus_hands_on():
+    figures = {metric.name for metric in openai_server.Figures().registry.collect() if metric.type == "gauge"}
+    (rule,) = OPTIONS["prometheus-adapter.yaml"]["rules"]["custom"]
+    (names,) = re.findall(r'__name__=~"(.*?)"', rule["seriesQuery"])
+    assert set(re.findall(r'(\w+)!=""', rule["seriesQuery"])) == set(rule["resources"]["overrides"])
+    targets = {one["pods"]["metric"]["name"]: int(one["pods"]["target"]["averageValue"])
+               for one in APPLIED["autoscaler.yaml"]["spec"]["metrics"]}
+    assert set(targets) == {name for name in figures if re.fullmatch(names, name)}
+    options = options_of(*manifest_args())
+    assert set(targets) == {"slm_requests_waiting", "slm_requests_running"}
+    assert 0 < targets["slm_requests_waiting"] < options.waiting
+    assert 0 < targets["slm_requests_running"] < options.concurrent
+
+
+# --- the requirements -----------------------------------------------------------------------
+
+
+def read_requirements(path):
+    """Return the requirements of a file, each with its hashes."""
+    lines = re.sub(r" \\\n\s*", " ", path.read_text(encoding="utf-8")).splitlines()
+    return {Requirement(line.split(" --hash=")[0]): re.findall(r"--hash=sha256:[0-9a-f]{64}(?=\s|$)", line)
+            for line in lines if line and not line.startswith("#")}
+
+
+def pins_on(requirements, version, system="linux"):
+    """Return the pins that hold for a version of Python on a system."""
+    where = {"python_full_version": f"{version}.0", "python_version": version, "sys_platform": system,
+             "platform_system": system.capitalize(), "platform_machine": "x86_64", "os_name": "posix",
+             "platform_python_implementation": "CPython", "implementation_name": "cpython", "extra": ""}
+    return {canonicalize_name(one.name): str(one.specifier) for one in requirements
+            if one.marker is None or one.marker.evaluate(where)}
+
+
+def closure(names):
+    """Return the packages that these need, as they are installed here."""
+    found, todo = {}, [Requirement(name) for name in names]
+    while todo:
+        one = todo.pop()
+        key = (canonicalize_name(one.name), tuple(sorted(one.extras)))
+        if key in found:
+            continue
+        found[key] = True
+        for line in importlib.metadata.requires(one.name) or []:
+            other = Requirement(line)
+            if other.marker is None or any(other.marker.evaluate({"extra": extra}) for extra in (*one.extras, "")):
+                todo.append(other)
+    return {name for name, _ in found}
+
+
+@pytest.mark.parametrize("version", ["3.11", "3.12", "3.13"])
+def test_the_requirements_are_at_the_versions_of_the_constraints_and_each_has_its_hashes(version):
+    requirements = read_requirements(REQUIREMENTS)
+    constraints = pins_on(read_requirements(ROOT / "constraints.txt"), version)
+    stale = {name: pin for name, pin in pins_on(requirements, version).items() if constraints.get(name) != pin}
+    assert stale == {}, "run the command that requirements.in ends its comment with"
+    assert [str(one) for one, hashes in requirements.items() if not hashes] == []
+
+
+def test_the_requirements_are_all_that_the_image_needs_and_no_more():
+    wanted = [one.name for one in read_requirements(CONTAINER / "requirements.in")]
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    assert set(pins_on(read_requirements(REQUIREMENTS), version, sys.platform)) == closure(wanted)
+
+
+def test_the_image_has_what_the_program_and_the_logged_model_import():
+    wanted = {one.name for one in read_requirements(CONTAINER / "requirements.in")}
+    packages, used = importlib.metadata.packages_distributions(), set()
+    for file in ("openai_server.py", "chat_model.py"):
+        for node in ast.walk(ast.parse((ROOT / "serving" / file).read_text(encoding="utf-8"))):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
+                [node.module] if isinstance(node, ast.ImportFrom) else [])
+            used |= {name.split(".")[0] for name in names} - sys.stdlib_module_names
+    assert {name for name in used if not wanted & {canonicalize_name(one) for one in packages[name]}} == set()
+    # What the page logs it with; MLflow itself stands for its skinny half.
+    call = re.search(r"pinned\((.*?)\)", find_cell("ChatModel", "pip_requirements=pinned("), re.DOTALL)
+    logged = set(re.findall(r'"([\w-]+)"', call[1]))
+    assert logged - {"mlflow"} <= wanted and {"mlflow", "mlflow-skinny"} & logged
+
+
+def test_the_command_that_makes_the_requirements_is_the_one_that_made_them():
+    (command,) = re.findall(r"^# python -m (uv pip compile .*)$",
+                            (CONTAINER / "requirements.in").read_text(encoding="utf-8"), re.MULTILINE)
+    assert f"#    {command.replace('--quiet ', '')}" in REQUIREMENTS.read_text(encoding="utf-8").replace(
+        "--quiet ", "").splitlines()
+    assert command in DOCUMENT
+
+
+# --- what the image would run ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory):
+    """Install the image's requirements as the image does: by hash, from wheels, into an empty environment."""
+    folder = tmp_path_factory.mktemp("image") / "venv"
+    uv = [sys.executable, "-m", "uv"]
+    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
+    subprocess.run([*uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python", "--require-hashes",
+                    "--only-binary", ":all:", "--requirement", REQUIREMENTS], check=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tiny, tmp_path_factory):
+    """Save the chat model on the tiny one, as a folder that somebody mounts."""
+    folder = tmp_path_factory.mktemp("model") / "model"
+    mlflow.pyfunc.save_model(folder, **chat_model_for(tiny))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def namespaces():
+    """Skip where there are none, before anything is installed."""
+    if reason := lacking():
+        pytest.skip(f"2026-11-28: {reason}")
+
+
+@pytest.fixture(scope="module")
+def contained(namespaces, environment):
+    """Return a function that makes the image with a model's folder mounted."""
+
+    def image(folder, **variables):
+        copied = [[word for word in value.split() if not word.startswith("--")] for value in IMAGE.all("COPY")]
+        files = {target: environment if source == target else ROOT / source for source, target in copied}
+        variables = IMAGE.variables() | {openai_server.TOKEN: TOKEN} | variables
+        return Image(files | {options_of().model: folder}, variables, IMAGE.one("USER"), IMAGE.one("WORKDIR"))
+
+    return image
+
+
+def from_docker():
+    return [*IMAGE.words("ENTRYPOINT"), *IMAGE.words("CMD")]
+
+
+def from_kubernetes():
+    return [*IMAGE.words("ENTRYPOINT"), *manifest_args()]
+
+
+PORT = options_of().port
+LISTENS = r"http://127\.0\.0\.1:[1-9]\d*"
+CHAT = {"path": "/v1/chat/completions", "method": "POST", "headers": CALLER}
+
+
+@pytest.mark.index
+@pytest.mark.slow
+def test_it_serves_without_rights_on_a_root_that_is_read_only(contained, model, tmp_path):
+    with contained(model).running(tmp_path, from_kubernetes()) as program:
+        program.wait("Serving")
+        status, text = program.ask(PORT, **CHAT, body=body("The sky is", max_tokens=5).decode())
+        assert status == 200 and json.loads(text)["usage"]["completion_tokens"] == 5
+        for host in options_of(*manifest_args()).allowed_host:
+            assert program.ask(PORT, "/v1/models", headers=CALLER | {"Host": f"{host}:80"})[0] == 200
+        assert program.ask(PORT, "/v1/models", headers=CALLER | {"Host": "stranger"})[0] == 421
+        assert program.ask(PORT, "/v1/models", headers={"Host": "slm"})[0] == 401
+        assert program.ask(PORT, "/metrics", headers=CALLER)[1].count("slm_model_version{") == 1
+        for probe in PROBES.values():
+            assert program.ask(PORT, probe["path"], headers={"Host": "10.1.2.3:8000"})[0] == 200
+        check = program.enter([sys.executable, *IMAGE.words("HEALTHCHECK")[1:]])
+        assert check.wait() == 0
+        # A right would stand in one of these masks.
+        proc = Path(f"/proc/{program.process().pid}")
+        masks = dict(line.split(":\t") for line in (proc / "status").read_text().splitlines() if line.startswith("Cap"))
+        assert {masks[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
+        assert (proc / "uid_map").read_text().split()[0] == IMAGE.one("USER").split(":")[0]
+        assert "NoNewPrivs:\t1" in (proc / "status").read_text()
+        mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
+        writable = {mount[4] for mount in mounts if "rw" in mount[5].split(",")}
+        assert {place for place in writable if not place.startswith(("/proc", "/sys", *DEVICES))} == set(WRITABLE)
+        said = program.said()
+        assert said.splitlines() == [f"Serving model, version 1, at http://0.0.0.0:{PORT}/v1"], said
+
+
+@pytest.mark.index
+@pytest.mark.slow
+def test_what_the_program_may_not_do_there(contained, model, tmp_path):
+    image = contained(model)
+    for number, folder in enumerate(["/", "/app", "/model", "/opt/venv", "/usr"]):
+        tried = image.run(tmp_path / f"{number}", ["touch", f"{folder}/file"])
+        assert tried.returncode == 1 and "Read-only file system" in tried.stderr
+    assert image.run(tmp_path / "tmp", ["touch", "/tmp/file"]).returncode == 0
+    assert image.run(tmp_path / "id", ["id", "-u"]).stdout == IMAGE.one("USER").split(":")[0] + "\n"
+    assert image.run(tmp_path / "mount", ["mount", "-t", "tmpfs", "tmpfs", "/tmp"]).returncode != 0
+    networks = image.run(tmp_path / "net", ["cat", "/proc/self/net/dev"]).stdout
+    assert re.findall(r"^ *(\w+):", networks, re.MULTILINE) == ["lo"]
+    assert image.run(tmp_path / "ls", ["ls", "/"]).stdout.split() == sorted({
+        "app", "bin", "dev", "etc", "lib", "lib64", "model", "opt", "proc", "sbin", "sys", "tmp", "usr",
+        Path(sys.base_prefix).parts[1]})
+
+
+@pytest.mark.index
+@pytest.mark.slow
+def test_sigterm_under_load_ends_what_was_begun_and_then_the_program(contained, model, tmp_path, record_property):
+    with contained(model).running(tmp_path, from_kubernetes()) as program:
+        program.wait("Serving")
+        long = LONG | {"max_tokens": 1000}
+        asked = [CHAT | {"body": body(f"{number}", stream=number % 2 == 0, **long).decode()} for number in range(16)]
+        client = program.begin(PORT, asked)
+        metrics = {"path": "/metrics", "headers": CALLER}
+        wait_for(lambda: "slm_requests_running 16.0" in program.ask(PORT, **metrics)[1], "16 requests at work")
+        program.process().send_signal(signal.SIGTERM)
+        came = answers(client)
+        for number, (status, text) in enumerate(came):
+            assert status == 200, text
+            if number % 2 == 0:
+                assert text.endswith("data: [DONE]\n\n")
+                assert '"error"' not in text
+            else:
+                assert json.loads(text)["choices"][0]["finish_reason"] == "length"
+        assert program.shell.wait(60) == 0
+        record_property("answers that SIGTERM found begun, all whole", len(came))
+        assert len(program.said().splitlines()) == 1, program.said()
+
+
+@pytest.mark.index
+@pytest.mark.slow
+def test_a_pod_that_loads_its_model_lives_and_is_not_ready(contained, tmp_path):
+    thinks = stand_ins.save(tmp_path / "model", "Thinks")
+    with contained(thinks).running(tmp_path, from_kubernetes()) as program:
+        program.wait("thinking")  # it has a model, and waits for its first word
+        assert program.ask(PORT, "/health") == (200, '{"status":"ok"}')
+        status, text = program.ask(PORT, "/ready")
+        assert status == 503 and json.loads(text)["error"]["code"] == "loading"
+        program.process().send_signal(signal.SIGTERM)
+        assert program.shell.wait(60) == 0
+
+
+@pytest.mark.index
+@pytest.mark.slow
+@pytest.mark.parametrize(("variables", "says"), [
+    ({openai_server.TOKEN: OPTIONS["secret.yaml"]["stringData"]["token"]}, "the service has no token"),
+    ({}, "does not load")])
+def test_what_the_program_says_where_it_cannot_begin(variables, says, contained, tmp_path):
+    (tmp_path / "empty").mkdir()
+    ended = contained(tmp_path / "empty", **variables).run(tmp_path, from_docker())
+    assert ended.returncode == 1 and says in ended.stderr
+    assert ended.stderr.startswith("error: ") and len(ended.stderr.splitlines()) == 2
+
+
+@pytest.mark.index
+@pytest.mark.slow
+@not_windows
+def test_the_images_packages_serve_a_model_of_a_tracking_server(environment, tiny, empty_database, tmp_path):
+    shutil.copy(empty_database, tmp_path / "server.db")
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
+               "--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", "0",
+               "--workers", "1"]
+    local = {"no_proxy": "127.0.0.1", "TMPDIR": str(tmp_path), "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with server(command, os.environ | local, tmp_path / "tracking.log", LISTENS) as tracking:
+        before = mlflow.get_tracking_uri()
+        mlflow.set_tracking_uri(tracking)
+        try:
+            experiment = mlflow.create_experiment("container")
+            mlflow.set_experiment(experiment_id=experiment)
+            logged = mlflow.pyfunc.log_model(name="slm-onnx", **chat_model_for(tiny))
+            version = mlflow.register_model(logged.model_uri, "slm-onnx")
+            mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
+        finally:
+            mlflow.set_tracking_uri(before)
+        _, *words = IMAGE.words("ENTRYPOINT")
+        words = [str(environment / "bin" / "python"), str(ROOT / "serving" / "openai_server.py"), *words[1:],
+                 "--model", "models:/slm-onnx@champion", "--host", "127.0.0.1", "--port", "0"]
+        variables = IMAGE.variables() | local | {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": tracking,
+                                                 openai_server.TOKEN: TOKEN}
+        with server(words, variables, tmp_path / "program.log", LISTENS) as address:
+            answer = httpx.post(f"{address}/v1/chat/completions", content=body("The sky is", max_tokens=5),
+                                headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60, trust_env=False)
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["system_fingerprint"] == "slm-onnx/1"
+        said = (tmp_path / "program.log").read_text(encoding="utf-8")
+        assert said.splitlines() == [f"Serving slm-onnx, version 1, at {address}/v1"]

@@ -1,0 +1,117 @@
+"""What is made from other files: environment.yml, the documents' tables, the chart.
+
+Run: python -m helpers test tests/unit/course/test_generate.py
+"""
+
+import re
+
+import pytest
+import yaml
+from support import ROOT
+from support.runs import run
+
+from course.bench.figures import REACH, machine_name, misses, read_runs
+from course.environment import pins
+from course.generate import (
+    CHART,
+    PAGES_WITH_TABLES,
+    TABLE,
+    bench_digest,
+    environment_yml,
+    figures_table,
+    models_table,
+    ratios_table,
+    with_tables,
+)
+from helpers import read_catalogue
+
+
+def test_environment_yml_is_what_pyproject_makes():
+    text = (ROOT / "environment.yml").read_text(encoding="utf-8")
+    assert text == environment_yml()
+    pip = yaml.safe_load(text)["dependencies"][-1]["pip"]
+    assert {f"{name}=={version}" for name, version in pins(tests=True).items()} <= {
+        line.partition(";")[0] for line in pip}
+
+
+def test_each_table_stands_on_one_page():
+    documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
+    found = [(match[2], page) for page in documents for match in TABLE.finditer(page.read_text(encoding="utf-8"))]
+    assert sorted(table for table, _ in found) == ["batch", "figures", "models", "ratios", "service"]
+    assert {page for _, page in found} == set(PAGES_WITH_TABLES)
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_TABLES, ids=lambda page: page.name)
+def test_a_page_shows_what_is_kept_now(page):
+    text = page.read_text(encoding="utf-8")
+    assert text == with_tables(text)
+
+
+def test_the_chart_shows_the_measurements_that_are_kept_and_the_table_the_catalogue():
+    assert f"sha256 {bench_digest()}" in CHART.read_text(encoding="utf-8")
+    assert all(f"`{name}`" in models_table() for name in read_catalogue())
+
+
+def cells(table, start):
+    (line,) = [line for line in table.splitlines() if line.startswith(f"| {start}")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_a_table_shows_the_range_over_the_runs_and_what_missed_its_reach():
+    runs = [run(rows16=2.5, single_overhead=0.968), run("2026-01-03", 4, rows16=3.25, single_overhead=0.97)]
+    runs[0]["missed"] = {"single_overhead": "Another program ran."}
+    table = ratios_table(runs)
+    assert cells(table, "16 rows")[2:] == ["2.500 to 3.250", "at least 1.8"]
+    assert cells(table, "one conversation")[2:] == ["0.968 to 0.970", "at least 0.97; missed on 2026-01-02"]
+    assert "Missed on 2026-01-02, one conversation through `predict`: Another program ran.\n" in table
+    assert "one conversation 100; 16 rows 100;" in table
+    twice = ratios_table([runs[0], runs[0]])  # two runs of a day, and one reason
+    assert cells(twice, "one conversation")[3] == cells(table, "one conversation")[3]
+    assert twice.count("Another program ran.") == 1
+    assert "issed" not in ratios_table(runs[1:]) + figures_table(runs)
+    assert cells(ratios_table(runs[1:]), "16 rows")[2] == "3.250"
+    runs[1]["raw"]["prepare"]["warm_seconds"] = 0.6
+    runs[1]["missed"] = {"prepare: warm_seconds": "The disk was slow."}
+    assert "Missed on 2026-01-03, prepare: warm_seconds: The disk was slow.\n" in figures_table(runs)
+
+
+def test_a_figure_that_a_run_lacks_is_left_out_of_its_range_and_its_row():
+    old, new = run(), run("2026-01-03", 4)
+    new["raw"]["test"] = {"seconds": 660, "tests_seconds": 480, "disk_bytes": 5.49e9}
+    new["raw"]["pages"]["TransformerPipeline on tiny-phi3"]["seconds"] = 20.6
+    table = figures_table([old, new])
+    assert cells(table, "`make test` from a bare checkout")[1:] == ["11.0 min", "90 min"]
+    assert cells(table, "`make test` once set up")[1:] == ["8.0 min", "80 min"]
+    assert cells(table, "`TransformerPipeline` on `tiny-phi3`")[1:] == ["10 to 21 s", "30 s"]
+    assert cells(table, "the same, found in the cache")[1:] == ["0.010 s", "0.5 s"]
+    assert "`make test`" not in figures_table([old]).split("Measured by")[0]
+    assert table.endswith("in 2 runs on 2 cores (Fast, Linux, 16 GB), Python 3.11.7: 2026-01-02; "
+                          "4 cores (Fast, Linux, 16 GB), Python 3.11.7: 2026-01-03.\n")
+    assert len({len(line.strip("|").split("|")) for line in table.splitlines() if line.startswith("|")}) == 1
+    # The first runs compared nothing but the tracks.
+    old["ratios"] = {"track_ratio": 4.5}
+    del old["raw"]["chat"]
+    table = ratios_table([old, new])
+    assert cells(table, "track B's")[2] == "4.000 to 4.500"
+    assert cells(table, "16 rows")[2] == "1.800"
+    assert "one conversation 100;" in table
+
+
+def test_every_kept_run_reaches_what_it_should_or_says_why_not():
+    for one in read_runs():
+        assert len(one["raw"]["pages"]) in (4, 6)  # two models; the third page came later
+        missed = one.get("missed", {})
+        assert misses(one) == list(missed), f"{one['date']}, {machine_name(one)}"
+        assert all(len(reason) > 20 and reason.endswith(".") for reason in missed.values())
+
+
+def test_the_newest_run_measured_everything():
+    runs = read_runs()
+    assert len(runs) > 1
+    assert list(runs[-1]["ratios"]) == list(REACH)
+    assert runs[-1]["raw"]["prepare"]["warm_seconds"] > 0
+
+
+def test_the_kept_ratios_are_not_rounded():
+    ratios = [ratio for one in read_runs() for ratio in one["ratios"].values()]
+    assert sum(len(re.sub(r"^\d+\.", "", repr(ratio))) > 4 for ratio in ratios) > len(ratios) * 0.9

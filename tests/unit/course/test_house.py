@@ -1,0 +1,121 @@
+"""The house: three rooms, what each may import, and how large they are.
+
+Run: python -m helpers test tests/unit/course/test_house.py
+"""
+
+import ast
+from graphlib import TopologicalSorter
+
+import pytest
+from support import ROOT
+
+ROOMS = ("helpers", "course", "serving")
+# What a room may import of the course, beside itself.
+ALLOWED = {"helpers": set(), "serving": set(), "course": {"helpers", "serving"}}
+# From the ground up: a module imports nothing that stands after it. A name ending in .* is a folder.
+FLOORS = {
+    "helpers": (
+        "errors", "strangers", "paths", "files", "requirements",
+        "models.steps", "models.pip", "models.catalogue", "models.space", "models.folders", "models.kit",
+        "models.download", "models.usable", "models.hub", "models.convert", "models.crowd", "models.sources",
+        "models.prepare",
+        "stores.database", "stores.server",
+        "devices", "parameters", "tracking", "states", "tables", "signatures", "views", "measurement",
+        "exercises", "servers", "operations.programs", "operations.evaluation", "operations.load",
+        "operations.dashboard", "operations.drift", "operations.exercises", "cloud.simulation", "cloud.exercises",
+        "playground",
+    ),
+    "course": (
+        "environment", "contents", "kernels", "exercises", "static_page", "execute", "kit.wheels", "kit.check",
+        "kit.build", "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures",
+        "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients", "bench.service", "cluster", "bench.spark",
+        "bench.chat", "bench.notebooks", "generate", "mutate", "azure", "commands", "__main__",
+    ),
+    "serving": ("chat_model", "openai_server", "spark_batch", "score"),
+}
+# The packages' own names, and the door that starts `course` as a program.
+NO_FLOOR = {"helpers": {"", "cloud", "models", "operations", "stores", "__main__"},
+            "course": {"", "kit", "doctor", "bench"}, "serving": {""}}
+
+
+def files(room):
+    return [path for path in sorted((ROOT / room).rglob("*.py")) if "__pycache__" not in path.parts]
+
+
+def module_name(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+MODULES = {module_name(path): path for room in ROOMS for path in files(room)}
+
+
+def imports(path):
+    """Return the modules of the course that a file imports, at its top and inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path} imports relatively"
+            # `from helpers.models import kit` imports a module, `from helpers.paths import ROOT` a name.
+            found |= {name if (name := f"{node.module}.{alias.name}") in MODULES else node.module
+                      for alias in node.names}
+    return {name for name in found if name.split(".")[0] in ROOMS}
+
+
+GRAPH = {name: imports(path) for name, path in MODULES.items()}
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_a_room_imports_only_what_it_may(name):
+    room = name.split(".")[0]
+    foreign = {other for other in GRAPH[name] if other.split(".")[0] not in {room, *ALLOWED[room]}}
+    assert foreign == set()
+    if room == "serving":
+        assert GRAPH[name] == set()
+
+
+def test_what_is_imported_is_there():
+    assert {other for found in GRAPH.values() for other in found} <= set(MODULES)
+
+
+def test_there_is_no_circle():
+    TopologicalSorter(GRAPH).prepare()  # raises CycleError
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_no_arrow_points_upwards(room):
+    floors = FLOORS[room]
+    there = {name.removeprefix(room).lstrip(".") for name in MODULES if name.split(".")[0] == room}
+    assert there == set(floors) | NO_FLOOR[room]
+    for name in floors:
+        within = {other.removeprefix(f"{room}.") for other in GRAPH[f"{room}.{name}"] if other.startswith(f"{room}.")}
+        assert within <= set(floors[:floors.index(name)]), name
+
+
+def test_every_module_says_what_it_is_for():
+    for name, path in MODULES.items():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        assert text.strip(), name
+        assert "knows nothing" not in text, name
+
+
+@pytest.mark.parametrize("room", ["helpers", "serving"])
+def test_public_functions_say_what_they_return(room):
+    missing = []
+    for path in files(room):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        public = [node for node in tree.body if not getattr(node, "name", "_").startswith("_")]
+        for node in public:
+            inner = node.body if isinstance(node, ast.ClassDef) else []
+            missing += [f"{path.name}: {one.name}" for one in (node, *inner)
+                        if isinstance(one, ast.FunctionDef) and not one.name.startswith("_") and one.returns is None]
+    # An old Python reads these two.
+    assert [name for name in missing if not name.startswith(("errors.py", "__init__.py"))] == []
+
+
+def test_what_a_page_imports_and_what_travels_alone_stay_small():
+    page = sum(len(path.read_text(encoding="utf-8").splitlines()) for path in (ROOT / "helpers").glob("*.py"))
+    assert page <= 1_600
+    assert len((ROOT / "serving" / "chat_model.py").read_text(encoding="utf-8").splitlines()) <= 1_600

@@ -1,0 +1,227 @@
+"""Building an offline kit: wheels for other machines, models, the course; again, interrupted, in the wrong place.
+
+Run: python -m helpers test tests/unit/course/test_kit_build.py
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from packaging.tags import sys_tags
+from support import ROOT, refuses
+from support.kits import COMMAND, change_manifest, list_files, only_wheels
+
+from course.environment import pins
+from course.kit.build import build, course_files
+from course.kit.wheels import Target
+from helpers.files import sha256
+from helpers.models.kit import MANIFEST, read_kit
+
+# --- wheels for other systems ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("platform", "python", "has", "has_not"), [
+    ("windows", "3.12", {"pywin32", "waitress", "colorama"}, {"gunicorn", "appnope", "pexpect", "nvidia-cublas"}),
+    ("macos", "3.13", {"appnope", "gunicorn", "pexpect"}, {"pywin32", "pywinpty", "waitress"}),
+    ("linux", "3.11", {"gunicorn", "pexpect", "overrides"}, {"pywin32", "appnope", "colorama"}),
+])
+def test_a_marker_speaks_of_the_participants_machine(platform, python, has, has_not):
+    for patch in (0, 99):
+        wanted = {one.name for one in Target(platform, python).requirements(patch)}
+        assert has | {"pip", "setuptools", "torch", "pytest"} <= wanted
+        assert not has_not & wanted
+
+
+def test_a_marker_of_a_patch_release_is_asked_at_both_ends():
+    versions = [{str(one.specifier) for one in Target("linux", "3.11").requirements(patch) if one.name == "soupsieve"}
+                for patch in (0, 99)]
+    assert versions[0] != versions[1]
+    assert all(len(found) == 1 for found in versions)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="speaks of Linux")
+def test_the_tags_of_a_target_are_those_that_its_own_python_has():
+    here = {str(tag) for tag in Target("linux", "{}.{}".format(*sys.version_info[:2])).tags()}
+    own = {str(tag) for tag in sys_tags()}
+    # This machine may have a newer glibc than the oldest that the kit is for, and nothing but that.
+    assert {tag for tag in here - own if "manylinux" not in tag} == set()
+    assert len(here & own) > 300
+
+
+def test_a_kit_has_the_wheels_of_each_system_and_python(built):
+    names = sorted(path.name for path in (built / "wheels").glob("*.whl"))
+    for python in ("cp311", "cp313"):
+        for system in ("win_amd64", "macosx_11_0_arm64", "manylinux2014_x86_64"):
+            assert [name for name in names if name.startswith(f"markupsafe-3.0.4-{python}-") and system in name], names
+        assert [name for name in names if name.startswith(f"pywinpty-3.1.2-{python}-{python}-win_amd64")], names
+    assert not [name for name in names if name.startswith("pywinpty") and "win" not in name.split("-")[-1]]
+    assert {"six-1.17.0-py2.py3-none-any.whl", "soupsieve-2.10-py3-none-any.whl",
+            "soupsieve-4.1.2-py3-none-any.whl"} <= set(names)
+    kit = read_kit(str(built))
+    assert kit.manifest["platforms"] == ["windows", "macos", "linux"]
+    page = (built / "wheels" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<a ") == len(names)
+    for name in names:
+        assert f'"{name}#sha256={kit.files[f"wheels/{name}"]["sha256"]}"' in page
+
+
+def test_pip_chooses_the_wheels_that_each_target_can_use_and_leaves_the_rest(built):
+    names = {path.name for path in (built / "wheels").glob("*.whl")}
+    assert not [name for name in names if any(word in name for word in (
+        "cp312", "win32.whl", "x86_64.whl-", "musllinux", "aarch64", "macosx_10_9", "1.16.0"))]
+    assert len(names) == 2 * 3 + 2 + 3
+
+
+@pytest.mark.slow
+def test_the_cuda_build_of_torch_is_refused(tmp_path, python):
+    torch = f"torch-{pins(tests=False)['torch']}"
+    index = only_wheels(tmp_path / "index", f"{torch}-cp312-cp312-manylinux_2_28_x86_64.whl",
+                        requires="Requires-Dist: nvidia-cublas\n")
+    result = python("-m", "helpers", "kit", "build", tmp_path / "kit", "--model", "tiny-phi3", "--platform", "linux",
+                    "--python", "3.12", **index)
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "is the CUDA build, 3 GB that this course never uses." in result.stderr
+    assert not list((tmp_path / "kit").rglob("torch-*"))
+
+
+def test_a_package_that_the_index_lacks_is_named_with_the_machine(tmp_path, index, monkeypatch):
+    for name, value in only_wheels(tmp_path / "index", "six-1.17.0-py3-none-any.whl").items():
+        monkeypatch.setenv(name, value)
+    with refuses("wheel-absent") as refusal:
+        build(tmp_path / "kit", ["tiny-phi3"], ["macos"], ["3.12"])
+    assert "no wheel of markupsafe==3.0.4 for Python 3.12 on macos." in refusal.value.what
+
+
+# --- building again ---------------------------------------------------------------------------
+
+
+def test_a_second_build_keeps_what_is_there_drops_what_is_stale_and_leaves_the_users_files(small):
+    (small / "wheels" / "my notes.txt").write_text("mine", encoding="utf-8")
+    (small / "my.txt").write_text("mine", encoding="utf-8")
+    damaged = next((small / "wheels").glob("six-*.whl"))
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    before = list_files(small)
+    build(small, ["tiny-phi3"], ["linux", "macos"], ["3.13"])
+    after = list_files(small)
+    gone = {name for name in before if name not in after}
+    assert {name.split("-")[0] for name in gone} == {"wheels/markupsafe", "wheels/pywinpty", "wheels/soupsieve"}
+    assert all("win_amd64" in name or "cp311" in name or name == "wheels/soupsieve-2.10-py3-none-any.whl"
+               for name in gone)
+    # The two pages and the manifest speak of other wheels now; the damaged one was fetched anew.
+    rewritten = {"index.html", "wheels/index.html", MANIFEST, f"wheels/{damaged.name}"}
+    assert {name for name in after if before.get(name) != after[name]} <= rewritten | {"course.zip"}
+    assert (small / "my.txt").read_text(encoding="utf-8") == "mine"
+    kit = read_kit(str(small))
+    assert list(kit.problems()) == []
+    assert kit.unknown() == ["my.txt", "wheels/my notes.txt"]
+
+
+@pytest.mark.parametrize("there", [
+    {"index.html": "my site"}, {"manifest.json": '{"name": "my app"}'}, {"photos/a.jpg": "mine"},
+    {"manifest.json": '{"files": {"thesis.txt": {"size": 4}}}', "thesis.txt": "mine"},
+])
+def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, there):
+    folder = tmp_path / "kit"
+    for name, text in there.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    with refuses("kit-other-folder"):
+        build(folder, ["tiny-phi3"], ["linux"], ["3.13"])
+    assert {name: (folder / name).read_text(encoding="utf-8") for name in list_files(folder)} == there
+
+
+@pytest.mark.parametrize("folder", [ROOT, ROOT.parent, ROOT / "data", ROOT / "data" / "models"])
+def test_a_kit_is_not_built_over_the_course_or_its_models(folder):
+    with refuses("kit-in-course"):
+        build(folder, ["tiny-phi3"])
+
+
+def test_a_manifest_cannot_make_a_build_remove_what_is_outside(small, tmp_path):
+    (tmp_path / "precious").write_text("mine", encoding="utf-8")
+    change_manifest(small, lambda manifest: manifest["files"].update(
+        {"../precious": {"size": 4, "sha256": sha256(tmp_path / "precious")}}))
+    with refuses("kit-other-folder"):
+        build(small, ["tiny-phi3"], ["linux"], ["3.13"])
+    assert (tmp_path / "precious").exists()
+
+
+def test_the_course_in_a_kit_is_all_of_it_and_nothing_else():
+    ours = {path.relative_to(ROOT).as_posix() for path in course_files()}
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    assert {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()} <= ours
+    assert not [name for name in ours if name.startswith(("data/models/", "build/", ".venv/"))]
+
+
+def test_a_model_that_is_not_in_the_catalogue_is_refused_before_anything_is_made(tmp_path):
+    with refuses("model-unknown"):
+        build(tmp_path / "kit", ["tiny-phi3", "phi-9"])
+    assert not (tmp_path / "kit").exists()
+
+
+def test_a_folder_that_is_a_file_is_refused(tmp_path):
+    (tmp_path / "kit").write_text("mine", encoding="utf-8")
+    with refuses("kit-not-writable"):
+        build(tmp_path / "kit", ["tiny-phi3"])
+
+
+def test_two_builds_do_not_write_into_one_folder(small):
+    from filelock import FileLock
+
+    with FileLock(small / ".lock"), refuses("kit-busy"):
+        build(small, ["tiny-phi3"])
+
+
+@pytest.fixture
+def tiny_disk(tmp_path):
+    """Return a function that runs a command with a disk of its own in ``folder``."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+
+    def run(size, command):
+        script = f"mount -t tmpfs -o size={size} tmpfs '{folder}' && exec \"$@\""
+        return subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *map(str, command)],
+                              cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+
+    if not shutil.which("unshare") or run("1m", ["true"]).returncode:
+        pytest.skip("needs Linux with user namespaces to mount a disk of its own")
+    return folder, run
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tiny_disk):
+    folder, run = tiny_disk
+    result = run("9m", [*COMMAND, "build", folder / "kit", "--model", "tiny-phi3"])
+    assert result.returncode == 1, result.stdout + result.stderr
+    assert "has 9 MB free, and the rest of the kit takes about" in result.stderr
+    assert "Fetching" not in result.stdout
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_is_an_error_that_says_so(tiny_disk, index):
+    folder, run = tiny_disk
+    # The archive of the course is what does not fit; the wheels are nothing here.
+    code = ("import sys; from pathlib import Path; from helpers import CourseError\n"
+            "from course.kit import build, wheels\n"
+            "wheels.CONSTRAINTS = Path(sys.argv[1]); build.WHEELS_MEGABYTES = 0\n"
+            "try: build.build(Path(sys.argv[2]), ['tiny-phi3'], ['windows'], ['3.13'])\n"
+            "except CourseError as error: print(error.code, error)")
+    result = run("1400k", [sys.executable, "-c", code, index, folder / "kit"])
+    assert result.stdout.splitlines()[-1].startswith("disk-full The disk is full: "), result.stdout + result.stderr
+    assert "what is finished stays." in result.stdout
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+def test_whoever_gets_a_kit_may_read_it_also_where_the_builders_files_are_private(index, tiny, tmp_path):
+    before = os.umask(0o077)
+    try:
+        build(tmp_path / "kit", ["tiny-phi3"])
+        assert os.umask(0o077) == 0o077
+    finally:
+        os.umask(before)
+    private = [path for path in (tmp_path / "kit", *(tmp_path / "kit").rglob("*")) if path.name != ".lock"
+               and path.stat().st_mode & (0o055 if path.is_dir() else 0o044) != (0o055 if path.is_dir() else 0o044)]
+    assert not private

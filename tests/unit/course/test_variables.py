@@ -1,0 +1,215 @@
+"""What the variables of a shell do to the course: which are left out, set, refused or obeyed.
+
+Run: python -m helpers test tests/unit/course/test_variables.py
+"""
+
+import fnmatch
+import json
+import os
+import re
+import sqlite3
+from itertools import chain
+from pathlib import Path
+
+import pytest
+from support import PAGES, ROOT, refuses
+
+import helpers
+from helpers.parameters import COUNTS, check_variables
+
+# MLflow's variables that reach the libraries as the user set them, and why that is right.
+OBEYED = {
+    "a page sets it itself": ["MLFLOW_TRACKING_URI"],
+    "it is of the file store, which the course has not": [
+        "MLFLOW_TRACKING_DIR", "MLFLOW_REGISTRY_DIR", "MLFLOW_ALLOW_FILE_STORE"],
+    "how a server is reached, and with what name": [
+        "MLFLOW_TRACKING_[!UD]*", "MLFLOW_TRACKING_USERNAME", "MLFLOW_HTTP_*", "_MLFLOW_HTTP_*",
+        "MLFLOW_ALLOW_HTTP_REDIRECTS", "MLFLOW_WORKSPACE", "MLFLOW_AUTH_*", "MLFLOW_KERBEROS_*"],
+    "where a server keeps artifacts": [
+        "MLFLOW_S3_*", "MLFLOW_GCS_*", "MLFLOW_BOTO_*", "MLFLOW_PYARROW_*", "*MLFLOW*MULTIPART*", "_MLFLOW_MPD_*",
+        "MLFLOW_DOWNLOAD_CHUNK_TIMEOUT", "MLFLOW_ARTIFACT_UPLOAD_*", "MLFLOW_ARTIFACTS_DESTINATION",
+        "MLFLOW_PRESIGNED_*"],
+    "how long something may take": [
+        "MLFLOW_REQUIREMENTS_INFERENCE_TIMEOUT", "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT",
+        "MLFLOW_INPUT_EXAMPLE_INFERENCE_TIMEOUT"],
+    "what is said": [
+        "MLFLOW_CONFIGURE_LOGGING", "MLFLOW_PRINT_*", "MLFLOW_SUPPRESS_PRINTING_*", "MLFLOW_DISABLE_SCHEMA_DETAILS",
+        "MLFLOW_DISABLE_AGENT_HINT", "MLFLOW_DISABLE_ENV_MANAGER_*", "MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS",
+        "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING"],
+    "what is trusted": ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"],
+    "tags and figures beside a page's own": ["MLFLOW_RUN_CONTEXT", "MLFLOW_*SYSTEM_METRICS*"],
+    "no page traces": ["MLFLOW_*TRACE*", "MLFLOW_*TRACING*", "_MLFLOW_ENABLE_UC_TRACE_*", "MLFLOW_*OTLP*",
+                       "MLFLOW_*OTEL*", "MLFLOW_USE_*SPAN*", "MLFLOW_USE_DEFAULT_TRACER_PROVIDER"],
+    "no page has it": [
+        "*GENAI*", "*JUDGE*", "*PROMPT*", "MLFLOW_ONLINE_SCORING_*", "*_EVALUATE_*", "MLFLOW_*ASSISTANT*",
+        "MLFLOW_*SANDBOX*", "MLFLOW_*GATEWAY*", "_MLFLOW_INTERNAL_GATEWAY_*", "MLFLOW_*DEPLOYMENT*", "*OPENAI*",
+        "*LANGCHAIN*", "*MCP*", "MLFLOW_MODEL_CATALOG_*", "MLFLOW_MODEL_ENV_*", "*SPARK*", "MLFLOW_DFS_TMP", "*SGC*",
+        "*DATABRICKS*", "*DBFS*", "*SERVERLESS*", "*_SGI_*", "*_UC_*", "*SQL_WAREHOUSE*", "MLFLOW_ENABLE_DB_SDK",
+        "*SAGEMAKER*", "*DOCKER*", "*CONDA*", "MLFLOW_ENV_ROOT", "MLFLOW_DISABLE_ENV_CREATION", "*WHEELED*",
+        "MLFLOW_ASYNC_LOGGING_*", "MLFLOW_TRUNCATE_LONG_VALUES", "MLFLOW_CREATE_MODEL_VERSION_*",
+        "MLFLOW_*UV_*"],
+    "it is a server's": [
+        "MLFLOW_SERVER_*", "MLFLOW_FLASK_*", "MLFLOW_MYSQL_*", "MLFLOW_WEBHOOK_*", "MLFLOW_ICON_*", "MLFLOW_JOB_*",
+        "*_RBAC_*", "MLFLOW_BASIC_AUTH_*", "_MLFLOW_AUTH_*", "_MLFLOW_SERVER_*", "MLFLOW_ALLOWED_HOST_*",
+        "MLFLOW_WORKSPACE_ARTIFACT_*", "MLFLOW_ENABLE_AI_*"],
+    "it is of MLflow's own tests and processes": [
+        "*TESTING*", "MLFLOW_RUN_SLOW_TESTS", "_MLFLOW_IS_IN_*", "_MLFLOW_IN_*", "MLFLOW_IN_*", "_MLFLOW_TELEMETRY_*",
+        "_MLFLOW_*LOGGED_MODEL_PARAMS_BATCH_SIZE"],
+    "the command line of `make ui` has it, or it changes nothing there": [
+        "MLFLOW_HOST", "MLFLOW_PORT", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_REGISTRY_STORE_URI", "MLFLOW_WORKERS",
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT", "MLFLOW_EXPOSE_PROMETHEUS"],
+}
+
+
+def matches(name, patterns):
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def mlflow_variables():
+    """Return those of MLflow's list, and those that the command line of its server has beside it."""
+    from mlflow import environment_variables as known
+
+    names = {one.name for one in vars(known).values() if isinstance(one, known._EnvironmentVariable)}
+    folder = Path(known.__file__).parent  # importing the command line takes seconds
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("cli/__init__.py", "utils/cli_args.py"))
+    return names | (set(re.findall(r'envvar="(\w+)"', text)) - {"MLFLOW_TMP_DIR", "MLFLOW_MODELS_WORKERS"})
+
+
+def mlflow_unknown(names):
+    ours = [*helpers.LEFT_OUT, *helpers.SET, *helpers.SET_UNLESS_THERE]
+    return {name for name in names if not matches(name, [*ours, *chain(*OBEYED.values())])}
+
+
+def test_each_variable_of_mlflow_is_left_out_set_or_obeyed_for_a_reason():
+    names = mlflow_variables()
+    assert mlflow_unknown(names) == set()
+    assert mlflow_unknown({"MLFLOW_DEFAULT_STORE", "MLFLOW_MODEL_REDIRECT"}) == {"MLFLOW_DEFAULT_STORE",
+                                                                                 "MLFLOW_MODEL_REDIRECT"}
+    idle = [pattern for pattern in [*chain(*OBEYED.values()), *helpers.LEFT_OUT]
+            if "MLFLOW" in pattern and not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+    assert idle == []
+
+
+def test_the_document_lists_what_the_course_leaves_out_and_sets():
+    text = (ROOT / "docs" / "variables.md").read_text(encoding="utf-8")
+    left_out, rest = text.split("## Left out")[1].split("## Set")
+
+    def listed(part):
+        cells = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
+        return {name for cell in cells for name in re.findall("`([A-Z_*]+)`", cell)}
+
+    assert listed(left_out) == set(helpers.LEFT_OUT)
+    assert listed(rest) == {*helpers.SET, *helpers.SET_UNLESS_THERE}
+
+
+# --- what a process of the course sees --------------------------------------------------------
+
+# One hostile value for each name that is left out; a star stands for nothing here.
+HOSTILE = {name.replace("*", "X"): "1" for name in helpers.LEFT_OUT} | {
+    "MLFLOW_REGISTRY_URI": "sqlite:////nowhere/else.db", "MLFLOW_RUN_ID": "0" * 32, "MLFLOW_EXPERIMENT_ID": "77",
+    "MLFLOW_EXPERIMENT_NAME": "Elsewhere", "MLFLOW_ACTIVE_MODEL_ID": "m-none", "MLFLOW_ENABLE_ASYNC_LOGGING": "true",
+    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "nonsense", "MLFLOW_ENABLE_WORKSPACES": "true",
+    "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cuda", "MLFLOW_HUGGINGFACE_USE_DEVICE_MAP": "true",
+    "MLFLOW_HUGGINGFACE_MODEL_MAX_SHARD_SIZE": "100KB", "MLFLOW_DISABLE_HUGGINGFACE_ACCELERATE_FEATURES": "perhaps",
+    "MLFLOW_LOG_MODEL_COMPRESSION": "nonsense", "MLFLOW_LOCK_MODEL_DEPENDENCIES": "true",
+    "PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error"}
+SHOW = "import helpers, json, os, warnings; warnings.warn('!'); print(json.dumps(dict(os.environ)))"
+
+
+def test_what_would_lead_elsewhere_is_left_out_and_told(python):
+    result = python("-c", SHOW, **HOSTILE)
+    assert result.returncode == 0, result.stderr  # the warning was none that raises
+    assert {name for name in json.loads(result.stdout) if matches(name, helpers.LEFT_OUT)} == set()
+    (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
+    assert set(re.findall("[A-Z_]{8,}", note)) == set(HOSTILE) - {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"}
+
+
+def test_what_is_obeyed_stays_and_nothing_is_said(python):
+    kept = {"MLFLOW_TRACKING_TOKEN": "t", "MLFLOW_HTTP_REQUEST_TIMEOUT": "9", "HTTPS_PROXY": "http://p", "TMPDIR": "/t",
+            "HF_TOKEN": "t", "HF_ENDPOINT": "http://h", "MLFLOW_LOGGING_LEVEL": "debug", "PYTHONWARNINGS": "ignore",
+            "MLFLOW_RUN_CONTEXT": "{}", "MLFLOW_WORKSPACE": "mine"}
+    result = python("-c", SHOW, **kept)
+    assert json.loads(result.stdout).items() >= kept.items()
+    assert result.stderr == ""
+
+
+def test_an_empty_variable_is_none(python):
+    seen = json.loads(python("-c", SHOW, MLFLOW_HTTP_REQUEST_TIMEOUT="", MLFLOW_DISABLE_TELEMETRY="", HF_HOME="",
+                             COURSE_MODEL="").stdout)
+    assert {"MLFLOW_HTTP_REQUEST_TIMEOUT", "HF_HOME"} & set(seen) == set()
+    assert seen["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+@pytest.mark.parametrize("users", ["0", "", "no"])
+def test_nobody_is_asked_for_what_is_here(python, users):
+    code = "import helpers; from huggingface_hub import constants; print(constants.HF_HUB_OFFLINE)"
+    assert python("-c", code, HF_HUB_OFFLINE=users).stdout == "True\n"
+    assert python("-c", code, HF_HUB_OFFLINE="1", COURSE_ONLINE="1").stdout == "False\n"
+
+
+# --- what cannot be read ----------------------------------------------------------------------
+
+NONSENSE = [("MLFLOW_RUN_CONTEXT", "{tags"), ("MLFLOW_RUN_CONTEXT", "[1]"), ("MLFLOW_LOGGING_LEVEL", "loud"),
+            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon"), ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "perhaps"),
+            ("MLFLOW_DISABLE_TELEMETRY", "yes"), *((name, "many") for name in COUNTS), (COUNTS[0], "1.5")]
+
+
+@pytest.mark.parametrize(("name", "value"), NONSENSE)
+def test_what_mlflow_cannot_read_is_refused_by_name(monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    with refuses("variable-unreadable") as refusal:
+        check_variables()
+    assert name in refusal.value.what
+    monkeypatch.setenv(name, {"MLFLOW_RUN_CONTEXT": '{"team": "a"}', "MLFLOW_LOGGING_LEVEL": "debug"}.get(name, "1"))
+    check_variables()
+
+
+@pytest.mark.parametrize("command", [["notebook", "ChatModel"], ["ui"]])
+def test_a_command_says_so_before_anything_long(python, command):
+    result = python("-m", "helpers", *command, MLFLOW_RUN_CONTEXT="{tags", COURSE_TRACKING_URI="sqlite:///build/none.db")
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct it.*\n", result.stderr)
+
+
+# --- pages, with all of them at once ----------------------------------------------------------
+
+NOWHERE = os.devnull + "/none"  # nobody can make it, root neither
+# What else a shell may hold, and a page has to bear.
+BORNE = {
+    "MLFLOW_TRACKING_URI": "databricks", "MLFLOW_TRACKING_TOKEN": "t", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
+    "MLFLOW_RUN_CONTEXT": '{"team": "a"}', "MLFLOW_CONFIGURE_LOGGING": "false", "MLFLOW_TRACE_SAMPLING_RATIO": "0.5",
+    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true", "MLFLOW_HTTP_REQUEST_TIMEOUT": "",
+    "HF_HUB_OFFLINE": "0", "HF_HOME": NOWHERE, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "nonsense",
+    "HF_HUB_ENABLE_HF_TRANSFER": "1", "TRANSFORMERS_CACHE": NOWHERE, "HF_HUB_VERBOSITY": "nonsense",
+    "SSL_CERT_FILE": NOWHERE, "REQUESTS_CA_BUNDLE": NOWHERE, "TMPDIR": NOWHERE,
+    **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"),
+    "OMP_NUM_THREADS": "nonsense", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C",
+    "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "PYTHONHASHSEED": "7", "CUDA_VISIBLE_DEVICES": "nonsense"}
+
+
+def rows(folder, query):
+    with sqlite3.connect(folder / "mlflow.db") as connection:
+        return connection.execute(query).fetchall()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["helpers", "papermill"])
+@pytest.mark.parametrize("page", PAGES[::2])
+def test_a_page_does_what_it_says_whatever_the_shell_holds(python, tmp_path, tiny, way, page):
+    store = f"sqlite:///{(tmp_path / 'mlflow.db').as_posix()}"
+    command = ["-m", "helpers", "notebook", page, "--output", tmp_path] if way == "helpers" else [
+        "-m", "papermill", ROOT / "notebooks" / f"{page}.ipynb", tmp_path / "out.ipynb", "--cwd", ROOT / "notebooks"]
+    # A warning stops papermill itself, which comes before the course.
+    hostile = HOSTILE if way == "helpers" else {name: value for name, value in HOSTILE.items() if "PYTHON" not in name}
+    result = python(*command, "-p", "model", "tiny-phi3", "-p", "tracking_uri", store, network=False, **hostile | BORNE)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert {name for (name,) in rows(tmp_path, "SELECT name FROM experiments")} == {"Default", page}
+    ((run, status),) = rows(tmp_path, "SELECT run_uuid, status FROM runs")
+    assert status == "FINISHED"
+    assert rows(tmp_path, "SELECT value FROM tags WHERE key = 'team'") == [("a",)]
+    ((model, logged),) = rows(tmp_path, "SELECT name, model_id FROM logged_models")
+    assert rows(tmp_path, "SELECT name, run_id FROM model_versions") == [(model, run)]
+    assert rows(tmp_path, "SELECT alias FROM registered_model_aliases") == [("champion",)]
+    assert set(rows(tmp_path, "SELECT model_id FROM logged_model_metrics")) <= {(logged,)}
+    files = {path.name for path in (tmp_path / "mlartifacts").rglob("*")}
+    assert {"MLmodel", "answers.csv"} <= files
