@@ -103,3 +103,69 @@ def mounted(tmp_path):
     if not shutil.which("unshare") or run("size=1m", ["true"]).returncode:
         pytest.skip("needs Linux with user namespaces to mount a disk of its own")
     return run
+
+
+# --- the chat model on the toy model, as MLflow would load it -------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat(tiny):
+    """Return a chat model for a module's tests; it answers 16 tokens where a request says nothing."""
+    from support.chat import load_chat
+
+    model = load_chat(tiny.onnx_dir)
+    yield model
+    model.close()
+
+
+@pytest.fixture
+def fresh(tiny):
+    """Return a chat model for one test, which may break it."""
+    from support.chat import load_chat
+
+    model = load_chat(tiny.onnx_dir)
+    yield model
+    model.close()
+
+
+@pytest.fixture(scope="module")
+def as_shown(chat):
+    """Return the choices of the answer to ``AS_SHOWN``, to ask for again after something went wrong."""
+    from support.chat import AS_SHOWN
+
+    return chat.predict(None, AS_SHOWN)[0]["choices"]
+
+
+# --- a small kit that was really built ------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def index(tmp_path_factory):
+    """Let pip find handmade wheels and nothing else, and let five lines stand for constraints.txt."""
+    from support import kits
+
+    folder = tmp_path_factory.mktemp("index")
+    path = folder / "constraints.txt"
+    path.write_text(kits.CONSTRAINTS, encoding="utf-8")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("course.kit.wheels.CONSTRAINTS", path)
+        for name, value in kits.only_wheels(folder / "wheels", *kits.WHEELS).items():
+            patch.setenv(name, value)
+        yield path
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny, index):
+    """Return a small kit for three systems and two Pythons: six targets that are not all this machine."""
+    from course.kit.build import build
+    from course.kit.wheels import PLATFORMS
+
+    folder = tmp_path_factory.mktemp("small") / "kit"
+    build(folder, ["tiny-phi3"], list(PLATFORMS), ["3.11", "3.13"])
+    return folder
+
+
+@pytest.fixture
+def small(built, tmp_path):
+    """Return a copy of the small kit that a test may damage."""
+    return Path(shutil.copytree(built, tmp_path / "a kit"))

@@ -38,9 +38,9 @@ from support.service import events, running
 
 from serving import openai_server
 from serving.chat_model import ChatRequest, Refusal, read_request
-from tests.serving.test_answers import ANYTHING, REQUESTS
-from tests.serving.test_contract import GOOD_CONTENTS, GOOD_FIELDS, GOOD_FORMATS, NULLS
-from tests.serving.test_schema import REFUSED, SCHEMAS, request
+from tests.unit.serving.test_answers import ANYTHING, REQUESTS
+from tests.unit.serving.test_contract import GOOD_CONTENTS, GOOD_FIELDS, GOOD_FORMATS, NULLS
+from tests.unit.serving.test_schema import REFUSED, SCHEMAS, request
 
 WITHOUT_ANSWER = ("invalid_value", "unknown_field", "invalid_json", "model_not_found", "context_length_exceeded",
                   "request_too_large")
