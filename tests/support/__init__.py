@@ -43,6 +43,11 @@ def refuses(code: str) -> Iterator[pytest.ExceptionInfo]:
     assert refusal.value.fix[0].isupper(), refusal.value.fix
 
 
+def user_environment() -> dict[str, str]:
+    """Return this process's environment without what importing helpers has put into it."""
+    return {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
+
+
 def run_python(folder: Path, *arguments, network: bool = True, cwd: Path = ROOT,
                **variables: str) -> subprocess.CompletedProcess:
     """Run this Python as a user would, and return what it printed.
@@ -50,7 +55,7 @@ def run_python(folder: Path, *arguments, network: bool = True, cwd: Path = ROOT,
     ``network=False`` refuses every address but this machine's, and fails the test if one was asked for; ``folder`` gets
     the note of it.
     """
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(OURS)} | variables
+    environment = user_environment() | variables
     refused = folder / "refused.log"
     if not network:
         paths = [str(ROOT / "tests" / "support" / "no_network"), *filter(None, [variables.get("PYTHONPATH")])]

@@ -4,8 +4,9 @@ import hashlib
 import shutil
 from pathlib import Path
 
-from course import environment
 from filelock import FileLock
+
+from course import environment
 from support import ROOT
 
 

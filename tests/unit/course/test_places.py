@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import unicodedata
@@ -19,7 +18,7 @@ import pytest
 from bs4 import BeautifulSoup
 from nbformat.v4 import new_markdown_cell, new_notebook
 from support import PAGES, ROOT, refuses
-from support.user import make_checkout
+from support.executed import other_kernel
 
 from course import environment
 from course.commands import run_command
@@ -37,8 +36,6 @@ ODD = (
     ".hidden", "~x", "!x", unicodedata.normalize("NFD", "é"), "コース", "x" * 200, "a.ipynb", "`id`", "a=b,c",
     *(() if os.name == "nt" else ("what?", 'say "hi"', "a\\b", "a\\", "end ", "a*", "<b>", "a|b")),
 )
-# Most of them in two names. MLflow finds no model where a folder is called %20, which the store's test holds.
-TOGETHER = ("-what? a#b it's {x} ${y} [z] $HOME %(here)s ;&\\ é ", '.say "hi" 100%')
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
 
 
@@ -55,24 +52,6 @@ def here(monkeypatch):
     """Let commands set nothing up."""
     monkeypatch.setattr("course.environment.inside_venv", lambda: False)
     monkeypatch.setattr("course.environment.differing_packages", lambda tests: {})
-
-
-def command(checkout, *words, **variables):
-    """Run a command of a checkout with the packages of this environment, as a user does who has the pins."""
-    variables = {"COURSE_CACHE": str(ROOT / "data" / "models")} | variables
-    mine = {name: value for name, value in os.environ.items() if not name.startswith(("COURSE_", "PYTHONPATH"))}
-    return subprocess.run([sys.executable, "-m", "helpers", *words], cwd=checkout, env=mine | variables,
-                          capture_output=True, text=True, encoding="utf-8")
-
-
-def other_kernel(folder):
-    """Write a kernel ``python3`` whose Python is gone, and return the folder for JUPYTER_PATH."""
-    home = folder / "kernels" / "python3"
-    home.mkdir(parents=True)
-    (home / "kernel.json").write_text(json.dumps({
-        "argv": ["/gone/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Other",
-        "language": "python"}), encoding="utf-8")
-    return folder
 
 
 # --- odd names ----------------------------------------------------------------------------------
@@ -178,31 +157,6 @@ def test_lab_opens_a_page_whose_name_is_odd(here, odd, monkeypatch):
     assert f"--ServerApp.root_dir={odd}" in started[0]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "page"), [pytest.param(0, "CustomPythonWrapper", marks=posix),
-                                              pytest.param(1, "TransformerPipeline", marks=posix)])
-def test_a_page_runs_in_a_folder_with_an_odd_name(tmp_path, number, page):
-    """So do its store, the cache and the page's folder; another kernel and another helpers come first."""
-    checkout = make_checkout(tmp_path / TOGETHER[number])
-    cache = shutil.copytree(ROOT / "data" / "models" / "tiny-phi3", tmp_path / f"cache{TOGETHER[1 - number]}" /
-                            "tiny-phi3").parent
-    (checkout / "notebooks" / "helpers.py").write_text("mine = 1\n")
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "serving.py").touch()
-    out = tmp_path / f"out{TOGETHER[number]}"
-    result = command(checkout, "notebook", page, "-p", "model", "tiny-phi3", "--output", str(out),
-                     COURSE_CACHE=str(cache), PYTHONPATH=str(tmp_path / "mine"),
-                     JUPYTER_PATH=str(other_kernel(tmp_path / "jupyter")), JUPYTER_PREFER_ENV_PATH="0")
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert f"page: {out / page}.html" in result.stdout
-    # Nothing of it lies beside the folders that were named.
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-        [checkout.name, cache.name, out.name, "jupyter", "mine"])
-    assert (checkout / "build" / "mlflow.db").stat().st_size > 0
-    assert list((checkout / "build" / "mlartifacts").rglob("MLmodel"))
-    assert not (checkout / "notebooks" / "mlruns").exists()
-
-
 # --- the kernel ---------------------------------------------------------------------------------
 
 
@@ -243,20 +197,6 @@ def test_jupyter_has_a_home_where_the_user_has_none(tmp_path, monkeypatch, home)
     if given:
         assert Path(given).is_dir()
         Path(given).rmdir()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("fault", "code", "says"), [
-    ("exit", "kernel-not-started", "I am in the way"), ("stranger", "file-in-the-way", "ipykernel.py"),
-])
-def test_a_kernel_that_ends_at_its_start_says_why(tmp_path, monkeypatch, fault, code, says):
-    name = {"exit": "sitecustomize.py", "stranger": "ipykernel.py"}[fault]
-    (tmp_path / name).write_text("import sys\nif 'ipykernel_launcher' in sys.orig_argv: sys.exit('I am in the way')\n")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.syspath_prepend(str(tmp_path))
-    with refuses(code) as refusal:
-        execute("ChatModel", {"model": "tiny-phi3"}, tmp_path / "out")
-    assert says in refusal.value.what
 
 
 # --- files in the way ---------------------------------------------------------------------------

@@ -7,12 +7,12 @@ import fnmatch
 import json
 import os
 import re
-import sqlite3
 from itertools import chain
 from pathlib import Path
 
 import pytest
-from support import PAGES, ROOT, refuses
+from support import ROOT, refuses
+from support.hostile import HOSTILE
 
 import helpers
 from helpers.parameters import COUNTS, check_variables
@@ -104,15 +104,6 @@ def test_the_document_lists_what_the_course_leaves_out_and_sets():
 
 # --- what a process of the course sees --------------------------------------------------------
 
-# One hostile value for each name that is left out; a star stands for nothing here.
-HOSTILE = {name.replace("*", "X"): "1" for name in helpers.LEFT_OUT} | {
-    "MLFLOW_REGISTRY_URI": "sqlite:////nowhere/else.db", "MLFLOW_RUN_ID": "0" * 32, "MLFLOW_EXPERIMENT_ID": "77",
-    "MLFLOW_EXPERIMENT_NAME": "Elsewhere", "MLFLOW_ACTIVE_MODEL_ID": "m-none", "MLFLOW_ENABLE_ASYNC_LOGGING": "true",
-    "MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "nonsense", "MLFLOW_ENABLE_WORKSPACES": "true",
-    "MLFLOW_DEFAULT_PREDICTION_DEVICE": "cuda", "MLFLOW_HUGGINGFACE_USE_DEVICE_MAP": "true",
-    "MLFLOW_HUGGINGFACE_MODEL_MAX_SHARD_SIZE": "100KB", "MLFLOW_DISABLE_HUGGINGFACE_ACCELERATE_FEATURES": "perhaps",
-    "MLFLOW_LOG_MODEL_COMPRESSION": "nonsense", "MLFLOW_LOCK_MODEL_DEPENDENCIES": "true",
-    "PYTHONOPTIMIZE": "2", "PYTHONWARNINGS": "error"}
 SHOW = "import helpers, json, os, warnings; warnings.warn('!'); print(json.dumps(dict(os.environ)))"
 
 
@@ -169,47 +160,3 @@ def test_a_command_says_so_before_anything_long(python, command):
     result = python("-m", "helpers", *command, MLFLOW_RUN_CONTEXT="{tags", COURSE_TRACKING_URI="sqlite:///build/none.db")
     assert result.returncode == 1
     assert re.fullmatch(r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct it.*\n", result.stderr)
-
-
-# --- pages, with all of them at once ----------------------------------------------------------
-
-NOWHERE = os.devnull + "/none"  # nobody can make it, root neither
-# What else a shell may hold, and a page has to bear.
-BORNE = {
-    "MLFLOW_TRACKING_URI": "databricks", "MLFLOW_TRACKING_TOKEN": "t", "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false",
-    "MLFLOW_RUN_CONTEXT": '{"team": "a"}', "MLFLOW_CONFIGURE_LOGGING": "false", "MLFLOW_TRACE_SAMPLING_RATIO": "0.5",
-    "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "true", "MLFLOW_HTTP_REQUEST_TIMEOUT": "",
-    "HF_HUB_OFFLINE": "0", "HF_HOME": NOWHERE, "HF_ENDPOINT": "http://127.0.0.1:9", "HF_TOKEN": "nonsense",
-    "HF_HUB_ENABLE_HF_TRANSFER": "1", "TRANSFORMERS_CACHE": NOWHERE, "HF_HUB_VERBOSITY": "nonsense",
-    "SSL_CERT_FILE": NOWHERE, "REQUESTS_CA_BUNDLE": NOWHERE, "TMPDIR": NOWHERE,
-    **dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"), "http://127.0.0.1:9"),
-    "OMP_NUM_THREADS": "nonsense", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0", "LC_ALL": "C",
-    "PYTHONSAFEPATH": "1", "PYTHONNOUSERSITE": "1", "PYTHONHASHSEED": "7", "CUDA_VISIBLE_DEVICES": "nonsense"}
-
-
-def rows(folder, query):
-    with sqlite3.connect(folder / "mlflow.db") as connection:
-        return connection.execute(query).fetchall()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["helpers", "papermill"])
-@pytest.mark.parametrize("page", PAGES[::2])
-def test_a_page_does_what_it_says_whatever_the_shell_holds(python, tmp_path, tiny, way, page):
-    store = f"sqlite:///{(tmp_path / 'mlflow.db').as_posix()}"
-    command = ["-m", "helpers", "notebook", page, "--output", tmp_path] if way == "helpers" else [
-        "-m", "papermill", ROOT / "notebooks" / f"{page}.ipynb", tmp_path / "out.ipynb", "--cwd", ROOT / "notebooks"]
-    # A warning stops papermill itself, which comes before the course.
-    hostile = HOSTILE if way == "helpers" else {name: value for name, value in HOSTILE.items() if "PYTHON" not in name}
-    result = python(*command, "-p", "model", "tiny-phi3", "-p", "tracking_uri", store, network=False, **hostile | BORNE)
-    assert result.returncode == 0, result.stderr[-3000:]
-    assert {name for (name,) in rows(tmp_path, "SELECT name FROM experiments")} == {"Default", page}
-    ((run, status),) = rows(tmp_path, "SELECT run_uuid, status FROM runs")
-    assert status == "FINISHED"
-    assert rows(tmp_path, "SELECT value FROM tags WHERE key = 'team'") == [("a",)]
-    ((model, logged),) = rows(tmp_path, "SELECT name, model_id FROM logged_models")
-    assert rows(tmp_path, "SELECT name, run_id FROM model_versions") == [(model, run)]
-    assert rows(tmp_path, "SELECT alias FROM registered_model_aliases") == [("champion",)]
-    assert set(rows(tmp_path, "SELECT model_id FROM logged_model_metrics")) <= {(logged,)}
-    files = {path.name for path in (tmp_path / "mlartifacts").rglob("*")}
-    assert {"MLmodel", "answers.csv"} <= files

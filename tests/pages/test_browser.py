@@ -1,7 +1,7 @@
-"""Walks each page in JupyterLab, in a real browser, as a learner does: top to bottom, single cells, exercises, keys.
+"""Walks a page in JupyterLab, in a real browser, as a learner does: top to bottom, single cells, exercises, keys.
 
 JupyterLab gets copies of the notebooks: it saves what it shows. Screenshots are left in build/browser.
-Run: python -m helpers test tests/unit/notebooks/test_browser.py
+Run: python -m helpers test tests/pages/test_browser.py
 """
 
 import re
@@ -22,11 +22,11 @@ from support.jupyter import (
     take,
 )
 
-from course.execute import PAGES
 from course.exercises import pair
 
 need_chromium()
-pytestmark = pytest.mark.slow
+# The page with the most to press. tests/nightly/test_browser.py walks the others.
+WALKED = ["ChatModel"]
 
 REGISTERED = re.compile(r"Successfully registered model '[\w-]+'\.|Created version '\d+' of model '[\w-]+'\."
                         r"|Registered model '[\w-]+' already exists\. Creating a new version of this model\.\.\.")
@@ -139,14 +139,18 @@ def test_grey_on_grey_would_be_seen(controls):
     assert any(fault.startswith("color-contrast") and "Not to be read" in fault for fault in controls.faults)
 
 
-@pytest.fixture(scope="module", params=PAGES)
+@pytest.fixture(scope="module", params=WALKED)
 def walk(request, chromium, lab):
+    yield from walk_through(request.param, chromium, lab)
+
+
+def walk_through(name, chromium, lab):
     """Open a page, save it, run all, solve the exercises, then run each cell once more by itself from the last up."""
-    file = lab.folder / f"{request.param}.ipynb"
+    file = lab.folder / f"{name}.ipynb"
     before, cells = file.read_bytes(), nbformat.read(file, as_version=4).cells
     code_cells = sum(cell.cell_type == "code" for cell in cells)
-    with lab.open(chromium[0], request.param, code_cells) as notebook:
-        walk = Walk(request.param, notebook, cells)
+    with lab.open(chromium[0], name, code_cells) as notebook:
+        walk = Walk(name, notebook, cells)
         notebook.save()
         walk.saved_alike = file.read_bytes() == before
         notebook.run_all()
