@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= $(or $(COURSE_MODEL),smollm2-135m)
 HELPERS = $(PYTHON) -m helpers
 
-.PHONY: run check test lab ui bench doctor mutate setup generate clean distclean
+.PHONY: run check test nightly durations lab ui bench doctor mutate setup generate clean distclean
 
 run:
 	@$(HELPERS) run --model "$(MODEL)"
@@ -13,6 +13,12 @@ check:
 
 test:
 	@$(HELPERS) test
+
+nightly:
+	@$(HELPERS) nightly
+
+durations:
+	@$(HELPERS) durations
 
 lab:
 	@COURSE_MODEL="$(MODEL)" $(HELPERS) lab

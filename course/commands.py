@@ -121,6 +121,12 @@ def _notebook_options(parser):
     parser.add_argument("name", help="such as TransformerPipeline")
     parser.add_argument("--output", type=Path, default=BUILD / "course", help="folder for the page")
     parser.add_argument("--solved", action="store_true", help="with the exercises filled in")
+    parser.add_argument("--junit", type=_full_path, metavar="FILE", help="write a test case for each cell")
+    parser.add_argument("--json", type=_full_path, metavar="FILE", help="write the run's figures and the answers")
+
+
+def _changed_options(parser):
+    parser.add_argument("--since", required=True, metavar="REF", help="a commit, branch or tag, such as origin/main")
 
 
 def _lab_options(parser):
@@ -164,6 +170,10 @@ def _deploy_options(parser):
     parser.add_argument("--dry-run", action="store_true", help="fill the files, print the commands, and send nothing")
 
 
+def _full_path(text):
+    return Path(text).resolve()
+
+
 def _port(text):
     port = int(text)
     if not 0 <= port < 65536:
@@ -191,8 +201,18 @@ def _run(options):
 
 def _notebook(options):
     from course.execute import execute, print_answers
+    from course.results import ResultFiles
 
-    print_answers(execute(options.name, options.parameters, options.output.resolve(), options.solved))
+    results = ResultFiles(options.junit, options.json) if options.junit or options.json else None
+    print_answers(execute(options.name, options.parameters, options.output.resolve(), options.solved, results))
+    return 0
+
+
+def _changed(options):
+    from course.changed import changed_pages
+
+    for page in changed_pages(options.since):
+        print(page)
     return 0
 
 
@@ -209,24 +229,16 @@ def _prepare(options):
     return 0
 
 
-def _check(options):
-    return _pytest(SMALL_MODELS[:1], ["-m", "not slow and not index", *options.words])
+def _tier(name, options):
+    from course.tiers import run_tests
+
+    return run_tests(name, options.words)
 
 
-def _test(options):
-    return _pytest(SMALL_MODELS, options.words)
+def _durations(options):
+    from course.tiers import keep_durations
 
-
-def _pytest(models, words):
-    """Prepare models, whose progress bars belong in front of the tests, and run pytest on two or more cores."""
-    from helpers.models.prepare import prepare_model
-
-    for name in models:
-        prepare_model(name)
-    command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", "--numprocesses=auto",
-               "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder", *words]
-    # PyTorch's threads wait busily: those of two tests side by side would make both three times slower.
-    return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    return keep_durations()
 
 
 def _lab(options):
@@ -366,9 +378,15 @@ COMMANDS = {
     "notebook": Command("run one page with parameters of your own", _notebook, (_notebook_options,),
                         parameters=(*PARAMETERS, "track")),
     "prepare": Command("download and convert a model", _prepare, (_model_option, _prepare_options)),
-    "check": Command("run the tests that take no real model; further words go to pytest", _check,
-                     needs="tests", takes_words=True),
-    "test": Command("run every test; further words go to pytest", _test, needs="tests", takes_words=True),
+    "check": Command("run the fast tests; further words go to pytest", partial(_tier, "check"), needs="tests",
+                     takes_words=True),
+    "test": Command("run the tests to run before a change is sent; further words go to pytest",
+                    partial(_tier, "test"), needs="tests", takes_words=True),
+    "nightly": Command("run the long tests; further words go to pytest", partial(_tier, "nightly"), needs="tests",
+                       takes_words=True),
+    "durations": Command("keep in git how long each file of the tests took in the last whole runs", _durations,
+                         needs="tests"),
+    "changed": Command("print the pages that a change touches", _changed, (_changed_options,), needs="nothing"),
     "lab": Command("open JupyterLab on the course", _lab, (_model_option, _lab_options)),
     "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
     "serve": Command("serve a registered model to OpenAI's clients", partial(_serving, "openai_server.py", "serve"),

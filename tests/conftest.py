@@ -1,6 +1,8 @@
 """What the tests share: the models, a store of their own, and programs run as a user runs them."""
 
+import collections
 import functools
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +14,9 @@ import pytest
 from support import ROOT, run_python
 from support.extras import install_extra
 
+from course.tiers import MEASURED, TIERS, over_their_share, read_kept, tier_of
+
+SECONDS = collections.Counter()
 # The same examples each time: a test that fails, fails for everybody. `--hypothesis-profile=search` looks for others.
 hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("search", deadline=None)
@@ -28,8 +33,31 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Let the files of the folders with the long tests begin, so that no worker ends with one of them alone."""
-    items.sort(key=lambda item: "unit" in item.path.parts)
+    """Let the files that took longest begin, so that no worker ends with one of them alone."""
+    seconds = {file: taken for tier in TIERS for file, taken in read_kept(tier).items()}
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+
+
+def pytest_runtest_logreport(report):
+    """Add up how long the tests of each file take."""
+    SECONDS[report.nodeid.partition("::")[0]] += report.duration
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_sessionfinish(session, exitstatus):
+    """Note the durations of a whole tier that passed, and fail where a file has outgrown its share."""
+    if hasattr(session.config, "workerinput") or exitstatus != pytest.ExitCode.OK:
+        return
+    tier = tier_of(set(SECONDS))
+    if tier is None:
+        return
+    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
+    MEASURED.parent.mkdir(exist_ok=True)
+    MEASURED.write_text(json.dumps(measured | {tier: SECONDS}), encoding="utf-8")
+    for file, (now, before) in over_their_share(SECONDS, read_kept(tier)).items():
+        print(f"\n{file} took {now:.1%} of the whole, and {before:.1%} is kept. "
+              "Make it faster, or keep what it takes now: python -m helpers durations.")
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,98 @@
+"""The three tiers: which files belong to which, what becomes of words, and when a file has outgrown its share.
+
+Run: python -m helpers test tests/unit/course/test_tiers.py
+"""
+
+import json
+import subprocess
+import tomllib
+
+import pytest
+from support import ROOT, refuses
+
+from course import tiers
+
+ALL = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("test_*.py")}
+
+
+@pytest.fixture
+def called(monkeypatch):
+    """Return the commands that would have been run, and the names of the models that were prepared."""
+    commands, models = [], []
+    monkeypatch.setattr(subprocess, "call", lambda command, **options: commands.append(command) or 0)
+    monkeypatch.setattr(tiers, "prepare_model", models.append)
+    monkeypatch.setattr(tiers, "BUILD", ROOT / "build" / "no such folder")
+    return commands, models
+
+
+@pytest.mark.parametrize(("tier", "folders", "models"), [
+    ("check", ["tests/unit"], ["tiny-phi3"]),
+    ("test", ["tests/unit", "tests/pages", "tests/services"], ["tiny-phi3", "smollm2-135m"]),
+    ("nightly", ["tests/nightly"], ["tiny-phi3", "smollm2-135m"]),
+])
+def test_a_tier_runs_its_folders_with_its_models(called, tier, folders, models):
+    commands, prepared = called
+    tiers.run_tests(tier, ["--junitxml=build/junit.xml", "-k", "word"])
+    assert [word for word in commands[0] if word.startswith("tests/")] == folders
+    assert commands[0][-3:] == ["--junitxml=build/junit.xml", "-k", "word"]
+    assert prepared == models
+
+
+def test_a_file_that_is_named_is_run_alone(called):
+    tiers.run_tests("test", ["tests/unit/course/test_tiers.py::test_a", "-x"])
+    assert [word for word in called[0][0] if word.startswith("tests/")] == [
+        "tests/unit/course/test_tiers.py::test_a"]
+
+
+def test_each_test_file_is_in_one_tier():
+    folders = {folder for names in tiers.TIERS.values() for folder in names}
+    assert {file.split("/")[1] for file in ALL} <= folders
+
+
+def test_a_whole_tier_is_known_by_its_files_and_a_part_is_none():
+    nightly = {file for file in ALL if file.startswith("tests/nightly/")}
+    assert tiers.tier_of(nightly) == "nightly"
+    assert tiers.tier_of(ALL - nightly) == "test"
+    assert tiers.tier_of(nightly - {min(nightly)}) is None
+
+
+@pytest.mark.parametrize(("measured", "too_long"), [
+    ({"a": 10, "b": 90}, set()),  # as kept
+    ({"a": 100, "b": 900}, set()),  # a slower machine
+    ({"a": 14, "b": 86}, set()),  # not half again
+    ({"a": 16, "b": 84}, {"a"}),
+    ({"a": 10, "b": 80, "new": 10}, {"new"}),
+    ({"a": 10, "b": 89, "new": 1}, set()),  # within the noise
+])
+def test_a_file_that_takes_over_half_again_its_share_is_named(measured, too_long):
+    assert set(tiers.over_their_share(measured, {"a": 1, "b": 9})) == too_long
+
+
+def test_durations_are_kept_by_a_command(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tiers, "MEASURED", tmp_path / "measured.json")
+    monkeypatch.setattr(tiers, "KEPT", tmp_path / "kept.json")
+    with refuses("durations-missing"):
+        tiers.keep_durations()
+    here, gone = "tests/unit/course/test_tiers.py", "tests/unit/test_gone.py"
+    tiers.KEPT.write_text(json.dumps({"test": {here: 1.0}, "nightly": {gone: 3.0, here: 1.0}}))
+    tiers.MEASURED.write_text(json.dumps({"test": {here: 2.0}}))
+    assert tiers.keep_durations() == 0
+    assert json.loads(tiers.KEPT.read_text()) == {"test": {here: 2.0}, "nightly": {here: 1.0}}
+    assert "100.0%     2.0 s  tests/unit/course/test_tiers.py" in capsys.readouterr().out
+
+
+# --- policies -----------------------------------------------------------------------------------
+
+
+def test_each_policy_of_contributing_has_a_test_that_runs_before_a_change_is_sent():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("| to change | open |")[1].split("\n\n")[0]
+    named = {line.split("|")[1].strip() for line in table.splitlines()[2:]}
+    policies = tomllib.loads((ROOT / "tests" / "policies.toml").read_text(encoding="utf-8"))
+    assert {policy["change"] for policy in policies["policy"]} == named
+    for policy in policies["policy"]:
+        assert policy["tests"], policy
+        for test in policy["tests"]:
+            file, _, name = test.partition("::")
+            assert file.split("/")[1] in tiers.TIERS["test"], test
+            assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test
