@@ -21,6 +21,7 @@ from traitlets.config import Config
 
 from course.exercises import solve
 from course.kernels import Kernel, kernel_variables
+from course.results import ResultFiles, read_run
 from course.static_page import write_page
 from helpers.errors import CourseError
 from helpers.models.steps import last_line
@@ -47,31 +48,51 @@ class Execution:
     run: object
 
 
-def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved: bool = False) -> Execution:
+def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved: bool = False,
+            results: ResultFiles | None = None) -> Execution:
     """Run one page from its first cell to its last, with the parameters that papermill injects.
 
     ``solved`` fills its exercises. ``folder`` gets ``name.ipynb`` and ``name.html``, also when a cell fails, and
-    ``name.log``.
+    ``name.log``; ``results`` are written in both cases.
 
     Raises
     ------
     CourseError
-        There is no such page, ``folder`` cannot be written, the kernel does not start, or a cell failed; the message is
-        then the cell's own.
+        There is no such page, ``folder`` or the files of ``results`` cannot be written, the kernel does not start, the
+        page has no code, or a cell failed; the message is then the cell's own.
     """
     check_variables()
     source = nbformat.read(find_notebook(name), as_version=4)
     source = solve(source) if solved else source
     _fill_folder(folder, name)
-    if uri := parameters.get("tracking_uri"):  # papermill writes it into the page
-        parameters = parameters | {"tracking_uri": without_password(uri)}
-    target, log = folder / f"{name}.ipynb", folder / f"{name}.log"
+    if results:
+        results.prepare()
+    tracking_uri = parameters.get("tracking_uri", "")
+    if tracking_uri:  # papermill writes it into the page
+        tracking_uri = without_password(tracking_uri)
+        parameters = parameters | {"tracking_uri": tracking_uri}
+    target, tag = folder / f"{name}.ipynb", uuid.uuid4().hex
     try:
-        with _page_environment() as execution, _kernel_log(log):
+        _run_cells(name, source, target, parameters, tag)
+        execution = Execution(name, write_page(target), _find_run(tag, tracking_uri))
+    except (CourseError, OSError) as failure:
+        if results:
+            _write_results_of_failure(results, name, target, parameters, tag, failure)
+        raise
+    if results:
+        results.write(name, target, parameters, *_describe_run(execution.run))
+    return execution
+
+
+def _run_cells(name, source, target, parameters, tag):
+    """Execute a page's cells into ``target``; ``tag`` goes to the runs that it logs."""
+    log = target.with_suffix(".log")
+    try:
+        with _page_environment(tag), _kernel_log(log):
             # papermill fills braces in a path with parameters.
-            papermill.execute_notebook(source, re.sub("[{}]", r"\g<0>\g<0>", str(target)), parameters,
-                                       kernel_name=NATIVE_KERNEL_NAME, kernel_manager_class=Kernel, cwd=NOTEBOOKS,
-                                       progress_bar=sys.stderr.isatty(), config=ENCRYPTED)
+            executed = papermill.execute_notebook(
+                source, re.sub("[{}]", r"\g<0>\g<0>", str(target)), parameters, kernel_name=NATIVE_KERNEL_NAME,
+                kernel_manager_class=Kernel, cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), config=ENCRYPTED)
     except DeadKernelError:
         raise CourseError(
             "kernel-ended", f"The system ended the Python that ran {name}, most likely for want of memory.",
@@ -90,7 +111,33 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
             raise CourseError("cell-refused", error.evalue, f"The page up to there: {page}.") from None
         raise CourseError("cell-failed", f"A cell of {name} failed with {error.ename}: {error.evalue[:300]}",
                           f"Open {page} and read the cell.") from None
-    return Execution(name, write_page(target), _find_run(execution, parameters.get("tracking_uri", "")))
+    own_cells = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+    if not any(cell.get("execution_count") for cell in own_cells):
+        raise CourseError("no-cells", f"{name} has no code, so nothing was executed.",
+                          f"Look at notebooks/{name}.ipynb: its code cells are missing.")
+
+
+def _write_results_of_failure(results, name, target, parameters, tag, failure):
+    """Write a failed page's results with what it logged. Whatever prevents that, the page's failure matters more."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = _find_run(tag, parameters.get("tracking_uri", ""))
+    except (CourseError, MlflowException, OSError):  # the store may be what made the page fail
+        run = None
+    try:
+        results.write(name, target, parameters, *_describe_run(run), failure)
+    except CourseError as error:
+        print(f"note: {error}", file=sys.stderr)
+
+
+def _describe_run(run):
+    """Return the figures of a page's run and its answers, for programs; None and [] where it has none."""
+    import mlflow
+
+    if run is None:
+        return None, []
+    return read_run(run, mlflow.MlflowClient()), read_answers(run) or []
 
 
 def _fill_folder(folder, name):
@@ -116,14 +163,13 @@ def find_notebook(name: str) -> Path:
 
 
 @contextlib.contextmanager
-def _page_environment() -> Iterator[str]:
-    """Let a kernel that begins from here on find the course, and tag its runs; yield the tag's value."""
-    execution = uuid.uuid4().hex
-    tags = json.loads(os.environ.get(RUN_TAGS) or "{}") | {EXECUTION_TAG: execution}
+def _page_environment(tag: str) -> Iterator[None]:
+    """Let a kernel that begins from here on find the course, and put the tag on its runs."""
+    tags = json.loads(os.environ.get(RUN_TAGS) or "{}") | {EXECUTION_TAG: tag}
     saved = dict(os.environ)
     os.environ.update(kernel_variables() | {RUN_TAGS: json.dumps(tags)})
     try:
-        yield execution
+        yield
     finally:
         os.environ.clear()
         os.environ.update(saved)
@@ -164,26 +210,33 @@ def _sent(name, descriptor, log):
             setattr(sys, name, stream)
 
 
-def print_answers(execution: Execution) -> None:
-    """Print what a page asked and answered, and where to read on."""
+def read_answers(run: object) -> list[dict[str, str]] | None:
+    """Return the questions and answers of an ``mlflow.entities.Run``; None where it has no table of them."""
     import mlflow
     import pandas as pd
     from mlflow.exceptions import MlflowException
 
+    try:
+        text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/answers.csv")
+        answers = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)[["question", "answer"]]
+    except (MlflowException, OSError, ValueError, KeyError):  # not there, or not a page's
+        return None
+    return answers.to_dict("records")
+
+
+def print_answers(execution: Execution) -> None:
+    """Print what a page asked and answered, and where to read on."""
     if execution.name in ("Operations", "Cloud"):  # they ask many questions, and a run of theirs has no answers
         print(f"  page: {execution.page}", flush=True)
         return
     if execution.run is None:
         print(f"  The run of this page is not in the store any more; page: {execution.page}", flush=True)
         return
-    try:
-        text = mlflow.artifacts.load_text(f"{execution.run.info.artifact_uri}/answers.csv")
-        answers = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)[["question", "answer"]]
-    except (MlflowException, OSError, ValueError, KeyError):  # not there, or not a page's
+    answers = read_answers(execution.run)
+    if answers is None:
         print("  The run of this page has no answers.csv with questions and answers.")
-    else:
-        for question, answer in answers.itertuples(index=False):
-            print(f"  Q  {question}\n  A  {' '.join(answer.split())}")
+    for row in answers or []:
+        print(f"  Q  {row['question']}\n  A  {' '.join(row['answer'].split())}")
     speed = execution.run.data.metrics.get("tokens_per_second")
     told = f"{speed:.0f} tokens per second" if speed else "the answer was too short to tell a speed"
     print(f"  {told}; page: {execution.page}", flush=True)

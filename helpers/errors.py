@@ -28,5 +28,6 @@ class CourseError(Exception):
 
     def _render_traceback_(self):
         # IPython asks an exception for this: a notebook shows the two sentences
-        # where it would otherwise show a page of stack frames.
-        return ["CourseError: " + self.what, self.fix]
+        # where it would otherwise show a page of stack frames. The code is for reports
+        # and for programs: course/results.py reads it in an executed notebook.
+        return ["CourseError: " + self.what, self.fix, "(code: " + self.code + ")"]

@@ -50,9 +50,10 @@ def test_run_takes_its_model_as_a_parameter_too(done, monkeypatch):
 def test_a_notebook_gets_its_parameters_as_text_and_as_numbers(done, tmp_path):
     words = ["-p", "temperature", "0.5", "-p", "question", "1", "-p", "device", "cpu"]
     run_command(["notebook", "TransformerPipeline", *words, "--output", str(tmp_path)])
-    assert done == [("TransformerPipeline", {"temperature": 0.5, "question": "1", "device": "cpu"}, tmp_path, False)]
+    assert done == [("TransformerPipeline", {"temperature": 0.5, "question": "1", "device": "cpu"},
+                     tmp_path, False, None)]
     run_command(["notebook", "ChatModel", "--solved", "--output", str(tmp_path)])
-    assert done[1:] == [("ChatModel", {}, tmp_path, True)]
+    assert done[1:] == [("ChatModel", {}, tmp_path, True, None)]
 
 
 @pytest.mark.parametrize(("words", "code"), [

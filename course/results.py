@@ -1,0 +1,187 @@
+"""Writes what a page did for other programs: junit with a test case for each code cell, and JSON with its figures.
+
+junit is written with the standard library: a package for it would be one more that every learner installs, and would
+not remove the letters that XML forbids. The tests read the file with one, junitparser, and with Jenkins' schema.
+"""
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from xml.etree import ElementTree
+
+import nbformat
+from nbformat import NotebookNode
+
+from helpers.errors import CourseError
+from helpers.files import is_writable
+
+PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
+FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
+HEADING = re.compile(r"^#{1,6} +(.+?)(?: \(\d+ min\))?$", re.MULTILINE)
+# helpers.errors.CourseError puts it under its two sentences.
+CODE = re.compile(r"\(code: ([\w-]+)\)")
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
+NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """A code cell after its page ran.
+
+    Attributes
+    ----------
+    name : str
+        The number that Jupyter shows beside it, and its first line.
+    heading : str
+        The nearest heading above it.
+    status : str
+        PASSED, FAILED or SKIPPED.
+    seconds : float
+    error_type, message, details : str
+        Of a failed cell: a CourseError's code or another exception's name, its message and its traceback.
+    """
+
+    name: str
+    heading: str
+    status: str
+    seconds: float = 0.0
+    error_type: str = ""
+    message: str = ""
+    details: str = ""
+
+
+def read_cells(notebook: NotebookNode) -> list[CellResult]:
+    """Return the code cells of an executed notebook; empty ones are left out."""
+    cells, heading = [], ""
+    for cell in notebook.cells:
+        if cell.cell_type == "markdown":
+            found = HEADING.findall(FENCED.sub("", cell.source))
+            heading = re.sub(r"[`*]", "", found[-1]) if found else heading
+        elif cell.cell_type == "code" and cell.source.strip():
+            cells.append(_read_cell(cell, len(cells) + 1, heading))
+    return cells
+
+
+def blame(cells: list[CellResult], failure: Exception) -> list[CellResult]:
+    """Return the cells with one that failed: where none did, the last one that began, or an entry for the page.
+
+    A kernel that ends leaves no error in its cell. A disk that is full after the last cell is nobody's fault.
+    """
+    if any(cell.status == FAILED for cell in cells):
+        return cells
+    code, message = getattr(failure, "code", type(failure).__name__), str(failure)
+    failed = {"status": FAILED, "error_type": code, "message": message, "details": message}
+    begun = [place for place, cell in enumerate(cells) if cell.status == PASSED]
+    if code == "kernel-ended" and begun:
+        last = begun[-1]
+        return [*cells[:last], replace(cells[last], **failed), *cells[last + 1:]]
+    return [*cells, CellResult("the page as a whole", "", **failed)]
+
+
+def _read_cell(cell, number, heading):
+    first = next(line.strip() for line in cell.source.splitlines() if line.strip())
+    name = f"cell {number}: {first[:60]}"
+    timing = cell.metadata.get("papermill", {})
+    seconds = timing.get("duration") or 0.0
+    errors = [output for output in cell.outputs if output.output_type == "error"]
+    if not errors:  # papermill calls cells after a failure pending or completed; those that began have a time
+        return CellResult(name, heading, PASSED if timing.get("start_time") else SKIPPED, seconds)
+    error, lines = errors[0], [COLORS.sub("", line) for line in errors[0].traceback]
+    code = CODE.fullmatch(lines[-1]) if lines and error.ename == "CourseError" else None
+    return CellResult(name, heading, FAILED, seconds, code[1] if code else error.ename, error.evalue, "\n".join(lines))
+
+
+def make_junit(page: str, cells: list[CellResult], seconds: float) -> bytes:
+    """Return a page's cells as a junit file with one test suite, as Jenkins' schema junit-10.xsd has it."""
+    count = {status: str(sum(cell.status == status for cell in cells)) for status in (FAILED, SKIPPED)}
+    suite = {"name": page, "tests": str(len(cells)), "failures": count[FAILED], "errors": "0",
+             "skipped": count[SKIPPED], "time": f"{seconds:.3f}"}
+    root = ElementTree.Element("testsuites")
+    parent = ElementTree.SubElement(root, "testsuite", suite)
+    for cell in cells:
+        case = ElementTree.SubElement(parent, "testcase", {
+            "classname": _xml_text(cell.heading or page), "name": _xml_text(cell.name), "time": f"{cell.seconds:.3f}"})
+        if cell.status == FAILED:
+            failure = ElementTree.SubElement(case, "failure", {
+                "type": _xml_text(cell.error_type), "message": _xml_text(cell.message)})
+            failure.text = _xml_text(cell.details)
+        elif cell.status == SKIPPED:
+            ElementTree.SubElement(case, "skipped", {"message": "The page ended before this cell."})
+    ElementTree.indent(root)
+    return ElementTree.tostring(root, encoding="utf-8", xml_declaration=True)
+
+
+def _xml_text(text):
+    return NO_XML.sub("", COLORS.sub("", text))
+
+
+def make_json(page: str, cells: list[CellResult], seconds: float, parameters: dict, run: dict | None,
+              answers: list[dict]) -> bytes:
+    """Return a page's results as JSON: its parameters, its cells' counts, its MLflow run's figures and its answers."""
+    error = next(({"code": cell.error_type, "message": cell.message, "cell": cell.name, "heading": cell.heading}
+                  for cell in cells if cell.status == FAILED), None)
+    results = {
+        "page": page, "status": FAILED if error else PASSED, "error": error, "model": parameters.get("model"),
+        "parameters": parameters, "duration": round(seconds, 3),
+        "cells": {status: sum(cell.status == status for cell in cells) for status in (PASSED, FAILED, SKIPPED)},
+        "run": run, "answers": answers}
+    return json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _finite(value):
+    """Return a value with None in place of each number that JSON lacks: MLflow takes NaN and infinities as metrics."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def read_run(run: object, client: object) -> dict:
+    """Return the figures of an ``mlflow.entities.Run`` for JSON, with the version that was registered from it."""
+    versions = client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1)
+    return {"id": run.info.run_id, "name": run.info.run_name, "metrics": run.data.metrics, "params": run.data.params,
+            "registered": {"name": versions[0].name, "version": int(versions[0].version)} if versions else None}
+
+
+@dataclass(frozen=True)
+class ResultFiles:
+    """The files for a page's results, either of which may be None: then it is not written."""
+
+    junit: Path | None = None
+    json: Path | None = None
+
+    def prepare(self) -> None:
+        """Make the folders and remove the files of an earlier run; CourseError where they cannot be written."""
+        for path in filter(None, (self.junit, self.json)):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.unlink(missing_ok=True)
+                refused = not is_writable(path.parent)
+            except OSError:  # such as a file where the folder should be, or a folder where the file should be
+                refused = True
+            if refused:
+                raise CourseError("results-not-writable", f"The file for the results, {path}, cannot be written.",
+                                  "Name one in a folder that is yours; the page has not run yet.")
+
+    def write(self, page: str, notebook: Path, parameters: dict, run: dict | None, answers: list[dict],
+              failure: Exception | None = None) -> None:
+        """Write what the executed notebook says; CourseError where a disk refuses it."""
+        cells, seconds = [], 0.0
+        if notebook.exists():
+            executed = nbformat.read(notebook, as_version=4)
+            cells, seconds = read_cells(executed), executed.metadata.get("papermill", {}).get("duration") or 0.0
+        cells = blame(cells, failure) if failure else cells
+        contents = {self.junit: make_junit(page, cells, seconds),
+                    self.json: make_json(page, cells, seconds, parameters, run, answers)}
+        for path, content in contents.items():
+            try:
+                if path:
+                    path.write_bytes(content)
+            except OSError as error:
+                raise CourseError(
+                    "results-not-written",
+                    f"{page} ran, and its results could not be written to {path}: {error.strerror}.",
+                    f"The executed notebook, {page}.ipynb, and {page}.html are in {notebook.parent}.") from None
