@@ -26,8 +26,8 @@ FLOORS = {
         "playground",
     ),
     "course": (
-        "environment", "contents", "kernels", "exercises", "static_page", "execute", "kit.wheels", "kit.check",
-        "kit.build", "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures",
+        "environment", "contents", "kernels", "exercises", "static_page", "results", "execute", "changed", "kit.wheels",
+        "kit.check", "kit.build", "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures",
         "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients", "bench.service", "cluster", "bench.spark",
         "bench.chat", "bench.notebooks", "generate", "mutate", "azure", "commands", "__main__",
     ),
