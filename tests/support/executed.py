@@ -199,7 +199,9 @@ def in_odd_folder(folder: Path) -> Executed:
     (folder / "mine" / "serving.py").touch()
     output = folder / f"out{ODD_NAMES[0]}"
     mine = {name: value for name, value in user_environment().items() if not name.startswith("COURSE_")}
-    variables = mine | HOSTILE | BORNE | {
+    # Such letters in the folder's name and a terminal without any letters beyond ASCII exclude each other.
+    borne = {name: value for name, value in BORNE.items() if name not in ("LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING")}
+    variables = mine | HOSTILE | borne | {
         "COURSE_CACHE": str(cache), "PYTHONPATH": str(folder / "mine"),
         "JUPYTER_PATH": str(other_kernel(folder / "jupyter")), "JUPYTER_PREFER_ENV_PATH": "0"}
     result = subprocess.run(
