@@ -60,6 +60,18 @@ def write_phi3(root, real=False):
         shutil.copytree(root / ONNX / CPU, root / ONNX / other)
 
 
+def write_noise_phi3(root):
+    """Write both repositories of Phi-3 with noise for weights; transformers makes a model of their config.json."""
+    write_phi3(root)
+    # 32,000 by default, which is none of so few tokens.
+    change_json(root / TORCH / "config.json", pad_token_id=0, architectures=["Phi3ForCausalLM"], num_hidden_layers=2)
+
+
+def change_json(path, **fields):
+    """Set fields of the object in a JSON file."""
+    path.write_text(json.dumps(json.loads(path.read_text(encoding="utf-8")) | fields), encoding="utf-8")
+
+
 def write_phi4(root, real=False):
     """Write both repositories of Phi-4-mini under ``root``."""
     tokenizer = _bytes()

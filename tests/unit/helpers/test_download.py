@@ -6,8 +6,6 @@ Run: python -m helpers test tests/unit/helpers/test_download.py
 import hashlib
 import random
 import ssl
-import subprocess
-import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -16,7 +14,6 @@ import httpx
 import pytest
 from huggingface_hub import get_session
 from huggingface_hub.errors import HfHubHTTPError
-from support import ROOT
 from support.in_process import download_here
 from support.web_server import web_server
 
@@ -436,26 +433,3 @@ def test_a_page_in_place_of_a_file_does_no_harm_to_the_next_try(served, tmp_path
     assert got(tmp_path) == {"big": CONTENT["big"]}
     if half:
         assert log == [("/big", "bytes=150000-")]  # nor to what was here before
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="reads Linux's own account of a process")
-def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
-    code = ("import sys; from pathlib import Path; from helpers.models.download import Download, File\n"
-            "url, size, folder, digest = sys.argv[1], int(sys.argv[2]), Path(sys.argv[3]), sys.argv[4]\n"
-            "Download({'big': File(url, size, digest)}, folder, folder).fetch(['big'])\n"
-            "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])")
-    peaks = []
-    for size in (1_000, 200_000_000):
-        with (tmp_path / "big").open("wb") as file:
-            file.truncate(size)
-        digest = sha256(tmp_path / "big")
-        got = tmp_path / str(size)
-        got.mkdir()
-        with web_server(tmp_path) as url:
-            result = subprocess.run([sys.executable, "-c", code, f"{url}/big", str(size), got, digest], cwd=ROOT,
-                                    capture_output=True, text=True, env={"COURSE_ONLINE": "1", "PATH": ""})
-        assert result.returncode == 0, result.stderr
-        assert sha256(got / "big") == digest
-        peaks.append(int(result.stdout.split()[-1]) / 1000)
-    assert peaks[1] - peaks[0] < 60  # megabytes, of 200 more

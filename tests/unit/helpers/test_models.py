@@ -16,14 +16,14 @@ from types import SimpleNamespace
 
 import psutil
 import pytest
-from support import ROOT, interrupt, refuses
+from support import ROOT, refuses
 from support.steps import CONFIG, entry_of, stand_in
 
 from helpers import CourseError, prepare_model, read_catalogue
 from helpers.files import locked, sha256
 from helpers.models.catalogue import find_entry
+from helpers.models.convert import tiny_phi3
 from helpers.models.prepare import _disk_errors, cache_state, cached_models, longest_exact
-from helpers.models.sources import CONVERTER_VERSION, source_of
 from helpers.models.space import disk_errors, existing
 from helpers.models.steps import ask, run_program, run_step
 from helpers.paths import model_cache
@@ -45,69 +45,28 @@ def names(folder):
     return {path.name for path in folder.iterdir()}
 
 
-def prepare(name="tiny-phi3"):
-    """Return the command of a user who prepares a model."""
-    return [sys.executable, "-m", "helpers", "prepare", "--model", name]
+# --- the models that are here -------------------------------------------------------------------
 
 
-# --- the real models ----------------------------------------------------------------------------
+def test_the_converter_writes_the_same_tiny_model_on_every_machine(tiny, tmp_path):
+    tiny_phi3(tmp_path, 1, tiny.entry.context_length)
+    written = tiny.transformers_dir
+    assert names(tmp_path) == names(written) - {"README.md"}
+    for name in names(tmp_path):
+        assert sha256(tmp_path / name) == sha256(written / name), name
 
 
-@pytest.mark.slow
-def test_a_model_is_made_whole_from_nothing_in_an_odd_path(cache, tiny):
-    prepared = prepare_model("tiny-phi3")
-    assert prepared.transformers_dir == cache / "tiny-phi3" / "transformers"
-    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names(
-        prepared.transformers_dir)
-    assert {"model.onnx", "genai_config.json", "tokenizer.json"} <= names(prepared.onnx_dir)
-    config = json.loads((prepared.onnx_dir / "genai_config.json").read_text())
-    assert config["model"]["type"] == "phi3"
-    # Seeded: the weights are those of every other machine's tiny-phi3 with these pins.
-    for name in ("model.safetensors", "tokenizer.json"):
-        assert sha256(prepared.transformers_dir / name) == sha256(tiny.transformers_dir / name)
-    # Who changes what the converter writes raises its version, or models that are here stay as they are.
-    assert (CONVERTER_VERSION, sha256(prepared.transformers_dir / "tokenizer.json")) == (
-        1, "697c83e34132e7cc284a1808cc492dea9a633ce450794cbba1cf67f9e540c094")
-    assert not list(cache.rglob("*.partial"))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny-phi3", "smollm2-135m"])
-def test_the_entry_tells_the_truth_about_the_folders(name):
+def test_the_entry_tells_the_truth_about_the_folders(tiny):
     from transformers import AutoModelForCausalLM
 
-    prepared = prepare_model(name)
-    model = AutoModelForCausalLM.from_pretrained(prepared.transformers_dir, trust_remote_code=False)
-    assert model.num_parameters() == prepared.entry.parameters
+    model = AutoModelForCausalLM.from_pretrained(tiny.transformers_dir, trust_remote_code=False)
+    assert model.num_parameters() == tiny.entry.parameters
     assert model.dtype.is_floating_point
-    assert model.config.max_position_embeddings == prepared.entry.context_length
-    genai = json.loads((prepared.onnx_dir / "genai_config.json").read_text())
-    assert genai["model"]["context_length"] == prepared.entry.context_length
-    home = prepared.onnx_dir.parent
-    megabytes = sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) / 1e6
-    assert megabytes <= prepared.entry.disk
-
-
-def test_the_gguf_is_the_published_one(smol):
-    (gguf,) = (smol.onnx_dir.parent / "gguf").glob("*.gguf")
-    source = source_of(smol.entry, "transformers")
-    with gguf.open("rb") as file:
-        assert hashlib.file_digest(file, "sha256").hexdigest() == source.member_sha256
-    assert Path(source.member).name == gguf.name
-
-
-@pytest.mark.slow
-def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
-    for name in ("tiny-phi3", "smollm2-135m"):
-        result = python("-m", "helpers", "prepare", "--model", name, network=False)
-        assert result.returncode == 0, result.stderr
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_ends_a_step_and_says_what_stays(cache):
-    interrupt(prepare(), lambda: bool(list(cache.glob("tiny-phi3/transformers.*.partial"))))
-    assert cache_state("tiny-phi3") == "not prepared"
-    assert not list(cache.rglob("*.receipt.json"))
+    assert model.config.max_position_embeddings == tiny.entry.context_length
+    genai = json.loads((tiny.onnx_dir / "genai_config.json").read_text())
+    assert genai["model"]["context_length"] == tiny.entry.context_length
+    megabytes = sum(path.stat().st_size for path in tiny.onnx_dir.parent.rglob("*") if path.is_file()) / 1e6
+    assert megabytes <= tiny.entry.disk
 
 
 # --- prepare_model ------------------------------------------------------------------------------
@@ -298,14 +257,6 @@ def test_too_little_memory_is_refused_before_a_load_too(filled, tmp_path, monkey
     assert "takes 1,000 MB of memory, and 810 MB are free. Close programs." in str(refusal.value)
 
 
-def test_a_full_disk_is_an_error_that_says_how_much_is_needed(mounted):
-    result = mounted("size=200k", prepare())
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "The disk is too full: Tiny random Phi-3 takes 2 MB" in result.stderr
-    assert "COURSE_CACHE" in result.stderr
-    assert "Traceback" not in result.stderr
-
-
 @pytest.mark.parametrize(("name", "amount"), [("tiny-phi3", "2 MB"), ("hub:org/name", "more room")])
 def test_a_disk_that_fills_up_on_the_way_is_the_same_error(tmp_path, name, amount):
     with refuses("disk-full") as refusal, _disk_errors(find_entry(name), tmp_path):
@@ -338,19 +289,6 @@ def test_a_disk_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "exists", lambda self: False)  # as of a drive of Windows that is not in
     with refuses("disk-absent"):
         existing(tmp_path)
-
-
-def test_a_cache_that_cannot_be_written_is_an_error_that_names_it(mounted):
-    result = mounted("size=1m,ro", prepare())
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "cannot be written. " in result.stderr.replace("\n      ", "")
-    assert "COURSE_CACHE" in result.stderr
-
-
-def test_a_read_only_cache_that_holds_the_model_is_good_enough(mounted, tiny):
-    result = mounted("size=9m", prepare(), fill=tiny.onnx_dir.parent)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "is ready" in result.stdout
 
 
 def test_a_cache_that_is_a_file_is_an_error_that_names_it(tmp_path, monkeypatch):

@@ -11,8 +11,6 @@ import os
 import shutil
 import socket
 import sqlite3
-import subprocess
-import sys
 import tempfile
 import threading
 from pathlib import Path
@@ -24,10 +22,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model
-from support import PAGES, ROOT, find_cell, refuses
+from support import ROOT, refuses
 
 from helpers import tracking_store
-from helpers.paths import BUILD
 from helpers.stores import database
 from helpers.stores.database import database_path
 from helpers.tracking import TrackingStore
@@ -36,14 +33,6 @@ from helpers.tracking import TrackingStore
 def test_a_relative_path_starts_at_the_courses_folder_whatever_the_kernels_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert database_path("sqlite:///build/x/mlflow.db") == ROOT / "build" / "x" / "mlflow.db"
-
-
-@pytest.mark.slow
-def test_the_folder_of_a_store_is_made_with_all_above_it_and_a_database(tmp_path):
-    store = tracking_store(f"sqlite:///{(tmp_path / 'a' / 'b' / 'mlflow.db').as_posix()}")
-    assert store == TrackingStore(f"sqlite:///{(tmp_path / 'a' / 'b' / 'mlflow.db').as_posix()}",
-                                           (tmp_path / "a" / "b" / "mlartifacts").as_uri())
-    assert MlflowClient(store.uri).search_experiments()
 
 
 def test_an_empty_uri_is_the_courses_own_store(store, monkeypatch):
@@ -187,66 +176,6 @@ def test_a_database_that_another_program_has_locked_is_said_to_be(store, monkeyp
         with refuses("store-busy"):
             tracking_store(store)
     assert tracking_store(store).uri == store
-
-
-@pytest.mark.slow
-def test_a_disk_that_is_full_is_said_to_be(mounted):
-    code = "import os, sys; from helpers import CourseError, tracking_store\n" \
-        "try: tracking_store(f\"sqlite:///{os.environ['COURSE_CACHE']}/mlflow.db\")\n" \
-        "except CourseError as error: print(error.code)"
-    assert mounted("size=100k", [sys.executable, "-c", code]).stdout == "disk-full\n"
-
-
-@pytest.mark.slow
-def test_a_making_that_was_interrupted_leaves_no_half_of_a_database(tmp_path, python):
-    # It ends where MLflow has changed a table and not yet noted which version of it that makes.
-    uri = f"sqlite:///{(tmp_path / 'mlflow.db').as_posix()}"
-    result = python("-c", f"""
-import os
-from sqlalchemy import event
-from sqlalchemy.engine import Engine
-
-versions = []
-
-@event.listens_for(Engine, "before_cursor_execute")
-def end(connection, cursor, statement, *rest):
-    versions.extend(["one more"] if "UPDATE alembic_version" in statement else [])
-    if len(versions) == 5:
-        print("in the middle", flush=True)
-        os._exit(9)
-
-from helpers import tracking_store
-tracking_store({uri!r})
-""")
-    assert (result.returncode, result.stdout) == (9, "in the middle\n")
-    assert MlflowClient(tracking_store(uri).uri).search_experiments()
-
-
-@pytest.mark.slow
-def test_a_class_that_opens_the_pages_in_the_same_moment_finds_one_store(tmp_path):
-    # The pages' own cell, as Run All reaches it, in six kernels.
-    uri = f"sqlite:///{(tmp_path / 'new' / 'mlflow.db').as_posix()}"
-    first_cell = "import sys\nimport helpers, mlflow\nfrom helpers import tracking_store\n" \
-        "tracking_uri = sys.argv[1]\nprint('ready', flush=True)\nsys.stdin.readline()\n"
-    run = "\nmlflow.start_run()"
-    begun = [subprocess.Popen([sys.executable, "-c", first_cell + find_cell(page, "mlflow.set_experiment(") + run, uri],
-                              cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True)
-             for page in [*PAGES, *PAGES]]
-    for process in begun:
-        assert process.stdout.readline() == "ready\n"
-    for process in begun:
-        process.stdin.write("go\n")
-        process.stdin.flush()
-    for process in begun:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    store = tracking_store(uri)
-    made = {experiment.name: experiment.artifact_location for experiment in MlflowClient(uri).search_experiments()}
-    assert made.keys() == {*PAGES, "Default"}
-    assert {made[page] for page in PAGES} == {store.artifact_location}
-    mlflow.set_tracking_uri(uri)
-    assert len(mlflow.search_runs(experiment_names=list(PAGES), output_format="list")) == len(begun)
 
 
 # --- an experiment that takes no runs -------------------------------------------------------------
@@ -406,31 +335,6 @@ def test_the_retries_of_whoever_set_them_are_there_again(answering, monkeypatch)
         tracking_store("http://127.0.0.1:9")
     assert os.environ["MLFLOW_HTTP_REQUEST_MAX_RETRIES"] == "3"
     assert "MLFLOW_HTTP_REQUEST_TIMEOUT" not in os.environ  # large files take their time
-
-
-@pytest.mark.slow
-def test_copies_of_a_servers_models_go_away_with_the_process_and_those_of_killed_ones_at_the_next(python, answering):
-    address, _ = answering(200, EXPERIMENT)
-    code = f"""
-import os, sys, tempfile
-from pathlib import Path
-from helpers import tracking_store
-tracking_store("http://{address}")
-tracking_store("http://{address}")
-copy = Path(tempfile.mkdtemp(), "weights")
-copy.write_text("x")
-print(os.getpid(), copy, flush=True)
-if sys.argv[1:]:
-    os._exit(9)
-"""
-    for words, left in (((), False), (("killed",), True), ((), False)):
-        number, path = python("-c", code, *words).stdout.strip().split(" ", 1)
-        assert Path(path).exists() == left
-        assert Path(path).parents[1] == BUILD / f"kernel-{number}"
-        assert Path(path).parents[1].exists() == left
-        if left:
-            killed = Path(path)
-    assert not killed.exists()
 
 
 @pytest.mark.parametrize("room", [0.5, 1.5, 2.5, 4.5])
