@@ -1,37 +1,38 @@
-"""Reads a command that a text prints as the program reads it that it names, and starts nothing."""
+"""The commands that the texts print, and whether the course takes them; nothing is started."""
 
-import importlib
 import re
 import shlex
 
-import click
 import pytest
 
 from course.commands import run_command
-from course.environment import project
 from course.execute import find_notebook
 from helpers import CourseError
 from helpers.models.catalogue import find_entry
-from helpers.paths import BUILD
-from helpers.stores.database import SQLITE
 from support import ROOT
+from support.markdown import DOCUMENTS, read_html
 
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
-TARGETS = re.findall(r"^([a-z]+):", MAKEFILE, re.MULTILINE)
-VARIABLES = re.findall(r"^([A-Z]+) \?=", MAKEFILE, re.MULTILINE)
 # What stands for a word of the reader's own, and one that could stand there.
 PLACEHOLDERS = {"COMMAND": "help", "NAME": "ChatModel"}
-SETTING = re.compile(r"([A-Z][A-Z_]*)=(\"[^\"]*\"|\S*)(?: +|$)")
-POWERSHELL = re.compile(r"\$env:([A-Z][A-Z_]*)=\"([^\"]*)\"(?:; +|$)")
+A_COMMAND = re.compile(r"(\.venv/bin/)?(make|python3?|mlflow|papermill|conda|az|docker|kubectl|curl|export) \S"
+                       r"|(\$env:)?[A-Z_]+=\S+ \S")
 
 
-def read_settings(command: str) -> tuple[dict[str, str], str]:
-    """Return the variables that a command begins with, of a POSIX shell or of PowerShell, and the rest of it."""
-    settings, command = {}, re.sub("^export ", "", command)
-    while found := POWERSHELL.match(command) or SETTING.match(command):
-        settings[found[1]] = found[2].strip('"')
-        command = command[found.end():]
-    return settings, command
+def find_commands() -> list[str]:
+    """Return the commands of the documents and the pages, each once; the changelog names those of its day."""
+    codes = [code.text for path in DOCUMENTS if path.name != "CHANGELOG.md"
+             for code in read_html(path).select("code:not([class])")]
+    return list(dict.fromkeys(line for code in codes for line in code.splitlines() if A_COMMAND.match(line)))
+
+
+def read_settings(command: str) -> tuple[dict[str, str], list[str]]:
+    """Return the variables that a command begins with, of a POSIX shell or of PowerShell, and its other words."""
+    settings, words = {}, shlex.split(command.removeprefix("export "))
+    while words and (found := re.fullmatch(r"(?:\$env:)?([A-Z_]+)=(.*?);?", words[0])):
+        settings[found[1]] = found[2]
+        del words[0]
+    return settings, words
 
 
 def read_helpers(words: list[str]) -> tuple:
@@ -54,80 +55,31 @@ def read_helpers(words: list[str]) -> tuple:
 
 
 def find_fault(command: str) -> str | None:
-    """Return what is wrong with a command: a program, a name or an option that is not there. None for nothing."""
-    settings, command = read_settings(command)
+    """Return what is wrong with a command: a variable, a name, an option or a file that is not there.
+
+    Commands of other programs, such as MLflow's, are run in tests/nightly/test_snippets.py.
+    """
+    settings, words = read_settings(command)
     known = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md"))
-    for name, value in settings.items():
-        if name == "MLFLOW_TRACKING_URI":
-            if ROOT / value.removeprefix(SQLITE) != BUILD / "mlflow.db":
-                return f"{value} is not the course's store"
-        elif f"| {name} |" not in known:
-            return f"no table in docs/ has {name}"
-    words = shlex.split(command)
-    if not words:
-        return None if settings else "is empty"
-    program, *words = words
-    program = program.removeprefix(".venv/bin/")
+    if unknown := [name for name in settings if name != "MLFLOW_TRACKING_URI" and f"| {name} |" not in known]:
+        return f"no table in docs/ has {unknown[0]}"
+    absent = [word for word in words if re.match("(deploy|notebooks)/", word) and not list(ROOT.glob(word))]
+    if absent:
+        return f"there is no {absent[0]}"
     try:
-        if program == "make":
-            return _make_fault(words)
-        if program in ("python", "python3", "py") and words[:2] == ["-m", "helpers"]:
-            read_helpers(words[2:])
-        elif program == "python" and words[:2] == ["-m", "nbstripout"]:
-            importlib.import_module("nbstripout")
-        elif program == "mlflow":
-            from mlflow.cli import cli
-
-            _read_click(cli, words)
-        elif program == "papermill":
-            from papermill.cli import papermill
-
-            _read_click(papermill, words)
-            if not (ROOT / words[0]).is_file():
-                return f"there is no {words[0]}"
-        elif program == "python" and words[:4] == ["-m", "pip", "install", "--editable"]:
-            (extra,) = re.fullmatch(r"\.\[(\w+)\]", words[4]).groups()
-            return None if extra in project()["optional-dependencies"] else f"there is no extra {extra}"
-        elif program == "conda" and words[:3] == ["env", "create", "--file"]:
-            return None if (ROOT / words[3]).is_file() else f"there is no {words[3]}"
-        elif program == "az":
-            printed = (ROOT / "course" / "azure.py").read_text(encoding="utf-8")
-            return None if " ".join(["az", *words]) in printed else "the course prints no such command"
-        elif program in ("docker", "kubectl") or (program == "python" and words[:2] == ["-m", "uv"]):
-            gone = [word for word in words if word.startswith("deploy/") and not (ROOT / word).exists()]
-            return f"there is no {gone[0]}" if gone else None
-        elif program == "curl":
-            return None if any(word.startswith("http://127.0.0.1:") for word in words) else "asks another machine"
-        else:
-            return f"nobody knows how to read {program}"
+        match words:
+            case ["make", *targets]:
+                for word in targets:
+                    line = f"{word}:" if "=" not in word else f"{word.partition('=')[0]} ?="
+                    if f"\n{line}" not in MAKEFILE:
+                        return f"the Makefile has no {word}"
+            case ["python" | "python3" | ".venv/bin/python", "-m", "helpers", *rest]:
+                read_helpers(rest)
+            case ["az", *_]:
+                printed = (ROOT / "course" / "azure.py").read_text(encoding="utf-8")
+                return None if " ".join(words) in printed else "the course prints no such command"
     except CourseError as error:
         return str(error)
     except SystemExit:
         return "is refused with a usage"
-    except click.ClickException as error:
-        return error.format_message()
     return None
-
-
-def _make_fault(words):
-    for word in words:
-        name, equals, value = word.partition("=")
-        if name not in (VARIABLES if equals else TARGETS):
-            return f"the Makefile has no {name}"
-        if name == "MODEL":
-            find_entry(value)
-    return None
-
-
-def _read_click(command, words):
-    """Let a command of the click library read these words; the name of a command alone says that it exists."""
-    context = click.Context(command, info_name=command.name)
-    named = 0
-    while isinstance(command, click.Group) and words:
-        name, *words = words
-        command = command.get_command(context, name)
-        if command is None:
-            raise click.UsageError(f"there is no command {name}")
-        context, named = click.Context(command, parent=context, info_name=name), named + 1
-    if words or not named:
-        command.make_context(command.name, [*words], parent=context)  # it takes the list apart
