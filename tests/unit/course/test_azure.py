@@ -1,59 +1,38 @@
-"""Shipping to Azure Machine Learning: what is decided, the files, and what the real SDK asks of the service.
+"""Shipping to Azure Machine Learning: what is decided, the files, and the order of the steps.
 
-The service is a transport of azure.core's: it answers as recorded in tests/unit/course/azure/answers.json, and what it was
-asked has to be what stands in the JSON files beside it. Nothing leaves this machine.
+tests/nightly/test_azure.py has the real SDK read the files and ask a service that answers as recorded.
 
 Run: python -m helpers test tests/unit/course/test_azure.py
 """
 
-import http.server
-import io
 import json
 import re
 import shutil
 import sys
-import threading
-from functools import partialmethod
-from pathlib import Path
-from types import MappingProxyType, SimpleNamespace
-from urllib.parse import parse_qsl, urlsplit
 
 import mlflow
 import pytest
-import requests
-import urllib3
 import yaml
 from support import ROOT, refuses, stand_ins
-from support.chat import AS_SHOWN, SECRET, chat_model_for
-from support.extras import install_extra
+from support.chat import AS_SHOWN, chat_model_for
 
 from course import azure
 from course.azure import (
-    PARTS,
     TEMPLATES,
     Plan,
     check_endpoint_name,
     choose_instance,
     fill,
     judge,
-    load,
     make_folder,
     model_memory,
     quota_cores,
-    send,
     service_requirements,
     steps,
     values,
 )
 
-# The SDK's own warnings: the process that gathers the results has no such classes, and ends when it is sent one.
-pytestmark = pytest.mark.filterwarnings(r"ignore:::(azure|marshmallow)\b")
-
-HERE = Path(__file__).parent / "azure"
-ANSWERS = json.loads((HERE / "answers.json").read_text(encoding="utf-8"))
-WHO = {"createdBy": "somebody", "createdAt": "2026-11-28T12:00:00Z", "lastModifiedAt": "2026-11-28T12:00:00Z"}
-WORKSPACE = {"subscription_id": "00000000-0000-0000-0000-000000000000", "resource_group_name": "group",
-             "workspace_name": "space"}
+ANSWERS = json.loads((ROOT / "tests" / "support" / "azure" / "answers.json").read_text(encoding="utf-8"))
 PLAN = Plan("slm-onnx", "3", "tiny-phi3", 0.6, ("messages", "max_tokens"), "3.12", ("mlflow==3.17.2",), "slm-onnx",
             "Standard_D2as_v4")
 
@@ -270,21 +249,6 @@ def test_without_the_sdk_it_says_what_to_install(monkeypatch, tmp_path):
 
 # --- the files, as azure-ai-ml reads them ----------------------------------------------------
 
-@pytest.fixture(scope="module")
-def sdk():
-    """Let this process find azure-ai-ml, where it has none of the course's own packages."""
-    folder = str(install_extra("azure"))
-    sys.path.append(folder)
-    yield
-    sys.path.remove(folder)
-
-
-def with_sdk(test):
-    return pytest.mark.slow(pytest.mark.index(pytest.mark.usefixtures("sdk")(test)))
-
-
-STEPS = {step.kind: step for step in steps(PLAN)}
-
 
 @pytest.fixture
 def filled(tmp_path):
@@ -300,275 +264,4 @@ def filled(tmp_path):
     return tmp_path
 
 
-@with_sdk
-@pytest.mark.parametrize("kind", STEPS)
-def test_azure_ai_ml_loads_each_file_as_it_stands_and_filled(kind, filled):
-    for folder in (TEMPLATES, filled):
-        assert load(STEPS[kind], folder)
-
-
-@with_sdk
-@pytest.mark.parametrize(("kind", "line", "wrong"), [
-    ("model", "type: mlflow_model", "type: [mlflow_model]"),
-    ("model", "path: model", "folder: model"),
-    ("environment", "conda_file:", "conda:"),
-    ("online_endpoint", "auth_mode: key", "auth_mode: none"),
-    ("online_deployment", "scoring_script:", "script:"),
-    ("online_deployment", "instance_count: 1", "instance_count: one"),
-    ("online_deployment", "request_timeout_ms: 180000", "request_timeout: 180"),
-    ("online_deployment", "max_concurrent_requests_per_instance: 8", "max_concurrent_requests_per_instance: many"),
-    ("compute", "min_instances: 0", "instances: 0"),
-    ("batch_endpoint", "auth_mode: aad_token", "auth: aad_token"),
-    ("batch_deployment", "output_action: append_row", "output_action: append"),
-    ("batch_deployment", "mini_batch_size: 1", "mini_batch_size: few"),
-    ("job", "instance_count: 1", "instances: 1"),
-])
-def test_azure_ai_ml_refuses_a_wrong_field(kind, line, wrong, filled):
-    from azure.ai.ml.exceptions import ValidationException
-    from marshmallow import ValidationError
-
-    path = filled / STEPS[kind].file
-    text = path.read_text(encoding="utf-8")
-    assert line in text
-    path.write_text(text.replace(line, wrong), encoding="utf-8")
-    with pytest.raises((ValidationException, ValidationError)):
-        load(STEPS[kind], filled)
-
-
 # --- what the SDK asks of the service --------------------------------------------------------
-
-
-class Service(requests.adapters.BaseAdapter):
-    """Azure as far as the SDK sees it. It keeps what it was asked, and what was uploaded."""
-
-    # What takes the service a while: it answers with the address of an operation.
-    SLOW = ("onlineEndpoints", "batchEndpoints", "deployments", "computes")
-    FILLED_IN = MappingProxyType({"flavors": {}, "scaleSettings": {"scaleType": "Default"},
-                                  "provisioningState": "Succeeded"})
-
-    def __init__(self, refused):
-        super().__init__()
-        self.refused, self.asked, self.uploaded, self.made, self.polls = refused, [], set(), {}, 0
-
-    def send(self, request, **_):
-        url = urlsplit(request.url)
-        body = request.body.decode() if isinstance(request.body, bytes) else request.body
-        if url.hostname.endswith(".blob.core.windows.net"):
-            self.uploaded.add(normal(url.path))
-            written = "metadata" if "comp=metadata" in url.query else "blob"
-            answer = ANSWERS["no blob" if request.method == "HEAD" else written]
-        else:
-            body = json.loads(body) if body else None
-            self.asked.append({"method": request.method, "path": normal(url.path),
-                               "query": normal(dict(parse_qsl(url.query))), "body": normal(body)})
-            answer = self.answer(request.method, url.path, body)
-        return respond(request, answer["status"], answer.get("headers", {}), answer["body"])
-
-    def close(self):
-        pass
-
-    def answer(self, method, path, body):
-        *_, kind, name = path.split("/")
-        for end, refusal in self.refused.items():
-            if path.endswith(end) and (method == "PUT" or refusal == "no workspace"):
-                return ANSWERS[refusal]
-        if "mfeOperationsStatus" in path:
-            self.polls += 1
-            end = next((refusal for place, refusal in self.refused.items() if name.endswith(place)), "done")
-            return ANSWERS["running" if self.polls % 2 else end]
-        if name == "startPendingUpload":
-            return ANSWERS["upload"]
-        if name in ("space", "workspaceblobstore", "listSecrets"):
-            return ANSWERS[{"space": "workspace", "workspaceblobstore": "datastore"}.get(name, "secrets")]
-        if method == "PUT":
-            self.made[path] = {"id": path, "name": name, "type": kind, "location": "eastus2", "systemData": WHO} | body
-            self.made[path]["properties"] = {**self.FILLED_IN, **body["properties"]}
-        if name == "versions":  # those that have a digest, or the last one: there are none
-            return {"status": 200, "body": {"value": []}}
-        if path not in self.made:
-            return ANSWERS["no workspace"]
-        headers = {}
-        if method == "PUT" and kind in self.SLOW:
-            headers = {"Azure-AsyncOperation": "https://management.azure.com/subscriptions/0/providers/"
-                       f"Microsoft.MachineLearningServices/locations/eastus2/mfeOperationsStatus/{kind}:{name}"}
-        return {"status": 201 if headers else 200, "headers": headers, "body": self.made[path]}
-
-
-def respond(request, status, headers, body):
-    response = requests.Response()
-    response.status_code, response.request, response.url, response.reason = status, request, request.url, "as told"
-    data = b"" if body is None else json.dumps(body).encode()
-    response.headers.update(headers | {"Content-Type": "application/json", "Content-Length": str(len(data))})
-    response.raw = urllib3.HTTPResponse(io.BytesIO(data), headers=response.headers, status=status,
-                                        preload_content=False)
-    return response
-
-
-def normal(value):
-    """Return a request without what differs from run to run: identifiers, digests, this Python's version."""
-    if isinstance(value, dict):
-        return {name: normal(item) for name, item in value.items() if not re.match("(azureml|mlflow.source).git", name)}
-    if isinstance(value, list):
-        return [normal(item) for item in value]
-    if not isinstance(value, str):
-        return value
-    value = re.sub(r"\b[0-9a-f]{64}\b|\b[0-9a-f]{32}\b", "DIGEST", value)
-    value = re.sub(r"(?<!subscriptions/)\b[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\b", "IDENTIFIER", value)
-    return re.sub(r"(?<=/jobs/)[a-z]+_[a-z]+_[a-z0-9]+", "JOB", value)
-
-
-@pytest.fixture
-def connect(monkeypatch):
-    """Return a function that makes a real client of a service, and returns both."""
-    from azure.ai.ml import MLClient, _artifacts
-    from azure.core.credentials import AccessToken
-    from azure.core.pipeline.transport import RequestsTransport
-
-    originals = {name: getattr(_artifacts._blob_storage_helper, name).__init__
-                 for name in ("BlobServiceClient", "ContainerClient")}
-
-    class Transport(RequestsTransport):
-        def sleep(self, duration):
-            pass
-
-    def make(**refused):
-        service, session = Service(refused), requests.Session()
-        session.trust_env = False
-        session.mount("https://", service)
-        transport = Transport(session=session, session_owner=False)
-        for name in ("BlobServiceClient", "ContainerClient"):  # what uploads gets no transport of the client's
-            kind = getattr(_artifacts._blob_storage_helper, name)
-            monkeypatch.setattr(kind, "__init__", partialmethod(originals[name], transport=transport))
-        credential = SimpleNamespace(get_token=lambda *scopes, **more: AccessToken(SECRET, 2**33))
-        client = MLClient(credential, **WORKSPACE, transport=transport, enable_telemetry=False, show_progress=False)
-        return service, client
-
-    return make
-
-
-def see_in_file(name, service):
-    """See that a service was asked what stands in a file."""
-    found = {"asked": service.asked, "uploaded": sorted(service.uploaded)}
-    file = HERE / f"{name}.json"
-    text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
-    assert SECRET not in text and "zqsignature" not in text
-    if not file.exists():
-        file.write_text(text, encoding="utf-8")
-        pytest.fail(f"{file} was not there: it was written. Read it, and run this again.")
-    assert json.loads(file.read_text(encoding="utf-8")) == json.loads(text)
-
-
-@with_sdk
-@pytest.mark.parametrize("part", PARTS)
-def test_the_requests_of_a_part_are_those_on_file(part, connect, filled, capsys):
-    service, client = connect()
-    send(PLAN, steps(PLAN, [part]), client, filled)
-    see_in_file(part, service)
-    said = capsys.readouterr().out
-    assert re.findall("^az ml .*", said, re.MULTILINE) == [step.command for step in steps(PLAN, [part])]
-    assert SECRET not in said and "still there" not in said
-
-
-@with_sdk
-@pytest.mark.parametrize(("place", "answer", "code", "left"), [
-    ("/deployments/blue", "quota", "azure-quota", ["online-endpoint", "environment", "model"]),
-    ("/deployments/blue", "forbidden quota", "azure-quota", ["online-endpoint", "environment", "model"]),
-    ("deployments:blue", "crashed", "azure-crashed", ["online-endpoint", "environment", "model"]),
-    ("/onlineEndpoints/slm-onnx", "taken", "endpoint-taken", ["online-endpoint", "environment", "model"]),
-    ("/environments/slm-onnx-serving/versions/3", "expired", "azure-token", ["environment", "model"]),
-    ("/models/slm-onnx/versions/3", "forbidden", "azure-forbidden", ["model"]),
-    ("/datastores/workspaceblobstore", "no workspace", "azure-not-found", ["model"]),
-])
-def test_a_refusal_is_two_sentences_and_says_what_is_left_and_how_it_goes(
-        place, answer, code, left, connect, filled, capsys):
-    _, client = connect(**{place: answer})
-    with refuses(code) as refusal:
-        send(PLAN, steps(PLAN, ["online"]), client, filled)
-    said = capsys.readouterr().out
-    told = said[said.index("still there"):]
-    assert re.findall(r"^  az ml (\S+) (?:delete|archive) ", told, re.MULTILINE) == left
-    assert SECRET not in said + str(refusal.value) and refusal.value.__suppress_context__
-
-
-@with_sdk
-def test_a_run_that_is_interrupted_says_what_is_left(connect, filled, capsys, monkeypatch):
-    _, client = connect()
-    monkeypatch.setattr(client, "begin_create_or_update", lambda entity: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        send(PLAN, steps(PLAN, ["online"]), client, filled)
-    assert "az ml online-endpoint delete --name slm-onnx --yes" in capsys.readouterr().out
-
-
-@with_sdk
-def test_the_same_deployment_again_asks_the_same(connect, filled):
-    service, client = connect()
-    for _ in range(2):
-        service.asked.clear()
-        send(PLAN, steps(PLAN, ["online"]), client, filled)
-    puts = [asked for asked in service.asked if asked["method"] == "PUT"]
-    golden = json.loads((HERE / "online.json").read_text(encoding="utf-8"))["asked"]
-    assert puts == [asked for asked in golden if asked["method"] == "PUT"]
-
-
-@with_sdk
-def test_a_proxy_is_asked_for_the_way_and_its_refusal_is_told(filled, monkeypatch):
-    from azure.ai.ml import MLClient
-    from azure.core.credentials import AccessToken
-
-    asked = []
-
-    class Proxy(http.server.BaseHTTPRequestHandler):
-        def do_CONNECT(self):
-            asked.append(self.path)
-            self.send_error(403)
-
-        def log_message(self, *_):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Proxy) as proxy:
-        threading.Thread(target=proxy.serve_forever, daemon=True).start()
-        for name in ("HTTPS_PROXY", "https_proxy"):
-            monkeypatch.setenv(name, f"http://127.0.0.1:{proxy.server_port}")
-        for name in ("NO_PROXY", "no_proxy", "ALL_PROXY", "all_proxy"):
-            monkeypatch.delenv(name, raising=False)
-        credential = SimpleNamespace(get_token=lambda *scopes, **more: AccessToken(SECRET, 2**33))
-        client = MLClient(credential, **WORKSPACE, enable_telemetry=False, show_progress=False, retry_total=0)
-        with refuses("azure-unreachable"):
-            send(PLAN, steps(PLAN, ["online"])[:1], client, filled)
-        proxy.shutdown()
-    assert set(asked) == {"management.azure.com:443"}
-
-
-@pytest.fixture
-def nobody(monkeypatch, tmp_path):
-    """Let nobody be signed in: there is only the command line to ask, and there is none."""
-    monkeypatch.setenv("AZURE_TOKEN_CREDENTIALS", "AzureCliCredential")
-    monkeypatch.setenv("PATH", str(tmp_path))
-
-
-@with_sdk
-def test_without_a_workspace_it_says_which_file_is_missing(nobody, tmp_path):
-    with refuses("azure-workspace"):
-        azure.sign_in(tmp_path)
-    (tmp_path / "config.json").write_text("{", encoding="utf-8")
-    with refuses("azure-workspace"):
-        azure.sign_in(tmp_path)
-
-
-@with_sdk
-def test_with_nobody_signed_in_it_says_how_to(nobody, tmp_path):
-    names = WORKSPACE | {"resource_group": "group"}
-    (tmp_path / "config.json").write_text(json.dumps(names), encoding="utf-8")
-    with refuses("azure-sign-in"):
-        azure.sign_in(tmp_path)
-
-
-@with_sdk
-def test_nothing_is_copied_before_somebody_is_signed_in(registered, nobody, tmp_path, monkeypatch):
-    monkeypatch.setattr(azure, "ROOT", tmp_path)
-    monkeypatch.setattr(azure, "TARGET", tmp_path / "azureml")
-    with refuses("azure-workspace"):
-        azure.deploy("models:/slm-onnx@champion")
-    with refuses("endpoint-name"):
-        azure.deploy("models:/slm-onnx@champion", endpoint="1st")
-    assert not (tmp_path / "azureml").exists()

@@ -26,9 +26,10 @@ FLOORS = {
         "playground",
     ),
     "course": (
-        "uv_settings", "install", "environment", "contents", "kernels", "exercises", "static_page", "results", "execute", "changed", "kit.wheels",
-        "kit.check", "kit.build", "kit.serve", "doctor.network", "doctor.smoke", "doctor.checks", "bench.figures",
-        "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients", "bench.service", "cluster", "bench.spark",
+        "uv_settings", "install", "environment", "contents", "kernels", "exercises", "static_page", "results",
+        "execute", "changed", "kit.wheels", "kit.check", "kit.build", "kit.serve", "doctor.network", "doctor.smoke",
+        "doctor.checks", "bench.figures", "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients",
+        "bench.service", "cluster", "bench.spark",
         "bench.chat", "bench.notebooks", "generate", "mutate", "azure", "commands", "__main__",
     ),
     "serving": ("chat_model", "openai_server", "spark_batch", "score"),

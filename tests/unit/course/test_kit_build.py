@@ -3,17 +3,16 @@
 Run: python -m helpers test tests/unit/course/test_kit_build.py
 """
 
+import errno
 import os
-import shutil
 import subprocess
 import sys
 
 import pytest
 from packaging.tags import sys_tags
 from support import ROOT, refuses
-from support.kits import COMMAND, change_manifest, list_files, only_wheels
+from support.kits import change_manifest, list_files, only_wheels
 
-from course.environment import pins
 from course.kit.build import build, course_files
 from course.kit.wheels import Target
 from helpers.files import sha256
@@ -74,24 +73,24 @@ def test_pip_chooses_the_wheels_that_each_target_can_use_and_leaves_the_rest(bui
     assert len(names) == 2 * 3 + 2 + 3
 
 
-@pytest.mark.slow
-def test_the_cuda_build_of_torch_is_refused(tmp_path, python):
-    torch = f"torch-{pins(tests=False)['torch']}"
-    index = only_wheels(tmp_path / "index", f"{torch}-cp312-cp312-manylinux_2_28_x86_64.whl",
-                        requires="Requires-Dist: nvidia-cublas\n")
-    result = python("-m", "helpers", "kit", "build", tmp_path / "kit", "--model", "tiny-phi3", "--platform", "linux",
-                    "--python", "3.12", **index)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "is the CUDA build, 3 GB that this course never uses." in result.stderr
-    assert not list((tmp_path / "kit").rglob("torch-*"))
-
-
 def test_a_package_that_the_index_lacks_is_named_with_the_machine(tmp_path, index, monkeypatch):
     for name, value in only_wheels(tmp_path / "index", "six-1.17.0-py3-none-any.whl").items():
         monkeypatch.setenv(name, value)
     with refuses("wheel-absent") as refusal:
         build(tmp_path / "kit", ["tiny-phi3"], ["macos"], ["3.12"])
     assert "no wheel of markupsafe==3.0.4 for Python 3.12 on macos." in refusal.value.what
+
+
+def test_the_cuda_build_of_torch_is_refused(tmp_path, monkeypatch):
+    index = only_wheels(tmp_path / "index", "torch-9.9-cp312-cp312-manylinux_2_28_x86_64.whl",
+                        requires="Requires-Dist: nvidia-cublas\n")
+    for name, value in index.items():
+        monkeypatch.setenv(name, value)
+    (tmp_path / "constraints.txt").write_text("torch==9.9\n", encoding="utf-8")
+    monkeypatch.setattr("course.kit.wheels.CONSTRAINTS", tmp_path / "constraints.txt")
+    with refuses("cuda-build"):
+        build(tmp_path / "kit", ["tiny-phi3"], ["linux"], ["3.12"])
+    assert not list((tmp_path / "kit").rglob("torch-*"))
 
 
 # --- building again ---------------------------------------------------------------------------
@@ -175,43 +174,23 @@ def test_two_builds_do_not_write_into_one_folder(small):
         build(small, ["tiny-phi3"])
 
 
-@pytest.fixture
-def tiny_disk(tmp_path):
-    """Return a function that runs a command with a disk of its own in ``folder``."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-
-    def run(size, command):
-        script = f"mount -t tmpfs -o size={size} tmpfs '{folder}' && exec \"$@\""
-        return subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *map(str, command)],
-                              cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
-
-    if not shutil.which("unshare") or run("1m", ["true"]).returncode:
-        pytest.skip("needs Linux with user namespaces to mount a disk of its own")
-    return folder, run
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("course.kit.build.free_disk", lambda folder: 9.0)
+    with refuses("disk-short") as refusal:
+        build(tmp_path / "kit", ["tiny-phi3"])
+    assert "has 9 MB free, and the rest of the kit takes about" in refusal.value.what
+    assert "Fetching" not in capsys.readouterr().out
 
 
-@pytest.mark.slow
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tiny_disk):
-    folder, run = tiny_disk
-    result = run("9m", [*COMMAND, "build", folder / "kit", "--model", "tiny-phi3"])
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "has 9 MB free, and the rest of the kit takes about" in result.stderr
-    assert "Fetching" not in result.stdout
+def test_a_disk_that_fills_up_is_an_error_that_says_so(tmp_path, index, monkeypatch):
+    def full(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-
-@pytest.mark.slow
-def test_a_disk_that_fills_up_is_an_error_that_says_so(tiny_disk, index):
-    folder, run = tiny_disk
-    # The archive of the course is what does not fit; the wheels are nothing here.
-    code = ("import sys; from pathlib import Path; from helpers import CourseError\n"
-            "from course.kit import build, wheels\n"
-            "wheels.CONSTRAINTS = Path(sys.argv[1]); build.WHEELS_MEGABYTES = 0\n"
-            "try: build.build(Path(sys.argv[2]), ['tiny-phi3'], ['windows'], ['3.13'])\n"
-            "except CourseError as error: print(error.code, error)")
-    result = run("1400k", [sys.executable, "-c", code, index, folder / "kit"])
-    assert result.stdout.splitlines()[-1].startswith("disk-full The disk is full: "), result.stdout + result.stderr
-    assert "what is finished stays." in result.stdout
+    monkeypatch.setattr("course.kit.build._write_course", full)
+    with refuses("disk-full"):
+        build(tmp_path / "kit", ["tiny-phi3"], ["windows"], ["3.13"])
+    with refuses("kit-incomplete"):
+        read_kit(str(tmp_path / "kit"))
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")

@@ -14,12 +14,23 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 from support import refuses
-from support.kits import change_manifest, served
+from support.kits import NOBODY, change_manifest, served
+from support.user import make_checkout, user
 from support.web_server import web_server
 
+from course.kit.build import build
 from course.kit.check import check
 from course.kit.serve import serve
 from helpers.files import sha256
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory, tiny, index):
+    """Return a small kit for one system."""
+    folder = tmp_path_factory.mktemp("small") / "kit"
+    build(folder, ["tiny-phi3"], ["linux"], ["3.13"])
+    return folder
+
 
 # --- checking ---------------------------------------------------------------------------------
 
@@ -86,7 +97,6 @@ def test_what_changes_while_a_kit_is_served_is_looked_at_for_each_request(small,
     assert found == [200, 404, 404, 404, 404]
 
 
-@pytest.mark.slow
 def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_path):
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (small / "notes.txt").write_text("secret", encoding="utf-8")
@@ -121,7 +131,6 @@ def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_pa
         assert "uvicorn" not in str(answer.headers).lower()
 
 
-@pytest.mark.slow
 def test_many_participants_read_at_once(small):
     name = "/models/tiny-phi3/transformers/model.safetensors"
     good = sha256(small / name[1:])
@@ -167,3 +176,11 @@ def test_serve_tells_how_to_reach_the_room_and_what_participants_type(small, hos
         assert says in lines[-1]
         assert any(line.startswith("  http://") for line in lines)
         assert not any("http://0.0.0.0" in line for line in lines)
+
+
+def test_a_kit_that_has_no_answer_is_named_before_anything_is_set_up(tmp_path):
+    course = make_checkout(tmp_path / "course")
+    result = user(course, "setup", COURSE_KIT=NOBODY)
+    assert result.returncode == 1
+    assert f"error: The kit {NOBODY} has no answer: " in result.stderr
+    assert not (course / ".venv").exists()

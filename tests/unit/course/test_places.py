@@ -99,12 +99,12 @@ def test_a_relative_kit_may_have_spaces_around_it_that_are_not_its_name(tmp_path
 def test_pip_finds_a_kits_wheels(odd):
     from support.kits import only_wheels
 
-    from course.environment import _environment
+    from course.install import pip_environment
     from helpers.models.kit import Kit
 
     only_wheels(odd / "wheels", "six-1.17.0-py2.py3-none-any.whl")
     (odd / "wheels" / "index.html").write_text('<a href="six-1.17.0-py2.py3-none-any.whl">six</a>')
-    variables = _environment(Kit(str(odd), {}))
+    variables = pip_environment(Kit(str(odd), {}))
     path = urlsplit(variables["PIP_FIND_LINKS"])
     assert (path.scheme, path.query, path.fragment) == ("file", "", "")
     from pip._internal.utils.urls import url_to_path

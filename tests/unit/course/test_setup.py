@@ -102,7 +102,7 @@ def test_a_real_old_python_prints_the_two_sentences(version):
 
 
 def test_this_environment_is_as_pinned():
-    assert differing_packages(tests=True) == {}
+    assert differing_packages(("dev",)) == {}
 
 
 def test_set_up_has_nothing_left_to_do_and_says_nothing(python):
@@ -267,7 +267,7 @@ def test_no_package_index_is_an_error_that_says_what_to_check(checkout, index):
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has only the CPU build")
 def test_the_cuda_build_of_torch_is_refused_before_it_is_installed(checkout, index):
     folder, variables = index
-    torch = pins(tests=False)["torch"]
+    torch = pins()["torch"]
     for name, version, requires in (("torch", torch, "Requires-Dist: nvidia-cublas\n"), ("nvidia_cublas", "13.0", "")):
         with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
             info = f"{name}-{version}.dist-info"

@@ -5,7 +5,6 @@ Run: python -m helpers test tests/unit/course/test_variables.py
 
 import fnmatch
 import json
-import os
 import re
 from itertools import chain
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A room without a network: a whole kit of this machine's packages, a participant, and set-up from a kit that is wrong.
 
-Run: python -m helpers test tests/unit/course/test_kit_room.py
+Run: python -m helpers nightly tests/nightly/test_kit_room.py
 """
 
 import contextlib
@@ -22,8 +22,6 @@ from support.web_server import web_server
 from course.environment import pins
 from helpers.files import sha256
 from helpers.models.kit import read_kit
-
-pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +69,6 @@ def participant(folder, url):
                                   stderr=subprocess.STDOUT, text=True, encoding="utf-8")
 
 
-@pytest.mark.index
 def test_a_participant_runs_a_notebook_from_one_url_and_nothing_else(big, tmp_path):
     with served(big) as (url, _):
         course, result = participant(tmp_path / "Zoë und Jörg", url)
@@ -96,7 +93,6 @@ def test_a_participant_runs_a_notebook_from_one_url_and_nothing_else(big, tmp_pa
     assert subprocess.run([own, "-c", code], cwd=course, capture_output=True, text=True).stdout == "{}\n"
 
 
-@pytest.mark.index
 def test_a_model_comes_from_a_folder_as_well(big, tmp_path, python, tiny):
     cache = tmp_path / "cache"
     result = python("-m", "helpers", "prepare", "--model", "tiny-phi3", network=False, COURSE_KIT=str(big),
@@ -107,13 +103,12 @@ def test_a_model_comes_from_a_folder_as_well(big, tmp_path, python, tiny):
     assert sha256(copied) == sha256(made)
 
 
-@pytest.mark.index
 def test_the_whole_kit_is_as_it_was_built_and_every_command_of_the_course_can_come_from_it(big):
     result = subprocess.run([*COMMAND, "check", big], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr
     assert " MB: as they were built." in result.stdout
     names = {path.name.split("-")[0].lower().replace("_", "-") for path in (big / "wheels").glob("*.whl")}
-    assert {*pins(tests=True), "setuptools"} <= names
+    assert {*pins(("dev",)), "setuptools"} <= names
     with zipfile.ZipFile(big / "course.zip") as course:
         notebook = json.loads(course.read("slm-mlflow-course/notebooks/TransformerPipeline.ipynb"))
         inside = set(course.namelist())
@@ -156,7 +151,6 @@ def list_wheel(kit, wheel, digest):
         encoding="utf-8")
 
 
-@pytest.mark.index
 @pytest.mark.parametrize(("over_http", "lacks"), [(True, "setuptools"), (False, "accelerate")])
 def test_a_wheel_that_the_kit_lacks_is_taken_from_nowhere_else(empty, course, big, over_http, lacks):
     if lacks != "setuptools":
@@ -172,7 +166,6 @@ def test_a_wheel_that_the_kit_lacks_is_taken_from_nowhere_else(empty, course, bi
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.index
 def test_a_changed_wheel_is_not_installed(empty, course, big):
     (wheel,) = (big / "wheels").glob("setuptools-*.whl")
     list_wheel(empty, wheel, "0" * 64)
@@ -186,10 +179,3 @@ def test_a_kit_that_stops_answering_is_named(built, course):
         result = user(course, "setup", COURSE_KIT=url)
     assert result.returncode == 1, result.stdout + result.stderr
     assert f"error: The kit {url} has stopped answering." in result.stderr
-
-
-def test_a_kit_that_has_no_answer_is_named_before_anything_is_set_up(course):
-    result = user(course, "setup", COURSE_KIT=NOBODY)
-    assert result.returncode == 1
-    assert f"error: The kit {NOBODY} has no answer: " in result.stderr
-    assert not (course / ".venv").exists()

@@ -1,0 +1,91 @@
+"""The benchmark measures what it says, end to end.
+
+Run: python -m helpers nightly tests/nightly/test_bench.py
+"""
+
+import json
+
+import mlflow
+
+from course.bench import chat, service, spark, turns
+from course.bench.contenders import llama_events, start_llama
+from course.bench.figures import (
+    BATCH,
+    REACH,
+)
+from course.bench.notebooks import bench_page, bench_prepare
+from helpers.models.prepare import prepare_model
+from serving import chat_model
+
+
+def test_llama_cpp_does_not_know_a_story_that_comes_again():
+    (gguf,) = (prepare_model("smollm2-135m").onnx_dir.parent / "gguf").glob("*.gguf")
+    server = start_llama(gguf, 1, 512)
+
+    def read(text):
+        *_, last = llama_events(server, prompt=text, n_predict=2)
+        return last["timings"]["prompt_n"]
+
+    ships, trees = (f"Tell me a long story about the {name} of the north. " * 5 for name in ("ships", "trees"))
+    first = read(ships)
+    assert first > 50 and read(ships) < 5  # the slot still has it
+    assert read(trees) < first  # it has what both begin with
+    assert read(ships) > first / 2
+
+
+def test_a_model_is_prepared_in_an_empty_cache_and_found_again(tmp_path):
+    figures = bench_prepare(tmp_path, "tiny-phi3")
+    assert figures["seconds"] > figures["warm_seconds"] > 0
+    assert figures["peak_memory_bytes"] > 1e8
+    assert "is ready" in (tmp_path / "prepare.log").read_text(encoding="utf-8")
+
+
+def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, monkeypatch):
+    # A page itself, in a process of its own; then each comparison once, with answers of four tokens.
+    store = "sqlite:///" + (tmp_path / "mlflow.db").as_posix()
+    figures, metrics = bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
+    assert figures["seconds"] > 1 and figures["peak_memory_bytes"] > metrics["peak_memory_bytes"] > 1e8
+    assert metrics.get("tokens_per_second", 1) > 0  # absent where the tiny model is done too soon to tell
+    assert metrics["disk_bytes"] > 1e5
+    # What the third page would register.
+    mlflow.set_tracking_uri(store)
+    mlflow.set_experiment("CustomPythonWrapper")
+    info = mlflow.pyfunc.log_model(
+        name="slm-onnx", python_model=chat_model.__file__, artifacts={"model": str(tiny.onnx_dir)},
+        model_config=chat_model.SETTINGS, signature=chat_model.SIGNATURE, pip_requirements=["mlflow"])
+    version = mlflow.register_model(info.model_uri, "slm-onnx")
+    mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
+    for module in (chat, turns):
+        monkeypatch.setattr(module, "PAUSE", 0)
+    monkeypatch.setattr(service, "LOGS", tmp_path)
+    monkeypatch.setattr(service, "SOAK", 200)
+    monkeypatch.setattr(service, "GROWTH", (1, 2))
+    monkeypatch.setattr(spark, "take_turns", lambda works, repeats: {name: [work()] for name, work in works.items()})
+    ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
+    against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}  # it has none
+    assert len(against_gguf) == 9
+    assert set(ratios) == set(REACH) - {"track_ratio"} - against_gguf
+    # The tiny model's rows take less than a start of Spark differs from the next.
+    assert all(ratio > 0 for name, ratio in ratios.items() if name not in BATCH)
+    assert json.loads(json.dumps(raw)) == raw
+    assert set(raw) == {"single", "json_rate", "rows16", "callers8", "stream_ttft", "conversation", "growth",
+                        "fidelity", "service", "spark", "memory", "log_disk", "int8_instructions"}
+    sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
+    assert len(sizes) == 5 and sizes == sorted(set(sizes))
+    assert set(raw["fidelity"]) == {"prompts", "reference_tokens", "chat_model"}
+    assert 0 < raw["fidelity"]["reference_tokens"] <= 4
+    assert raw["fidelity"]["chat_model"]["equal_tokens"] > 0  # of text cut anew: noise may have more tokens then
+    assert 0.5 < raw["fidelity"]["chat_model"]["next_token_agreement"] <= 1
+    assert list(raw["growth"]["tokens_per_second_by_callers"]) == ["1", "2", "4", "8", "16"]
+    assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7  # the longest prompts are longer than its context
+    assert raw["memory"]["callers8_bytes"] >= raw["memory"]["load_bytes"] > 1e8
+    assert raw["log_disk"]["logged_bytes"] > raw["memory"]["model_bytes"]
+    served = raw["service"]
+    assert set(served) == {"overhead", "crowds", "first_token", "growth", "soak"}
+    assert {name: found["requests"] for name, found in served["crowds"].items()} == {"8": 32, "32": 128}
+    assert set(served["crowds"]["8"]["tokens_per_second"]) == {"openai_server", "mlflow"}
+    assert list(served["growth"]) == ["1", "2"]
+    for found in (served["growth"]["2"]["openai_server"]["whole"], served["first_token"]["openai_server"]):
+        assert 0 < found["median"] <= found["p95"]
+    assert served["soak"]["requests"] == 200 and served["soak"]["settled"]["memory_bytes"] > 1e8
+    assert mlflow.get_tracking_uri() == store
