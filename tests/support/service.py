@@ -6,10 +6,14 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from urllib.parse import urlsplit
 
 import httpx
+import mlflow
 import psutil
+import transformers
+from huggingface_hub import ModelCard
 
 from serving.openai_server import Address, Limits, Server, Service, check_reach, listen
 
@@ -17,9 +21,11 @@ from serving.openai_server import Address, Limits, Server, Service, check_reach,
 class Running:
     """A server that runs: its address, its parts, and requests to it."""
 
-    def __init__(self, server: Server, service: Service):
+    def __init__(self, server: Server, service: Service, token: str | None = None):
         self.server, self.service, self.address = server, service, server.address
-        self.client = httpx.Client(base_url=server.address, timeout=60, trust_env=False)
+        # httpx reads all certificates of the system for a client that verifies, which takes longer than an answer.
+        self.client = httpx.Client(base_url=server.address, timeout=60, trust_env=False, verify=False,
+                                   headers={"authorization": f"Bearer {token}".encode()} if token else {})
 
     @property
     def model(self):
@@ -107,7 +113,7 @@ def running(uri: str, token: str | None = None, host: str = "127.0.0.1", traces:
     wait_for(lambda: service.desk.current or not thread.is_alive(), "the server")
     if failures:
         raise failures[0]
-    server_side = Running(server, service)
+    server_side = Running(server, service, token)
     try:
         yield server_side
     finally:
@@ -116,3 +122,12 @@ def running(uri: str, token: str | None = None, host: str = "127.0.0.1", traces:
         thread.join(60)
         assert not thread.is_alive(), "the server does not end"
         assert not failures, failures
+
+
+def save_pipeline(prepared, folder: Path, template: str | None = None, **model_config) -> Path:
+    """Save track A's model as its page logs it; ``template`` in place of its tokenizer's own."""
+    pipeline = transformers.pipeline("text-generation", model=str(prepared.transformers_dir), device="cpu")
+    pipeline.tokenizer.chat_template = template or pipeline.tokenizer.chat_template
+    mlflow.transformers.save_model(pipeline, folder, task="llm/v1/chat", model_card=ModelCard("A toy."),
+                                   pip_requirements=["mlflow"], model_config=model_config)
+    return folder

@@ -3,9 +3,12 @@
 ``log`` writes this very file as models from code, so it imports nothing of ours.
 """
 
+import contextlib
+import functools
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import mlflow
@@ -139,6 +142,16 @@ def register(folder: Path, kind: str, name: str = "stand-in", alias: str | None 
     if alias:
         mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
     return version
+
+
+@contextlib.contextmanager
+def registry(store: str, folder: Path) -> Iterator[Callable[..., str]]:
+    """Set a store while the block runs; yield a function that registers a stand-in there, as ``register`` does."""
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(store)
+    mlflow.set_experiment(experiment_id=mlflow.create_experiment("stand-ins", (folder / "artifacts").as_uri()))
+    yield functools.partial(register, folder)
+    mlflow.set_tracking_uri(before)
 
 
 def _write(folder, kind):

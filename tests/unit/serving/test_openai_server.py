@@ -1,35 +1,47 @@
-"""The server over stand-in models: its policies as tables, and each fault of a caller, of a model or of the store."""
+"""The rules of the server, in this process: limits, errors, requests, the queue, the version that serves, the document.
 
+Run: python -m helpers test tests/unit/serving/test_openai_server.py
+"""
+
+import ast
 import asyncio
-import contextlib
+import inspect
+import itertools
 import json
 import random
+import re
+import signal
 import socket
+import tempfile
 import threading
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
-from http.client import HTTPResponse
 
+import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
-from support import stand_ins
-from support.service import body, events, handles, raw, read_all, running, wait_for
+from support import ROOT
+from support.chat import AS_SHOWN, SECRET, SENT_BACK, parts, schema, user
 
 from serving import openai_server
-from serving.openai_server import ServiceError, StartError, Turns, admit, check_reach, explain, host_name, retry_after
-
-SECRET = "zqsecret"
-
-
-@pytest.fixture(scope="module")
-def streams(tmp_path_factory):
-    return stand_ins.save(tmp_path_factory.mktemp("streams") / "a", "Streams")
-
-
-@pytest.fixture(scope="module")
-def plain(tmp_path_factory):
-    return stand_ins.save(tmp_path_factory.mktemp("plain") / "a", "Plain")
-
+from serving.openai_server import (
+    TAKEN_BY_FLAVOR,
+    Address,
+    Desk,
+    Figures,
+    Limits,
+    ServiceError,
+    StartError,
+    Turns,
+    adapt,
+    admit,
+    check_reach,
+    check_request,
+    explain,
+    host_name,
+    join,
+    read_json,
+    retry_after,
+    without_password,
+)
 
 # --- the policies ---------------------------------------------------------------------------
 
@@ -186,420 +198,370 @@ def test_more_places_are_filled_as_soon_as_a_turn_ends():
     asyncio.run(story())
 
 
-# --- answers --------------------------------------------------------------------------------
+# --- what a caller reads of an error --------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["streams", "plain"])
-def test_an_answer_is_the_same_whole_and_streamed(kind, request):
-    with running(request.getfixturevalue(kind)) as server:
-        whole = server.ask("words 3").json()
-        assert whole["object"] == "chat.completion" and whole["system_fingerprint"] == "model/1"
-        assert whole["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "word word word "},
-                                     "logprobs": None, "finish_reason": "stop"}]
-        chunks = events(server.ask("words 3", stream=True))
-        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "word word word "
-        assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-2:] == [None, "stop"]
-        assert not any("usage" in chunk for chunk in chunks)
-        *others, last = events(server.ask("words 3", stream=True, stream_options={"include_usage": True}))
-        assert all(chunk["usage"] is None for chunk in others)
-        assert last["choices"] == [] and last["usage"] == whole["usage"] == stand_ins.USAGE
-        assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
-        assert server.count("slm_requests_total", outcome="ok") == 3
-        assert server.count("slm_completion_tokens_total") == 6
-        assert server.count("slm_request_seconds_count") == server.count("slm_first_token_seconds_count") == 3
-        assert server.requests() == (0, 0)
-
-
-@pytest.mark.parametrize("kind, whole", [("TellsStream", "False"), ("Older", "None")])
-def test_a_model_is_told_whether_somebody_reads_along(tmp_path, kind, whole):
-    with running(stand_ins.save(tmp_path / "a", kind)) as server:
-        assert server.ask("x").json()["choices"][0]["message"]["content"] == whole
-        assert events(server.ask("x", stream=True))[0]["choices"][0]["delta"]["content"] == "True"
-        assert server.count("slm_completion_tokens_total") == 4  # of both, the usage is known
-
-
-@pytest.mark.parametrize("kind, together", [("streams", 8), ("plain", 1)])
-def test_a_model_without_streams_is_asked_by_one_caller_at_a_time(kind, together, request):
-    with running(request.getfixturevalue(kind)) as server, ThreadPoolExecutor(8) as callers:
-        answers = [callers.submit(server.ask, "gated 1") for _ in range(8)]
-        wait_for(lambda: server.model.running == together and sum(server.requests()) == 8)
-        assert server.requests() == (together, 8 - together)
-        server.model.gate.release(8)
-        assert {answer.result().status_code for answer in answers} == {200}
-
-
-def test_two_servers_in_one_process_do_not_mix(streams):
-    with running(streams) as one, running(streams) as other:
-        one.ask("words 2")
-        assert [server.count("slm_requests_total", outcome="ok") for server in (one, other)] == [1, 0]
-        assert "slm_requests_total{outcome=\"ok\"} 1.0" in one.client.get("/metrics").text
-        assert "slm_requests_total{" not in other.client.get("/metrics").text
-
-
-# --- callers that leave, and limits ---------------------------------------------------------
-
-
-def test_200_clients_that_leave_in_the_middle_stop_their_answers_within_one_step(streams, record_property):
-    with running(streams) as server:
-        assert server.ask("words 2").status_code == 200
-        wait_for(lambda: server.requests() == (0, 0))
-        threads, open_files = threading.active_count(), handles()
-        clients = [server.connect(raw(body("gated 1000", stream=number % 2 == 0))) for number in range(200)]
-        wait_for(lambda: server.model.running == 64 and server.requests() == (64, 136), "200 requests")
-        before = server.model.steps
-        server.model.gate.release(640)
-        wait_for(lambda: server.model.steps == before + 640)
-        for client in clients:
-            client.close()
-        wait_for(lambda: server.count("slm_requests_total", outcome="cancelled") == 200, "200 that left")
-        assert server.requests() == (64, 0)  # the model has them still: each is in the middle of a step
-        server.model.gate.release(1000)
-        wait_for(lambda: server.requests() == (0, 0) and server.model.running == 0, "the end of all rows")
-        steps = server.model.steps - before - 640
-        record_property("steps per answer after its client left", steps / 64)
-        assert steps == 64
-        wait_for(lambda: threading.active_count() <= threads and handles() <= open_files, "as few threads and files")
-        assert server.ask("words 2").status_code == 200
-
-
-def test_a_turn_comes_back_only_when_predict_is_free(plain):
-    with running(plain) as server:
-        client = server.connect(raw(body("gated 2")))
-        wait_for(lambda: server.model.running == 1)
-        client.close()
-        wait_for(lambda: server.count("slm_requests_total", outcome="cancelled") == 1)
-        with ThreadPoolExecutor(1) as callers:
-            answer = callers.submit(server.ask, "words 1")
-            wait_for(lambda: server.requests() == (1, 1))
-            assert server.model.asked[-1] == "gated 2"  # the next one is not in the model yet
-            server.model.gate.release(2)
-            assert answer.result().status_code == 200
-        assert server.model.asked[-1] == "words 1"
-
-
-def test_who_finds_no_place_is_told_when_to_come_again(streams):
-    with running(streams, concurrent=2, waiting=3) as server:
-        clients = []
-        for number in range(5):
-            clients.append(server.connect(raw(body(f"gated 1{number}", stream=True))))
-            wait_for(lambda so_far=number: sum(server.requests()) == so_far + 1)
-        assert server.requests() == (2, 3)
-        refused = server.ask("words 1")
-        assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"] == {"message": "The service is busy: 3 requests wait. Try again later.",
-                                           "type": "rate_limit_error", "code": "busy", "param": None}
-        clients[3].close()
-        wait_for(lambda: server.requests() == (2, 2))
-        clients.append(server.connect(raw(body("gated 15", stream=True))))
-        wait_for(lambda: server.requests() == (2, 3))
-        server.model.gate.release(1000)
-        wait_for(lambda: server.requests() == (0, 0))
-        asked = [text for text in server.model.asked if text != "Hello"]  # that is the trial's
-        assert sorted(asked[:2]) + asked[2:] == [
-            "gated 10", "gated 11", "gated 12", "gated 14", "gated 15"]
-        assert server.count("slm_requests_total", outcome="busy") == 1
-        for client in clients:
-            client.close()
-
-
-def test_a_timeout_ends_the_answer_and_says_so(streams):
-    with running(streams, timeout=0.3) as server:
-        whole = server.ask("gated 9")
-        assert whole.status_code == 504 and whole.headers["x-should-retry"] == "false"
-        assert whole.json()["error"] == {"message": "The answer took longer than 0.3 seconds.", "type": "server_error",
-                                         "code": "timeout", "param": None}
-        server.model.gate.release(2)
-        wait_for(lambda: server.model.running == 0 and server.requests() == (0, 0))
-        server.model.gate.release(2)
-        stream = server.ask("gated 9", stream=True)
-        assert stream.status_code == 200
-        assert json.loads(stream.text.strip().rpartition("data: ")[2])["error"]["code"] == "timeout"
-        server.model.gate.release(9)
-        wait_for(lambda: server.model.running == 0 and server.requests() == (0, 0))
-        assert server.count("slm_requests_total", outcome="timeout") == 2
-        assert server.ask("words 2").status_code == 200
-
-
-def test_a_request_that_waits_too_long_gives_up_its_place(plain):
-    with running(plain, timeout=0.3) as server:
-        client = server.connect(raw(body("gated 1")))
-        wait_for(lambda: server.model.running == 1)
-        assert server.ask("words 1").status_code == 504
-        assert server.requests() == (1, 0)
-        server.model.gate.release()
-        client.close()
-
-
-@pytest.mark.parametrize("text, streamed", [("raise", False), ("raise", True), ("exit", False), ("exit", True)])
-def test_a_model_that_raises_fails_one_request_and_quotes_nothing(text, streamed, streams):
-    with running(streams) as server:
-        answer = server.ask(f"{text} {SECRET}", stream=streamed)
-        assert answer.status_code == 500 and answer.json()["error"]["code"] == "failed"
-        assert SECRET not in answer.text
-        assert server.ask("words 1").status_code == 200
-        assert server.count("slm_requests_total", outcome="failed") == 1
-        wait_for(lambda: server.requests() == (0, 0))
-
-
-# --- what is no proper request --------------------------------------------------------------
-
-
-def refused(said: bytes) -> tuple[int, str]:
-    """Return the status and the code of a raw response, which has to be OpenAI's error object."""
-    head, _, content = said.partition(b"\r\n\r\n")
-    if b"chunked" in head.lower():
-        content = b"".join(content.split(b"\r\n")[1::2])
-    error = json.loads(content)["error"]
-    assert set(error) == {"message", "type", "code", "param"}
-    assert SECRET.encode() not in content
-    return int(head.split()[1]), error["code"]
-
-
-DEEP = b"[" * 100_000
-BROKEN = {
-    "nothing": (b"", 400, "invalid_json"), "no JSON": (b"{" + SECRET.encode(), 400, "invalid_json"),
-    "a list": (b"[1]", 400, "invalid_json"), "a text": (b'"zqsecret"', 400, "invalid_json"),
-    "no UTF-8": (b'{"messages": "\xff\xfe"}', 400, "invalid_json"),
-    "UTF-16": ('{"messages": 1}'.encode("utf-16"), 400, "invalid_json"),
-    "deep": (DEEP, 400, "invalid_json"), "deep in a message": (b'{"messages": ' + DEEP, 400, "invalid_json"),
-    "deep and whole": (b'{"messages": ' + b"[" * 50_000 + b"]" * 50_000 + b"}", 400, None),
-    "NaN": (b'{"messages": NaN}', 400, "invalid_json"),
-    "Infinity": (b'{"temperature": -Infinity}', 400, "invalid_json"),
-    "5,000 digits": (body("words 1", max_tokens=1).replace(b": 1", b": " + b"9" * 5000), 400, "invalid_json"),
-    "4,000 digits": (body("words 1", max_tokens=1).replace(b": 1", b": " + b"9" * 4000), 400, "invalid_value"),
-    "a huge exponent": (body("words 1", max_tokens=1).replace(b": 1", b": 1e999"), 400, "invalid_value"),
-    "no messages": (b"{}", 400, "invalid_value"), "wrong messages": (b'{"messages": 5}', 400, "invalid_value"),
-    "wrong content": (body(5), 400, "invalid_value"), "wrong stream": (body("x", stream="yes"), 400, "invalid_value"),
-    "too many tokens": (body("x", max_tokens=2049), 400, "invalid_value"),
-    "another model": (body("x", model=SECRET), 404, "model_not_found"),
-}
-
-
-@pytest.fixture(scope="module")
-def guarded(streams):
-    """Return a server that wants a token, for tests that leave no trace in it."""
-    with running(streams, token="geheim-ß") as server:
-        yield server
-
-
-TOKEN_HEADER = "Authorization: Bearer geheim-ß"
-
-
-@pytest.mark.parametrize("name", BROKEN)
-def test_a_body_that_is_none_is_refused_in_openais_shape(name, guarded):
-    content, status, code = BROKEN[name]
-    with guarded.connect() as connection:
-        connection.sendall(raw(content, TOKEN_HEADER, "Connection: close"))
-        answer = refused(read_all(connection))
-    assert answer == (status, code or answer[1])
-    assert guarded.service.turns.running == 0
-
-
-@pytest.mark.parametrize("expect", [False, True])
-def test_20_mb_that_are_announced_are_refused_before_they_come(expect, guarded, record_property):
-    with guarded.connect() as connection:
-        connection.sendall(raw(b"", TOKEN_HEADER, "Content-Length: 20000000", "Connection: close",
-                               *(["Expect: 100-continue"] if expect else []), length=False))
-        record_property("bytes of the body that were sent", 0)
-        assert refused(read_all(connection)) == (413, "request_too_large")
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_20_mb_that_come_all_the_same_are_forgotten_and_the_connection_goes_on(chunked, guarded, record_property):
-    piece, sent = b"x" * 65536, []
-    coded = ("Transfer-Encoding: chunked",) if chunked else ("Content-Length: 20971520",)
-    frame = b"10000\r\n%s\r\n" % piece if chunked else piece
-
-    def send():
-        for _ in range(320):
-            connection.sendall(frame)
-            sent.append(len(piece))
-        connection.sendall(b"0\r\n\r\n" if chunked else b"")
-
-    with guarded.connect(raw(b"", TOKEN_HEADER, *coded, length=False)) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
-        sender = threading.Thread(target=send)
-        sender.start()
-        answer = HTTPResponse(connection)
-        answer.begin()
-        record_property("bytes of the body that had been sent when the answer came", sum(sent))
-        assert answer.status == 413 and json.loads(answer.read())["error"]["code"] == "request_too_large"
-        sender.join()
-        connection.sendall(raw(body("words 1"), TOKEN_HEADER, "Connection: close"))
-        assert read_all(connection).startswith(b"HTTP/1.1 200")
-
-
-def test_a_body_that_is_expected_to_be_asked_for_is_asked_for(guarded):
-    content = body("words 1")
-    with guarded.connect(raw(b"", TOKEN_HEADER, f"Content-Length: {len(content)}", "Expect: 100-continue",
-                             "Connection: close", length=False)) as connection:
-        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
-        connection.sendall(content)
-        assert read_all(connection).startswith(b"HTTP/1.1 200")
-
-
-@pytest.mark.parametrize("authorization, status", [
-    (None, 401), ("Bearer", 401), ("Bearer geheim", 401), ("Bearer geheim-ß", 200),
-    ("geheim-ß", 401),
-    ("Basic geheim-ß", 401), ("bearer geheim-ß", 200), ("Bearer \xff\xfe", 401), ("Bearer geheim-ß, Bearer x", 401)])
-@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/models", "/metrics"])
-def test_without_the_token_there_is_nothing_to_read(authorization, status, path, guarded):
-    headers = {"authorization": authorization.encode()} if authorization else {}
-    ask = partial(guarded.client.post, content=body("words 1")) if "chat" in path else guarded.client.get
-    answer = ask(path, headers=headers)
-    assert answer.status_code == status
-    if status == 401:
-        assert answer.json()["error"]["code"] == "invalid_api_key"
-        assert answer.headers["www-authenticate"] == "Bearer"
-
-
-def test_of_two_tokens_only_the_first_one_counts(guarded):
-    for first, second, status in (("x", "geheim-ß", b"401"), ("geheim-ß", "x", b"200")):
-        with guarded.connect(raw(body("words 1"), f"Authorization: Bearer {first}", f"Authorization: Bearer {second}",
-                                 "Connection: close")) as connection:
-            assert read_all(connection).split()[1] == status
-
-
-@pytest.mark.parametrize("head, answer", [
-    ("Host: evil.example", (421, "unknown_host")), ("Host: 127.0.0.1.evil.example", (421, "unknown_host")),
-    ("Host: 169.254.169.254", (421, "unknown_host")), ("Host: ", (421, "unknown_host")),
-    ("Host: localhost\r\nHost: evil.example", (400, "invalid_request")), ("Accept: */*", (400, "invalid_request")),
-    ("Host: localhost\r\nContent-Length: x", (400, "invalid_request")),
-    ("Host: localhost\r\nContent-Length: 1\r\nContent-Length: 2", (400, "invalid_request")),
-    ("Host: localhost\r\nTransfer-Encoding: gzip", (400, "invalid_request")),
-    ("Host: localhost\r\nbroken", (400, "invalid_request")),
+@pytest.mark.parametrize(("error", "kind", "headers"), [
+    (ServiceError(400, "x", "invalid_value", "n"), "invalid_request_error", {}),
+    (ServiceError(401, "x", "invalid_api_key"), "authentication_error", {"www-authenticate": "Bearer"}),
+    (ServiceError(404, "x", "not_found"), "not_found_error", {}),
+    (ServiceError(429, "x", "busy", retry_after=7), "rate_limit_error", {"retry-after": "7"}),
+    (ServiceError(500, "x", "failed"), "server_error", {}),
+    (ServiceError(504, "x", "timeout"), "server_error", {"x-should-retry": "false"}),
 ])
-@pytest.mark.parametrize("line", ["POST /v1/chat/completions HTTP/1.1", "GET /metrics HTTP/1.1"])
-def test_a_head_that_is_wrong(line, head, answer, guarded):
-    with guarded.connect(f"{line}\r\n{head}\r\nConnection: close\r\n\r\n".encode()) as connection:
-        assert refused(read_all(connection)) == answer
+def test_an_error_is_openais_object_with_the_headers_that_its_clients_follow(error, kind, headers):
+    response = error.response()
+    assert response.status_code == error.status
+    assert json.loads(response.body) == {"error": {"message": "x", "type": kind, "code": error.code,
+                                                   "param": error.param}}
+    assert {name: value for name, value in response.headers.items() if not name.startswith("content-")} == headers
 
 
-@pytest.mark.parametrize("head", ["Host: localhost:1", "Host: [::1]", "Host: 127.0.0.1", "Host: LOCALHOST."])
-@pytest.mark.parametrize("version", ["1.0", "1.1"])
-@pytest.mark.parametrize("streamed", [False, True])
-def test_a_proper_host_is_answered_also_by_http_1_0(version, head, streamed, guarded):
-    content = body("words 1", stream=streamed)
-    request = (f"POST /v1/chat/completions HTTP/{version}\r\n{head}\r\n{TOKEN_HEADER}\r\n"
-               f"Connection: close\r\nContent-Length: {len(content)}\r\n\r\n").encode() + content
-    with guarded.connect(request) as connection:
-        said = read_all(connection)
-    assert said.startswith(b"HTTP/1.1 200") and b"word " in said
-    assert (b"[DONE]" in said) == streamed
+# --- the request ----------------------------------------------------------------------------
 
 
-def test_http_1_0_without_a_host_is_refused(guarded):
-    with guarded.connect(b"GET /v1/models HTTP/1.0\r\n\r\n") as connection:
-        assert refused(read_all(connection)) == (421, "unknown_host")
+@pytest.mark.parametrize("body", [
+    b"", b"{" + SECRET.encode(), b"[1]", b'"zqsecret"', b'{"messages": "\xff\xfe"}', '{"messages": 1}'.encode("utf-16"),
+    b"[" * 100_000, b'{"messages": NaN}', b'{"temperature": -Infinity}', b'{"max_tokens": ' + b"9" * 5000 + b"}",
+    b'{"messages": ' + b"[" * 300 + b"]" * 300 + b"}", b'{"a": ' * 300 + b"1" + b"}" * 300,
+], ids=lambda body: repr(body[:20]))
+def test_a_body_that_is_no_object_of_json_is_refused(body):
+    with pytest.raises(ServiceError) as refusal:
+        read_json(body)
+    assert (refusal.value.status, refusal.value.code) == (400, "invalid_json")
+    assert SECRET not in refusal.value.message
 
 
-@pytest.mark.parametrize("method, path, status, code", [
-    ("GET", "/v1/chat/completions", 405, "method_not_allowed"), ("PUT", "/v1/models", 405, "method_not_allowed"),
-    ("OPTIONS", "/v1/chat/completions", 405, "method_not_allowed"), ("DELETE", "/health", 405, "method_not_allowed"),
-    ("POST", "/v1/completions", 404, "not_found"), ("GET", "/", 404, "not_found"), ("GET", "/docs", 404, "not_found"),
-    ("GET", "/v1/models/", 404, "not_found"), ("GET", "/../../etc/passwd", 404, "not_found"),
-    ("GET", "/zqsecret", 404, "not_found"),
+def test_a_body_is_an_object_without_its_nulls():
+    assert read_json(b'{"messages": [{"content": null}], "n": null, "seed": 0}') == {
+        "messages": [{"content": None}], "seed": 0}
+    assert read_json(b'{"a": ' + b"[" * 198 + b"]" * 198 + b"}")["a"]
+
+
+# A request's fields, and the field that its refusal names. The chat model has tests of its own for what it refuses.
+REFUSED = [
+    ({"messages": None}, "messages"), ({"messages": []}, "messages"), ({"messages": "a"}, "messages"),
+    ({"messages": user("a") * 1001}, "messages"), ({"messages": [SECRET]}, "messages[0]"),
+    ({"messages": [*user("a"), {"role": SECRET, "content": "b"}]}, "messages[1].role"),
+    ({"messages": [{"content": SECRET}]}, "messages[0].role"), ({"messages": user(5)}, "messages[0].content"),
+    ({"messages": user([])}, "messages[0].content"), ({"messages": user([SECRET])}, "messages[0].content"),
+    ({"messages": user(SECRET + "\0")}, "messages[0].content"),
+    ({"messages": user(SECRET + "\ud83d")}, "messages[0].content"), ({"model": 5}, "model"),
+    ({"max_tokens": 0}, "max_tokens"), ({"max_tokens": 1.5}, "max_tokens"), ({"max_tokens": True}, "max_tokens"),
+    ({"max_tokens": "4"}, "max_tokens"), ({"max_tokens": 101}, "max_tokens"), ({"max_tokens": 10**400}, "max_tokens"),
+    ({"max_tokens": float("inf")}, "max_tokens"),
+    ({"max_completion_tokens": 101}, "max_completion_tokens"), ({"max_completion_tokens": 0}, "max_completion_tokens"),
+    ({"max_completion_tokens": 4, "max_tokens": 5}, "max_completion_tokens"),
+    ({"temperature": -0.1}, "temperature"), ({"temperature": 2.1}, "temperature"),
+    ({"temperature": "hot"}, "temperature"), ({"n": 0}, "n"), ({"n": 9}, "n"), ({"stop": [""]}, "stop"),
+    ({"stop": ["a"] * 5}, "stop"), ({"stop": {SECRET: 1}}, "stop"), ({"stop": "s" * 101}, "stop"),
+    ({"stream": "yes"}, "stream"), ({"stream_options": {}}, "stream_options"),
+    ({"stream_options": SECRET, "stream": True}, "stream_options"),
+    ({"stream_options": {SECRET: 1}, "stream": True}, "stream_options"),
+    ({"stream_options": {"include_usage": 1}, "stream": True}, "stream_options.include_usage"),
+]
+
+
+@pytest.mark.parametrize(("fields", "param"), REFUSED, ids=lambda value: repr(value)[:60])
+def test_a_request_that_no_model_could_answer_is_refused_by_its_field(fields, param):
+    with pytest.raises(ServiceError) as refusal:
+        check_request(AS_SHOWN | fields, Limits(max_tokens=100))
+    assert (refusal.value.status, refusal.value.param) == (400, param)
+    assert refusal.value.message.startswith(param) and SECRET not in refusal.value.message
+    assert len(refusal.value.message) < 200
+
+
+def test_a_limit_of_the_service_is_in_the_sentence_that_names_the_field():
+    with pytest.raises(ServiceError, match=r"^max_tokens has to be a whole number from 1 to 100\.$"):
+        check_request(AS_SHOWN | {"max_tokens": 101}, Limits(max_tokens=100))
+
+
+@pytest.mark.parametrize("fields", [
+    {}, {"max_tokens": 100}, {"max_tokens": 3.0}, {"max_completion_tokens": 4, "max_tokens": 4}, {"temperature": 0},
+    {"temperature": 2}, {"n": 8}, {"n": 2.0}, {"stop": "a"}, {"stop": []}, {"stream": True, "stream_options": {}},
+    {"stream": True, "stream_options": {"include_usage": True, "include_obfuscation": None}}, {SECRET: 1},
+    {"messages": user(parts("a", "b"))}, {"messages": user("日本語 🙂\n")},
+    {"messages": [*user("a"), SENT_BACK, *user("b")]},
+], ids=lambda fields: repr(fields)[:60])
+def test_a_request_within_the_limits_is_left_to_the_model(fields):
+    check_request(AS_SHOWN | fields, Limits(max_tokens=100))
+
+
+FLAVOR = TAKEN_BY_FLAVOR["mlflow.transformers"]
+
+
+@pytest.mark.parametrize(("fields", "kept"), [
+    ({}, {}), ({"model": "x", "stream": True, "stream_options": {}}, {}),
+    ({"max_completion_tokens": 2}, {"max_tokens": 2}), ({"max_tokens": 3.0}, {"max_tokens": 3}),
+    ({"stop": "a"}, {"stop": ["a"]}), ({"stop": ["a", "b"]}, {"stop": ["a", "b"]}),
+    ({"temperature": 0}, {"temperature": 0.001}), ({"temperature": 1}, {"temperature": 1.0}),
+    ({"n": 1, "top_p": 1, "tools": [], "response_format": {"type": "text"}, "user": "Bob", "store": False}, {}),
+    ({"messages": user(parts("a", "b"))}, {"messages": user("a\nb")}),
+    ({"messages": [{"role": "developer", "content": "a"}]}, {"messages": [{"role": "system", "content": "a"}]}),
+    ({"messages": [user("a")[0] | {"name": "Bob"}]}, {"messages": [user("a")[0] | {"name": "Bob"}]}),
+    ({"messages": [SENT_BACK]}, {"messages": [{"role": "assistant", "content": "Paris."}]}),
+], ids=lambda value: repr(value)[:60])
+def test_a_pipeline_gets_the_types_of_its_signature(fields, kept):
+    adapted = adapt(AS_SHOWN | fields, FLAVOR)
+    assert adapted == AS_SHOWN | kept
+    assert {name: type(value) for name, value in adapted.items()} == {
+        name: type(value) for name, value in (AS_SHOWN | kept).items()}
+
+
+@pytest.mark.parametrize(("fields", "code", "param"), [
+    ({"n": 2}, "unknown_field", "n"), ({"seed": 1}, "unknown_field", "seed"), ({"top_k": 5}, "unknown_field", "top_k"),
+    ({"tools": [{SECRET: 1}]}, "unknown_field", "tools"), ({"top_p": 0.5}, "unknown_field", "top_p"),
+    (schema({}), "unknown_field", "response_format"), ({SECRET: 1}, "unknown_field", None),
+    ({"messages": user([{"type": "text"}])}, "invalid_value", "messages[0].content"),
+    ({"messages": user([{"type": "image_url", "text": "a"}])}, "invalid_value", "messages[0].content"),
+    ({"messages": user(parts(SECRET + "\0"))}, "invalid_value", "messages[0].content"),
+    ({"messages": user(parts("a") * 1001)}, "invalid_value", "messages[0].content"),
+    ({"messages": [*user("a"), user("a")[0] | {"name": 5}]}, "invalid_value", "messages[1].name"),
+    ({"messages": [user("a")[0] | {"tool_calls": [{SECRET: 1}]}]}, "unknown_field", "messages[0]"),
+], ids=lambda value: repr(value)[:60])
+def test_what_would_change_a_pipelines_answer_is_refused_by_name(fields, code, param):
+    with pytest.raises(ServiceError) as refusal:
+        adapt(AS_SHOWN | fields, FLAVOR)
+    assert (refusal.value.code, refusal.value.param) == (code, param)
+    assert SECRET not in refusal.value.message
+
+
+def test_a_model_gets_the_fields_of_its_signature_as_they_are():
+    fields = {"max_completion_tokens": 2, "n": 2, "temperature": 0, "stop": "a"}
+    assert adapt(AS_SHOWN | fields, None) == AS_SHOWN | fields
+    assert adapt(AS_SHOWN | fields, {"messages", *fields}) == AS_SHOWN | fields
+    assert adapt(AS_SHOWN | {"n": 1, "top_p": 1}, {"messages", "n"}) == AS_SHOWN | {"n": 1}
+
+
+# --- the version that serves ----------------------------------------------------------------
+
+
+class Served:
+    """Stands for a loaded version: it counts how it is used."""
+
+    def __init__(self, version, broken):
+        self.name, self.version, self.broken = "stand-in", version, broken
+        self.borrowed, self.closed = 1, threading.Event()
+
+    def rows(self):
+        return 0
+
+    def try_once(self):
+        if self.broken:
+            raise ValueError("This model is broken.")
+
+    def close(self):
+        self.closed.set()
+
+
+class Registry:
+    """Stands for an address whose alias a test moves; ``broken`` names the versions that do not load."""
+
+    def __init__(self, version="1", broken=()):
+        self.uri, self.version, self.broken, self.loaded = "models:/stand-in@champion", version, set(broken), []
+
+    def find_version(self):
+        if self.version is None:
+            raise MlflowException("There is no such alias.")
+        return self.version
+
+    def fetch(self, version):
+        return f"the folder of {version}"
+
+    def load(self, version, folder):
+        assert folder == f"the folder of {version}"
+        self.loaded.append(Served(version, version in self.broken))
+        return self.loaded[-1]
+
+
+def desk_story(story, **registry):
+    """Run a story of a registry, the desk that has looked there once, and its figures."""
+    async def tell():
+        address, figures = Registry(**registry), Figures()
+        desk = Desk(address, figures, 5)
+        await desk.begin()
+        await story(address, desk, lambda name, **labels: figures.registry.get_sample_value(name, labels))
+
+    asyncio.run(tell())
+
+
+def test_an_alias_that_moves_brings_its_version_and_the_one_before_ends_what_it_has_begun():
+    async def story(address, desk, figure):
+        request = desk.borrow()
+        address.version = "2"
+        await desk.look()
+        assert (desk.current.version, desk.failed) == ("2", None)
+        assert figure("slm_model_version", model="stand-in", version="2") == 1
+        assert figure("slm_model_version", model="stand-in", version="1") is None
+        assert (request.version, request.borrowed, request.closed.is_set()) == ("1", 1, False)
+        desk.give_back(request)
+        assert request.closed.wait(30)
+        assert not desk.current.closed.is_set()
+
+    desk_story(story)
+
+
+def test_a_version_that_does_not_load_is_told_tried_once_and_left_when_the_alias_moves_back():
+    async def story(address, desk, figure):
+        address.version = "2"
+        for _ in range(3):
+            await desk.look()
+        assert (desk.current.version, desk.failed) == ("1", "2")
+        assert [served.version for served in address.loaded] == ["1", "2"]
+        assert (figure("slm_model_failed_version"), figure("slm_model_load_failures_total")) == (2, 1)
+        assert address.loaded[1].closed.wait(30)
+        address.version = "1"
+        await desk.look()
+        assert (desk.current.version, desk.failed, figure("slm_model_failed_version")) == ("1", None, 0)
+        address.version, address.broken = "2", set()
+        await desk.look()
+        assert (desk.current.version, desk.failed) == ("2", None)
+
+    desk_story(story, broken=["2"])
+
+
+def test_a_registry_that_does_not_answer_changes_nothing():
+    async def story(address, desk, figure):
+        address.version = None
+        await desk.look()
+        assert (desk.current.version, desk.failed, len(address.loaded)) == ("1", None, 1)
+        address.version = "2"
+        await desk.look()
+        assert desk.current.version == "2"
+
+    desk_story(story)
+
+
+@pytest.mark.parametrize(("registry", "what"), [
+    ({"version": None}, "names no version at models:/stand-in@champion: MlflowException: There is no such alias."),
+    ({"broken": ["1"]}, "does not load: ValueError: This model is broken."),
 ])
-def test_a_path_or_method_that_is_not_there(method, path, status, code, guarded):
-    answer = guarded.client.request(method, path)
-    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
-    assert SECRET not in answer.text
-    assert status != 405 or answer.headers["allow"] in ("GET", "POST")
+def test_a_service_without_a_first_version_does_not_begin(registry, what):
+    async def story(*_):
+        raise AssertionError("it began")
+
+    with pytest.raises(StartError) as refusal:
+        desk_story(story, **registry)
+    assert refusal.value.what.endswith(what) and refusal.value.fix.endswith("--model.")
 
 
-def test_head_is_refused_without_a_body_and_the_connection_goes_on(guarded):
-    for _ in range(2):
-        answer = guarded.client.head("/health")
-        assert (answer.status_code, answer.content) == (405, b"")
-    assert guarded.client.get("/health").json() == {"status": "ok"}
+@pytest.mark.parametrize(("uri", "name", "moves"), [
+    ("models:/slm-onnx@champion", "slm-onnx", True), ("models:/slm-onnx/3", "slm-onnx", False),
+    ("models:/m-0123", "model", False), ("/a/folder", "model", False)])
+def test_an_address_has_a_name_and_moves_with_its_alias(uri, name, moves):
+    address = Address(uri)
+    assert (address.name, bool(address.moves)) == (name, moves)
+    assert address.uri in openai_server.names(address) and name in openai_server.names(address)
 
 
-def test_no_answer_waits_for_its_own_beginning_to_be_confirmed(guarded):
-    guarded.client.get("/health")
-    (connection, *_) = guarded.server.server_state.connections
-    option = connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
-    assert option  # without it, each answer takes 40 ms more
+def test_a_password_is_no_part_of_what_is_said():
+    assert without_password(f"http://user:{SECRET}@there:80/a and b@c") == "http://there:80/a and b@c"
 
 
-def test_requests_that_come_in_one_piece_are_answered_one_after_the_other(guarded):
-    one = raw(body("words 1"), TOKEN_HEADER)
-    last = raw(body("words 1", stream=True), TOKEN_HEADER, "Connection: close")
-    with guarded.connect(one * 3 + last) as connection:
-        said = read_all(connection)
-    assert said.count(b"HTTP/1.1 200") == 4 and said.count(b"chat.completion.chunk") == 2
+def test_the_chunks_of_several_answers_become_one_completion():
+    def chunk(index, text=None, reason=None):
+        return {"id": "1", "created": 5, "choices": [{"index": index, "finish_reason": reason,
+                                                      "delta": {"content": text} if text else {}}]}
+
+    answer = join([chunk(1, "b"), chunk(0, "a"), chunk(1, "d"), chunk(0, "c"), chunk(0, None, "stop"),
+                   chunk(1, None, "length"), {"id": "1", "created": 5, "choices": [], "usage": {"total_tokens": 4}}])
+    assert [(choice["index"], choice["message"], choice["finish_reason"]) for choice in answer["choices"]] == [
+        (0, {"role": "assistant", "content": "ac"}, "stop"), (1, {"role": "assistant", "content": "bd"}, "length")]
+    assert (answer["object"], answer["id"], answer["usage"]) == ("chat.completion", "1", {"total_tokens": 4})
 
 
-def test_the_service_listens_on_ipv6_too(streams):
+# --- the program's beginning ----------------------------------------------------------------
+
+
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """Return a function that runs the program in this process, and returns the two sentences of its refusal."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGINT)}
+
+    def run(*words):
+        capsys.readouterr()
+        assert openai_server.main([str(word) for word in words]) == 1
+        what, fix = capsys.readouterr().err.strip().split("\n")
+        assert what.startswith("error: ") and what.endswith(".") and fix.startswith("       ")
+        return what.removeprefix("error: "), fix.strip()
+
+    yield run
+    for name, handler in handlers.items():
+        signal.signal(name, handler)
+
+
+def test_a_port_that_is_taken(main):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert main("--port", port) == (f"Port {port} is taken.", f"Choose another one: --port {port + 1}.")
+
+
+@pytest.mark.parametrize(("words", "says"), [
+    (["--model", "/nowhere"], "does not load"), (["--model", ""], "does not load"),
+    (["--host", "203.0.113.7", "--allowed-host", "x"], "no token"), (["--host", "0.0.0.0"], "no token"),
+])
+def test_what_the_program_cannot_begin_with(words, says, main):
+    assert says in main("--port", 0, *words)[0]
+
+
+def test_a_password_of_the_store_is_not_shown(main, monkeypatch):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(f"http://user:{SECRET}@127.0.0.1:9")
     try:
-        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-    except OSError:
-        pytest.skip("needs IPv6")
-    with running(streams, host="::1") as server:
-        assert server.address.startswith("http://[::1]:")
-        assert server.ask("words 1").status_code == 200
+        what, fix = main("--model", "models:/stand-in@champion", "--port", 0)
+    finally:
+        mlflow.set_tracking_uri(before)
+    assert "The store http://127.0.0.1:9 names no version" in what and SECRET not in what + fix
 
 
-# --- slow callers ---------------------------------------------------------------------------
+@pytest.mark.parametrize("words", [["--timeout", "nan"], ["--timeout", "0"], ["--waiting", "-1"], ["--port", "x"],
+                                   ["--max-body", "1e9"], ["--mode", "x"], ["--drain", "inf"]])
+def test_options_that_are_none(words):
+    with pytest.raises(SystemExit) as refusal:
+        openai_server.read_options(words)
+    assert refusal.value.code == 2
 
 
-def test_a_head_that_never_ends_is_cut_off(streams, monkeypatch, record_property):
-    monkeypatch.setattr(openai_server, "HEAD_SECONDS", 0.3)
-    with running(streams) as server:
-        for begin in (b"", b"POST /v1/chat/comp", raw(b"")[:-2]):
-            with server.connect(begin) as connection:
-                assert read_all(connection) == b""  # the server breaks it off
-        with server.connect(b"GET /health HTTP/1.1\r\n") as connection:
-            sent = 0
-            with contextlib.suppress(ConnectionError):
-                while sent < 10_000_000:
-                    sent += connection.send(b"X-Filler: " + b"x" * 1000 + b"\r\n")
-            record_property("bytes of a head that were sent", sent)
-        assert server.ask("words 1").status_code == 200
-        server.client.close()
-        wait_for(lambda: not server.server.server_state.connections)
+# --- the document ---------------------------------------------------------------------------
+
+DOCUMENT = ROOT / "docs" / "serving.md"
 
 
-def test_a_head_of_more_than_64_kib_is_refused(guarded):
-    with guarded.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000) as connection:
-        assert refused(read_all(connection)) == (400, "invalid_request")
+def rows(heading):
+    """Return the cells of the rows of the first table below a heading of the document."""
+    lines = iter(DOCUMENT.read_text(encoding="utf-8").partition(f"\n## {heading}\n")[2].splitlines())
+    table = itertools.takewhile(lambda line: line.startswith("|"), itertools.dropwhile(
+        lambda line: not line.startswith("|"), lines))
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in table][2:]
 
 
-def test_a_body_that_comes_too_slowly_is_refused(streams):
-    begun = raw(b"", "Content-Length: 100", length=False)
-    with running(streams, timeout=0.5) as server, server.connect(begun) as connection:
-        connection.settimeout(0.05)
-        answered = b""
-        while not answered:
-            connection.sendall(b" ")
-            with contextlib.suppress(TimeoutError):
-                answered = connection.recv(1, socket.MSG_PEEK)
-        connection.settimeout(60)
-        answer = HTTPResponse(connection)
-        answer.begin()
-        assert (answer.status, json.loads(answer.read())["error"]["code"]) == (408, "timeout")
-        assert server.requests() == (0, 0)
+def test_the_document_has_the_options_and_what_they_are_unless_given():
+    told = {}
+    for names, defaults, _ in rows("Options"):
+        told |= zip(re.findall("`--([a-z-]+)`", names), re.findall("`(.+?)`(?:,|$)", defaults) or [""] * 2,
+                    strict=False)
+    options = vars(openai_server.read_options([]))
+    assert {name.replace("-", "_") for name in told} == options.keys()
+    defaults = {name: str(value) for name, value in options.items() if value not in (None, [], False)}
+    assert {name: told[name.replace("_", "-")] for name in defaults} == defaults
 
 
-def test_a_client_that_never_reads_is_cut_off_and_leaves_nothing(streams, record_property):
-    # The connection has 5 seconds more than an answer, for its last words.
-    with running(streams, timeout=0.5, concurrent=1) as server:
-        before = handles()
-        connection = server.connect(raw(body("big 1000", stream=True)))  # 50 MB
-        wait_for(lambda: server.count("slm_requests_total", outcome="timeout") == 1)
-        wait_for(lambda: server.requests() == (0, 0) and server.model.running == 0)
-        record_property("steps of 50 kB that the model made for it", server.model.steps)
-        assert server.ask("words 1").status_code == 200
-        server.client.close()
-        wait_for(lambda: not server.server.server_state.connections)
-        with contextlib.suppress(ConnectionResetError):
-            while connection.recv(1 << 20):
-                pass
-        connection.close()
-        wait_for(lambda: handles() <= before)
+def test_the_document_has_the_figures():
+    figures = {f"{family.name}{'_total' if family.type == 'counter' else ''}"
+               for family in openai_server.Figures().registry.collect() if not family.name.startswith("process_")}
+    assert {name.strip("`").partition("{")[0] for name, _ in rows("Figures")} == figures
 
 
-def test_a_client_that_reads_byte_by_byte_gets_all(streams):
-    request = raw(body("slow 9", stream=True), "Connection: close")
-    with running(streams) as server, server.connect(request) as connection:
-        said = b"".join(iter(lambda: connection.recv(1), b""))
-        assert said.count(b"word ") == 9 and b"[DONE]" in said
+def test_the_document_has_every_error_of_the_service_and_the_model():
+    calls = [node for node in ast.walk(ast.parse(inspect.getsource(openai_server))) if isinstance(node, ast.Call)
+             and getattr(node.func, "id", None) == "ServiceError"]
+    raised = {(call.args[0].value, call.args[2].value) for call in calls
+              if all(isinstance(argument, ast.Constant) for argument in (call.args[0], call.args[2]))}
+    raised |= {(openai_server.STATUS.get(code, 400), code) for code in (
+        "invalid_value", "unknown_field", "context_length_exceeded", "busy", "closed", "failed", "unusable_model")}
+    told = {(int(status), code) for statuses, codes, _ in rows("Errors")
+            for status in statuses.split(", ") for code in re.findall("`(.+?)`", codes)}
+    assert raised - told == set()
+    assert {code for _, code in told} == {code for _, code in raised}

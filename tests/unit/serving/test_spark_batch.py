@@ -1,33 +1,17 @@
-"""A batch on a Spark cluster: which row is at fault, what a failure means, and that no row is lost or comes twice.
-
-The cluster is a real one, a master and two workers on this machine.
+"""The rules of a batch on Spark: which row is at fault, what a failure means, and which command is refused.
 
 Run: python -m helpers test tests/unit/serving/test_spark_batch.py
 """
 
-import functools
 import json
-import os
-import re
-import subprocess
 import sys
-from pathlib import Path
 
-import mlflow
 import pandas as pd
-import psutil
 import pytest
 from mlflow.exceptions import MlflowException
-from support import ROOT, stand_ins
-from support.chat import chat_model_for
-from support.projects import activated, project
-from support.service import wait_for
 
-from course.cluster import running
 from serving import spark_batch
 from serving.spark_batch import answer_rows, explain, read_java, read_messages, read_options
-
-TEXTS = ("short", "a good deal longer than that", "of middling length")
 
 # --- the rows -------------------------------------------------------------------------------
 
@@ -77,14 +61,18 @@ def test_a_cell_is_a_text_or_a_list_of_messages(cell, asked):
     assert read_messages(cell, "Be brief.") == (asked and before + asked)
 
 
-@pytest.mark.parametrize("bad, reason", [
-    (None, "There is nothing to ask: the cell is empty or null."),
-    ("refused", "messages has to be something else."),
-    ("breaks", "The model failed on this row: ZeroDivisionError."),
-    ("busy", "The model failed on this row: MlflowException.")])
-@pytest.mark.parametrize("places", [(0,), (4,), (2, 3), (0, 1, 2, 3, 4)])
-@pytest.mark.parametrize("at_once", [1, 2, 5, 64])
-def test_a_bad_row_is_the_only_one_that_changes(bad, reason, places, at_once):
+BAD = {
+    None: "There is nothing to ask: the cell is empty or null.",
+    "refused": "messages has to be something else.",
+    "breaks": "The model failed on this row: ZeroDivisionError.",
+    "busy": "The model failed on this row: MlflowException."}
+
+
+@pytest.mark.parametrize(("bad", "places", "at_once"), [
+    *((bad, (2, 3), at_once) for bad in BAD for at_once in (1, 64)),
+    *(("refused", places, at_once) for places in ((0,), (4,), (0, 1, 2, 3, 4)) for at_once in (1, 2, 5))])
+def test_a_bad_row_is_the_only_one_that_changes(bad, places, at_once):
+    reason = BAD[bad]
     texts = [bad if place in places else f"text {place}" for place in range(5)]
     rows = answer_rows([text and user(text) for text in texts], (model := Model()).ask, model.works, at_once)
     for place, row in enumerate(rows):
@@ -237,282 +225,33 @@ def test_a_driver_listens_on_loopback_where_its_master_does(master, host):
     assert (settings["spark.log.level"], settings["a"]) == ("WARN", "b=c")
 
 
-# --- on a cluster ---------------------------------------------------------------------------
-
-slow = pytest.mark.slow
+# --- the run that goes on -------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory, site):
-    with running(tmp_path_factory.mktemp("clüster 1"), site) as cluster:
-        yield cluster
+class Disk(dict):
+    """Stands for the cluster's files: a text by its path."""
+
+    exists, read, write = dict.__contains__, dict.get, dict.__setitem__
+
+    def remove(self, path):
+        for name in [name for name in self if name.startswith(path)]:
+            del self[name]
 
 
-@pytest.fixture
-def registry(store, tmp_path):
-    """Return the store's variable for a program, and a function that registers a stand-in there."""
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(store)
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("stand-ins", (tmp_path / "artifacts").as_uri()))
-    yield functools.partial(stand_ins.register, tmp_path / "code")
-    mlflow.set_tracking_uri(before)
+PLAN = {"input": "in", "rows": 9, "max_tokens": 4, "model": "models:/slm/1"}
 
 
-@pytest.fixture
-def batch(cluster, store, tmp_path):
-    """Return a function that runs the program on prompts, and returns its exit code and what it said."""
-    def run(prompts, *words, model="models:/stand-in@champion", out=tmp_path / "öut 1.parquet", **variables):
-        if not isinstance(prompts, Path):
-            prompts = write(tmp_path / "prömpts 1.parquet", prompts)
-        process = cluster.batch(prompts, out, "--model", model, *words, MLFLOW_TRACKING_URI=store, **variables)
-        said, complained = process.communicate(timeout=600)
-        return process.returncode, said, complained
-
-    return run
-
-
-def write(path, prompts):
-    pd.DataFrame({"prompt": prompts, "id": [f"id {number}" for number in range(len(prompts))]}).to_parquet(path)
-    return path
-
-
-def read(tmp_path, out="öut 1.parquet"):
-    return pd.read_parquet(tmp_path / out).sort_values("row", ignore_index=True)
-
-
-def left_over(tmp_path):
-    return [path.name for path in tmp_path.iterdir() if ".parquet." in path.name]
-
-
-@slow
-def test_every_row_is_answered_and_a_bad_one_says_why(cluster, batch, tiny, registry, tmp_path):
-    logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny, max_tokens=4))
-    prompts = [*(f"Tell me about the number {number}." for number in range(20)), None, "", "word " * 5000, "a\x00b"]
-    (temporary := tmp_path / "temporary").mkdir()
-    code, said, complained = batch(prompts, model=logged.model_uri, TMPDIR=str(temporary))
-    assert (code, complained) == (0, ""), complained
-    assert not [path for path in temporary.rglob("*") if path.suffix == ".zip" or path.name == "MLmodel"]
-    assert list(cluster.folder.glob("work-*/**/MLmodel"))  # what a worker unpacks goes with its folder
-    rows = read(tmp_path)
-    assert list(rows["row"]) == list(range(24)) and list(rows["id"]) == [f"id {number}" for number in range(24)]
-    assert list(rows["status"]) == ["ok"] * 20 + ["error"] * 4
-    assert rows["reason"][20] == rows["reason"][21] == "There is nothing to ask: the cell is empty or null."
-    assert "context" in rows["reason"][22] and "NUL" in rows["reason"][23]
-    chat = mlflow.pyfunc.load_model(logged.model_uri)
-    alone = chat.predict({"messages": user(prompts[7])})[0]
-    assert rows["answer"][7] == alone["choices"][0]["message"]["content"]
-    assert rows["completion_tokens"][7] == alone["usage"]["completion_tokens"] == 4
-    assert f"24 rows in {tmp_path / 'öut 1.parquet'}: 20 answered, 4 errors" in said
-    assert left_over(tmp_path) == []
-
-
-@slow
-def test_conversations_and_settings_reach_the_model_and_no_proxy_is_asked(batch, tiny, registry, tmp_path):
-    logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny, max_tokens=4))
-    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
-            {"role": "user", "content": "And now?"}]
-    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
-    code, _, complained = batch([talk], "--max-tokens", "7", "--system", "Be brief.", model=logged.model_uri, **proxies)
-    assert (code, complained) == (0, ""), complained
-    asked = {"messages": [{"role": "system", "content": "Be brief."}, *talk], "max_tokens": 7}
-    alone = mlflow.pyfunc.load_model(logged.model_uri).predict(asked)[0]
-    row = read(tmp_path).iloc[0]
-    assert row["answer"] == alone["choices"][0]["message"]["content"]
-    assert row["prompt_tokens"] == alone["usage"]["prompt_tokens"] and row["completion_tokens"] == 7
-
-
-@slow
-def test_an_output_is_replaced_only_when_told(batch, registry, tmp_path):
-    registry("Rows")
-    assert batch(["word 1"])[0] == 0
-    code, _, complained = batch(["word 2", "word 3"])
-    assert code == 1 and "is there already" in complained and "--overwrite" in complained
-    assert list(read(tmp_path)["answer"]) == ["word "]
-    assert batch(["word 2", "word 3"], "--overwrite")[0] == 0
-    assert list(read(tmp_path)["answer"]) == ["word word ", "word word word "]
-    assert left_over(tmp_path) == []
-
-
-@slow
-def test_mlflow_run_makes_of_no_rows_a_whole_output_with_its_columns(cluster, registry, store, tmp_path):
-    registry("Rows")
-    table = tmp_path / "none.parquet"
-    pd.DataFrame({"prompt": pd.Series([], dtype="str")}).to_parquet(table)
-    words = project("batch", input=table, output=tmp_path / "öut 1.parquet", master=cluster.address,
-                    model="models:/stand-in@champion")
-    environment = cluster.environment(COURSE_TRACKING_URI=store, **activated(tmp_path))
-    environment.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow sets it for the store of this test
-    ran = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                         timeout=600)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    assert "\n0 rows in " in "\n" + ran.stdout
-    assert list(read(tmp_path).columns) == ["prompt", "row", "answer", "status", "reason", "prompt_tokens",
-                                            "completion_tokens"]
-
-
-# Runs several commands in one Spark session, and prints what each is refused with.
-RUNS = """
-import json, sys
-from pathlib import Path
-from serving import spark_batch
-master, folder, commands = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
-spark = spark_batch.start_spark(master)
-for words in commands:
-    try:
-        spark_batch.run(spark, spark_batch.read_options([*words, "--master", master]), folder)
-        print("[]")
-    except spark_batch.BatchError as error:
-        print(json.dumps([error.what, error.fix]))
-spark.stop()
-"""
-
-
-@slow
-def test_inputs_that_cannot_be_are_refused_before_anything_is_written(cluster, batch, registry, store, tmp_path):
-    registry("Rows")
-    good = write(tmp_path / "good.parquet", ["word 1"])
-    pd.DataFrame({"text": ["a"], "answer": ["b"], "number": [1]}).to_parquet(other := tmp_path / "other.parquet")
-    (text := tmp_path / "text.parquet").write_text("no Parquet", encoding="utf-8")
-    cases = (
-        (other, (), "has no column prompt: it has text, answer, number"),
-        (other, ("--column", "text"), "has columns that the answers would have: answer"),
-        (other, ("--column", "number"), "its type is bigint"),
-        (tmp_path / "nowhere.parquet", (), "is not there"),
-        (text, (), "holds no Parquet"),
-        (good, ("--model", "models:/nobody@champion"), "There is no model nobody whose alias champion"),
-        (good, ("--model", "models:/stand-in@nobody"), "There is no model stand-in whose alias nobody"),
-        (good, ("--model", "models:/stand-in/9"), "The model models:/stand-in/9 cannot be had"))
-    out = tmp_path / "öut 1.parquet"
-    commands = [[str(path), str(out), "--model", "models:/stand-in@champion", *words] for path, words, _ in cases]
-    environment = cluster.environment(MLFLOW_TRACKING_URI=store)
-    environment["PYTHONPATH"] += os.pathsep + str(ROOT)
-    ran = subprocess.run([sys.executable, "-c", RUNS, cluster.address, tmp_path / "model", json.dumps(commands)],
-                         env=environment, capture_output=True, text=True, timeout=600)
-    refusals = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert len(refusals) == len(cases), ran.stderr
-    for (_, _, what), refusal in zip(cases, refusals, strict=True):
-        assert what in refusal[0] and all(sentence.endswith(".") for sentence in refusal), refusal
-    code, said, complained = batch(other)
-    assert (code, said) == (1, "") and complained == "error: {}\n       {}\n".format(*refusals[0])
-    assert not list(tmp_path.glob("öut*"))
-
-
-def start(cluster, store, prompts, out, *words):
-    return cluster.batch(prompts, out, "--model", "models:/stand-in@champion", "--rows-per-task", "50", *words,
-                         MLFLOW_TRACKING_URI=store)
-
-
-def finished(out):
-    """Return how many tasks have left their rows, and nothing else."""
-    return len(list(Path(f"{out}.unfinished/rows").glob("part-*")))
-
-
-def whole(tmp_path, out, count):
-    rows = read(tmp_path, out)
-    assert list(rows["row"]) == list(range(count)) and set(rows["status"]) == {"ok"}
-    assert list(rows["answer"]) == ["word " * (number % 3 + 1) for number in range(count)]
-
-
-SLOWLY = [f"slow {number % 3 + 1}" for number in range(2000)]
-
-
-@slow
-def test_a_worker_that_is_killed_costs_no_row(store, registry, site, tmp_path, record_property):
-    registry("Rows")
-    prompts, out = write(tmp_path / "in.parquet", SLOWLY), tmp_path / "out.parquet"
-    with running(tmp_path / "cluster", site) as cluster:
-        process = start(cluster, store, prompts, out)
-        wait_for(lambda: finished(out) >= 4 or process.poll() is not None, "four tasks", 180)
-        cluster.workers[0].kill()
-        said, complained = process.communicate(timeout=600)
-    assert (process.returncode, complained) == (0, ""), complained
-    whole(tmp_path, "out.parquet", 2000)
-    retried = int(re.search(r"tasks tried again: (\d+)", said)[1])
-    record_property("tasks tried again after a worker was killed", retried)
-    assert retried >= 1
-
-
-@slow
-def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(cluster, store, registry, tmp_path):
-    registry("Rows")
-    prompts, out = write(tmp_path / "in.parquet", SLOWLY), tmp_path / "out.parquet"
-    process = start(cluster, store, prompts, out)
-    wait_for(lambda: finished(out) >= 8 or process.poll() is not None, "eight tasks", 180)
-    for child in psutil.Process(process.pid).children(recursive=True):
-        child.kill()
-    process.kill()
-    process.communicate()
-    assert not out.exists()
-    other = start(cluster, store, prompts, out, "--max-tokens", "3")
-    assert "of a run with another max_tokens" in other.communicate(timeout=600)[1] and other.returncode == 1
-    process = start(cluster, store, prompts, out)
-    said, complained = process.communicate(timeout=600)
-    assert (process.returncode, complained) == (0, ""), complained
-    whole(tmp_path, "out.parquet", 2000)
-    kept = int(re.search(r"kept from a run before: (\d+)", said)[1])
-    assert 300 <= kept < 2000
-    assert left_over(tmp_path) == []
-
-
-@slow
-def test_a_lost_master_loses_nothing(store, registry, site, tmp_path):
-    registry("Rows")
-    prompts, out = write(tmp_path / "in.parquet", SLOWLY), tmp_path / "out.parquet"
-    with running(tmp_path / "cluster", site) as cluster:
-        process = start(cluster, store, prompts, out)
-        wait_for(lambda: finished(out) >= 4 or process.poll() is not None, "four tasks", 180)
-        cluster.stop()
-        said, complained = process.communicate(timeout=600)
-        assert process.returncode == 1 and "The cluster's master is lost." in complained, complained
-        assert complained.count("\n") == 2 and not out.exists()
-    with running(tmp_path / "another", site) as cluster:
-        process = start(cluster, store, prompts, out)
-        said, complained = process.communicate(timeout=600)
-    assert (process.returncode, complained) == (0, ""), complained
-    whole(tmp_path, "out.parquet", 2000)
-    assert "kept from a run before: 0" not in said
-
-
-@slow
-def test_a_worker_without_memory_is_told_with_its_settings(batch, tiny, registry, tmp_path):
-    logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny))
-    code, _, complained = batch(["Hello"], "--conf", "spark.executor.pyspark.memory=300m", model=logged.model_uri)
-    assert code == 1 and "A worker ran out of memory." in complained, complained
-    for name in ("spark.executor.memory ", "spark.executor.memoryOverhead", "spark.executor.pyspark.memory"):
-        assert name in complained
-    assert not (tmp_path / "öut 1.parquet").exists()
-
-
-@slow
-def test_a_full_disk_leaves_nothing_half_written(store, registry, site, mounted, tmp_path, monkeypatch):
-    registry("Rows")
-    prompts, out = write(tmp_path / "in.parquet", ["big 9"] * 400), tmp_path / "disk" / "out.parquet"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    command = [sys.executable, "-m", "course.cluster", tmp_path / "cluster", site, prompts, out,
-               "--model", "models:/stand-in@champion", "--rows-per-task", "20"]
-    # The disk is gone with the command: what is on it is listed before.
-    result = mounted("size=200k", ["sh", "-c", f'"$@"; code=$?; find "{out.parent}"; exit $code', "sh", *command])
-    assert result.returncode == 1 and "A disk is full." in result.stderr, result.stderr
-    assert f"{out}.unfinished/plan.json" in result.stdout.split("\n")
-    assert not [line for line in result.stdout.split("\n") if f"{line}/".startswith(f"{out}/")]
-
-
-@slow
-def test_200_000_rows_go_through_without_growing_memory(cluster, store, registry, tmp_path, record_property):
-    registry("Rows")
-    count, out = 200_000, tmp_path / "out.parquet"
-    prompts = write(tmp_path / "in.parquet", ["word 1"] * count)
-    process = cluster.batch(prompts, out, "--model", "models:/stand-in@champion", "--rows-per-task", "2000",
-                            MLFLOW_TRACKING_URI=store)
-    held = []
-    while process.poll() is None:
-        if tasks := finished(out):
-            held.append((tasks, cluster.python_bytes()))
-        wait_for(lambda: process.poll() is not None or finished(out) != (held and held[-1][0]), "a task", 300)
-    assert process.wait() == 0, process.stderr.read()
-    rows = read(tmp_path, "out.parquet")
-    assert list(rows["row"]) == list(range(count)) and set(rows["answer"]) == {"word "}
-    early = max(size for tasks, size in held if tasks <= 20)
-    late = max(size for tasks, size in held if tasks >= 80)
-    record_property("memory of the Python workers, last fifth against first", late / early)
-    assert late < 1.1 * early
+@pytest.mark.parametrize(("plan", "anew", "says"), [
+    (PLAN, False, None), (PLAN | {"max_tokens": 3}, False, "is of a run with another max_tokens."),
+    (PLAN | {"model": "models:/slm/2", "rows": 8}, False, "another rows and another model."),
+    (PLAN | {"max_tokens": 3}, True, None)])
+def test_a_run_goes_on_with_its_own_plan_alone(plan, anew, says):
+    disk = Disk()
+    assert spark_batch._go_on(disk, "out.unfinished", PLAN, False, "table", None) == ("table", 0)
+    if says:
+        with pytest.raises(spark_batch.BatchError, match=says):
+            spark_batch._go_on(disk, "out.unfinished", plan, anew, "table", None)
+        assert json.loads(disk["out.unfinished/plan.json"]) == PLAN
+    else:
+        assert spark_batch._go_on(disk, "out.unfinished", plan, anew, "table", None) == ("table", 0)
+        assert json.loads(disk["out.unfinished/plan.json"]) == plan

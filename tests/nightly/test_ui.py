@@ -1,7 +1,7 @@
 """Opens the addresses that a page gives in the MLflow UI, in a real browser: each shows what the page says it shows.
 
 Screenshots are left in build/browser.
-Run: python -m helpers test tests/unit/notebooks/test_ui.py
+Run: python -m helpers test tests/nightly/test_ui.py
 """
 
 import os
@@ -16,7 +16,6 @@ from support.jupyter import browser, elsewhere, expect, need_chromium, server, t
 from helpers.tracking import UI, tracking_store, ui_addresses
 
 need_chromium()
-pytestmark = pytest.mark.slow
 
 NAME, MODEL = "tiny-phi3", "slm-transformers"
 PARAMETERS = {"model": NAME, "question": "What is the capital of Spain?", "max_tokens": "64"}
