@@ -29,6 +29,8 @@ SMALL_MODELS = ("tiny-phi3", DEFAULT_MODEL)
 # What `mlflow ui` and JupyterLab listen on: this machine alone.
 LOOPBACK = "127.0.0.1"
 NUMBERS = ("max_tokens", "temperature")
+# The extras of pyproject.toml that a command needs beside the course's own packages.
+EXTRAS = {"course": (), "tests": ("dev",), "nightly": ("dev", "nightly", "bench")}
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class Command:
     help: str
     work: Callable[[Namespace], int]
     options: tuple[Callable[[ArgumentParser], None], ...] = ()  # each adds some to the command's parser
-    needs: str = "course"  # what has to be installed: "nothing", "course" or, with the tests' packages, "tests"
+    needs: str = "course"  # what has to be installed: "nothing", or a key of EXTRAS
     parameters: tuple[str, ...] = ()  # those that -p NAME VALUE may set, for a page
     takes_words: bool = False  # what is no option of its own goes on to the program that it starts
     has_help: bool = False  # that program tells its options itself
@@ -71,13 +73,12 @@ def run_command(arguments: list[str]) -> int:
 
 def _in_environment(command, options, arguments):
     """Do a command's work in an environment that has what it needs: this one, or else ``.venv``."""
-    tests = command.needs == "tests"
     if command.needs == "nothing":
         return command.work(options)
     if environment.inside_venv():
-        environment.set_up(tests)
-    elif environment.differing_packages(tests):
-        line = [str(environment.set_up(tests)), "-m", "helpers", *arguments]
+        environment.set_up(EXTRAS[command.needs])
+    elif environment.differing_packages(EXTRAS[command.needs]):
+        line = [str(environment.set_up(EXTRAS[command.needs])), "-m", "helpers", *arguments]
         if os.name == "posix":
             os.execv(line[0], line)
         return subprocess.call(line)
@@ -332,7 +333,7 @@ def _mutate(options):
 
 
 def _doctor(options):
-    if not environment.inside_venv() and environment.is_set_up(tests=False):
+    if not environment.inside_venv() and environment.is_set_up():
         return _in_environment(Command("", _doctor), options, ["doctor"])
     from course.doctor.checks import doctor  # it looks at what is there, and installs nothing
 

@@ -20,7 +20,8 @@ from course.bench.figures import (
     read_runs,
     show_range,
 )
-from course.environment import TORCH_CPU_INDEX, project
+from course.environment import project
+from course.install import TORCH_CPU_INDEX
 from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, ROOT
 
@@ -39,7 +40,8 @@ def generate() -> int:
     """Write all of them. The first two ask the package index; the rest needs no network."""
     constraints = ROOT / "constraints.txt"
     command = [sys.executable, "-m", "uv", "pip", "compile", "--quiet", "--universal", "--python-version", "3.11",
-               "--extra", "dev", "--no-header", "--no-annotate", "--upgrade", "pyproject.toml"]
+               "--extra", "dev", "--extra", "nightly", "--extra", "bench", "--no-header", "--no-annotate", "--upgrade",
+               "pyproject.toml"]
     resolved = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
     constraints.write_text(
         "# Every package of the course at one version, for pip install --constraint. Made from pyproject.toml:\n"

@@ -168,7 +168,7 @@ class OpenVino:
             import openvino
             import openvino_genai
         except ImportError:
-            pin = pins(tests=True)["openvino-genai"]
+            pin = pins(("bench",))["openvino-genai"]
             raise CourseError("bench-openvino", "OpenVINO GenAI, which the benchmark compares with, is not installed.",
                               f"Install it: python -m pip install openvino-genai=={pin}.") from None
         self._genai, self._tensor, self._ids = openvino_genai, openvino.Tensor, itertools.count()

@@ -216,8 +216,8 @@ def _platform(built_for, machine, largest):
 def _packages(differing, gone):
     """Yield the lines on the packages: what differs from the pins, and ``(package, file)`` for what is gone."""
     # Set-up does nothing in an environment that it has finished.
-    fix = f"{'Delete .venv and run' if is_set_up(tests=False) else 'Run'}: python -m helpers setup"
-    if sum(installed is None for _, installed in differing.values()) > len(pins(tests=False)) / 2:
+    fix = f"{'Delete .venv and run' if is_set_up() else 'Run'}: python -m helpers setup"
+    if sum(installed is None for _, installed in differing.values()) > len(pins()) / 2:
         yield "FAIL", "the course's packages are not installed", fix
         return
     for name, (pinned, installed) in differing.items():
@@ -228,7 +228,7 @@ def _packages(differing, gone):
                f"If an antivirus took it, tell it to leave .venv alone. {fix}")
     if not differing and not gone:
         yield "OK", "packages are as pinned, and whole", ""
-    for name, (pinned, installed) in differing_packages(tests=True).items():
+    for name, (pinned, installed) in differing_packages(("dev",)).items():
         if installed and name not in differing:
             yield "WARN", f"{name} is {installed}, and {pinned} is pinned, for the tests", fix
 
@@ -347,7 +347,7 @@ def _browsers():
     except webbrowser.Error:
         yield ("WARN", "JupyterLab finds no browser to open",
                "Open the address that it prints in a browser, on this machine or through a tunnel.")
-    if not any(installed is None for _, installed in differing_packages(tests=True).values()):
+    if not any(installed is None for _, installed in differing_packages(("dev",)).values()):
         chromium = find_chromium()
         yield ("OK", f"the browser tests drive {_file_name(chromium)}", "") if chromium else (
             "WARN", "the browser tests find neither Chromium nor Chrome, and are skipped",

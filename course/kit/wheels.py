@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 from packaging.tags import Tag, compatible_tags, cpython_tags, mac_platforms, platform_tags
 from packaging.utils import canonicalize_name, parse_wheel_filename
 
-from course.environment import cpu_torch_options
+from course.install import cpu_torch_options
 from helpers.errors import CourseError
 from helpers.files import progress_bar
 from helpers.models.kit import PLATFORM_NAMES

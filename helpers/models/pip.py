@@ -33,11 +33,10 @@ class PipFailure:
     Attributes
     ----------
     kind : str
-        ``"disk-full"``, ``"changed"`` (a file differs from its hash or is cut off), ``"certificate"``, ``"missing"``
-        (no file of that package and version fits), ``"unreachable"`` (no index answers, or something else answers in
-        its place), ``"conflict"`` (to pip, a version that a constraint names and nobody has), or ``"other"``.
+        ``"disk-full"``, ``"certificate"``, ``"unreachable"`` (no index answers, or something else answers in its
+        place), ``"missing"`` (no file of that package and version fits), or ``"other"``.
     package : str
-        The requirement or the file that pip names, such as ``"torch==2.13.0"``; empty where it names none.
+        The requirement that is missing, such as ``"torch==2.13.0"``; empty where pip names none.
     line : str
         The last line that pip printed.
     """
@@ -47,33 +46,29 @@ class PipFailure:
     line: str
 
 
+# The first pattern that pip's output holds says why it failed.
+KINDS = {
+    "disk-full": "No space left on device",
+    "certificate": "CERTIFICATE_VERIFY_FAILED",
+    "unreachable": "Retrying|Connection|Read timed out|Name or service|Temporary failure|getaddrinfo",
+    "missing": "No matching distribution found for",
+}
+
+
 def read_failure(output: str) -> PipFailure:
     """Read why pip failed from all that it printed."""
-    line = last_line(output)
+    kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, output)), "other")
     missing = re.search(r"No matching distribution found for (\S+)", output)
-    constrained = re.search(r"The user requested \(constraint\) (\S+)", output)
-    if "No space left on device" in output:
-        return PipFailure("disk-full", "", line)
-    if "DO NOT MATCH THE HASHES" in output or "is invalid." in output:
-        changed = re.search(r"DO NOT MATCH THE HASHES.*?^ +(\S+)", output, re.DOTALL | re.MULTILINE)
-        return PipFailure("changed", changed[1] if changed else "", line)
-    if "CERTIFICATE_VERIFY_FAILED" in output:
-        return PipFailure("certificate", "", line)
-    if re.search(r"Retrying|Connection|getaddrinfo|Read timed out|Name or service|Temporary failure", output):
-        return PipFailure("unreachable", missing[1] if missing else "", line)
-    if missing:
-        return PipFailure("missing", missing[1], line)
-    if constrained or "ResolutionImpossible" in output or "Could not find a version" in output:
-        return PipFailure("conflict", constrained[1] if constrained else "", line)
-    return PipFailure("other", "", line)
+    return PipFailure(kind, missing[1] if missing else "", last_line(output))
 
 
 class PipError(Exception):
-    """pip ended with an error; ``failure`` says which. Who called pip turns it into a CourseError."""
+    """pip ended with an error; ``failure`` says which, ``output`` is all that it printed. Callers raise CourseError."""
 
-    def __init__(self, failure: PipFailure):
-        super().__init__(failure)
-        self.failure = failure
+    def __init__(self, output: str):
+        super().__init__(output)
+        self.output = output
+        self.failure = read_failure(output)
 
 
 def run_pip(*arguments: str, python: str = sys.executable, environment: dict[str, str] | None = None,
@@ -109,6 +104,16 @@ def users_settings(command: str, python: str, variables: dict[str, str]) -> dict
     return emptied | kept | {"PIP_CONFIG_FILE": os.devnull}
 
 
+def users_options(command: str, python: str, variables: dict[str, str]) -> dict[str, str]:
+    """Return the values of those of ``USERS`` that the user's variables and files set, by the options' names.
+
+    Raises PipError where pip cannot read its files.
+    """
+    settings = variables | users_settings(command, python, variables)
+    options = {_option(name): value for name, value in settings.items() if name.upper().startswith("PIP_")}
+    return {option: value for option, value in options.items() if value and option in USERS}
+
+
 def read_settings(command: str, listed: str) -> dict[str, str]:
     """Return those of ``USERS`` that pip's files hold for a command, from what ``pip config list`` printed."""
     found = re.findall(rf"^(global|{command})\.([\w-]+)=(.+)$", listed, re.MULTILINE)
@@ -133,7 +138,7 @@ def download_wheel(title: str, requirement: str, folder) -> None:
 
 def _result(code, output):
     if code:
-        raise PipError(read_failure(output))
+        raise PipError(output)
     return output
 
 
@@ -148,10 +153,6 @@ def explain(failure: PipFailure, title: str) -> Exception:
             f"{datetime.now():%Y-%m-%d %H:%M}.",
             "Set the clock if it is off; if it is right, a proxy opens the connection: set PIP_CERT to the certificate "
             "that its owner gives you.")
-    if failure.kind == "changed":
-        return CourseError(
-            "pip-changed", f"{title} failed: a file came with other content than the package index lists.",
-            "Run this again; if it stays, something on the way changes files: ask who runs the proxy.")
     if failure.kind in ("missing", "unreachable"):
         return CourseError(
             "pip-unreachable",

@@ -1,0 +1,205 @@
+"""Installs packages into ``.venv``: pip gets uv and, on Linux, the CPU build of torch; uv installs all the rest.
+
+It runs on a bare Python, so it imports the standard library alone.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import urllib.request
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from course import uv_settings
+from helpers.errors import CourseError
+from helpers.models.kit import BROKEN, COURSE, PLATFORM_NAMES, WHEELS_INDEX, Kit, build_command, local_address
+from helpers.models.pip import PipError, run_pip, users_options
+from helpers.models.steps import run_program
+from helpers.paths import BUILD, ROOT, VENV_PYTHON
+
+# PyTorch's own index of CPU builds, https://pytorch.org/get-started/locally. On Linux the
+# build on PyPI is the CUDA one: 3 GB that a CPU never uses.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+LOG = BUILD / "setup.log"
+CONSTRAINTS = ROOT / "constraints.txt"
+
+
+def install(project: str, pins: dict[str, str], kit: Kit | None) -> None:
+    """Install a project, such as ``.[dev]``, into ``.venv`` with all that it needs, as constraints.txt pins it.
+
+    Raises CourseError: no package index, no space, or a CUDA build of torch as the only one; a kit that has stopped
+    answering, lacks a wheel, or has one that was changed.
+    """
+    pip = partial(_pip, kit=kit)
+    _, says = run_program([VENV_PYTHON, "-m", "uv", "--version"], dict(os.environ), log)
+    if f"uv {pins['uv']}" not in says:
+        _step("Getting uv")
+        # "--ignore-installed": what an interrupted pip left of it is written over.
+        pip("install", "--no-deps", "--ignore-installed", f"uv=={pins['uv']}")
+    torch = _fetch_cpu_torch(pip, pins["torch"]) if kit is None and sys.platform == "linux" else []
+    _step("Installing the course's packages")
+    uv_install(VENV_PYTHON, "--editable", project, *torch, kit=kit)
+    shutil.rmtree(BUILD / "torch", ignore_errors=True)
+
+
+def uv_install(python: Path | str, *arguments: str | Path, kit: Kit | None = None) -> None:
+    """Run ``uv pip install`` for a Python, with the versions of constraints.txt. Raises CourseError as ``install``."""
+    if kit is None:
+        try:
+            pip = users_options("install", str(python), dict(os.environ))
+        except PipError as error:
+            raise to_error("pip", error.output) from None
+        variables, options = uv_settings.like_pip(pip, dict(os.environ))
+        options += ["--constraint", CONSTRAINTS]
+    else:
+        constraints = BUILD / "kit-constraints.txt"
+        constraints.write_text(uv_settings.kit_constraints(kit, CONSTRAINTS.read_text(encoding="utf-8")),
+                               encoding="utf-8")
+        variables, options = uv_settings.from_kit(kit, constraints, dict(os.environ))
+    command = [python, "-m", "uv", "pip", "install", "--python", python, "--color", "never", "--no-progress", *options,
+               *arguments]
+    code, output = run_program(command, variables, _show)
+    if code:
+        raise to_error("uv", output, kit)
+
+
+# --- torch ------------------------------------------------------------------------------------
+
+
+def _fetch_cpu_torch(pip, version):
+    """Let pip fetch the CPU build of torch, and return its wheel in a list, which is empty where it is installed."""
+    _step("Getting torch")
+    folder, plan = BUILD / "torch", BUILD / "torch.json"
+    shutil.rmtree(folder, ignore_errors=True)  # an interrupted pip may have left half a file
+    options = cpu_torch_options(pip, plan, "--constraint", str(CONSTRAINTS), f"torch=={version}")
+    if json.loads(plan.read_text(encoding="utf-8"))["install"]:
+        pip("download", "--no-deps", "--dest", str(folder), *options)
+    return list(folder.glob("*.whl"))
+
+
+def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> list[str]:
+    """Return the ``options`` and more, with which ``pip`` takes the CPU build of torch on Linux.
+
+    The last of ``options`` is torch and its version; ``plan`` is a file to write to. Raises CourseError where pip
+    would take the CUDA build.
+    """
+    try:
+        with urllib.request.urlopen(TORCH_CPU_INDEX + "/torch/", timeout=10) as page:  # or a proxy's own page
+            if options[-1].replace("==", "-").encode() in page.read():
+                options = ("--extra-index-url", TORCH_CPU_INDEX, *options)
+    except (OSError, ValueError):
+        pass  # pip asks its own index alone
+    pip("install", "--dry-run", "--no-deps", "--report", str(plan), *options)
+    for chosen in json.loads(plan.read_text(encoding="utf-8"))["install"]:
+        if any(re.match("(nvidia|cuda)[-_]", needed) for needed in chosen["metadata"].get("requires_dist", [])):
+            raise CourseError(
+                "cuda-build",
+                f"The only {options[-1]} that pip finds here is the CUDA build, 3 GB that this course never uses.",
+                f"Let pip reach {TORCH_CPU_INDEX}, or put the CPU wheel of your Python version into a folder "
+                "and set PIP_FIND_LINKS to it.")
+    return list(options)
+
+
+# --- pip --------------------------------------------------------------------------------------
+
+
+def _pip(*arguments, kit):
+    """Run the pip of ``.venv``; raise CourseError where it fails."""
+    try:
+        run_pip(*arguments, python=str(VENV_PYTHON), on_output=_show, environment=pip_environment(kit))
+    except PipError as error:
+        raise to_error("pip", error.output, kit) from None
+
+
+def pip_environment(kit: Kit | None) -> dict[str, str] | None:
+    """Return an environment in which pip asks a kit and nobody else; None, which is this one, without a kit."""
+    if kit is None:
+        return None
+    environment = {name: value for name, value in os.environ.items()
+                   if not name.upper().startswith("PIP_") or name.upper() in ("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR")}
+    # A page of links with hashes, from a folder as well: pip then checks what a stick has, too. It splits at spaces.
+    links = kit.place(WHEELS_INDEX) if kit.is_url else Path(kit.place(WHEELS_INDEX)).as_uri()
+    environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": links}
+    if kit.address.startswith("http://"):
+        environment["PIP_TRUSTED_HOST"] = urlsplit(kit.address).netloc
+    if kit.is_url and local_address(kit.address):
+        environment |= {"NO_PROXY": "*", "no_proxy": "*"}
+    return environment
+
+
+# --- what is shown ----------------------------------------------------------------------------
+
+
+def log(text: str) -> None:
+    """Add what a program prints to set-up's log."""
+    LOG.parent.mkdir(exist_ok=True)
+    with LOG.open("a", encoding="utf-8") as file:
+        file.write(text)
+
+
+def _step(title):
+    """Print a line for a step that takes long."""
+    print(f"{title} ...", flush=True)
+
+
+def _show(text):
+    """Log what pip or uv prints, and show in a terminal which package it is at."""
+    log(text)
+    lines = re.findall(r"^ *((?:Collecting|Downloading|Building|Prepared|Installing|Installed) .*)", text, re.MULTILINE)
+    if lines and sys.stdout.isatty():
+        print(f"\r{lines[-1].strip()[:70]:<70}", end="\r", flush=True)
+
+
+def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
+    """Return the error for a set-up in which pip or uv failed: its own words, and what to do."""
+    details = f"Details: {LOG.relative_to(ROOT)}."
+    words = last_words(output)
+    if re.search(r"No space left on device|os error (28|112)\b", output):
+        return CourseError("disk-full", f"The disk is full: {shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free, and "
+                           "set-up needs 4 GB.", "Free some space and run this again; what is downloaded stays.")
+    if kit is None:
+        return CourseError("install-failed", f"{program} could not install the course's packages: {words}",
+                           "Check the network, the proxy (HTTPS_PROXY) and pip's settings (python -m pip config list), "
+                           f"and run this again; what is downloaded stays. {details}")
+    if re.search("(?i)hash mismatch|do not match the hashes|invalid package format| is invalid", output):
+        return CourseError("kit-changed", f"A wheel of the kit {kit.address} is not as it was built: {words}",
+                           "Build or copy the kit again; `python -m helpers kit check` names every such file.")
+    try:
+        with kit.open(WHEELS_INDEX) as page:
+            page.read()
+    except BROKEN:
+        return CourseError(
+            "kit-gone", f"The kit {kit.address} has stopped answering.",
+            "Check that `kit serve` still runs there and that this machine is in the same network, and run this again.")
+    if re.search("No solution found|No matching distribution found|ResolutionImpossible", output):
+        return _lacking(words, kit)
+    return CourseError("install-failed", f"{program} could not install the course's packages from the kit: {words}",
+                       f"Run this again; if it stays, report it with the log. {details}")
+
+
+def last_words(output: str) -> str:
+    """Return the error with which pip or uv ended, as one sentence without colours."""
+    lines = re.sub(r"\x1b\[[\d;]*m", "", output).split("\n")
+    lines = [line.strip().removeprefix("cause: ") for line in lines if line.strip()] or ["it printed nothing"]
+    last = max((number for number, line in enumerate(lines) if line.lower().startswith("error: ")), default=-1)
+    return re.sub("(?i)^error: ", "", ". ".join(line.rstrip(".") for line in lines[last:][:8])) + "."
+
+
+def _lacking(words, kit):
+    """Return the error for a wheel that a kit lacks: for this machine, or in the version of this course."""
+    python = "{}.{}".format(*sys.version_info[:2])
+    system = PLATFORM_NAMES.get((platform.system(), platform.machine()))
+    platforms, pythons = kit.manifest["platforms"], kit.manifest["pythons"]
+    if system in platforms and python in pythons:
+        return CourseError("kit-other-version", f"The kit has other packages than this course wants: {words}",
+                           f"Take the course from the kit, too: {kit.place(COURSE)}.")
+    again = build_command(kit, [system] if system else [], [python])
+    machine = f"Python {python} on {platform.system()} {platform.machine()}"
+    return CourseError("kit-lacks-wheel", f"The kit has not all wheels for {machine}: {words}",
+                       f"Use a Python that it was built for ({', '.join(pythons)} on {', '.join(platforms)}), "
+                       f"or build it with: {again}.")
