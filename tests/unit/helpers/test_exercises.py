@@ -3,6 +3,8 @@
 Run: python -m helpers test tests/unit/helpers/test_exercises.py
 """
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import mlflow
@@ -49,9 +51,10 @@ class Registry:
 
 
 @pytest.fixture(scope="module", autouse=True)
-def calls(tmp_path_factory):
+def calls(tmp_path_factory, empty_database):
     """Trace a call that went well and one that failed, as the operations page does."""
-    mlflow.set_tracking_uri("sqlite:///" + (tmp_path_factory.mktemp("calls") / "mlflow.db").as_posix())
+    database = shutil.copy(empty_database, tmp_path_factory.mktemp("calls"))
+    mlflow.set_tracking_uri("sqlite:///" + Path(database).as_posix())
     experiment = mlflow.set_experiment("calls")
     mlflow.tracing.reset()
     for state in ("OK", "ERROR"):

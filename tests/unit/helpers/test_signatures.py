@@ -4,7 +4,8 @@ Run: python -m helpers test tests/unit/helpers/test_signatures.py
 """
 
 import json
-from uuid import uuid4
+import shutil
+from pathlib import Path
 
 import mlflow
 import numpy as np
@@ -31,9 +32,9 @@ from helpers import compare_signatures, show_signature, show_table
 
 
 @pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """Return the URI of one store for this module: MLflow takes seconds to make one."""
-    return "sqlite:///" + (tmp_path_factory.mktemp("store") / f"{uuid4().hex}.db").as_posix()
+def store(tmp_path_factory, empty_database):
+    """Return the URI of one store for this module."""
+    return "sqlite:///" + Path(shutil.copy(empty_database, tmp_path_factory.mktemp("store"))).as_posix()
 
 
 def rows(table):
