@@ -1,4 +1,7 @@
-"""The chat model behind MLflow: logged from its file, asked through its signature, alone in another process."""
+"""The chat model behind MLflow: logged from its file, asked through its signature, as a caller in MLflow meets it.
+
+Run: python -m helpers test tests/unit/serving/test_chat_model.py
+"""
 
 import gc
 import inspect
@@ -13,14 +16,14 @@ import numpy as np
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
-from support import ROOT
 from support.chat import (
     A_TOOL,
     AS_SHOWN,
     ASKED,
-    BAD,
     HABITS,
     LONG,
+    MESSAGE_FIELDS,
+    MESSAGES,
     SECRET,
     SENT_BACK,
     contents,
@@ -144,19 +147,30 @@ def check_refusal(refusal, says):
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
 
 
-@pytest.mark.parametrize(("fields", "says"), BAD, ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "")
+# One request for each code of a Refusal that a request may cause; `test_contract.py` has the table.
+CODES = {
+    "invalid_value": ({"temperature": SECRET}, "temperature has to be a number from 0 to 2."),
+    "unknown_field": ({"messages": [user("a")[0] | {SECRET: 1}]}, (
+        f"messages[0] holds a field that is not served. The fields are: {MESSAGE_FIELDS}.")),
+    "context_length_exceeded": ({"messages": user(f"{SECRET} " * 3000)}, (
+        "messages has to be fewer than 4096 tokens, the model's context.")),
+    "a table without columns": ({}, MESSAGES),
+}
+
+
+@pytest.mark.parametrize(("fields", "says"), CODES.values(), ids=CODES)
 def test_bad_input_is_refused_by_name_and_the_next_request_is_answered(model, before, fields, says):
-    request = fields if "messages" in fields or not fields else {"messages": user(SECRET)} | fields
+    request = {"messages": user(SECRET)} | fields if fields else {}
     with pytest.raises(MlflowException) as refusal:
         model.predict(request)
     check_refusal(refusal, says)
-    with pytest.raises(MlflowException) as refusal:
-        model.unwrap_python_model().predict(None, [dict(request), AS_SHOWN])
-    check_refusal(refusal, f"Row 0: {says}")
-    if fields != {}:  # of this, MLflow makes no conversation to stream
+    if fields:  # of an empty object, MLflow makes no conversation to stream
         with pytest.raises(MlflowException) as refusal:
             list(model.predict_stream(request))
         check_refusal(refusal, says)
+        with pytest.raises(MlflowException) as refusal:
+            model.predict([AS_SHOWN, AS_SHOWN | request])
+        check_refusal(refusal, f"Row 1: {says}")
     assert model.predict(AS_SHOWN)[0]["choices"] == before
 
 
@@ -180,20 +194,13 @@ def test_an_unknown_field_is_left_out_with_a_warning(model, before, mlflow_log):
     assert SECRET not in record.getMessage()
 
 
-@pytest.mark.parametrize(("name", "allowed", "harmless", "harmful"), HABITS, ids=[name for name, *_ in HABITS])
-def test_what_clients_send_by_habit_passes_the_signature_and_changes_nothing_or_is_refused(
-        model, before, mlflow_log, name, allowed, harmless, harmful):
-    for value in (*harmless, None):
-        assert model.predict(AS_SHOWN | {name: value})[0]["choices"] == before
-        streamed = deltas(model.predict_stream(AS_SHOWN | {name: value}))
-        assert "".join(text for text, _ in streamed) == before[0]["message"]["content"]
+def test_what_clients_send_by_habit_passes_the_signature_and_changes_nothing(model, before, mlflow_log):
+    habits = {name: harmless[0] for name, _, harmless, _ in HABITS}
+    assert model.predict(AS_SHOWN | habits)[0]["choices"] == before
+    assert model.predict(AS_SHOWN | dict.fromkeys(habits))[0]["choices"] == before
     # In a table, a row that has none is a gap.
-    table = pd.DataFrame([AS_SHOWN, AS_SHOWN | {name: harmless[0]}])
-    assert [row["choices"] for row in model.predict(table)] == [before] * 2
+    assert [row["choices"] for row in model.predict(pd.DataFrame([AS_SHOWN, AS_SHOWN | habits]))] == [before] * 2
     assert not [record for record in mlflow_log.records if "will be ignored" in record.getMessage()]
-    with pytest.raises(MlflowException) as refusal:  # the others are in BAD
-        model.predict([AS_SHOWN, AS_SHOWN | {name: harmful[0]}])
-    check_refusal(refusal, f"Row 1: {name} has to be {allowed}.")
 
 
 def test_a_refusal_keeps_its_parts_through_mlflow(model):
@@ -279,15 +286,3 @@ def test_closing_and_forgetting_a_model_frees_its_thread(saved, before):
     del forgotten, one
     gc.collect()
     assert set(engine_threads()) <= running
-
-
-@pytest.mark.slow
-def test_it_loads_in_another_process_without_pickles_and_without_the_course(saved, before, python, tmp_path):
-    code = ("import sys, json, mlflow; sys.modules |= dict.fromkeys(['helpers', 'course', 'serving']); "
-            "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(json.loads(sys.argv[2]))))")
-    result = python("-c", code, saved, json.dumps(AS_SHOWN), cwd=tmp_path, network=False,
-                    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
-    assert result.returncode == 0, result.stderr
-    assert json.loads(result.stdout.splitlines()[-1])[0]["choices"] == before
-    assert "Warning" not in result.stderr
-    assert str(ROOT) not in result.stderr

@@ -1,4 +1,7 @@
-"""What a request may hold, and the sentence for each that may not be answered. No model."""
+"""What a request may hold, and the sentence for each that may not be answered. No model.
+
+Run: python -m helpers test tests/unit/serving/test_contract.py
+"""
 
 import json
 import math
@@ -68,24 +71,19 @@ def test_the_signature_has_the_fields_of_the_chat_contract_that_work_and_those_t
 LAST = "The last message's role"  # no field
 
 
-@pytest.mark.parametrize(("fields", "says"), BAD, ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "")
-def test_bad_input_is_refused_by_name(fields, says):
-    request = fields if "messages" in fields or not fields else {"messages": user(SECRET)} | fields
-    assert refusal_of(read_request, request) == says
-    assert refusal_of(read_request, request, "Row 2: ") == f"Row 2: {says}"
-
-
 def test_the_table_of_what_is_refused_names_every_field():
     named = {says.partition(" ")[0] for _, says in BAD}
     assert set(ChatRequest.model_fields) - named == {"stream_options"}  # which has a test of its own
 
 
 @pytest.mark.parametrize(("fields", "says"), BAD, ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "")
-def test_a_refusal_has_its_parts_as_data(fields, says):
+def test_bad_input_is_refused_by_name_and_with_its_parts_as_data(fields, says):
     request = fields if "messages" in fields or not fields else {"messages": user(SECRET)} | fields
     with pytest.raises(Refusal) as refusal:
         read_request(request, "Row 2: ")
     error = refusal.value
+    assert error.message == f"Row 2: {says}"
+    assert len(error.message) < 300
     if " holds a field that is not served." in says:
         assert (error.code, error.allowed) == ("unknown_field", None)
         assert says.startswith(f"{error.field} holds a field")
@@ -207,16 +205,13 @@ def test_an_answer_that_a_client_sends_back_is_the_assistants_turn(more):
 
 
 @pytest.mark.parametrize(("name", "allowed", "harmless", "harmful"), HABITS, ids=[name for name, *_ in HABITS])
-def test_what_clients_send_by_habit_is_taken_where_it_changes_nothing_and_else_refused_by_name(
-        name, allowed, harmless, harmful):
+def test_what_clients_send_by_habit_is_taken_where_it_changes_nothing(name, allowed, harmless, harmful):
     plain = read_request(AS_SHOWN)
     for value in (*harmless, None):
         read = read_request(AS_SHOWN | {name: value})
         assert getattr(read, name) == value
         assert read.model_copy(update={name: None}) == plain
-    for value in harmful:
-        assert refusal_of(read_request, AS_SHOWN | {name: value}) == f"{name} has to be {allowed}."
-    # Where a request lacks something else, too, a habit does not hide it.
+    # Where a request lacks something else, too, a habit does not hide it. What would change an answer is in BAD.
     assert refusal_of(read_request, {name: harmless[0]}) == MESSAGES
 
 

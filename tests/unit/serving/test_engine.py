@@ -1,32 +1,30 @@
-"""Many callers on one engine: they share batches, wait in turn, go away, and lose nothing when something breaks."""
+"""Many callers on one engine: they share batches, wait in turn, go away, and lose nothing when something breaks.
+
+Run: python -m helpers test tests/unit/serving/test_engine.py
+"""
 
 import gc
 import json
 import os
 import queue
-import random
 import threading
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
-import mlflow
-import numpy as np
 import onnxruntime_genai as og
 import pytest
 from mlflow.exceptions import MlflowException
-from support import ROOT
 from support.chat import AS_SHOWN, ASKED, LONG, SECRET, contents, load_chat, mixed_requests, user
+from support.conversations import TURNS, WAYS, settle, stats_of, talk, wait_for
 
 from serving import chat_model
 from serving.chat_model import (
     GPU_BUILDS,
     Batch,
-    ChatRequest,
     Engine,
     Row,
-    Sampler,
     Scheduler,
     TextWriter,
 )
@@ -78,29 +76,9 @@ def engine(tiny):
     engine.close()
 
 
-def wait_for(row):
-    while row.events.get(timeout=60)[1] is not None:
-        pass
-
-
-def settle(engine):
-    """Wait until an engine has nothing to do: its caller has the answer a moment before the engine has put it away."""
-    deadline = time.monotonic() + 60
-    while not engine._changed._waiters:
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
-
-
-def stats_of(model):
-    """Return what an idle model has counted."""
-    settle(model._engine)
-    return model.stats()
-
-
 # --- many callers ---------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_callers_on_many_threads_share_batches_and_get_the_answers_that_they_would_get_alone(fresh, gate):
     requests = mixed_requests() * 2
     expected = [ask(fresh, one) for one in requests]
@@ -111,34 +89,6 @@ def test_callers_on_many_threads_share_batches_and_get_the_answers_that_they_wou
     assert together == expected
     assert set(engine_threads()) == before  # one thread for all of them
     assert len({id(batch) for batch in gate.steps}) < len(requests)
-
-
-@pytest.mark.slow
-def test_200_requests_of_32_threads_with_cancellations_change_no_answer(chat):
-    requests = mixed_requests()
-    expected = [ask(chat, one) for one in requests]
-    chance = random.Random(2)
-    jobs = [(chance.randrange(len(requests)), chance.choice(["predict", "stream", "leave", "bad"])) for _ in range(200)]
-
-    def work(job):
-        number, kind = job
-        if kind == "predict":
-            return ask(chat, requests[number]) == expected[number]
-        if kind == "bad":
-            with pytest.raises(MlflowException):
-                ask(chat, requests[number] | {"max_tokens": 0})
-            return True
-        stream = chat.predict_stream(None, requests[number] | {"max_tokens": 40})
-        if kind == "leave":
-            for _ in range(number % 5):
-                next(stream)
-            stream.close()
-            return True
-        return len(list(stream)) > 1
-
-    with ThreadPoolExecutor(32) as pool:
-        assert all(pool.map(work, jobs))
-    assert [ask(chat, one) for one in requests] == expected
 
 
 class Together(Scheduler):
@@ -335,24 +285,6 @@ def test_of_64_callers_at_once_each_is_answered_or_told_that_the_model_is_busy(t
 
 # --- conversations that are kept --------------------------------------------------------------
 
-TURNS = ["The sky is", "And at night?", "A longer one. " * 9, "x", "日本語 🙂 " * 5, "The end, or not? " * 4]
-WAYS = {"greedy": {"max_tokens": 24}, "seeded": {"max_tokens": 24, "temperature": 1.0, "seed": 7},
-        "n": {"max_tokens": 12, "temperature": 0.8, "seed": 3, "n": 2, "top_p": 0.9},
-        "penalties": {"max_tokens": 24, "frequency_penalty": 0.5, "presence_penalty": 0.3}}
-
-
-def talk(model, opening="", turns=TURNS, **fields):
-    """Hold a conversation; return each turn's messages and choices."""
-    messages, held = [{"role": "system", "content": f"You are brief. {opening}" * 4}], []
-    for text in turns:
-        messages = [*messages, *user(text)]
-        choices = ask(model, {"messages": messages} | fields)
-        held.append((messages, choices))
-        # What a model of noise writes is no text that a client would send back.
-        answer = "".join(letter for letter in choices[0]["message"]["content"] if letter.isprintable())
-        messages = [*messages, {"role": "assistant", "content": answer}]
-    return held
-
 
 @pytest.fixture(scope="module")
 def cold(tiny):
@@ -372,50 +304,6 @@ def test_a_conversation_gets_the_same_answers_whether_its_prompts_are_kept_or_no
     assert stats_of(cold)["reused_prompt_tokens"] == cold.stats()["kept_conversations"] == 0
 
 
-@pytest.mark.slow
-def test_conversations_in_company_get_the_answers_that_they_get_alone_without_reuse(fresh, cold):
-    jobs = [(f"{number}. " * (1 + 5 * number), WAYS[way]) for number in range(4) for way in ("greedy", "seeded")]
-    alone = [talk(cold, opening, **fields) for opening, fields in jobs]
-    others = mixed_requests()
-    expected = [ask(cold, one) for one in others]
-    with ThreadPoolExecutor(10) as pool:
-        talks = [pool.submit(talk, fresh, opening, **fields) for opening, fields in jobs]
-        beside = list(pool.map(lambda one: ask(fresh, one), others))
-        together = [future.result() for future in talks]
-    assert beside == expected
-    assert together == alone
-    # And once more one after the other: what is kept by now came from all of them.
-    assert [talk(fresh, opening, **fields) for opening, fields in jobs[:3]] == alone[:3]
-    stats = stats_of(fresh)
-    assert stats["reused_prompt_tokens"] > 0
-    assert 0 < stats["kept_conversations"] <= 4
-    assert stats["cache_tokens"] <= 4096  # nothing runs: this is what is kept
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["greedy", "seeded"])
-def test_who_goes_back_in_a_conversation_gets_the_same_answers(fresh, cold, way):
-    held, fields = talk(cold, **WAYS[way]), WAYS[way]
-    (*before, last), _ = held[-1]
-
-    def edited(text):
-        return [*before, last | {"content": text}]
-
-    requests = [
-        held[-1][0], held[-1][0], edited("The end."), edited("The end, or not? " * 4), edited(""),
-        edited("The end. " * 60),
-        held[3][0], held[3][0], held[-1][0], held[4][0], held[0][0], held[1][0], held[-1][0],
-        [before[0] | {"content": "You are wordy. " * 8}, *before[1:], last], held[-1][0]]
-    reused = 0
-    for number, messages in enumerate(requests):
-        # The same once more, another draw, a short answer, and one that needs more room than was kept.
-        for more in ({}, {"seed": number}, {"max_tokens": 1}, {"max_tokens": 600 if number % 5 == 0 else 30}):
-            request = {"messages": messages} | fields | more
-            assert ask(fresh, request) == ask(cold, request)
-        before, reused = reused, stats_of(fresh)["reused_prompt_tokens"]
-        assert reused > before
-
-
 def test_prompts_that_differ_in_one_token_get_their_own_answers(fresh, cold):
     text = "abcdefghij" * 30
     for place in (0, 1, 40, 150, 298, 299):
@@ -423,70 +311,6 @@ def test_prompts_that_differ_in_one_token_get_their_own_answers(fresh, cold):
             request = {"messages": user(text[:place] + letter + text[place + 1:]), "max_tokens": 12}
             assert ask(fresh, request) == ask(cold, request)
     assert stats_of(fresh)["reused_prompt_tokens"] > 0
-
-
-class Side(Scheduler):
-    """Starts as one batch whatever waits, once there are ``size`` rows."""
-
-    size = 1
-
-    def linger_time(self, waiting, last_size):
-        return 60.0 if len(waiting) < self.size else 0.0
-
-    def next(self, waiting, running, now):
-        return list(waiting)
-
-
-def run(engine, prompts, seeds=(None, 5)):
-    """Return the tokens that an engine writes to prompts that start together, for each way to choose them."""
-    answers = []
-    tokenizer = SimpleNamespace(decode=lambda tokens: "".join(chr(0x4E00 + token) for token in tokens))
-    for seed in seeds:
-        request = None if seed is None else ChatRequest(messages=user("x"), temperature=1.0, seed=seed)
-        started = [Row(prompt, 12, TextWriter(tokenizer, []), request and Sampler(request, 0), queue.SimpleQueue(),
-                       False) for prompt in prompts]
-        engine._scheduler = Side(engine.context_length)
-        object.__setattr__(engine._scheduler, "size", len(prompts))
-        engine.submit(started)
-        for row in started:
-            wait_for(row)
-            assert row.error is None
-        answers.append([row.text for row in started])
-    return answers
-
-
-@pytest.fixture(scope="module")
-def engines(tiny):
-    """Return an engine that keeps nothing, and one that keeps conversations."""
-    pair = [Engine(tiny.onnx_dir, 40), Engine(tiny.onnx_dir, 40, kept_conversations=4)]
-    yield pair
-    for engine in pair:
-        engine.close()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("length", [1, 2, 31, 32, 64, 127, 128, 129, 130, 256, 257, 258, 385, 386])
-def test_a_prompt_of_any_length_gets_the_same_answer_alone_in_a_batch_and_as_a_continuation(engines, length):
-    plain, keeping = engines
-    prompt = np.random.default_rng(length).integers(4, 512, length).tolist()
-    alone = run(plain, [prompt])
-    assert run(keeping, [prompt]) == alone
-    assert run(keeping, [prompt]) == alone  # the same prompt again
-    other = np.random.default_rng(1000).integers(4, 512, 400).tolist()
-    for company in ([prompt], [other[:5]], [other[:length]], [other[:length + 1]], [other[:129]],
-                    [other, other[:50], [9]]):
-        expected = [run(plain, [one]) for one in company]
-        for way, texts in enumerate(run(plain, [prompt, *company])):
-            assert texts == [*alone[way], *(one[way][0] for one in expected)]
-    for cut in {*range(length - 3, length), 1, length // 2, 127, 128, 129, 130}:
-        if 32 <= cut < length:
-            for beginning in (prompt[:cut], [*prompt[:cut], *other[:cut // 2]]):
-                settle(keeping)
-                keeping._kept.all = []
-                run(keeping, [beginning], seeds=(None,))
-                settle(keeping)
-                assert keeping._kept.find(prompt)[0] == cut
-                assert run(keeping, [prompt]) == alone, cut
 
 
 def test_an_engine_that_is_closed_keeps_nothing(fresh):
@@ -607,17 +431,6 @@ def test_a_prompt_that_begins_in_another_way_reuses_nothing(fresh, cold):
     assert fresh.stats()["kept_conversations"] == 2
 
 
-@pytest.mark.slow
-def test_of_many_conversations_the_last_few_are_kept_within_one_context(tiny):
-    for most, length, left in ((2, 200, 2), (4, 200, 4), (4, 2500, 1), (0, 200, 0)):
-        model = load_chat(tiny.onnx_dir, kept_conversations=most)
-        for number in range(5):
-            ask(model, {"messages": user(f"{number}" * length), "max_tokens": 2})
-            assert stats_of(model)["cache_tokens"] <= 4096
-        assert model.stats()["kept_conversations"] == len(model._engine._kept.all) == left
-        model.close()
-
-
 # --- what it counts ---------------------------------------------------------------------------
 
 
@@ -685,99 +498,6 @@ def test_who_goes_away_is_counted_with_what_was_written(fresh):
     stats = stats_of(fresh)
     assert (stats["running"], stats["answers"]) == (0, 1)
     assert 3 <= stats["completion_tokens"] < 2000
-
-
-# --- what it tells MLflow's tracing -------------------------------------------------------------
-
-
-@pytest.fixture
-def traced(store, monkeypatch):
-    """Let MLflow keep traces in a store of this test's own, in no experiment of another one."""
-    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
-    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(store)
-    yield
-    mlflow.set_tracking_uri(before)
-
-
-def children(span):
-    """Return the spans below one, of a trace that has ended."""
-    trace = mlflow.get_trace(span.trace_id, flush=True)
-    return sorted((one for one in trace.data.spans if one.parent_id == span.span_id), key=lambda one: one.start_time_ns)
-
-
-def own(span):
-    return {name: value for name, value in span.attributes.items() if not name.startswith("mlflow.")}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stream", [False, True])
-def test_under_a_span_each_row_tells_what_it_spent_its_time_on(fresh, traced, stream):
-    request = {"messages": user(SECRET * 20), "max_tokens": 6, "temperature": 1.0, "seed": 2}
-    started = time.time_ns()
-    with mlflow.start_span("caller") as caller:
-        if stream:
-            *_, last = fresh.predict_stream(None, request | {"stream_options": {"include_usage": True}})
-        else:
-            (last,) = fresh.predict(None, request)
-    ended = time.time_ns()
-    spans = children(caller)
-    assert [span.name for span in spans] == ["read", "wait", "prefill", "decode"]
-    prompt, completion = last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]
-    assert [own(span) for span in spans] == [
-        {}, {}, {"prompt_tokens": prompt, "reused_prompt_tokens": 0},
-        {"completion_tokens": completion, "finish_reason": "length" if completion == 6 else "stop"}]
-    # One begins where the other ends.
-    times = [started, *(span.start_time_ns for span in spans), spans[-1].end_time_ns, ended]
-    assert times == sorted(times)
-    assert [span.end_time_ns for span in spans[:-1]] == [span.start_time_ns for span in spans[1:]]
-    assert all(span.inputs is None and span.outputs is None for span in spans)
-    text = json.dumps([span.to_dict() for span in spans])
-    assert SECRET not in text
-    assert request["messages"][0]["role"] not in text.replace("user_id", "")
-
-
-@pytest.mark.slow
-def test_each_row_of_a_call_has_its_spans_and_a_continuation_says_what_it_reused(fresh, traced):
-    held = talk(fresh, turns=TURNS[:2])
-    with mlflow.start_span("caller") as caller:
-        fresh.predict(None, {"messages": held[-1][0], "max_tokens": 3})
-    reused = children(caller)[2].attributes["reused_prompt_tokens"]
-    assert reused == children(caller)[2].attributes["prompt_tokens"] - 2
-    with mlflow.start_span("caller") as caller:
-        fresh.predict(None, [AS_SHOWN | {"n": 2, "max_tokens": 3}, {"messages": user("y"), "max_tokens": 4}])
-    names = [span.name for span in children(caller)]
-    assert sorted(names) == sorted(["read", "wait", "prefill", "decode"] * 3)
-
-
-@pytest.mark.slow
-def test_a_row_that_is_left_or_refused_has_spans_that_end(fresh, traced):
-    with mlflow.start_span("caller") as caller:
-        stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)
-        next(stream)
-        stream.close()
-    spans = children(caller)
-    assert [span.name for span in spans] == ["read", "wait", "prefill", "decode"]
-    assert own(spans[-1])["finish_reason"] is None
-    fresh.close()
-    with mlflow.start_span("caller") as caller, pytest.raises(MlflowException, match="This model is closed"):
-        fresh.predict(None, AS_SHOWN)
-    assert sorted(span.name for span in children(caller)) == ["decode", "prefill", "read", "wait"]
-    with mlflow.start_span("caller") as caller, pytest.raises(MlflowException, match="temperature"):
-        fresh.predict(None, AS_SHOWN | {"temperature": 3})  # refused before there is a row
-    assert children(caller) == []
-
-
-def test_without_a_callers_span_none_is_made(fresh, traced, monkeypatch):
-    made = []
-    monkeypatch.setattr(mlflow, "start_span_no_context", lambda *arguments, **named: made.append(arguments))
-    ask(fresh, AS_SHOWN)
-    list(fresh.predict_stream(None, AS_SHOWN))
-    with mlflow.start_span("before"):
-        pass
-    ask(fresh, AS_SHOWN)
-    assert made == []
 
 
 # --- what breaks ----------------------------------------------------------------------------
@@ -1003,62 +723,3 @@ def test_a_child_process_keeps_nothing_of_its_parents_engine_running(fresh, as_s
     assert engine._model is not None
     assert engine._kept.all
     assert ask(fresh, AS_SHOWN) == as_shown
-
-
-FORK = """
-import gc, multiprocessing, sys, threading, warnings
-warnings.simplefilter("ignore")
-from support.chat import load_chat
-from mlflow.exceptions import MlflowException
-from pathlib import Path
-model, idle = (load_chat(Path(sys.argv[1]), threads=2) for _ in range(2))  # one is asked in the child alone
-request = {"messages": [{"role": "user", "content": "The sky is " * 20}], "max_tokens": 8}
-ask = lambda model: model.predict(None, request)[0]["choices"][0]["message"]["content"]
-def child(results, grandchild):
-    global idle
-    assert ask(idle) == expected[0]
-    # What the parent kept is not here: it was the parent's memory.
-    assert model.stats()["kept_conversations"] == 0
-    if not grandchild:
-        idle.close()
-        del idle
-        gc.collect()
-    answers = []
-    threads = [threading.Thread(target=lambda: answers.append(ask(model))) for _ in range(4)]
-    [thread.start() for thread in threads]
-    [thread.join() for thread in threads]
-    if grandchild:
-        again = context.Process(target=child, args=(results, False))
-        again.start()
-        again.join(60)
-    try:
-        list(stream)
-        results.put("the parent's stream went on")
-    except MlflowException:
-        results.put(answers)
-context = multiprocessing.get_context("fork")
-results = context.Queue()
-# A stream is open in the parent while it forks.
-stream = model.predict_stream(None, request | {"max_tokens": 2000, "frequency_penalty": -2.0})
-next(stream)
-expected = [ask(model)] * 4
-while not model.stats()["kept_conversations"]:
-    pass
-process = context.Process(target=child, args=(results, True))
-process.start()
-found = [results.get(timeout=120) for _ in range(2)]
-process.join(60)
-assert process.exitcode == 0, process.exitcode
-assert found == [expected] * 2, found
-assert len(list(stream)) > 1
-assert ask(model) == expected[0]
-print("same")
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-def test_it_answers_after_a_fork(tiny, python):
-    result = python("-c", FORK, tiny.onnx_dir, PYTHONPATH=str(ROOT / "tests"))
-    assert result.returncode == 0, result.stderr
-    assert result.stdout.strip() == "same"

@@ -1,4 +1,7 @@
-"""A conversation becomes tokens: the template's markup is markup, and a message's text is text."""
+"""A conversation becomes tokens: the template's markup is markup, and a message's text is text.
+
+Run: python -m helpers test tests/unit/serving/test_prompt.py
+"""
 
 import itertools
 import json
@@ -189,13 +192,13 @@ class Encoder:
         return [token for token in self.tokens(messages) if token in self.control]
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("smol", marks=pytest.mark.slow)])
-def encoder(request):
-    return Encoder(request.getfixturevalue(request.param))
+@pytest.fixture(scope="module")
+def encoder(tiny):
+    return Encoder(tiny)
 
 
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=12).map("".join), st.sampled_from(["system", "user"]))
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_no_text_of_a_message_becomes_a_control_token(encoder, text, role):
     messages = [{"role": "system", "content": "Be brief."}, {"role": role, "content": text}, *user("Go on.")]
     plain = [messages[0], {"role": role, "content": "x"}, messages[2]]

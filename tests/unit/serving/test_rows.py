@@ -1,4 +1,7 @@
-"""A row takes its tokens, and a batch feeds an engine that stands in the test: what goes in, in what pieces."""
+"""A row takes its tokens, and a batch feeds an engine that stands in the test: what goes in, in what pieces.
+
+Run: python -m helpers test tests/unit/serving/test_rows.py
+"""
 
 import itertools
 import queue

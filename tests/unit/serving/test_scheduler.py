@@ -1,4 +1,7 @@
-"""Which rows start when: each rule of the scheduler as a table. Rows are stand-ins; there is no engine and no clock."""
+"""Which rows start when: each rule of the scheduler as a table. Rows are stand-ins; there is no engine and no clock.
+
+Run: python -m helpers test tests/unit/serving/test_scheduler.py
+"""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,7 @@
-"""An answer's text as its tokens come: no half characters, nothing of a stop string."""
+"""An answer's text as its tokens come: no half characters, nothing of a stop string.
+
+Run: python -m helpers test tests/unit/serving/test_text.py
+"""
 
 import pytest
 from hypothesis import given, settings
@@ -97,9 +100,9 @@ def test_an_answers_last_half_character_may_be_a_stop_string():
     assert write("ab🙂".encode()[:4], ["b\ufffd"]) == (["a", "", "", ""], "", True)
 
 
-@pytest.fixture(scope="module", params=["tiny", pytest.param("smol", marks=pytest.mark.slow)])
-def tokenizer(request):
-    return PromptEncoder(request.getfixturevalue(request.param).onnx_dir).tokenizer
+@pytest.fixture(scope="module")
+def tokenizer(tiny):
+    return PromptEncoder(tiny.onnx_dir).tokenizer
 
 
 @pytest.mark.parametrize("text", [

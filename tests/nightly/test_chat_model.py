@@ -1,0 +1,249 @@
+"""Long attacks on the chat model: many callers, many conversations, prompts of any length; and the real model.
+
+Run: python -m helpers test tests/nightly/test_chat_model.py
+"""
+
+import json
+import queue
+import random
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
+from support.chat import contents, deltas, load_chat, mixed_requests, user
+from support.chat_requests import ANYTHING, REQUESTS, check_answer
+from support.conversations import WAYS, settle, stats_of, talk, wait_for
+from transformers import AutoTokenizer
+
+from serving import chat_model
+from serving.chat_model import ChatRequest, Engine, Row, Sampler, Scheduler, TextWriter
+
+
+def ask(model, request):
+    return model.predict(None, request)[0]["choices"]
+
+
+@pytest.fixture(scope="module")
+def cold(tiny):
+    """Return a model that keeps nothing: its answers are what the others' have to be."""
+    model = load_chat(tiny.onnx_dir, kept_conversations=0)
+    yield model
+    model.close()
+
+
+def test_200_requests_of_32_threads_with_cancellations_change_no_answer(chat):
+    requests = mixed_requests()
+    expected = [ask(chat, one) for one in requests]
+    chance = random.Random(2)
+    jobs = [(chance.randrange(len(requests)), chance.choice(["predict", "stream", "leave", "bad"])) for _ in range(200)]
+
+    def work(job):
+        number, kind = job
+        if kind == "predict":
+            return ask(chat, requests[number]) == expected[number]
+        if kind == "bad":
+            with pytest.raises(MlflowException):
+                ask(chat, requests[number] | {"max_tokens": 0})
+            return True
+        stream = chat.predict_stream(None, requests[number] | {"max_tokens": 40})
+        if kind == "leave":
+            for _ in range(number % 5):
+                next(stream)
+            stream.close()
+            return True
+        return len(list(stream)) > 1
+
+    with ThreadPoolExecutor(32) as pool:
+        assert all(pool.map(work, jobs))
+    assert [ask(chat, one) for one in requests] == expected
+
+
+def test_conversations_in_company_get_the_answers_that_they_get_alone_without_reuse(fresh, cold):
+    jobs = [(f"{number}. " * (1 + 5 * number), WAYS[way]) for number in range(4) for way in ("greedy", "seeded")]
+    alone = [talk(cold, opening, **fields) for opening, fields in jobs]
+    others = mixed_requests()
+    expected = [ask(cold, one) for one in others]
+    with ThreadPoolExecutor(10) as pool:
+        talks = [pool.submit(talk, fresh, opening, **fields) for opening, fields in jobs]
+        beside = list(pool.map(lambda one: ask(fresh, one), others))
+        together = [future.result() for future in talks]
+    assert beside == expected
+    assert together == alone
+    # And once more one after the other: what is kept by now came from all of them.
+    assert [talk(fresh, opening, **fields) for opening, fields in jobs[:3]] == alone[:3]
+    stats = stats_of(fresh)
+    assert stats["reused_prompt_tokens"] > 0
+    assert 0 < stats["kept_conversations"] <= 4
+    assert stats["cache_tokens"] <= 4096  # nothing runs: this is what is kept
+
+
+@pytest.mark.parametrize("way", ["greedy", "seeded"])
+def test_who_goes_back_in_a_conversation_gets_the_same_answers(fresh, cold, way):
+    held, fields = talk(cold, **WAYS[way]), WAYS[way]
+    (*before, last), _ = held[-1]
+
+    def edited(text):
+        return [*before, last | {"content": text}]
+
+    requests = [
+        held[-1][0], held[-1][0], edited("The end."), edited("The end, or not? " * 4), edited(""),
+        edited("The end. " * 60),
+        held[3][0], held[3][0], held[-1][0], held[4][0], held[0][0], held[1][0], held[-1][0],
+        [before[0] | {"content": "You are wordy. " * 8}, *before[1:], last], held[-1][0]]
+    reused = 0
+    for number, messages in enumerate(requests):
+        # The same once more, another draw, a short answer, and one that needs more room than was kept.
+        for more in ({}, {"seed": number}, {"max_tokens": 1}, {"max_tokens": 600 if number % 5 == 0 else 30}):
+            request = {"messages": messages} | fields | more
+            assert ask(fresh, request) == ask(cold, request)
+        before, reused = reused, stats_of(fresh)["reused_prompt_tokens"]
+        assert reused > before
+
+
+class Side(Scheduler):
+    """Starts as one batch whatever waits, once there are ``size`` rows."""
+
+    size = 1
+
+    def linger_time(self, waiting, last_size):
+        return 60.0 if len(waiting) < self.size else 0.0
+
+    def next(self, waiting, running, now):
+        return list(waiting)
+
+
+def run(engine, prompts, seeds=(None, 5)):
+    """Return the tokens that an engine writes to prompts that start together, for each way to choose them."""
+    answers = []
+    tokenizer = SimpleNamespace(decode=lambda tokens: "".join(chr(0x4E00 + token) for token in tokens))
+    for seed in seeds:
+        request = None if seed is None else ChatRequest(messages=user("x"), temperature=1.0, seed=seed)
+        started = [Row(prompt, 12, TextWriter(tokenizer, []), request and Sampler(request, 0), queue.SimpleQueue(),
+                       False) for prompt in prompts]
+        engine._scheduler = Side(engine.context_length)
+        object.__setattr__(engine._scheduler, "size", len(prompts))
+        engine.submit(started)
+        for row in started:
+            wait_for(row)
+            assert row.error is None
+        answers.append([row.text for row in started])
+    return answers
+
+
+@pytest.fixture(scope="module")
+def engines(tiny):
+    """Return an engine that keeps nothing, and one that keeps conversations."""
+    pair = [Engine(tiny.onnx_dir, 40), Engine(tiny.onnx_dir, 40, kept_conversations=4)]
+    yield pair
+    for engine in pair:
+        engine.close()
+
+
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 64, 127, 128, 129, 130, 256, 257, 258, 385, 386])
+def test_a_prompt_of_any_length_gets_the_same_answer_alone_in_a_batch_and_as_a_continuation(engines, length):
+    plain, keeping = engines
+    prompt = np.random.default_rng(length).integers(4, 512, length).tolist()
+    alone = run(plain, [prompt])
+    assert run(keeping, [prompt]) == alone
+    assert run(keeping, [prompt]) == alone  # the same prompt again
+    other = np.random.default_rng(1000).integers(4, 512, 400).tolist()
+    for company in ([prompt], [other[:5]], [other[:length]], [other[:length + 1]], [other[:129]],
+                    [other, other[:50], [9]]):
+        expected = [run(plain, [one]) for one in company]
+        for way, texts in enumerate(run(plain, [prompt, *company])):
+            assert texts == [*alone[way], *(one[way][0] for one in expected)]
+    for cut in {*range(length - 3, length), 1, length // 2, 127, 128, 129, 130}:
+        if 32 <= cut < length:
+            for beginning in (prompt[:cut], [*prompt[:cut], *other[:cut // 2]]):
+                settle(keeping)
+                keeping._kept.all = []
+                run(keeping, [beginning], seeds=(None,))
+                settle(keeping)
+                assert keeping._kept.find(prompt)[0] == cut
+                assert run(keeping, [prompt]) == alone, cut
+
+
+def test_of_many_conversations_the_last_few_are_kept_within_one_context(tiny):
+    for most, length, left in ((2, 200, 2), (4, 200, 4), (4, 2500, 1), (0, 200, 0)):
+        model = load_chat(tiny.onnx_dir, kept_conversations=most)
+        for number in range(5):
+            ask(model, {"messages": user(f"{number}" * length), "max_tokens": 2})
+            assert stats_of(model)["cache_tokens"] <= 4096
+        assert model.stats()["kept_conversations"] == len(model._engine._kept.all) == left
+        model.close()
+
+
+# --- any request ----------------------------------------------------------------------------
+
+
+@given(REQUESTS)
+@settings(max_examples=80)
+def test_any_request_within_the_contract_is_answered_by_it(chat, request_values):
+    completion = check_answer(chat, request_values)
+    request = request_values | {"stream": True, "stream_options": {"include_usage": True}}
+    chunks = list(chat.predict_stream(None, request))
+    deltas(chunks, len(completion["choices"]))  # holds their shape
+    assert chunks[-1]["usage"]["prompt_tokens"] == completion["usage"]["prompt_tokens"]
+
+
+@given(REQUESTS, st.dictionaries(st.sampled_from([*chat_model.ChatRequest.model_fields, "verbosity"]), ANYTHING,
+                                 min_size=1, max_size=2))
+@settings(max_examples=250)
+def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, request_values, anything):
+    request_values |= anything
+    try:
+        if request_values.get("stream") is True:
+            chunks = list(chat.predict_stream(None, request_values))
+            assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+        else:
+            check_answer(chat, request_values)
+    except MlflowException as error:
+        assert error.error_code == "INVALID_PARAMETER_VALUE"
+        assert len(error.message) < 300
+
+
+# --- the real model -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def real(smol):
+    """Return the chat model on the real model."""
+    model = load_chat(smol.onnx_dir)
+    yield model
+    model.close()
+
+
+def test_usage_counts_what_the_tokenizer_counts(real, smol):
+    tokenizer = AutoTokenizer.from_pretrained(smol.transformers_dir)
+    messages = [*user("Name a fruit."), {"role": "assistant", "content": "Apple."}, *user("And another one?")]
+    (completion,) = real.predict(None, {"messages": messages, "max_tokens": 12})
+    prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert completion["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
+    assert completion["usage"]["completion_tokens"] == len(tokenizer.encode(contents(completion)[0]))
+
+
+def test_the_finish_reason_is_true_at_the_last_allowed_token(real):
+    messages = [{"role": "system", "content": "Answer in one short sentence."}, *user("What is the capital of Spain?")]
+    (whole,) = real.predict(None, {"messages": messages, "max_tokens": 64})
+    tokens = whole["usage"]["completion_tokens"]
+    assert contents(whole) == ["The capital of Spain is Madrid."]
+    for extra, reason in ((-1, "length"), (0, "length"), (1, "stop"), (2, "stop")):  # the end token is one more
+        (completion,) = real.predict(None, {"messages": messages, "max_tokens": tokens + extra})
+        assert completion["choices"][0]["finish_reason"] == reason
+        assert completion["usage"]["completion_tokens"] == min(tokens, tokens + extra)
+    # The last allowed token may also be the one that ends a stop string.
+    (completion,) = real.predict(None, {"messages": messages, "max_tokens": tokens, "stop": ["."]})
+    assert contents(completion) == ["The capital of Spain is Madrid"]
+    assert completion["choices"][0]["finish_reason"] == "stop"
+
+
+def test_an_answer_is_the_same_alone_and_in_company(real):
+    requests = mixed_requests()[:8]
+    random.Random(1).shuffle(requests)
+    together = [completion["choices"] for completion in real.predict(None, requests)]
+    assert together == [ask(real, one) for one in requests]
+    assert len({json.dumps(choices) for choices in together}) > 2

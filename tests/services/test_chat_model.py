@@ -1,0 +1,188 @@
+"""What the chat model does beyond its own process's memory: traces, forks, and another process without the course.
+
+Run: python -m helpers test tests/services/test_chat_model.py
+"""
+
+import inspect
+import json
+import os
+import time
+
+import mlflow
+import pytest
+from mlflow.exceptions import MlflowException
+from support import ROOT
+from support.chat import AS_SHOWN, LONG, SECRET, user
+from support.conversations import TURNS, talk
+
+from serving import chat_model
+from serving.chat_model import SETTINGS, SIGNATURE
+
+
+def ask(model, request):
+    return model.predict(None, request)[0]["choices"]
+
+
+# --- what it tells MLflow's tracing -------------------------------------------------------------
+
+
+@pytest.fixture
+def traced(store, monkeypatch):
+    """Let MLflow keep traces in a store of this test's own, in no experiment of another one."""
+    monkeypatch.setattr("mlflow.tracking.fluent._active_experiment_id", None)
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
+    before = mlflow.get_tracking_uri()
+    mlflow.set_tracking_uri(store)
+    yield
+    mlflow.set_tracking_uri(before)
+
+
+def children(span):
+    """Return the spans below one, of a trace that has ended."""
+    trace = mlflow.get_trace(span.trace_id, flush=True)
+    return sorted((one for one in trace.data.spans if one.parent_id == span.span_id), key=lambda one: one.start_time_ns)
+
+
+def own(span):
+    return {name: value for name, value in span.attributes.items() if not name.startswith("mlflow.")}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_under_a_span_each_row_tells_what_it_spent_its_time_on(fresh, traced, stream):
+    request = {"messages": user(SECRET * 20), "max_tokens": 6, "temperature": 1.0, "seed": 2}
+    started = time.time_ns()
+    with mlflow.start_span("caller") as caller:
+        if stream:
+            *_, last = fresh.predict_stream(None, request | {"stream_options": {"include_usage": True}})
+        else:
+            (last,) = fresh.predict(None, request)
+    ended = time.time_ns()
+    spans = children(caller)
+    assert [span.name for span in spans] == ["read", "wait", "prefill", "decode"]
+    prompt, completion = last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]
+    assert [own(span) for span in spans] == [
+        {}, {}, {"prompt_tokens": prompt, "reused_prompt_tokens": 0},
+        {"completion_tokens": completion, "finish_reason": "length" if completion == 6 else "stop"}]
+    # One begins where the other ends.
+    times = [started, *(span.start_time_ns for span in spans), spans[-1].end_time_ns, ended]
+    assert times == sorted(times)
+    assert [span.end_time_ns for span in spans[:-1]] == [span.start_time_ns for span in spans[1:]]
+    assert all(span.inputs is None and span.outputs is None for span in spans)
+    text = json.dumps([span.to_dict() for span in spans])
+    assert SECRET not in text
+    assert request["messages"][0]["role"] not in text.replace("user_id", "")
+
+
+def test_each_row_of_a_call_has_its_spans_and_a_continuation_says_what_it_reused(fresh, traced):
+    held = talk(fresh, turns=TURNS[:2])
+    with mlflow.start_span("caller") as caller:
+        fresh.predict(None, {"messages": held[-1][0], "max_tokens": 3})
+    reused = children(caller)[2].attributes["reused_prompt_tokens"]
+    assert reused == children(caller)[2].attributes["prompt_tokens"] - 2
+    with mlflow.start_span("caller") as caller:
+        fresh.predict(None, [AS_SHOWN | {"n": 2, "max_tokens": 3}, {"messages": user("y"), "max_tokens": 4}])
+    names = [span.name for span in children(caller)]
+    assert sorted(names) == sorted(["read", "wait", "prefill", "decode"] * 3)
+
+
+def test_a_row_that_is_left_or_refused_has_spans_that_end(fresh, traced):
+    with mlflow.start_span("caller") as caller:
+        stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)
+        next(stream)
+        stream.close()
+    spans = children(caller)
+    assert [span.name for span in spans] == ["read", "wait", "prefill", "decode"]
+    assert own(spans[-1])["finish_reason"] is None
+    fresh.close()
+    with mlflow.start_span("caller") as caller, pytest.raises(MlflowException, match="This model is closed"):
+        fresh.predict(None, AS_SHOWN)
+    assert sorted(span.name for span in children(caller)) == ["decode", "prefill", "read", "wait"]
+    with mlflow.start_span("caller") as caller, pytest.raises(MlflowException, match="temperature"):
+        fresh.predict(None, AS_SHOWN | {"temperature": 3})  # refused before there is a row
+    assert children(caller) == []
+
+
+def test_without_a_callers_span_none_is_made(fresh, traced, monkeypatch):
+    made = []
+    monkeypatch.setattr(mlflow, "start_span_no_context", lambda *arguments, **named: made.append(arguments))
+    ask(fresh, AS_SHOWN)
+    list(fresh.predict_stream(None, AS_SHOWN))
+    with mlflow.start_span("before"):
+        pass
+    ask(fresh, AS_SHOWN)
+    assert made == []
+
+
+# --- in another process -------------------------------------------------------------------------
+
+FORK = """
+import gc, multiprocessing, sys, threading, warnings
+warnings.simplefilter("ignore")
+from support.chat import load_chat
+from mlflow.exceptions import MlflowException
+from pathlib import Path
+model, idle = (load_chat(Path(sys.argv[1]), threads=2) for _ in range(2))  # one is asked in the child alone
+request = {"messages": [{"role": "user", "content": "The sky is " * 20}], "max_tokens": 8}
+ask = lambda model: model.predict(None, request)[0]["choices"][0]["message"]["content"]
+def child(results, grandchild):
+    global idle
+    assert ask(idle) == expected[0]
+    # What the parent kept is not here: it was the parent's memory.
+    assert model.stats()["kept_conversations"] == 0
+    if not grandchild:
+        idle.close()
+        del idle
+        gc.collect()
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(ask(model))) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    if grandchild:
+        again = context.Process(target=child, args=(results, False))
+        again.start()
+        again.join(60)
+    try:
+        list(stream)
+        results.put("the parent's stream went on")
+    except MlflowException:
+        results.put(answers)
+context = multiprocessing.get_context("fork")
+results = context.Queue()
+# A stream is open in the parent while it forks.
+stream = model.predict_stream(None, request | {"max_tokens": 2000, "frequency_penalty": -2.0})
+next(stream)
+expected = [ask(model)] * 4
+while not model.stats()["kept_conversations"]:
+    pass
+process = context.Process(target=child, args=(results, True))
+process.start()
+found = [results.get(timeout=120) for _ in range(2)]
+process.join(60)
+assert process.exitcode == 0, process.exitcode
+assert found == [expected] * 2, found
+assert len(list(stream)) > 1
+assert ask(model) == expected[0]
+print("same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_it_answers_after_a_fork(tiny, python):
+    result = python("-c", FORK, tiny.onnx_dir, PYTHONPATH=str(ROOT / "tests"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "same"
+
+
+def test_it_loads_in_another_process_without_pickles_and_without_the_course(tiny, as_shown, python, tmp_path):
+    saved = tmp_path / "störe 1" / "slm-onnx"
+    mlflow.pyfunc.save_model(
+        saved, python_model=inspect.getfile(chat_model), signature=SIGNATURE, pip_requirements=["mlflow"],
+        artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS | {"model": "toy", "max_tokens": 16})
+    code = ("import sys, json, mlflow; sys.modules |= dict.fromkeys(['helpers', 'course', 'serving']); "
+            "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(json.loads(sys.argv[2]))))")
+    result = python("-c", code, saved, json.dumps(AS_SHOWN), cwd=tmp_path, network=False,
+                    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout.splitlines()[-1])[0]["choices"] == as_shown
+    assert "Warning" not in result.stderr
+    assert str(ROOT) not in result.stderr
