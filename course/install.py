@@ -185,7 +185,7 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
 def last_words(output: str) -> str:
     """Return the error with which pip or uv ended, as one sentence without colours."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", output).split("\n")
-    lines = [line.strip().removeprefix("cause: ") for line in lines if line.strip()] or ["it printed nothing"]
+    lines = [line.strip().removeprefix("cause: ") for line in lines if line.strip()] or ["It printed nothing"]
     last = max((number for number, line in enumerate(lines) if line.lower().startswith("error: ")), default=-1)
     return re.sub("(?i)^error: ", "", ". ".join(line.rstrip(".") for line in lines[last:][:8])) + "."
 

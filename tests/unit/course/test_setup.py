@@ -10,20 +10,20 @@ import re
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 
 import pytest
 from support import ROOT, refuses
+from support.kits import NOBODY
 from support.user import make_checkout, user
 
 from course import environment
 from course.__main__ import check_python
-from course.environment import clean, differing_packages, explain, is_set_up, pins
+from course.environment import clean, differing_packages, is_set_up
+from course.install import to_error
+from helpers.errors import CourseError
 from helpers.models.kit import Kit
-from helpers.models.pip import PipFailure
 
-KIT = "http://192.168.1.5:8750"
 THIS_PYTHON = "{}.{}".format(*sys.version_info[:2])
 
 
@@ -50,7 +50,7 @@ def home(tmp_path, monkeypatch):
     venv = tmp_path / ".venv"
     for name, place in {"ROOT": tmp_path, "BUILD": tmp_path / "build", "DATA": tmp_path / "data", "VENV": venv,
                         "VENV_PYTHON": venv / "python", "STAMP": venv / "course.stamp",
-                        "TESTS_STAMP": venv / "course-tests.stamp"}.items():
+                        "LOG": tmp_path / "build" / "setup.log"}.items():
         monkeypatch.setattr(f"course.environment.{name}", place)
     return tmp_path
 
@@ -127,17 +127,38 @@ def test_a_set_up_is_finished_for_these_pins_in_this_folder_by_this_python(home,
     assert environment._state() != before
 
 
-def test_what_the_tests_need_includes_the_rest(home):
+def test_a_set_up_with_more_extras_includes_one_with_fewer(home, monkeypatch):
+    monkeypatch.setattr(environment, "install", lambda project, pins, kit: installed.append(project))
+    monkeypatch.setattr(environment, "_make_venv", lambda: None)
+    python, installed = home / ".venv" / "python", []
+    python.parent.mkdir()
+    python.touch()
+    for extras in ((), ("dev", "bench"), (), ("bench",), ("nightly",), ("dev", "nightly", "bench")):
+        environment.set_up(extras)
+    assert installed == [".", ".[dev,bench]", ".[nightly]"]
+    python.unlink()
+    assert not is_set_up()
+    python.touch()
+    with (home / "pyproject.toml").open("a", encoding="utf-8") as file:
+        file.write("# another pin")
+    environment.set_up(("dev",))  # what the other extras have installed is of the former pins
+    assert (is_set_up(("dev",)), is_set_up(("bench",))) == (True, False)
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, CourseError("install-failed", "It failed.", "Run this again.")])
+def test_a_set_up_that_did_not_finish_is_none(home, monkeypatch, error):
     (home / ".venv").mkdir()
-    for stamp, sets_up in (("course.stamp", [False]), ("course-tests.stamp", [False, True])):
-        file = home / ".venv" / stamp
-        file.write_text(environment._state(), encoding="utf-8")
-        assert not is_set_up(tests=False)  # there is no Python
-        (home / ".venv" / "python").touch()
-        assert [tests for tests in (False, True) if is_set_up(tests)] == sets_up
-        file.write_text("of other pins", encoding="utf-8")
-        assert not is_set_up(tests=False)
-        (home / ".venv" / "python").unlink()
+    (home / ".venv" / "python").touch()
+    monkeypatch.setattr(environment, "_make_venv", lambda: None)
+
+    def fail(project, pins, kit):
+        raise error
+
+    monkeypatch.setattr(environment, "install", fail)
+    with pytest.raises((KeyboardInterrupt, CourseError)):
+        environment.set_up()
+    assert environment.STAMP.read_text(encoding="utf-8") == environment.UNFINISHED
+    assert not is_set_up()
 
 
 def test_clean_removes_what_runs_leave_and_nothing_else(checkout, monkeypatch):
@@ -167,120 +188,102 @@ def test_clean_names_a_folder_that_somebody_still_uses(home, monkeypatch):
 # --- why it failed ---------------------------------------------------------------------------
 
 
-def kit_for(platforms, pythons):
-    return Kit(KIT, {"format": 1, "complete": True, "files": {}, "models": ["tiny-phi3"], "platforms": platforms,
-                     "pythons": pythons})
-
-
 @pytest.fixture
 def on_linux(monkeypatch):
     monkeypatch.setattr(platform, "system", lambda: "Linux")
     monkeypatch.setattr(platform, "machine", lambda: "x86_64")
 
 
-@pytest.mark.parametrize(("kind", "package", "code", "what", "fix"), [
-    ("disk-full", "", "disk-full", "GB are free, and set-up needs 4 GB", "Free some space"),
-    ("missing", "torch==2.13.0", "pip-unreachable", "torch==2.13.0 from the package index", "HTTPS_PROXY"),
-    ("unreachable", "torch==2.13.0", "pip-unreachable", "torch==2.13.0 from the package index", "pip config list"),
-    ("unreachable", "", "pip-unreachable", "the packages from the package index", "HTTPS_PROXY"),
-    ("conflict", "six==9", "pip-unreachable", "six==9 from the package index", "HTTPS_PROXY"),
-    ("certificate", "", "pip-unreachable", "the packages from the package index", "HTTPS_PROXY"),
-    ("changed", "six", "pip-failed", "pip could not install", "setup.log"),
-    ("other", "", "pip-failed", "pip could not install", "setup.log"),
-])
-def test_why_set_up_failed_without_a_kit(kind, package, code, what, fix):
-    with refuses(code) as refusal:
-        raise explain(PipFailure(kind, package, "pip's last line"))
-    assert what in refusal.value.what
-    assert fix in refusal.value.fix
-    assert "kit" not in str(refusal.value)
+# What uv 0.13.9 and pip 26.3 print.
+LACKS = """Using Python 3.11.7 environment at: .venv
+\x1b[1m\x1b[31merror\x1b[39m\x1b[0m: No solution found when resolving dependencies
+  cause: Because torch was not found in the provided package locations, we can conclude that small==1 cannot be used.
+"""
+LACKS_TO_PIP = """ERROR: Could not find a version that satisfies the requirement uv==0.13.9 (from versions: none)
+ERROR: No matching distribution found for uv==0.13.9
+"""
+HASH = "error: Failed to download `six==1.17.0`\n  cause: Hash mismatch for `six==1.17.0`\n"
+CUT = ("error: No solution found when resolving dependencies\n  cause: Because six==1.17.0 has an invalid package "
+       "format and you require six==1.17.0, we can conclude that your requirements are unsatisfiable.\n")
+HASH_TO_PIP = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n    uv from file:///kit\n"
+GONE = "error: Failed to fetch: `http://127.0.0.1:9/simple/six/`\n  cause: tcp connect error\n"
+FULL = "error: Failed to install: six-1.17.0\n  cause: No space left on device (os error 28)\n"
 
 
-@pytest.mark.parametrize(("kind", "package", "code", "what", "fix"), [
-    ("disk-full", "", "disk-full", "GB are free, and set-up needs 4 GB", "Free some space"),
-    ("changed", "six", "kit-changed", f"{KIT} is not as it was built: six.", "kit check"),
-    ("changed", "", "kit-changed", f"{KIT} is not as it was built: it is cut off.", "kit check"),
-    ("unreachable", "torch==2.13.0", "kit-gone", KIT, "kit serve"),
-    ("missing", "torch==2.13.0", "kit-lacks-wheel", f"no wheel of torch for Python {THIS_PYTHON} on Linux x86_64.",
-     "--platform windows linux "),
-    ("conflict", "six>=9", "kit-lacks-wheel", f"no wheel of six for Python {THIS_PYTHON} on Linux x86_64.",
-     "--platform windows linux "),
-    ("missing", "", "pip-failed", "pip could not install", "setup.log"),
-    ("conflict", "", "pip-failed", "pip could not install", "setup.log"),
-    ("certificate", "", "pip-failed", "pip could not install", "setup.log"),
-    ("other", "", "pip-failed", "pip could not install", "setup.log"),
+@pytest.mark.parametrize(("output", "code", "what"), [
+    (LACKS, "install-failed", "packages: No solution found when resolving dependencies. Because torch was not found in "
+     "the provided package locations, we can conclude that small==1 cannot be used."),
+    (LACKS_TO_PIP, "install-failed", "packages: No matching distribution found for uv==0.13.9."),
+    (GONE, "install-failed", "packages: Failed to fetch: `http://127.0.0.1:9/simple/six/`. tcp connect error."),
+    ("", "install-failed", "packages: It printed nothing."), (FULL, "disk-full", "GB are free, and set-up needs 4 GB"),
+    ("ERROR: [Errno 28] No space left on device", "disk-full", "GB are free"),
 ])
-def test_why_set_up_failed_with_a_kit_for_another_system(on_linux, kind, package, code, what, fix):
+def test_why_set_up_failed_without_a_kit_in_pips_and_uvs_own_words(output, code, what):
     with refuses(code) as refusal:
-        raise explain(PipFailure(kind, package, "pip's last line"), kit_for(["windows"], [THIS_PYTHON]))
+        raise to_error("uv", output)
     assert what in refusal.value.what
-    assert fix in refusal.value.fix
-    assert "package index" not in str(refusal.value)
+    if code != "disk-full":
+        assert "HTTPS_PROXY" in refusal.value.fix
+        assert "pip config list" in refusal.value.fix
+
+
+@pytest.fixture
+def a_kit(tmp_path):
+    """Return a function that makes a kit with an empty page of wheels for some systems and Pythons."""
+    (tmp_path / "wheels").mkdir()
+    (tmp_path / "wheels" / "index.html").touch()
+    return lambda platforms, pythons: Kit(str(tmp_path), {
+        "files": {}, "models": ["tiny-phi3"], "platforms": platforms, "pythons": pythons})
+
+
+@pytest.mark.parametrize(("output", "code", "what"), [
+    (HASH, "kit-changed", "Hash mismatch for `six==1.17.0`."),
+    (CUT, "kit-changed", "six==1.17.0 has an invalid package"),
+    (HASH_TO_PIP, "kit-changed", "uv from file:///kit"), (FULL, "disk-full", "GB are free"),
+    (LACKS, "kit-lacks-wheel", f"wheels for Python {THIS_PYTHON} on Linux x86_64: No solution found"),
+    (LACKS_TO_PIP, "kit-lacks-wheel", "uv==0.13.9"),
+    ("error: Something else", "install-failed", "kit: Something else."),
+])
+def test_why_set_up_failed_with_a_kit_for_another_system(on_linux, a_kit, output, code, what):
+    with refuses(code) as refusal:
+        raise to_error("uv", output, a_kit(["windows"], [THIS_PYTHON]))
+    assert what in refusal.value.what
+    assert "pip config" not in refusal.value.fix
+
+
+@pytest.mark.parametrize("output", [LACKS_TO_PIP, GONE])
+def test_a_kit_that_has_stopped_answering(output):
+    with refuses("kit-gone"):
+        raise to_error("pip", output, Kit(NOBODY, {}))
 
 
 @pytest.mark.parametrize(("platforms", "pythons", "code", "names"), [
-    (["linux"], [THIS_PYTHON], "kit-other-version", [f"{KIT}/course.zip"]),
-    (["windows", "linux"], ["3.9", THIS_PYTHON], "kit-other-version", [f"{KIT}/course.zip"]),
+    (["windows", "linux"], ["3.9", THIS_PYTHON], "kit-other-version", ["course.zip"]),
     (["linux"], ["3.9"], "kit-lacks-wheel", [
-        "3.9 on linux", f"kit build DIR --model tiny-phi3 --platform linux --python 3.9 {THIS_PYTHON}."]),
+        "3.9 on linux", f"--model tiny-phi3 --platform linux --python 3.9 {THIS_PYTHON}."]),
     (["windows", "macos"], [THIS_PYTHON], "kit-lacks-wheel", [
         f"{THIS_PYTHON} on windows, macos",
-        f"kit build DIR --model tiny-phi3 --platform windows macos linux --python {THIS_PYTHON}."]),
+        f"--model tiny-phi3 --platform windows macos linux --python {THIS_PYTHON}."]),
 ])
-@pytest.mark.parametrize("kind", ["missing", "conflict"])
-def test_a_wheel_that_a_kit_lacks(on_linux, kind, platforms, pythons, code, names):
+def test_a_wheel_that_a_kit_lacks(on_linux, a_kit, platforms, pythons, code, names):
     with refuses(code) as refusal:
-        raise explain(PipFailure(kind, "torch==2.13.0", ""), kit_for(platforms, pythons))
-    assert re.search(r"\btorch\b(?!=)", refusal.value.what)
+        raise to_error("uv", LACKS, a_kit(platforms, pythons))
+    assert "torch" in refusal.value.what
     for name in names:
         assert name in refusal.value.fix
 
 
-def test_a_system_that_no_kit_is_built_for_is_named_and_not_offered(monkeypatch):
+def test_a_system_that_no_kit_is_built_for_is_named_and_not_offered(monkeypatch, a_kit):
     monkeypatch.setattr(platform, "system", lambda: "FreeBSD")
     monkeypatch.setattr(platform, "machine", lambda: "amd64")
     with refuses("kit-lacks-wheel") as refusal:
-        raise explain(PipFailure("missing", "torch==2.13.0", ""), kit_for(["linux"], [THIS_PYTHON]))
+        raise to_error("uv", LACKS, a_kit(["linux"], [THIS_PYTHON]))
     assert "FreeBSD amd64" in refusal.value.what
     assert "FreeBSD" not in refusal.value.fix
     assert "None" not in refusal.value.fix
 
 
 # --- a bare checkout, as a user --------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_no_package_index_is_an_error_that_says_what_to_check(checkout, index):
-    _, variables = index
-    result = user(checkout, "run", **variables)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert re.fullmatch(r"error: .* from the package index\.\n       Check the network, the proxy \(HTTPS_PROXY\).*\n",
-                        result.stderr)
-    # A second try finds the environment half-made and goes on to the same sentence.
-    made = (checkout / ".venv" / "pyvenv.cfg").stat().st_mtime_ns
-    again = user(checkout, "run", **variables)
-    assert again.stderr == result.stderr
-    assert (checkout / ".venv" / "pyvenv.cfg").stat().st_mtime_ns == made
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the index has only the CPU build")
-def test_the_cuda_build_of_torch_is_refused_before_it_is_installed(checkout, index):
-    folder, variables = index
-    torch = pins()["torch"]
-    for name, version, requires in (("torch", torch, "Requires-Dist: nvidia-cublas\n"), ("nvidia_cublas", "13.0", "")):
-        with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
-            info = f"{name}-{version}.dist-info"
-            wheel.writestr(f"{info}/METADATA",
-                           f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{requires}")
-            wheel.writestr(f"{info}/WHEEL",
-                           "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-            wheel.writestr(f"{info}/RECORD", "")
-    result = user(checkout, "run", **variables)
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "is the CUDA build, 3 GB that this course never uses." in result.stderr
-    assert "PIP_FIND_LINKS" in result.stderr
-    assert not list((checkout / ".venv").rglob("torch-*"))
 
 
 def test_a_look_around_a_bare_checkout_installs_nothing(checkout, index):

@@ -1,4 +1,4 @@
-"""What set-up tells pip (to ask a kit and nobody else, to take the CPU build of torch) and what it shows of it.
+"""What set-up tells pip (to ask a kit and nobody else, to take the CPU build of torch), and the environment it makes.
 
 Run: python -m helpers test tests/unit/course/test_setup_pip.py
 """
@@ -13,10 +13,9 @@ from pathlib import Path
 import pytest
 from support import refuses
 
-from course import environment
-from course.environment import TORCH_CPU_INDEX, cpu_torch_options
+from course import environment, install
+from course.install import TORCH_CPU_INDEX, cpu_torch_options, pip_environment
 from helpers.models.kit import Kit
-from helpers.models.pip import PipError, PipFailure
 
 MANIFEST = {"files": {}, "models": [], "platforms": [], "pythons": []}
 
@@ -31,7 +30,7 @@ def users(monkeypatch):
 
 
 def test_without_a_kit_pip_has_the_users_own_settings():
-    assert environment._environment(None) is None
+    assert pip_environment(None) is None
 
 
 @pytest.mark.parametrize(("address", "links", "trusted", "direct"), [
@@ -43,7 +42,7 @@ def test_without_a_kit_pip_has_the_users_own_settings():
      None, False),
 ])
 def test_with_a_kit_pip_asks_it_and_nobody_else(users, address, links, trusted, direct):
-    variables = environment._environment(Kit(address, MANIFEST))
+    variables = pip_environment(Kit(address, MANIFEST))
     assert {name: value for name, value in variables.items() if name.upper().startswith("PIP_")} == {
         "PIP_CACHE_DIR": "/cache", "PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": links,
     } | ({"PIP_TRUSTED_HOST": trusted} if trusted else {})
@@ -98,51 +97,59 @@ def test_a_torch_that_asks_for_cuda_is_refused(tmp_path, monkeypatch, needed):
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_the_log_keeps_all_that_pip_says_and_a_terminal_shows_one_line_of_it(tmp_path, monkeypatch, capsys, terminal):
-    said = ["Looking in links\n", "Collecting six\n  Downloading", " six.whl\nInstalling collected packages: six\n"]
-
-    def run(*arguments, python, on_output, environment):
-        for text in said:
-            on_output(text)
-        raise PipError(PipFailure("other", "", ""))
-
-    monkeypatch.setattr(environment, "LOG", tmp_path / "setup.log")
-    monkeypatch.setattr(environment, "ROOT", tmp_path)
-    monkeypatch.setattr(environment, "run_pip", run)
+def test_the_log_keeps_all_that_pip_and_uv_say_and_a_terminal_shows_one_line_of_it(
+        tmp_path, monkeypatch, capsys, terminal):
+    said = ["Looking in links\n", "Collecting six\n  Downloading", " six.whl\n", "Resolved 2 packages in 1ms\n"]
+    monkeypatch.setattr(install, "LOG", tmp_path / "build" / "setup.log")
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
-    with refuses("pip-failed"):
-        environment._pip("install", "six")
-    assert (tmp_path / "setup.log").read_text(encoding="utf-8") == "".join(said)
+    for text in said:
+        install._show(text)
+    assert (tmp_path / "build" / "setup.log").read_text(encoding="utf-8") == "".join(said)
     shown = [line.rstrip() for line in capsys.readouterr().out.split("\r") if line]
-    assert shown == (["Collecting six", "Installing collected packages: six", ""] if terminal else [])
+    assert shown == (["Collecting six"] if terminal else [])
 
 
-def test_a_python_without_venv_is_told_how_to_get_it(tmp_path, monkeypatch):
-    for name, value in {"LOG": tmp_path / "setup.log", "VENV": tmp_path / "venv",
-                        "VENV_PYTHON": tmp_path / "venv" / "python"}.items():
+@pytest.fixture
+def venv(tmp_path, monkeypatch):
+    """Let the environment be one in an empty folder, and return its folder."""
+    venv = tmp_path / ".venv"
+    for name, value in {"ROOT": tmp_path, "VENV": venv, "VENV_PYTHON": venv / "python",
+                        "STAMP": venv / "course.stamp"}.items():
         monkeypatch.setattr(environment, name, value)
+    monkeypatch.setattr(install, "LOG", tmp_path / "setup.log")
+    return venv
+
+
+def test_a_python_without_venv_is_told_how_to_get_it(venv, monkeypatch):
     monkeypatch.setattr(environment, "run_program", lambda command, variables, log: log("no ensurepip") or (1, ""))
     with refuses("venv-failed") as refusal:
         environment._make_venv()
     assert "python3-venv" in refusal.value.fix
-    assert (tmp_path / "setup.log").read_text(encoding="utf-8") == "no ensurepip"
+    assert install.LOG.read_text(encoding="utf-8") == "no ensurepip"
 
 
-@pytest.mark.parametrize(("says", "made"), [("{version} {venv}\n", False), ("3.10.1 (main) {venv}\n", True),
-                                            ("{version} /elsewhere/.venv\n", True), ("ModuleNotFoundError\n", True)])
-def test_an_environment_that_was_moved_or_is_of_another_python_is_made_anew(tmp_path, monkeypatch, says, made):
-    venv = tmp_path / ".venv"
+@pytest.mark.parametrize(("says", "stamp", "made"), [
+    ("{version} {venv}\n", None, False),  # the user's own
+    ("{version} {venv}\n", '{{"state": "of other pins"}}', False),
+    ("{version} {venv}\n", environment.UNFINISHED, True),
+    ("3.10.1 (main) {venv}\n", None, True), ("{version} /elsewhere/.venv\n", None, True),
+    ("ModuleNotFoundError\n", None, True)])
+def test_an_environment_that_was_interrupted_or_moved_or_is_of_another_python_is_made_anew(
+        venv, monkeypatch, says, stamp, made):
     venv.mkdir()
     (venv / "python").touch()
+    if stamp:
+        environment.STAMP.write_text(stamp, encoding="utf-8")
     calls = []
 
     def run(command, variables, log):
-        calls.append(command)
+        calls.append(command[:3])
+        if command[1:3] == ["-m", "venv"]:  # what was there is gone before, and the stamp says so from the first moment
+            assert [path.name for path in venv.iterdir()] == ["course.stamp"]
+            assert environment.STAMP.read_text(encoding="utf-8") == environment.UNFINISHED
         return 0, says.format(version=sys.version, venv=venv)
 
-    for name, value in {"LOG": tmp_path / "setup.log", "VENV": venv, "VENV_PYTHON": venv / "python",
-                        "run_program": run}.items():
-        monkeypatch.setattr(environment, name, value)
+    monkeypatch.setattr(environment, "run_program", run)
     environment._make_venv()
-    assert [command[:3] for command in calls[1:]] == ([[sys.executable, "-m", "venv"]] if made else [])
-    assert (venv / "python").exists() == (not made)  # what was there is gone before the new one
+    assert ([sys.executable, "-m", "venv"] in calls) == made
+    assert (venv / "python").exists() == (not made)

@@ -27,26 +27,19 @@ from helpers.models.pip import (
     read_failure,
     read_settings,
     run_pip,
+    users_options,
     users_settings,
 )
-from helpers.paths import VENV, VENV_PYTHON
 
 
 @pytest.mark.parametrize(("output", "kind", "package"), [
     ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk-full", ""),
     ("WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'\n"
      "ERROR: No matching distribution found for torch==2.13.0", "unreachable", "torch==2.13.0"),
-    ("WARNING: Connection timed out while downloading.", "unreachable", ""),
     ("socket.gaierror: [Errno -2] Name or service not known", "unreachable", ""),
-    ("[Errno -3] Temporary failure in name resolution", "unreachable", ""), ("Read timed out.", "unreachable", ""),
     ("SSLCertVerificationError: [SSL: CERTIFICATE_VERIFY_FAILED]\nWARNING: Retrying", "certificate", ""),
-    ("ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n    six from http://kit/six.whl:\n"
-     "        Expected sha256 000", "changed", "six"),
-    ("ERROR: Wheel 'six' located at /tmp/six.whl is invalid.", "changed", ""),
     ("ERROR: Could not find a version that satisfies the requirement six==9 (from versions: none)\n"
      "ERROR: No matching distribution found for six==9", "missing", "six==9"),
-    ("The user requested (constraint) six==9\nERROR: ResolutionImpossible: for help", "conflict", "six==9"),
-    ("ERROR: ResolutionImpossible: for help visit", "conflict", ""),
     ("error: metadata-generation-failed", "other", ""), ("", "other", "")])
 def test_why_pip_failed(output, kind, package):
     failure = read_failure(output)
@@ -55,8 +48,8 @@ def test_why_pip_failed(output, kind, package):
 
 
 @pytest.mark.parametrize(("kind", "code"), [
-    ("certificate", "pip-certificate"), ("changed", "pip-changed"), ("missing", "pip-unreachable"),
-    ("unreachable", "pip-unreachable"), ("conflict", "pip-failed"), ("other", "pip-failed")])
+    ("certificate", "pip-certificate"), ("missing", "pip-unreachable"), ("unreachable", "pip-unreachable"),
+    ("other", "pip-failed")])
 def test_a_failure_is_told_in_two_sentences(kind, code):
     with refuses(code) as refusal:
         raise explain(PipFailure(kind, "six", "pip's last line"), "Downloading six")
@@ -203,6 +196,9 @@ def test_a_variable_wins_over_a_file_and_other_options_are_emptied(tmp_path):
     assert settings.items() >= {
         "PIP_PROXY": "http://file", "PIP_RETRIES": "1", "PIP_TARGET": "", "PIP_CONFIG_FILE": os.devnull}.items()
     assert {"PIP_TIMEOUT", "PIP_NO_INPUT", "PIP_USER", "ALL_PROXY"} & set(settings) == set()
+    assert users_options("install", sys.executable, variables).items() >= {
+        "proxy": "http://file", "timeout": "7", "retries": "1"}.items()
+    assert not {"user", "target", "log", "quiet"} & users_options("install", sys.executable, variables).keys()
 
 
 def make_hostile(monkeypatch, tmp_path, way):
@@ -224,19 +220,6 @@ def test_a_wheel_arrives_whatever_else_pip_is_told(index, tmp_path, monkeypatch,
     get_words(tmp_path / "got")
     assert [path.name for path in (tmp_path / "got").iterdir()] == ["llm_words-1.0-py3-none-any.whl"]
     assert "Downloading llm-words==1.0: 100%" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ["variables", "file"])
-def test_set_up_installs_here_whatever_else_pip_is_told(index, tmp_path, monkeypatch, way):
-    only_wheels(index, "llm_words-1.0-py3-none-any.whl", "llm_more-1.0-py3-none-any.whl")
-    subprocess.run([sys.executable, "-m", "venv", tmp_path / "venv"], check=True)
-    python = str(tmp_path / "venv" / VENV_PYTHON.relative_to(VENV))
-    make_hostile(monkeypatch, tmp_path, way)
-    monkeypatch.chdir(tmp_path)
-    said = run_pip("install", "llm-words", "llm-more", python=python)  # by the pip that Python brings along
-    assert "Successfully installed llm-more-1.0 llm-words-1.0" in said
-    assert len(list((tmp_path / "venv").rglob("llm_*.dist-info"))) == 2
 
 
 def test_the_doctor_reads_what_pip_says_whatever_else_it_is_told(index, tmp_path, monkeypatch):
