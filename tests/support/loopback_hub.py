@@ -6,10 +6,7 @@ It serves folders: ``root/org/name/...``. https://huggingface.co/docs/hub/api an
 import hashlib
 import json
 import re
-import socket
-import struct
 import threading
-import time
 from collections import Counter
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,9 +35,8 @@ class LoopbackHub:
         Bytes of content by path.
     faults : dict of str to list
         What happens to the next requests for a path that ends with the key, one each: a status such as 500,
-        ``("busy", seconds)``, ``("cut", bytes)``, ``("reset", bytes, ready)``, which breaks the connection once
-        ``ready()`` is true, ``("hold", bytes)``, which goes on once ``release`` is set, ``"trickle"``, ``"html"``, or
-        None for nothing.
+        ``("busy", seconds)``, ``("cut", bytes)``, ``("hold", bytes)``, which goes on once ``release`` is set,
+        ``"html"``, or None for nothing.
         The key ``"*"`` stands for all; ``"info"`` for the listing.
     forever : dict of str to object
         The same, each time.
@@ -178,26 +174,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.end_headers()
         if self.command == "HEAD":
             return
-        kind, amount, *ready = fault if isinstance(fault, tuple) else (fault, len(content))
+        kind, amount = fault if isinstance(fault, tuple) else (fault, len(content))
         try:
-            if kind == "trickle":
-                for start in range(0, len(content), 5000):
-                    self.send(content[start:start + 5000], path)
-                    time.sleep(0.005)
-                return
             self.send(content[:amount], path)
             if kind == "hold":
                 self.hub.release.wait()
                 self.send(content[amount:], path)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
-        if kind in ("cut", "reset"):
+        if kind == "cut":
             self.close_connection = True
-        if kind == "reset":  # the connection breaks, where a cut one ends too early
-            while not ready[0]():  # a reset takes back what nobody has read yet
-                time.sleep(0.01)
-            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-            self.connection.close()
 
     def send(self, part, path):
         self.wfile.write(part)

@@ -25,7 +25,7 @@ from helpers.models.catalogue import find_entry
 from helpers.models.convert import tiny_phi3
 from helpers.models.prepare import _disk_errors, cache_state, cached_models, longest_exact
 from helpers.models.space import disk_errors, existing
-from helpers.models.steps import ask, run_program, run_step
+from helpers.models.steps import ask, is_of_the_disk, run_program, run_step
 from helpers.paths import model_cache
 
 
@@ -361,12 +361,18 @@ def test_a_module_of_ours_answers_in_a_process_of_its_own(tmp_path, monkeypatch,
     assert ask("Asking", "worker", {"größe": 1}, {"NO_PROXY": "*"}) == {"größe": 1, "offline": "0", "proxy": "*"}
     with refuses("odd"):
         ask("Asking", "worker", {"code": "odd"})
-    for number in (errno.ENOSPC, errno.EFBIG, errno.EACCES):
-        with pytest.raises(OSError) as error:
-            ask("Asking", "worker", {"errno": number})
-        assert error.value.errno == number
+    with pytest.raises(OSError) as error:
+        ask("Asking", "worker", {"errno": errno.EFBIG})
+    assert error.value.errno == errno.EFBIG
     with refuses("step-failed"):
         ask("Asking", "worker", {"errno": errno.EIO})
+
+
+def test_what_the_disk_refuses_is_told_apart_from_other_errors():
+    for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS):
+        assert is_of_the_disk(OSError(number, "no"))
+    for error in (OSError(errno.EIO, "no"), OSError(errno.ECONNRESET, "no"), ValueError("no")):
+        assert not is_of_the_disk(error)
 
 
 def test_the_catalogue_is_read_in_its_order():
