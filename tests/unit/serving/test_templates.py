@@ -3,6 +3,7 @@
 Run: python -m helpers test tests/unit/serving/test_templates.py
 """
 
+import itertools
 import json
 
 import pytest
@@ -87,41 +88,39 @@ def test_the_template_is_found_where_transformers_finds_it(tmp_path, in_config, 
 
 # --- what a template must not do --------------------------------------------------------------
 
-DOUBLE = "{% set ns = namespace(x='x') %}{% for i in range(12) %}{% set ns.x = ns.x BY ns.x %}{% endfor %}{{ ns.x }}"
+DOUBLE = "{% set ns = namespace(x='x') %}{% for i in range(12) %}{% set ns.x = ns.x BY ns.x %}{% endfor %}"
 LIST = DOUBLE.replace("'x'", "[1]")
-INSIDE = LIST.replace("{{ ns.x }}", "")  # it is never written
 # Each makes a text of over 1,000 characters, a list of over 1,000 items or a number over 1,000 in a way of its own.
 TOO_MUCH = {
-    "a product": "{{ messages[0].content * 600 }}",
-    "a product the other way": "{{ 600 * messages[0].content }}",
-    "a list by a product": "{{ (messages * 1001) | length }}",
+    "a product": "{% set x = messages[0].content * 600 %}",
+    "a product the other way": "{% set x = 600 * messages[0].content %}",
+    "a list by a product": "{% set x = (messages * 1001) %}",
     "a power": "{% set x = 9 %}{{ x ** x ** x > 1 }}",
     "a sum": DOUBLE.replace("BY", "+"),
     "a sum of lists": LIST.replace("BY", "+"),
     "a chain of texts": DOUBLE.replace("BY", "~"),
     "a join": DOUBLE.replace("ns.x BY ns.x", "[ns.x, ns.x] | join"),
-    "a join by a long text": "{{ ('x' * 600).join(messages[0].content) | length }}",
+    "a join by a long text": "{% set x = ('x' * 600).join(messages[0].content) %}",
     "a format by the filter": DOUBLE.replace("ns.x BY ns.x", "'%s%s' | format(ns.x, ns.x)"),
     "a format by the sign": DOUBLE.replace("ns.x BY ns.x", "'%s%s' % (ns.x, ns.x)"),
     "a format by the method": DOUBLE.replace("ns.x BY ns.x", "'{}{}'.format(ns.x, ns.x)"),
-    "a list in a list": INSIDE.replace("ns.x BY ns.x", "[ns.x, ns.x]"),
-    "a tuple in a tuple": INSIDE.replace("ns.x BY ns.x", "(ns.x, ns.x)"),
-    "a table in a table": INSIDE.replace("ns.x BY ns.x", "{'a': ns.x, 'b': ns.x}"),
-    "a replacement": "{{ ('Hi' * 99).replace('i', 'x' * 99) | length }}",
-    "a translation": "{{ ('x' * 99).translate({120: 'x' * 99}) | length }}",
-    "a width by the sign": "{{ '%90000d' % 1 }}",
-    "a width by a star": "{{ '%*d' % (600, 1) }}",
-    "a width by the filter": "{{ '%90000d' | format(1) }}",
-    "a width by the method": "{{ '{:90000}'.format(1) }}",
-    **{f"a width by {name}": f"{{{{ messages[0].content.{name}(1001) | length }}}}"
+    "a list in a list": LIST.replace("ns.x BY ns.x", "[ns.x, ns.x]"),
+    "a tuple in a tuple": LIST.replace("ns.x BY ns.x", "(ns.x, ns.x)"),
+    "a table in a table": LIST.replace("ns.x BY ns.x", "{'a': ns.x, 'b': ns.x}"),
+    "a replacement": "{% set x = ('Hi' * 99).replace('i', 'x' * 99) %}",
+    "a translation": "{% set x = ('x' * 99).translate({120: 'x' * 99}) %}",
+    "a width by the sign": "{% set x = '%90000d' % 1 %}",
+    "a width by a star": "{% set x = '%*d' % (600, 1) %}",
+    "a width by the filter": "{% set x = '%90000d' | format(1) %}",
+    "a width by the method": "{% set x = '{:90000}'.format(1) %}",
+    **{f"a width by {name}": f"{{% set x = messages[0].content.{name}(1001) %}}"
        for name in ("center", "ljust", "rjust", "zfill")},
-    "tabs": "{{ '\t'.expandtabs(1001) | length }}",
-    "a filter that widens": "{{ messages[0].content | center(1001) | length }}",
-    "a filter by its name": "{{ messages | map(attribute='role') | map('center', 1001) | list | length }}",
-    "an indent of JSON": "{{ messages | tojson(indent=1001) | length }}",
-    "a list of slices": "{{ messages | slice(1001) | list | length }}",
-    "a macro's text": "{% macro m() %}{{ 'x' * 990 }}{{ 'x' * 990 }}{% endmacro %}{{ m() | length }}",
-    "an output": "{% for i in range(9) %}{{ messages[0].content * 99 }}{% endfor %}",
+    "tabs": "{% set x = '\t'.expandtabs(1001) %}",
+    "a filter that widens": "{% set x = messages[0].content | center(1001) %}",
+    "a filter by its name": "{% set x = messages | map(attribute='role') | map('center', 1001) | list %}",
+    "an indent of JSON": "{% set x = messages | tojson(indent=1001) %}",
+    "a list of slices": "{% set x = messages | slice(1001) | list %}",
+    "a macro's text": "{% macro m() %}{{ 'x' * 990 }}{{ 'x' * 990 }}{% endmacro %}{% set x = m() %}",
     # Each of these is small, and all of them together are more than 9,000.
     "many small ones": "{% for i in range(99) %}{% set x = messages[0].content * 99 %}{% endfor %}",
 }
@@ -137,16 +136,29 @@ def test_what_a_template_puts_together_is_bounded(monkeypatch, source):
         template.render({"messages": user("Hi")})
 
 
-@pytest.mark.parametrize("source", [
-    "{% for i in range(9) %}{% endfor %}",
-    "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(9) }}", "{{ messages[0].content }}",
-    "{% set x = messages | length %}", "{% set x = 1 + messages[0].a %}", "{% set x = messages[0].content.strip() %}"])
-def test_a_template_has_seconds_and_no_more(monkeypatch, source):
-    template, variables = Template(source), {"messages": [user("Hi")[0] | {"a": 1}]}
-    template.render(variables)
+@pytest.fixture
+def pieces():
+    """Return an endless list of texts, and those that a template has taken from it."""
+    taken = []
+    return (taken.append("x" * 90) or taken[-1] for _ in itertools.count()), taken
+
+
+@pytest.mark.parametrize(("source", "taken"), [
+    ("{% for piece in pieces %}{% endfor %}", 1), ("{% for i in messages %}{% set x = next(pieces) %}{% endfor %}", 0),
+    ("{% set x = next(pieces) %}", 0)], ids=["a loop", "a call in a loop", "a call"])
+def test_a_template_has_seconds_and_no_more(monkeypatch, pieces, source, taken):
+    template = Template(source)
     monkeypatch.setattr(chat_model, "MAX_SECONDS", -1.0)
     with pytest.raises(TooMuch):
-        template.render(variables)
+        template.render({"messages": user("Hi"), "pieces": pieces[0], "next": next})
+    assert len(pieces[1]) == taken
+
+
+def test_what_a_template_writes_is_bounded_while_it_writes(monkeypatch, pieces):
+    monkeypatch.setattr(chat_model, "MAX_TOTAL", 9000)
+    with pytest.raises(TooMuch):
+        Template("{% for piece in pieces %}{{ piece }}{% endfor %}").render({"pieces": pieces[0]})
+    assert len(pieces[1]) == 101
 
 
 FORBIDDEN = {

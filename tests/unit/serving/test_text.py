@@ -118,7 +118,7 @@ def test_text_is_never_cut_inside_a_character(tokenizer, text):
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_any_tokens_are_written_as_the_tokenizer_decodes_them(tokenizer, data):
     tokens = data.draw(st.lists(st.integers(0, tokenizer.get_vocab_size() - 1), max_size=30))
     whole = tokenizer.decode(tokens)
