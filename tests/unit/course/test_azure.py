@@ -9,6 +9,7 @@ import json
 import re
 import shutil
 import sys
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -142,25 +143,25 @@ def test_every_file_is_yaml_that_is_filled_everywhere():
     assert used == set(values(PLAN))
 
 
+@pytest.fixture(scope="module")
+def registry(tiny, empty_database, tmp_path_factory):
+    """Register the chat model on the toy model, as the chat page does, and two stand-ins; return the store."""
+    folder = tmp_path_factory.mktemp("registry")
+    store = "sqlite:///" + Path(shutil.copy(empty_database, folder / "azure.db")).as_posix()
+    with stand_ins.registry(store, folder) as register:
+        register("Plain")
+        register("Plain", "gone")
+        logged = mlflow.pyfunc.log_model(name="slm-onnx", **chat_model_for(tiny) | {"input_example": AS_SHOWN})
+        version = mlflow.register_model(logged.model_uri, "slm-onnx", tags={"model": "tiny-phi3"}).version
+        mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version)
+        yield store
+
+
 @pytest.fixture
-def registry(store, tmp_path, monkeypatch):
-    """Let the course's store be an empty one; return its client."""
-    before = mlflow.get_tracking_uri()
-    monkeypatch.setenv("COURSE_TRACKING_URI", store)
+def registered(registry, monkeypatch):
+    """Let the course's store be that one, and the course be small."""
+    monkeypatch.setenv("COURSE_TRACKING_URI", registry)
     monkeypatch.setattr(azure, "course_files", lambda: [ROOT / "README.md", ROOT / "helpers" / "errors.py"])
-    mlflow.set_tracking_uri(store)
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("e", (tmp_path / "artifacts").as_uri()))
-    yield mlflow.MlflowClient(store)
-    mlflow.set_tracking_uri(before)
-
-
-@pytest.fixture
-def registered(registry, tiny):
-    """Register the chat model on the toy model, as the chat page does."""
-    logged = mlflow.pyfunc.log_model(name="slm-onnx", **chat_model_for(tiny) | {"input_example": AS_SHOWN})
-    version = mlflow.register_model(logged.model_uri, "slm-onnx", tags={"model": "tiny-phi3"}).version
-    registry.set_registered_model_alias("slm-onnx", "champion", version)
-    return registry
 
 
 def test_the_folder_has_the_model_the_script_and_files_that_name_both(registered, tmp_path):
@@ -200,7 +201,6 @@ def test_a_second_version_of_another_name_fills_the_files_anew(registered, tmp_p
     ("models:/stand-in@champion", None, "model-other-contract"),
 ])
 def test_what_cannot_be_shipped_is_refused_and_leaves_the_former_folder(uri, endpoint, code, registered, tmp_path):
-    stand_ins.register(tmp_path / "stand-in", "Plain")
     (tmp_path / "azureml").mkdir()
     (tmp_path / "azureml" / "former").touch()
     with refuses(code):
@@ -210,9 +210,9 @@ def test_what_cannot_be_shipped_is_refused_and_leaves_the_former_folder(uri, end
 
 
 def test_a_version_whose_files_are_gone_says_so(registered, tmp_path):
-    shutil.rmtree(tmp_path / "artifacts")
+    shutil.rmtree(mlflow.artifacts.download_artifacts("models:/gone/1"))
     with refuses("model-gone"):
-        make_folder("models:/slm-onnx@champion", folder=tmp_path / "azureml")
+        make_folder("models:/gone@champion", folder=tmp_path / "azureml")
     assert not list(tmp_path.glob("azureml*"))
 
 

@@ -17,7 +17,7 @@ import pytest
 from support import PAGES, ROOT, refuses, run_python
 
 from course.__main__ import _explain, main
-from course.commands import COMMANDS, SMALL_MODELS, run_command
+from course.commands import COMMANDS, run_command
 from helpers.tracking import tracking_store
 
 
@@ -83,16 +83,11 @@ def test_an_option_that_a_command_does_not_have_is_refused(done, words, capsys):
     assert not done
 
 
-def test_the_words_after_test_and_check_go_to_pytest(done, monkeypatch):
-    started = []
-    monkeypatch.setattr("subprocess.call", lambda command, cwd, env: started.append(command) or 3)
-    assert run_command(["test", "-k", "no_such", "--collect-only", "tests/x.py"]) == 3
-    assert run_command(["check", "-q"]) == 3
-    whole, fast = started
-    assert whole[-4:] == ["-k", "no_such", "--collect-only", "tests/x.py"]
-    assert "-m" not in whole[3:]
-    assert fast[-3:] == ["-m", "not slow and not index", "-q"]
-    assert done == [(name,) for name in (*SMALL_MODELS, SMALL_MODELS[0])]
+def test_the_words_after_a_tier_go_to_pytest(done, monkeypatch):
+    monkeypatch.setattr("course.tiers.run_tests", lambda name, words: done.append((name, words)) or 3)
+    for name in ("check", "test", "nightly"):
+        assert run_command([name, "-k", "no_such", "--collect-only", "tests/x.py"]) == 3
+        assert done.pop() == (name, ["-k", "no_such", "--collect-only", "tests/x.py"])
 
 
 @pytest.mark.parametrize(("words", "page", "model"), [
@@ -153,27 +148,12 @@ def test_a_program_of_serving_starts_on_the_courses_store_with_its_words(
     assert not (tmp_path / "none.db").exists()
 
 
-def test_serve_tells_the_servers_own_options(python):
-    told = python("-m", "helpers", "serve", "--help")
-    assert told.returncode == 0, told.stderr
-    assert "--allowed-host NAME" in told.stdout
-
-
-def test_the_readme_and_the_makefile_name_commands_that_there_are():
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    assert set(re.findall(r"\$\(HELPERS\) (\w+)", makefile)) <= set(COMMANDS)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"python3? -m helpers (\w+)", readme))
-    assert named <= set(COMMANDS)
-    assert {"run", "check", "test", "lab", "ui", "doctor", "bench"} <= named
-
-
 # --- as a user sees it --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("arguments", "says"), [
     (["walk"],
-     "Choose one of: run, notebook, prepare, check, test, lab, ui, serve, batch, deploy, bench, mutate, doctor,"),
+     "Choose one of: run, notebook, prepare, check, test, nightly, "),
 ])
 def test_the_command_line_ends_with_one_and_two_sentences(python, arguments, says):
     result = python("-m", "helpers", *arguments)

@@ -228,7 +228,7 @@ def test_a_kubelet_without_a_token_reads_the_probes_and_the_rest_wants_one(tmp_p
             assert probe["port"] == "http"
             assert service.client.get(probe["path"], headers=asked_by_address).status_code == 200
         assert service.client.get("/v1/models", headers=asked_by_address).status_code == 421
-        assert service.client.get("/v1/models").status_code == 401
+        assert service.client.get("/v1/models", headers={"Authorization": "Bearer other"}).status_code == 401
         (metrics,) = OPTIONS["pod-monitor.yaml"]["spec"]["podMetricsEndpoints"]
         bearer = {"Authorization": f"{metrics['authorization']['type']} {TOKEN}"}
         assert service.client.get(metrics["path"], headers=bearer).text.count("slm_requests_waiting 0.0") == 1

@@ -39,23 +39,22 @@ def defaults(track):
     return {name: namespace[name] for name in (*PARAMETERS, "track") if name in namespace}
 
 
-@pytest.mark.parametrize("track", ALL_PAGES)
-def test_notebooks_hold_no_outputs(track, tmp_path):
+def test_notebooks_hold_no_outputs(tmp_path):
     # What git has: on the disk, a learner's own run may stand in it.
-    committed = subprocess.run(["git", "show", f":notebooks/{track}.ipynb"], cwd=ROOT, capture_output=True)
-    if committed.returncode:
-        pytest.skip("not a git checkout")
-    (tmp_path / "committed.ipynb").write_bytes(committed.stdout)
+    for page in ALL_PAGES:
+        committed = subprocess.run(["git", "show", f":notebooks/{page}.ipynb"], cwd=ROOT, capture_output=True)
+        if committed.returncode:
+            pytest.skip("not a git checkout")
+        (tmp_path / f"{page}.ipynb").write_bytes(committed.stdout)
     command = [sys.executable, "-m", "nbstripout", "--verify", "--extra-keys",
-               "metadata.papermill cell.metadata.papermill", tmp_path / "committed.ipynb"]
+               "metadata.papermill cell.metadata.papermill", *tmp_path.glob("*.ipynb")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
 
 def test_tracks_have_the_same_headings_in_the_same_order():
     first, second = (re.findall(r"^## .*$", prose(track), re.MULTILINE) for track in TRACKS)
-    assert first == second
-    assert len(first) == 14
+    assert first == second != []
 
 
 @pytest.mark.parametrize(("page", "most"), [

@@ -115,7 +115,7 @@ def test_no_rows_are_no_answers_and_a_nul_is_a_character_like_any_other(model):
     assert with_nul != without
 
 
-@pytest.mark.parametrize("max_tokens", [1, 2, 7, 40])
+@pytest.mark.parametrize("max_tokens", [1, 7])
 def test_max_tokens_bounds_the_answer(model, reference, max_tokens):
     for prompt in PROMPTS:
         text, count = reference(prompt, max_tokens)
@@ -131,9 +131,9 @@ def test_temperature_0_repeats_itself_and_temperature_2_does_not(model):
 
 
 def test_an_answer_holds_no_markup(model):
-    # 60 sampled answers of noise: many of them draw a token of markup.
+    # 30 sampled answers of noise: many of them draw a token of markup.
     answers = [model.predict({"prompt": prompt}, params={"temperature": 2.0, "max_tokens": 48})[0]
-               for prompt in PROMPTS for _ in range(10)]
+               for prompt in PROMPTS for _ in range(5)]
     assert any(answers)
     for markup in ("<|end|>", "<|assistant|>", "<|user|>", "<|system|>", "<|endoftext|>"):
         assert not [answer for answer in answers if markup in answer]
