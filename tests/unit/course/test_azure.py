@@ -10,6 +10,7 @@ import re
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlflow
 import pytest
@@ -28,6 +29,7 @@ from course.azure import (
     make_folder,
     model_memory,
     quota_cores,
+    send,
     service_requirements,
     steps,
     values,
@@ -265,3 +267,67 @@ def filled(tmp_path):
 
 
 # --- what the SDK asks of the service --------------------------------------------------------
+
+
+@pytest.fixture
+def no_sdk(monkeypatch):
+    """Let something stand in for azure-ai-ml that reads a file as its kind; return its error of the service."""
+    class AzureError(Exception):
+        pass
+
+    class HttpResponseError(AzureError):
+        status_code, error = 403, None
+
+    def loader(kind):
+        return lambda file, params_override=(): SimpleNamespace(kind=kind, name="blue", params=params_override)
+
+    kinds = {f"load_{step.kind}": loader(step.kind) for step in steps(PLAN)}
+    ml = SimpleNamespace(**kinds)
+    modules = {
+        "azure.ai": SimpleNamespace(ml=ml), "azure.ai.ml": ml,
+        "azure.ai.ml.exceptions": SimpleNamespace(MlException=AzureError),
+        "azure.core.exceptions": SimpleNamespace(AzureError=AzureError, HttpResponseError=HttpResponseError),
+        "azure.ai.ml.entities._load_functions": SimpleNamespace(
+            load_model_batch_deployment=kinds["load_batch_deployment"])}
+    for name in modules:
+        for parent in [name.rsplit(".", depth)[0] for depth in range(name.count(".") + 1)]:
+            monkeypatch.setitem(sys.modules, parent, modules.get(parent, SimpleNamespace()))
+    return HttpResponseError
+
+
+class Client:
+    """Keeps what it is asked to make, and refuses one kind."""
+
+    def __init__(self, refused=None, error=None):
+        self.made, self.refused, self.error = [], refused, error
+
+    def create_or_update(self, entity):
+        self.made.append((entity.kind, *entity.params))
+        if entity.kind == self.refused:
+            raise self.error
+        return SimpleNamespace(result=lambda: None)
+
+    begin_create_or_update = create_or_update
+
+
+def test_the_steps_are_made_in_order_and_the_new_deployment_gets_the_traffic(no_sdk, tmp_path, capsys):
+    client = Client()
+    send(PLAN, steps(PLAN), client, tmp_path)
+    assert client.made == [
+        ("model",), ("environment",), ("online_endpoint",), ("online_deployment",),
+        ("online_endpoint", {"traffic": {"blue": 100}}), ("compute",), ("batch_endpoint",), ("batch_deployment",),
+        ("batch_endpoint", {"defaults": {"deployment_name": "blue"}}), ("job",)]
+    said = capsys.readouterr().out
+    assert re.findall("^az ml .*", said, re.MULTILINE) == [step.command for step in steps(PLAN)]
+    assert "still there" not in said
+
+
+def test_a_step_that_is_refused_says_what_is_left_and_how_it_goes(no_sdk, tmp_path, capsys):
+    with refuses("azure-forbidden"):
+        send(PLAN, steps(PLAN), Client("online_deployment", no_sdk("no")), tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        send(PLAN, steps(PLAN), Client("environment", KeyboardInterrupt()), tmp_path)
+    first, second = capsys.readouterr().out.split("still there")[1:]
+    assert re.findall(r"^  az ml (\S+) (?:delete|archive) ", first, re.MULTILINE) == [
+        "online-endpoint", "environment", "model"]
+    assert re.findall(r"^  az ml (\S+) (?:delete|archive) ", second, re.MULTILINE) == ["environment", "model"]

@@ -27,7 +27,8 @@ FLOORS = {
     ),
     "course": (
         "uv_settings", "install", "environment", "contents", "kernels", "exercises", "static_page", "results",
-        "execute", "changed", "tiers", "kit.wheels", "kit.check", "kit.build", "kit.serve", "doctor.network", "doctor.smoke",
+        "execute", "changed", "tiers", "kit.wheels",
+        "kit.check", "kit.build", "kit.serve", "doctor.network", "doctor.smoke",
         "doctor.checks", "bench.figures", "bench.turns", "bench.contenders", "bench.fidelity", "bench.clients",
         "bench.service", "cluster", "bench.spark",
         "bench.chat", "bench.notebooks", "generate", "mutate", "azure", "commands", "__main__",
