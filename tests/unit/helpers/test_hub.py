@@ -453,7 +453,7 @@ def test_shards_in_a_folder_come_where_the_index_names_them(own):
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a disk that tells the two names apart")
 def test_of_two_names_that_differ_in_case_alone_one_comes(own):
     (own.root / TORCH / "Tokenizer.json").write_text("{}", encoding="utf-8")  # the Hub lists capitals first
-    (own.root / TORCH / "readme.md").write_text("another", encoding="utf-8")
+    (own.root / TORCH / "ReadMe.md").write_text("another", encoding="utf-8")
     refused("hub-no-tokenizer")
     (own.root / TORCH / "Tokenizer.json").unlink()
     prepared = prepare_model("phi-3-mini-4k", "transformers")

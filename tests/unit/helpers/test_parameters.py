@@ -222,6 +222,16 @@ def test_a_limit_that_training_has_left_in_the_tokenizer_is_not_obeyed(tiny, tmp
         assert check_fits(limited, conversation(text), 1) == check_fits(tiny, conversation(text), 1)
 
 
+def test_no_code_of_a_model_is_run_to_count_its_tokens(tiny, tmp_path):
+    folder = Path(shutil.copytree(tiny.transformers_dir, tmp_path / "model"))
+    config = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps(config | {"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}), encoding="utf-8")
+    (folder / "evil.py").write_text("raise SystemExit('the course ran code of a repository')\n", encoding="utf-8")
+    evil = SimpleNamespace(transformers_dir=folder, onnx_dir=None, entry=tiny.entry)
+    assert check_fits(evil, conversation("Hi"), 1) == check_fits(tiny, conversation("Hi"), 1)
+
+
 def test_a_question_longer_than_the_context_is_refused(tiny):
     with refuses("too-long") as refusal:
         check_fits(tiny, conversation("atoms and molecules " * 4000), 1)

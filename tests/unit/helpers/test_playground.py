@@ -3,6 +3,7 @@
 Run: python -m helpers test tests/unit/helpers/test_playground.py
 """
 
+import gc
 import importlib
 import inspect
 import json
@@ -85,6 +86,7 @@ def uris(tiny, empty_database, tmp_path_factory):
 def make(monkeypatch):
     """Return a function that makes a form, as JupyterLab would get it."""
     monkeypatch.setattr(MODULE, "get_ipython", lambda: SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=True)))
+    gc.freeze()  # a form that drops a model collects garbage, and the libraries of all tests are no part of that
 
     def form(models, question=QUESTION, max_tokens=16):
         return show_playground(models, question=question, system_prompt="Be brief.", max_tokens=max_tokens,
@@ -92,6 +94,7 @@ def make(monkeypatch):
 
     yield form
     MODULE._drop()
+    gc.unfreeze()
 
 
 def press(form):
