@@ -201,7 +201,7 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(chat):
 
 
 def test_a_stream_says_what_predict_says(chat):
-    for request in mixed_requests():
+    for request in mixed_requests()[:8]:
         pieces = deltas(chat.predict_stream(None, request), request.get("n", 1))
         for index, content in enumerate(contents(ask(chat, request))):
             assert "".join(text for text, place in pieces if place == index) == content

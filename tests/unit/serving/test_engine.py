@@ -292,7 +292,7 @@ def cold(tiny):
     model.close()
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", ["greedy", "seeded", "n"])
 def test_a_conversation_gets_the_same_answers_whether_its_prompts_are_kept_or_not(fresh, cold, way):
     assert talk(fresh, **WAYS[way]) == talk(cold, **WAYS[way])
     stats = stats_of(fresh)
