@@ -151,7 +151,7 @@ def batches(monkeypatch):
 
 
 def test_rows_of_many_schemas_and_of_none_share_a_batch_and_are_as_they_would_be_alone(chat, batches):
-    bound = [(schema, request(schema, seed=number, max_tokens=16, **{"temperature": number % 3 / 2}))
+    bound = [(schema, request(schema, seed=number, max_tokens=30, **{"temperature": number % 3 / 2}))
              for number, schema in enumerate(SCHEMAS.values())]
     free = [{"messages": user("x"), "max_tokens": 30, "temperature": 1.5, "seed": number} for number in range(3)]
     free += [{"messages": user("x"), "max_tokens": 30}, free[0] | {"response_format": {"type": "text"}}]
