@@ -49,10 +49,15 @@ def is_writable(folder: Path) -> bool:
 
 
 def progress_bar(title: str, total: int) -> Any:
-    """Return a tqdm bar on stdout: a notebook paints stderr red. It is painted twice a second, not at every byte."""
+    """Return a tqdm bar on stdout: a notebook paints stderr red.
+
+    It is painted twice a second, not at every byte. Where nothing is painted over, such as in a file or the log of a
+    CI job, it is printed when the step begins and when it ends.
+    """
     from tqdm import tqdm  # set-up reads this module before there is one
 
-    return tqdm(desc=title, total=total, file=sys.stdout, mininterval=0.5,
+    paints = sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
+    return tqdm(desc=title, total=total, file=sys.stdout, mininterval=0.5 if paints else float("inf"),
                 bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}")
 
 
