@@ -313,7 +313,7 @@ def test_pickles_are_refused_and_the_model_that_another_was_made_from_is_named(o
     (folder / "a.gguf").write_bytes(b"{}")
     for base, named in (("org/base", True), (["org/a", "org/b"], False)):
         own.says = {TORCH: {"cardData": {"license": "mit", "base_model": base}}}
-        assert ("hub:org" in refused("hub-gguf")) == named
+        assert ("hub:" in refused("hub-gguf")) == named
     assert not files_asked(own)
 
 
