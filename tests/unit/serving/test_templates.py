@@ -114,7 +114,7 @@ TOO_MUCH = {
     "a width by the method": "{% set x = '{:90000}'.format(1) %}",
     **{f"a width by {name}": f"{{% set x = messages[0].content.{name}(1001) %}}"
        for name in ("center", "ljust", "rjust", "zfill")},
-    "tabs": "{% set x = '\t'.expandtabs(1001) %}",
+    "tabs": "{% set x = '\t\t\t'.expandtabs(600) %}",
     "a filter that widens": "{% set x = messages[0].content | center(1001) %}",
     "a filter by its name": "{% set x = messages | map(attribute='role') | map('center', 1001) | list %}",
     "an indent of JSON": "{% set x = messages | tojson(indent=1001) %}",
