@@ -180,7 +180,7 @@ def test_two_builds_do_not_write_into_one_folder(small):
         build(small, ["tiny-phi3"])
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, monkeypatch, capsys):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, index, monkeypatch, capsys):
     monkeypatch.setattr("course.kit.build.free_disk", lambda folder: 9.0)
     with refuses("disk-short") as refusal:
         build(tmp_path / "kit", ["tiny-phi3"])
