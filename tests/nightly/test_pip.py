@@ -21,7 +21,8 @@ def test_an_index_with_an_expired_certificate_says_what_the_clock_says(tmp_path,
     variables = only_wheels(tmp_path / "index") | {
         "PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"{hub.url}/simple", "PIP_CERT": str(file), "PIP_RETRIES": "0"}
     for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+        if name.startswith("PIP_"):
+            monkeypatch.setenv(name, value)
     with refuses("pip-certificate") as refusal:
         download_wheel("Downloading llm-words==1.0", "llm-words==1.0", tmp_path)
     hub.close()
