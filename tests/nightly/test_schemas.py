@@ -105,6 +105,16 @@ def test_answers_on_many_threads_are_as_they_would_be_alone(chat):
         assert list(pool.map(lambda one: choices(chat, one), asked)) == alone
 
 
+def nested(levels):
+    return {"type": "array", "items": nested(levels - 1)} if levels else INTEGER
+
+
+@pytest.mark.parametrize("schema", [nested(50), {"enum": [f"{i:05d}" for i in range(6000)]}], ids=["arrays", "enum"])
+def test_a_great_schema_within_the_bounds_is_kept(chat, schema):
+    ((text, reason),) = choices(chat, request(schema, seed=1, max_tokens=400))
+    assert judge(schema, text, reason) is None
+
+
 EXPLODING = {
     "optional letters": "^(a?){5000}a{5000}$", "stretches": "(x.{1000}){50}", "one of the last": "^(a|b)*a(a|b){60}$",
     "three stretches": ".{0,5000}x.{0,5000}y.{0,5000}z", "repeats of repeats": "(.{0,300}[a-f]){0,300}",
