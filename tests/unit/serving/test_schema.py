@@ -292,6 +292,18 @@ def test_a_great_schema_within_the_bounds_is_kept(chat, schema):
 # --- bounds of work -------------------------------------------------------------------------------
 
 
+def test_a_schema_of_1000_properties_that_may_be_left_out_is_kept_or_refused_before_any_row_runs(chat):
+    schema = fixed({f"p{number}": INTEGER for number in range(1000)}, [])
+    before = chat.stats()["answers"]
+    try:
+        answers = choices(chat, request(schema, seed=1, max_tokens=60))
+    except Refusal as refusal:
+        assert refusal.field == FIELD
+        assert chat.stats()["answers"] == before
+    else:
+        assert [judge(schema, *answer) for answer in answers] == [None]
+
+
 STEPS = [{"type": "integer", "multipleOf": step} for step in (7, 11, 13, 17, 19)]
 
 
