@@ -1,6 +1,6 @@
 """An offline kit that is checked and served: what is named, what is given, and what is not.
 
-Run: python -m helpers test tests/unit/course/test_kit_serve.py
+Run: python -m helpers test tests/services/test_kit_serve.py
 """
 
 import contextlib

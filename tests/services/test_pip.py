@@ -1,6 +1,6 @@
 """What pip says when it fails is read in one place.
 
-Run: python -m helpers test tests/unit/helpers/test_pip.py
+Run: python -m helpers test tests/services/test_pip.py
 """
 
 import errno

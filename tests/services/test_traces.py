@@ -1,6 +1,6 @@
 """What the operations page sends of a call to its store and to a collector: sizes and times, and no text.
 
-Run: python -m helpers test tests/unit/notebooks/test_traces.py
+Run: python -m helpers test tests/services/test_traces.py
 """
 
 import os

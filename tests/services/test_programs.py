@@ -1,6 +1,6 @@
 """Programs that a page starts: real small ones, which end early, hang, leave children behind or take a port.
 
-Run: python -m helpers test tests/unit/helpers/test_programs.py
+Run: python -m helpers test tests/services/test_programs.py
 """
 
 import os

@@ -1,6 +1,6 @@
 """Building an offline kit: wheels for other machines, models, the course; again, interrupted, in the wrong place.
 
-Run: python -m helpers test tests/unit/course/test_kit_build.py
+Run: python -m helpers test tests/services/test_kit_build.py
 """
 
 import errno
