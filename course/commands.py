@@ -79,6 +79,8 @@ def _in_environment(command, options, arguments):
         environment.set_up(EXTRAS[command.needs])
     elif environment.differing_packages(EXTRAS[command.needs]):
         line = [str(environment.set_up(EXTRAS[command.needs])), "-m", "helpers", *arguments]
+        # uv compiles nothing, so each program would compile torch and MLflow anew where nothing may be kept.
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         if os.name == "posix":
             os.execv(line[0], line)
         return subprocess.call(line)

@@ -30,7 +30,7 @@ def run_tests(tier: str, words: list[str]) -> int:
     if not chosen:
         shutil.rmtree(BUILD / "executed", ignore_errors=True)  # a whole run executes each page
     command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", "--numprocesses=auto",
-               "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder", *folders, *words]
+               "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder", "-p", "no:nbmake", *folders, *words]
     # PyTorch's threads wait busily: those of two tests side by side would make both three times slower.
     return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ)
 
