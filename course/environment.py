@@ -37,9 +37,24 @@ def pins(extras: tuple[str, ...] = ()) -> dict[str, str]:
     return dict(requirement.partition(";")[0].split("==") for requirement in requirements)
 
 
-def install_extra(name: str, folder: Path) -> Path:
-    """Install an extra at the course's versions into a folder of its own, and return that; uv has to be there."""
-    uv_install(sys.executable, "--target", folder, *project()["optional-dependencies"][name])
+def install_extra(name: str) -> Path:
+    """Install an extra into a folder of its own, once until its pins change, and return the folder.
+
+    It is for packages that nothing else should meet, such as Spark, which MLflow imports wherever it is there.
+    """
+    from filelock import FileLock  # this module is read before anything is installed
+
+    requirements = project()["optional-dependencies"][name]
+    digest = hashlib.sha256(repr(requirements).encode()).hexdigest()[:12]
+    folder = BUILD / "extras" / f"{name}-{digest}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            # A stopped installation must not pass for a whole one, so the folder gets its name at the end.
+            partial = folder.with_suffix(".partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            uv_install(sys.executable, "--target", partial, *requirements)
+            partial.rename(folder)
     return folder
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import hypothesis
 import pytest
 from support import ROOT, run_python
-from support.extras import install_extra
 
+from course.environment import install_extra
 from course.tiers import MEASURED, TIERS, over_their_share, read_kept, tier_of
 
 SECONDS = collections.Counter()
@@ -35,7 +35,7 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Let the files that took longest begin, so that no worker ends with one of them alone."""
     seconds = {file: taken for tier in TIERS for file, taken in read_kept(tier).items()}
-    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0))
+    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0 if "unit" in item.path.parts else 1e6))
 
 
 def pytest_runtest_logreport(report):
@@ -78,6 +78,12 @@ def smol():
 def site():
     """Return a folder that has Spark for Python; PYTHONPATH names it to a program."""
     return install_extra("spark")
+
+
+@pytest.fixture(autouse=True)
+def no_experiment_of_another_test(monkeypatch):
+    """Take away what MLflow's set_experiment leaves to the programs that a process starts."""
+    monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
 
 
 @pytest.fixture

@@ -11,19 +11,21 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import mlflow
 import numpy as np
 import onnxruntime_genai as og
 import psutil
-import xllamacpp
 from transformers import AutoTokenizer
 
 from course.environment import pins
 from helpers.errors import CourseError
 from helpers.models.prepare import PreparedModel
+
+if TYPE_CHECKING:
+    import xllamacpp
 
 CALLERS = 8
 THREADS = psutil.cpu_count(logical=False)
@@ -150,7 +152,7 @@ class Contenders:
         started, (first, _, text, _) = time.perf_counter(), self._stream(messages, max_tokens)
         return first - started, text
 
-    def talk_llama(self, server: xllamacpp.Server, messages: list[dict], max_tokens: int) -> tuple[float, str]:
+    def talk_llama(self, server: "xllamacpp.Server", messages: list[dict], max_tokens: int) -> tuple[float, str]:
         """Return the seconds to the first text of llama.cpp, whose one slot keeps what it has read, and its answer."""
         started, first, text = time.perf_counter(), None, ""
         for event in llama_events(server, prompt=self.prompt(messages), n_predict=max_tokens, id_slot=0,
@@ -207,12 +209,14 @@ def keep_busy(start: Callable[[Any], Any], step: Callable[[], None], take: Calla
     return [answers[place] for place in range(len(requests))]
 
 
-def start_llama(gguf: Path, slots: int, context_length: int) -> xllamacpp.Server:
+def start_llama(gguf: Path, slots: int, context_length: int) -> "xllamacpp.Server":
     """Start llama.cpp's server on a GGUF file, with slots of so many tokens.
 
     A slot keeps what it read last. What slots read before is not kept beside them, or a story that comes again after
     a while would be known, to its end.
     """
+    import xllamacpp  # of the extra bench, which only the benchmark and the nightly tests install
+
     settings = xllamacpp.CommonParams()
     settings.model.path = str(gguf)
     settings.port, settings.verbosity = 0, -1
@@ -222,7 +226,7 @@ def start_llama(gguf: Path, slots: int, context_length: int) -> xllamacpp.Server
     return xllamacpp.Server(settings)
 
 
-def llama_events(server: xllamacpp.Server, **fields: Any) -> Iterator[dict]:
+def llama_events(server: "xllamacpp.Server", **fields: Any) -> Iterator[dict]:
     """Yield what llama.cpp's server sends of a greedy answer, as it comes."""
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc, timeout=600)
     body = json.dumps({"temperature": 0, "stream": True} | fields)

@@ -4,7 +4,6 @@
 """
 
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -18,6 +17,7 @@ import psutil
 
 from course.bench.chat import bench_chat
 from course.bench.figures import BENCH, REACH, keep_run, machine_name, misses, read_runs, write_runs
+from course.environment import pins
 from course.execute import PAGES
 from helpers.errors import CourseError
 from helpers.files import folder_bytes
@@ -68,7 +68,7 @@ def _measure(folder):
                     "memory_bytes": psutil.virtual_memory().total},
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {
-            name: importlib.metadata.version(name)
+            name: pins(("bench",))[name]
             for name in ("mlflow", "onnxruntime-genai", "openvino-genai", "torch", "transformers", "xllamacpp")},
         "ratios": {name: ratios[name] for name in REACH},
         "raw": {"pages": pages, "tracks": tracks, "chat": chat, "test": test, "prepare": prepare},

@@ -29,7 +29,7 @@ def spark(them: Contenders) -> tuple[dict, dict]:
     requests = [{"messages": [{"role": "user", "content": prompt}], "max_tokens": tokens} for prompt in prompts]
     with contextlib.ExitStack() as at_end:
         folder = Path(at_end.enter_context(tempfile.TemporaryDirectory(prefix="bench ")))
-        site = install_extra("spark", folder / "site")
+        site = install_extra("spark")
         works = {"predict": timed(lambda: them.chat.predict(requests))}
         for workers in (1, 2):
             cluster = at_end.enter_context(running(folder / f"cluster {workers}", site, workers))

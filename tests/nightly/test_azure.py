@@ -19,7 +19,6 @@ import requests
 import urllib3
 from support import ROOT, refuses
 from support.chat import AS_SHOWN, SECRET, chat_model_for
-from support.extras import install_extra
 
 from course import azure
 from course.azure import (
@@ -32,6 +31,7 @@ from course.azure import (
     steps,
     values,
 )
+from course.environment import install_extra
 
 # The SDK's own warnings: the process that gathers the results has no such classes, and ends when it is sent one.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::(azure|marshmallow)\b")

@@ -20,8 +20,9 @@ from pathlib import Path
 import nbformat
 from filelock import FileLock
 
+from course.environment import install_extra
+from helpers.tracking import tracking_store
 from support import ROOT, TRACKS, run_python, user_environment
-from support.extras import install_extra
 from support.hostile import BORNE, HOSTILE
 from support.jupyter import server
 from support.projects import activated, project
@@ -77,7 +78,7 @@ class Executed:
     @property
     def store(self) -> str:
         """The URI of the tracking store that the page used, as a database."""
-        return f"sqlite:///{Path(self.database).as_posix()}"
+        return tracking_store(f"sqlite:///{Path(self.database).as_posix()}").uri
 
 
 def output_of(cell) -> str:

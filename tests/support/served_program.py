@@ -1,5 +1,6 @@
 """Runs the server as a program of its own on a stand-in out of a registry."""
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,9 @@ class Program:
         with log.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
                 [sys.executable, "serving/openai_server.py", "--model", URI, *map(str, words)], cwd=ROOT,
-                stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+                stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
+                # Where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
     def wait(self):
         """Wait until it is ready; return its address."""

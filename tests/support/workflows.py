@@ -1,7 +1,7 @@
 """The workflows of .github, and their steps run by bash with stand-ins for programs that a test must not start."""
 
-import json
 import os
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -14,12 +14,10 @@ from markdown_it import MarkdownIt
 from support import ROOT, user_environment
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-# It notes its words, one JSON list a line, and prints what it was given.
-STAND_IN = """#!{python}
-import json, os, sys
-with open({log!r}, "a", encoding="utf-8") as log:
-    log.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
-print({printed!r}, end="")
+# It notes its words, a NUL behind each and a record separator behind the last, and prints what it was given.
+STAND_IN = r"""#!/bin/sh
+{{ printf '%s\0' {name} "$@"; printf '\036'; }} >> {log}
+printf '%s' {printed}
 """
 
 
@@ -77,7 +75,7 @@ def run_steps(workflow: str, job: str, folder: Path, variables: dict[str, str], 
     programs.mkdir()
     for name, printed in ({"python": ""} if stand_ins is None else stand_ins).items():
         program = programs / name
-        program.write_text(STAND_IN.format(python=sys.executable, log=str(log), name=name, printed=printed),
+        program.write_text(STAND_IN.format(log=shlex.quote(str(log)), name=name, printed=shlex.quote(printed)),
                            encoding="utf-8")
         program.chmod(0o755)
     files = {"GITHUB_STEP_SUMMARY": folder / "summary", "GITHUB_OUTPUT": folder / "output"}
@@ -92,7 +90,7 @@ def run_steps(workflow: str, job: str, folder: Path, variables: dict[str, str], 
                                 env=environment, capture_output=True, text=True, encoding="utf-8")
         if result.returncode:
             break
-    calls = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    return Steps(result.returncode, result.stdout + result.stderr, [json.loads(line) for line in calls],
+    calls = log.read_text(encoding="utf-8").split("\x1e")[:-1] if log.exists() else []
+    return Steps(result.returncode, result.stdout + result.stderr, [call.split("\0")[:-1] for call in calls],
                  files["GITHUB_STEP_SUMMARY"].read_text(encoding="utf-8"),
                  files["GITHUB_OUTPUT"].read_text(encoding="utf-8"))

@@ -17,18 +17,19 @@ ALL = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("tes
 
 @pytest.fixture
 def called(monkeypatch):
-    """Return the commands that would have been run, and the names of the models that were prepared."""
+    """Return the commands that would have been run, and the names of the models and extras that were made ready."""
     commands, models = [], []
     monkeypatch.setattr(subprocess, "call", lambda command, **options: commands.append(command) or 0)
     monkeypatch.setattr(tiers, "prepare_model", models.append)
+    monkeypatch.setattr(tiers, "install_extra", models.append)
     monkeypatch.setattr(tiers, "BUILD", ROOT / "build" / "no such folder")
     return commands, models
 
 
 @pytest.mark.parametrize(("tier", "folders", "models"), [
     ("check", ["tests/unit"], ["tiny-phi3"]),
-    ("test", ["tests/unit", "tests/pages", "tests/services"], ["tiny-phi3", "smollm2-135m"]),
-    ("nightly", ["tests/nightly"], ["tiny-phi3", "smollm2-135m"]),
+    ("test", ["tests/unit", "tests/pages", "tests/services"], ["tiny-phi3", "smollm2-135m", "spark"]),
+    ("nightly", ["tests/nightly"], ["tiny-phi3", "smollm2-135m", "spark", "azure"]),
 ])
 def test_a_tier_runs_its_folders_with_its_models(called, tier, folders, models):
     commands, prepared = called
