@@ -45,8 +45,8 @@ def pytest_runtest_logreport(report):
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session, exitstatus):
-    """Note the durations of a whole tier that passed, and fail where a file has outgrown its share."""
-    if hasattr(session.config, "workerinput") or exitstatus != pytest.ExitCode.OK:
+    """Note the durations of a whole tier, and fail where a file has outgrown its share."""
+    if hasattr(session.config, "workerinput"):
         return
     tier = tier_of(set(SECONDS))
     if tier is None:
@@ -54,7 +54,8 @@ def pytest_sessionfinish(session, exitstatus):
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     MEASURED.parent.mkdir(exist_ok=True)
     MEASURED.write_text(json.dumps(measured | {tier: SECONDS}), encoding="utf-8")
-    for file, (now, before) in over_their_share(SECONDS, read_kept(tier)).items():
+    grown = over_their_share(SECONDS, read_kept(tier)) if exitstatus == pytest.ExitCode.OK else {}
+    for file, (now, before) in grown.items():
         print(f"\n{file} took {now:.1%} of the whole, and {before:.1%} is kept. "
               "Make it faster, or keep what it takes now: python -m helpers durations.")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
