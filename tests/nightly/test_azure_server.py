@@ -17,6 +17,7 @@ import pytest
 import yaml
 from support import ROOT
 from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, user
+from support.score import load_score
 from support.service import wait_for
 
 from course.azure import TEMPLATES, fill, service_requirements
@@ -26,15 +27,6 @@ from serving import score
 # What the chat page logs, by the names that its cell has.
 LOGGED = ("jinja2", "joblib", "llguidance", "mlflow", "numpy", "onnxruntime-genai", "pandas", "psutil", "pydantic",
           "tokenizers")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def init_sets_nothing_for_others():
-    """Take back the variable that init() sets, for which other tests' errors would lack their details."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_SCHEMA_DETAILS", "")
-        patch.delenv("MLFLOW_DISABLE_SCHEMA_DETAILS")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -49,11 +41,8 @@ def saved(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(saved):
     """Let init() load the chat model, as Azure does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AZUREML_MODEL_DIR", str(saved))
-        score.init()
-        yield score._model
-        score._model.unwrap_python_model().close()
+    with load_score(saved) as model:
+        yield model
 
 
 # Eight callers have to be in it at once; then it answers when a file of the test's is there.
@@ -114,7 +103,8 @@ def save_code(folder, code):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Make an environment of what conda.yaml has the service install; return its Python."""
-    folder, uv = tmp_path_factory.mktemp("service"), [sys.executable, "-m", "uv"]
+    folder = tmp_path_factory.mktemp("service")
+    uv = [sys.executable, "-m", "uv"]
     conda = yaml.safe_load(fill((TEMPLATES / "conda.yaml").read_text(encoding="utf-8"), {
         "python": f"python={sys.version_info.major}.{sys.version_info.minor}",
         "requirements": service_requirements(pinned(*LOGGED))}))
@@ -210,7 +200,7 @@ def test_eight_callers_are_in_the_model_at_once_and_the_server_still_says_that_i
 
 
 def test_what_a_stream_has_by_now_is_sent_by_now(serve, tmp_path):
-    """The model ends its stream when the caller, who has read the beginning, asks for something else."""
+    # The model ends its stream when the caller, who has read the beginning, asks for something else.
     address = serve(save_code(tmp_path, WAITING))
     with httpx.stream("POST", f"{address}/score", json={"messages": user("a"), "stream": True}, timeout=120,
                       trust_env=False) as stream:

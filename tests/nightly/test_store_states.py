@@ -14,11 +14,10 @@ import mlflow
 import pytest
 from mlflow.entities import Metric
 from support import NAMES, PAGES, find_cell, refuses
-from support.small_model import make_stand
+from support.small_model import make_stand, mend
 
 from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers
 from helpers.exercises import find_hint
-from helpers.states import check_model, check_name, check_run
 
 # A word of each cell, and the cells that it needs to have run.
 CELLS = {
@@ -209,7 +208,7 @@ def test_a_cell_says_what_the_command_line_removed(page, state, cell, expected, 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_pages_ask_the_store_alike(cell):
-    """The lines that speak to MLflow's store are the same on each page, but for the model's name."""
+    # The lines that call MLflow's store are the same on each page, but for the model's name.
     lines = [[re.sub("  # .*", "", line).replace(f'"{NAMES[page]}"', "NAME").replace(f"{NAMES[page]}@", "NAME@")
               for line in find_cell(page, CELLS[cell][0]).splitlines()
               if re.search(r"check_\w+\(|search|client\.(get|set)|register|start_run|missing|status", line)]
@@ -222,7 +221,7 @@ def test_the_pages_ask_the_store_alike(cell):
     ("name of a prompt", "register", "name-taken")])
 def test_the_command_that_a_refusal_names_mends_it(state, cell, expected, store, tmp_path, capsys):
     stand, refusal = see("ChatModel", state, cell, expected, store, tmp_path, capsys)
-    exec(refusal.fix.partition(": ")[2].removesuffix("."), {"mlflow": mlflow})
+    mend(refusal)
     run(stand, cell)
 
 
@@ -260,15 +259,6 @@ def test_the_exercise_says_what_the_registry_lacks(store, tmp_path):
     assert "stands on version 2" in find_hint("alias", answers)
     client.delete_registered_model(stand.name)
     assert "was deleted. Run this page's cells from Register it on" in find_hint("alias", answers)
-
-
-def test_a_check_asks_for_what_is_there_and_says_nothing(store, tmp_path):
-    stand = make_stand("ChatModel", store, tmp_path)
-    register(stand, {})
-    info = stand.names["model_info"]
-    assert check_run(stand.names["run"]) is check_name("slm-onnx") is None
-    for uri in (info.model_uri, "models:/slm-onnx@champion", "models:/slm-onnx/1"):
-        assert check_model(uri, info) is None
 
 
 # --- a page that `python -m helpers notebook` has run ---------------------------------------------

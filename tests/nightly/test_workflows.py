@@ -6,20 +6,14 @@ Run: python -m helpers nightly tests/nightly/test_workflows.py
 """
 
 import json
-import subprocess
 from pathlib import Path
 
 import junitparser
 import pytest
-from support.user import make_checkout
+from support.user import git, make_checkout
 from support.workflows import run_steps
 
 from helpers.paths import model_cache
-
-
-def git(folder, *words):
-    subprocess.run(["git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false", *words],
-                   cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")

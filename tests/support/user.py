@@ -20,6 +20,12 @@ def make_checkout(folder: Path) -> Path:
     return folder
 
 
+def git(folder: Path, *words: str) -> None:
+    """Run git in a folder, as an author of its own."""
+    subprocess.run(["git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false", *words],
+                   cwd=folder, check=True, capture_output=True)
+
+
 def user(checkout: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess:
     """Run a command of a checkout as a user does, with a Python that has none of the packages."""
     python = getattr(sys, "_base_executable", sys.executable)

@@ -249,23 +249,6 @@ def test_without_the_sdk_it_says_what_to_install(monkeypatch, tmp_path):
         azure.sign_in(tmp_path)
 
 
-# --- the files, as azure-ai-ml reads them ----------------------------------------------------
-
-
-@pytest.fixture
-def filled(tmp_path):
-    """Fill the files, beside folders as small as can be."""
-    for name in ("model", "code", "course"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "model" / "MLmodel").write_text("flavors: {}\n", encoding="utf-8")
-    (tmp_path / "code" / "score.py").write_text("def init(): ...\n\n\ndef run(request): ...\n", encoding="utf-8")
-    (tmp_path / "course" / "README.md").write_text("# The course\n", encoding="utf-8")
-    for template in TEMPLATES.glob("*.yaml"):
-        text = fill(template.read_text(encoding="utf-8"), values(PLAN))
-        (tmp_path / template.name).write_text(text, encoding="utf-8")
-    return tmp_path
-
-
 # --- what the SDK asks of the service --------------------------------------------------------
 
 
@@ -299,7 +282,9 @@ class Client:
     """Keeps what it is asked to make, and refuses one kind."""
 
     def __init__(self, refused=None, error=None):
-        self.made, self.refused, self.error = [], refused, error
+        self.made = []
+        self.refused = refused
+        self.error = error
 
     def create_or_update(self, entity):
         self.made.append((entity.kind, *entity.params))

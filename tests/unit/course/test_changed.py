@@ -5,11 +5,11 @@ Run: python -m helpers test tests/unit/course/test_changed.py
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
 from support import refuses
+from support.user import git
 
 from course.changed import Uses, changed_pages
 from course.commands import run_command
@@ -34,11 +34,6 @@ CELLS = {
     "C": ["%%writefile \"{file}\"\nfrom helpers.written import y\nopen(DATA / 'prompts.jsonl'), DATA / 'lab'",
           "x = !python -m helpers bench", "import this is no Python, and it names helpers.magic"],
 }
-
-
-def git(folder, *words):
-    subprocess.run(["git", "-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false", *words],
-                   cwd=folder, check=True, capture_output=True)
 
 
 @pytest.fixture(scope="module")

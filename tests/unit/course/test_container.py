@@ -8,108 +8,48 @@ Run: python -m helpers test tests/unit/course/test_container.py
 import ast
 import importlib.metadata
 import json
-import os
 import re
 import shlex
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 import kubernetes_validate
 import pytest
-import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from support import ROOT, find_cell, stand_ins
+from support.container import (
+    APPLIED,
+    CLUSTER,
+    CONTAINER,
+    IMAGE,
+    OPTIONS,
+    POD,
+    PROBES,
+    REQUIREMENTS,
+    SERVER,
+    TOKEN,
+    VARIABLES,
+    manifest_args,
+    not_windows,
+    options_of,
+)
 from support.service import running
 
 from serving import openai_server
-from serving.openai_server import read_options
 
-CONTAINER = ROOT / "deploy" / "container"
-REQUIREMENTS = CONTAINER / "requirements.txt"
-TOKEN = "a token of this test's"
-# What the cluster fills in; the Pod's address is this machine's own here.
-CLUSTER = {"status.podIP": "127.0.0.1", "metadata.namespace": "default"}
-not_windows = pytest.mark.skipif(os.name == "nt", reason="2026-11-28: the image and its tools are for Linux")
-
-
-# --- how the files are read -----------------------------------------------------------------
-
-
-def instructions(text: str) -> list[tuple[str, str]]:
-    """Return a Dockerfile's instructions, each with what stands after it."""
-    lines = [line for line in text.splitlines() if not line.lstrip().startswith("#")]
-    whole = re.sub(r"\\\n\s*", "", "\n".join(lines))
-    return [tuple(line.split(None, 1)) for line in whole.splitlines() if line.strip()]
-
-
-@dataclass(frozen=True)
-class Dockerfile:
-    """What the stages of deploy/container/Dockerfile say."""
-
-    stages: dict[str, list[tuple[str, str]]]
-
-    def all(self, name, stage="base"):
-        return [value for instruction, value in self.stages[stage] if instruction == name]
-
-    def one(self, name, stage="base"):
-        (value,) = self.all(name, stage)
-        return value
-
-    def words(self, name):
-        """Return the words of a command in its exec form."""
-        value = self.one(name)
-        return json.loads(value[value.index("["):])
-
-    def variables(self):
-        return dict(word.split("=", 1) for value in self.all("ENV") for word in shlex.split(value))
-
-
-def read_dockerfile():
-    stages, text = {}, (CONTAINER / "Dockerfile").read_text(encoding="utf-8")
-    for name, value in instructions(text):
-        if name == "FROM":
-            stages[value.split()[-1]] = []
-        if stages:
-            list(stages.values())[-1].append((name, value))
-    return Dockerfile(stages)
-
-
-def documents(*folders):
-    """Return the manifests of these folders by their files' names."""
-    return {path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
-            for folder in folders for path in sorted((CONTAINER / folder).glob("*.yaml"))}
-
-
-IMAGE = read_dockerfile()
-APPLIED, OPTIONS = documents("kubernetes"), documents("options")
 MANIFESTS = APPLIED | OPTIONS
-POD = APPLIED["deployment.yaml"]["spec"]["template"]
-(SERVER,) = POD["spec"]["containers"]
-VARIABLES = {one["name"]: one["valueFrom"] for one in SERVER["env"]}
 LABELS = POD["metadata"]["labels"].items()
 DOCUMENT = (ROOT / "docs" / "container.md").read_text(encoding="utf-8")
-
-
-def manifest_args():
-    """Return the Deployment's args as a Pod would have them."""
-    known = {name: CLUSTER[source["fieldRef"]["fieldPath"]] for name, source in VARIABLES.items()
-             if "fieldRef" in source}
-    return [re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], word) for word in SERVER["args"]]
-
-
-def options_of(*args):
-    """Return the program's options as ENTRYPOINT and these words have it read them."""
-    _, _, *words = IMAGE.words("ENTRYPOINT")
-    return read_options([*words, *args])
 
 
 def docker_run():
     """Return the options and the arguments of the document's `docker run`."""
     (line,) = re.findall(r"^docker run (.*)$", DOCUMENT, re.MULTILINE)
-    options, arguments, words = {}, [], iter(shlex.split(line))
+    options = {}
+    arguments = []
+    words = iter(shlex.split(line))
     for word in words:
         if word.startswith("--"):
             options.setdefault(word, []).append("" if word in ("--rm", "--read-only") else next(words))
@@ -201,7 +141,8 @@ def test_every_option_is_one_of_the_programs():
 
 
 def test_the_names_that_a_pod_answers_to_are_the_services_and_its_own():
-    name, namespace = APPLIED["service.yaml"]["metadata"]["name"], CLUSTER["metadata.namespace"]
+    name = APPLIED["service.yaml"]["metadata"]["name"]
+    namespace = CLUSTER["metadata.namespace"]
     assert options_of(*manifest_args()).allowed_host == [
         name, f"{name}.{namespace}", f"{name}.{namespace}.svc", f"{name}.{namespace}.svc.cluster.local", "127.0.0.1"]
     assert manifest_args()[4] != SERVER["args"][4] == "--allowed-host=$(POD_IP)"
@@ -216,9 +157,6 @@ def test_there_is_one_port():
     assert APPLIED["network-policy.yaml"]["spec"]["ingress"][0]["ports"] == [{"port": "http"}]
     assert [one["port"] for one in OPTIONS["pod-monitor.yaml"]["spec"]["podMetricsEndpoints"]] == ["http"]
     assert docker_run()[0]["--publish"] == [f"127.0.0.1:{port}:{port}"]
-
-
-PROBES = {name: SERVER[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
 
 
 def test_a_kubelet_without_a_token_reads_the_probes_and_the_rest_wants_one(tmp_path):
@@ -249,7 +187,9 @@ def test_a_pod_has_the_time_to_end_what_it_has_begun():
 
 def test_nobody_is_root_and_nothing_is_writable_but_tmp():
     user = IMAGE.one("USER")
-    pod, container, (options, _) = POD["spec"]["securityContext"], SERVER["securityContext"], docker_run()
+    pod = POD["spec"]["securityContext"]
+    container = SERVER["securityContext"]
+    (options, _) = docker_run()
     assert re.fullmatch(r"[1-9]\d*:[1-9]\d*", user)
     assert f"{pod['runAsUser']}:{pod['runAsGroup']}" == user == options["--user"][0]
     assert pod["runAsNonRoot"] is True and pod["seccompProfile"] == {"type": "RuntimeDefault"}
@@ -278,7 +218,8 @@ def test_the_token_comes_from_the_secret_and_stands_in_no_file():
 
 def test_all_that_select_pods_select_these():
     deployment = APPLIED["deployment.yaml"]
-    budget, policy = APPLIED["disruption-budget.yaml"]["spec"], APPLIED["network-policy.yaml"]["spec"]
+    budget = APPLIED["disruption-budget.yaml"]["spec"]
+    policy = APPLIED["network-policy.yaml"]["spec"]
     selectors = [deployment["spec"]["selector"]["matchLabels"], APPLIED["service.yaml"]["spec"]["selector"],
                  budget["selector"]["matchLabels"], policy["podSelector"]["matchLabels"],
                  OPTIONS["egress-to-tracking.yaml"]["spec"]["podSelector"]["matchLabels"],

@@ -9,23 +9,14 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 from support import PAGES, find_cell
+from support.small_model import use_store
 
-from helpers import check_model, check_name, check_run, name_run, pinned, show_table
-from helpers.parameters import DEFAULTS
-from helpers.tracking import tracking_store
 from serving import chat_model
 
 
 @pytest.fixture
 def here(store):
-    """Make a store the active one; return what a page has bound when it logs."""
-    mlflow.set_tracking_uri(store)
-    mlflow.create_experiment("cells", artifact_location=tracking_store(store).artifact_location)
-    mlflow.set_experiment("cells")
-    return {"mlflow": mlflow, "parameters": DEFAULTS, "name_run": name_run, "pinned": pinned, "show_table": show_table,
-            "client": mlflow.MlflowClient(), "MlflowException": mlflow.MlflowException,
-            "tracking_store": tracking_store, "tracking_uri": store, "check_model": check_model,
-            "check_name": check_name, "check_run": check_run}
+    return use_store(store)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import mlflow
 import pytest
 from support import refuses
-from support.small_model import make_stand
+from support.small_model import make_stand, mend
 
 from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers, read_answers
 from helpers import compare_figures
@@ -25,11 +25,6 @@ def stand(store, tmp_path):
     return make_stand("ChatModel", store, tmp_path)
 
 
-def mend(refusal):
-    """Run the call that a refusal names."""
-    exec(refusal.value.fix.partition(": ")[2].removesuffix("."), {"mlflow": mlflow})
-
-
 def test_a_run_that_was_deleted_is_restored_by_what_its_refusal_names(stand):
     run, client = stand.names["run"], stand.client
     assert check_run(run) is None
@@ -38,12 +33,12 @@ def test_a_run_that_was_deleted_is_restored_by_what_its_refusal_names(stand):
     client.delete_run(stand.run_id)
     with refuses("run-deleted") as refusal:
         check_run(run)
-    mend(refusal)
+    mend(refusal.value)
     assert check_run(run) is None
     client.delete_experiment(run.info.experiment_id)
     with refuses("experiment-deleted") as refusal:
         check_run(run)
-    mend(refusal)
+    mend(refusal.value)
     assert check_run(run) is None
 
 
@@ -74,7 +69,7 @@ def test_a_name_may_be_a_models_and_not_a_prompts_and_the_store_has_to_be_there(
     mlflow.genai.register_prompt(stand.name, "Hello, {{name}}")
     with refuses("name-taken") as refusal:
         check_name(stand.name)
-    mend(refusal)
+    mend(refusal.value)
     assert check_name(stand.name) is None
     Path(stand.client.tracking_uri.removeprefix("sqlite:///")).unlink()
     with refuses("store-gone"):

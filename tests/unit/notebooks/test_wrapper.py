@@ -18,6 +18,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.pyfunc import scoring_server
 from support import ROOT
+from support.wrapper import log_wrapper, write_wrapper
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
@@ -26,48 +27,16 @@ from helpers import running
 PROMPTS = ["The sky is", "1 2 3", "Once upon a time, there was", "x", "日本語 🙂", "A much longer prompt. " * 20]
 
 
-def cell_of(start):
-    """Return the notebook's cell that holds this text."""
-    notebook = nbformat.read(ROOT / "notebooks" / "CustomPythonWrapper.ipynb", as_version=4)
-    (cell,) = [cell for cell in notebook.cells if start in cell.source]
-    return cell
-
-
-@pytest.fixture(scope="module")
-def signature():
-    """Return the signature that the notebook writes."""
-    scope = {"mlflow": mlflow, "prompt": "a", "max_tokens": 16, "temperature": 0.0}
-    exec(cell_of("log_model(").source.split("\nstore = tracking_store")[0], scope)
-    return scope["signature"]
-
-
 @pytest.fixture(scope="module")
 def wrapper_file(tmp_path_factory):
     """Return the file that the notebook's cell writes."""
-    cell = cell_of("%%writefile")
-    file = tmp_path_factory.mktemp("wrapper") / "prompt_model.py"
-    file.write_text(cell.source.split("\n", 1)[1], encoding="utf-8")
-    return file
+    return write_wrapper(tmp_path_factory.mktemp("wrapper"))
 
 
 @pytest.fixture(scope="module")
-def logged(wrapper_file, signature, tiny, tmp_path_factory):
-    """Return the URI of the logged wrapper."""
-    folder = tmp_path_factory.mktemp("störe 1")
-    mlflow.set_tracking_uri("sqlite:///" + (folder / "mlflow.db").as_posix())
-    mlflow.create_experiment("wrapper", artifact_location=(folder / "artifacts").as_uri())
-    mlflow.set_experiment("wrapper")
-    info = mlflow.pyfunc.log_model(
-        name="wrapper", python_model=str(wrapper_file), artifacts={"model": str(tiny.onnx_dir)},
-        model_config={"provider": "cpu", "context_length": 4096},
-        signature=signature,
-        pip_requirements=["mlflow", "onnxruntime-genai"])
-    return info.model_uri
-
-
-@pytest.fixture(scope="module")
-def model(logged):
-    return mlflow.pyfunc.load_model(logged)
+def model(wrapper_file, tiny, tmp_path_factory):
+    """Return the logged wrapper, as MLflow loads it."""
+    return mlflow.pyfunc.load_model(log_wrapper(wrapper_file, tiny.onnx_dir, tmp_path_factory.mktemp("störe 1")))
 
 
 @pytest.fixture(scope="module")
@@ -193,7 +162,9 @@ def test_what_is_no_text_is_refused_by_mlflows_server_too(server, body):
     assert (reply.status_code, "Error: Give a text" in reply.json()["message"]) == (400, True)
     # It quotes the request. The page says so: when this fails, the sentence goes.
     assert reply.json()["message"].startswith("Failed to predict data '")
-    assert "Failed to predict data" in cell_of("To keep it up").source
+    cells = nbformat.read(ROOT / "notebooks" / "CustomPythonWrapper.ipynb", as_version=4).cells
+    (text,) = [cell.source for cell in cells if "To keep it up" in cell.source]
+    assert "Failed to predict data" in text
 
 
 @pytest.mark.parametrize("body", [

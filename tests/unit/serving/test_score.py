@@ -12,6 +12,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from support import ROOT, stand_ins
 from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, deltas, user
+from support.score import load_score, undo_init
 from werkzeug.test import EnvironBuilder
 from werkzeug.wrappers import Request
 
@@ -21,10 +22,7 @@ from serving.chat_model import Refusal
 
 @pytest.fixture(autouse=True, scope="module")
 def init_sets_nothing_for_others():
-    """Take back the variable that init() sets, for which other tests' errors would lack their details."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_DISABLE_SCHEMA_DETAILS", "")
-        patch.delenv("MLFLOW_DISABLE_SCHEMA_DETAILS")
+    with undo_init():
         yield
 
 
@@ -39,11 +37,8 @@ def saved(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def loaded(saved):
     """Let init() load the chat model, as Azure does."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("AZUREML_MODEL_DIR", str(saved))
-        score.init()
-        yield score._model
-        score._model.unwrap_python_model().close()
+    with load_score(saved) as model:
+        yield model
 
 
 @pytest.fixture
@@ -105,7 +100,8 @@ def test_a_caller_that_leaves_a_stream_ends_the_models_work(read_events, stand_i
 def test_a_stream_that_is_left_is_closed_also_where_somebody_still_holds_it(stand_in, monkeypatch):
     model = stand_in("Streams")
     model.gate.release(1)
-    ask, held = score._model.predict_stream, []
+    ask = score._model.predict_stream
+    held = []
     monkeypatch.setattr(score._model, "predict_stream", lambda values: held.append(ask(values)) or held[0])
     response = post({"messages": user("gated 5"), "stream": True})
     next(response.response)
