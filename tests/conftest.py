@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import hypothesis
@@ -81,6 +82,15 @@ def site():
     return install_extra("spark")
 
 
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory, site):
+    """Return a Spark cluster of this machine for a module's tests."""
+    from course.cluster import running
+
+    with running(tmp_path_factory.mktemp("clüster 1"), site) as cluster:
+        yield cluster
+
+
 @pytest.fixture(autouse=True)
 def no_experiment_of_another_test(monkeypatch):
     """Take away what MLflow's set_experiment leaves to the programs that a process starts."""
@@ -123,6 +133,23 @@ def cache(tmp_path, monkeypatch):
 
 
 @pytest.fixture
+def filled_cache(cache, tiny):
+    """Return a cache of its own that has tiny-phi3."""
+    shutil.copytree(tiny.onnx_dir.parent, cache / "tiny-phi3")
+    return cache
+
+
+@pytest.fixture(scope="session")
+def phi3(tmp_path_factory):
+    """Return a folder with the Hub's two repositories of Phi-3, with noise for weights."""
+    from support.phi3_layout import write_noise_phi3
+
+    root = tmp_path_factory.mktemp("hub")
+    write_noise_phi3(root)
+    return root
+
+
+@pytest.fixture
 def mounted(tmp_path):
     """Return a function that runs a command with ``folder`` mounted as tmpfs with these options."""
     folder = tmp_path / "disk"
@@ -148,9 +175,8 @@ def chat(tiny):
     """Return a chat model for a module's tests; it answers 16 tokens where a request says nothing."""
     from support.chat import load_chat
 
-    model = load_chat(tiny.onnx_dir)
-    yield model
-    model.close()
+    with closing(load_chat(tiny.onnx_dir)) as model:
+        yield model
 
 
 @pytest.fixture
@@ -158,9 +184,26 @@ def fresh(tiny):
     """Return a chat model for one test, which may break it."""
     from support.chat import load_chat
 
-    model = load_chat(tiny.onnx_dir)
-    yield model
-    model.close()
+    with closing(load_chat(tiny.onnx_dir)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def cold(tiny):
+    """Return a model that keeps no conversation: its answers are what the others' have to be."""
+    from support.chat import load_chat
+
+    with closing(load_chat(tiny.onnx_dir, kept_conversations=0)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def real_chat(smol):
+    """Return the chat model on the real model."""
+    from support.chat import load_chat
+
+    with closing(load_chat(smol.onnx_dir)) as model:
+        yield model
 
 
 @pytest.fixture(scope="module")
@@ -169,6 +212,37 @@ def as_shown(chat):
     from support.chat import AS_SHOWN
 
     return chat.predict(None, AS_SHOWN)[0]["choices"]
+
+
+# --- the server of stand-ins out of a registry -----------------------------------------------------
+
+
+@pytest.fixture
+def registry(store, tmp_path):
+    """Set a store of this test's own; return a function that registers a stand-in there, and sets ``champion``."""
+    from support import stand_ins
+
+    with stand_ins.registry(store, tmp_path) as register:
+        yield register
+
+
+@pytest.fixture
+def program(registry, store, tmp_path, monkeypatch):
+    """Return a function that starts the server as a program on this test's store."""
+    from support.served_program import Program
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    started = []
+
+    def start(*words):
+        started.append(Program(tmp_path / f"program{len(started)}.log", *words))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.process.kill()
+        one.process.wait()
 
 
 # --- a small kit that was really built ------------------------------------------------------------

@@ -13,28 +13,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from support import ROOT
-from support.chat import contents, deltas, load_chat, mixed_requests, user
-from support.chat_requests import ANYTHING, REQUESTS, check_answer
-from support.conversations import WAYS, settle, stats_of, talk, wait_for
+from support.chat import ask, contents, load_chat, mixed_requests, user
+from support.chat_requests import OTHER_FIELDS, REQUESTS, check_answer_or_refusal, check_stream
+from support.conversations import WAYS, Together, settle, stats_of, talk, wait_for
 from transformers import AutoTokenizer
 
-from serving import chat_model
-from serving.chat_model import ChatRequest, Engine, Row, Sampler, Scheduler, TextWriter
-
-
-def ask(model, request):
-    return model.predict(None, request)[0]["choices"]
-
-
-@pytest.fixture(scope="module")
-def cold(tiny):
-    """Return a model that keeps nothing: its answers are what the others' have to be."""
-    model = load_chat(tiny.onnx_dir, kept_conversations=0)
-    yield model
-    model.close()
+from serving.chat_model import ChatRequest, Engine, Row, Sampler, TextWriter
 
 
 def test_200_requests_of_32_threads_with_cancellations_change_no_answer(chat):
@@ -85,7 +71,8 @@ def test_conversations_in_company_get_the_answers_that_they_get_alone_without_re
 
 @pytest.mark.parametrize("way", ["greedy", "seeded"])
 def test_who_goes_back_in_a_conversation_gets_the_same_answers(fresh, cold, way):
-    held, fields = talk(cold, **WAYS[way]), WAYS[way]
+    fields = WAYS[way]
+    held = talk(cold, **fields)
     (*before, last), _ = held[-1]
 
     def edited(text):
@@ -106,18 +93,6 @@ def test_who_goes_back_in_a_conversation_gets_the_same_answers(fresh, cold, way)
         assert reused > before
 
 
-class Side(Scheduler):
-    """Starts as one batch whatever waits, once there are ``size`` rows."""
-
-    size = 1
-
-    def linger_time(self, waiting, last_size):
-        return 60.0 if len(waiting) < self.size else 0.0
-
-    def next(self, waiting, running, now):
-        return list(waiting)
-
-
 def run(engine, prompts, seeds=(None, 5)):
     """Return the tokens that an engine writes to prompts that start together, for each way to choose them."""
     answers = []
@@ -126,7 +101,7 @@ def run(engine, prompts, seeds=(None, 5)):
         request = None if seed is None else ChatRequest(messages=user("x"), temperature=1.0, seed=seed)
         started = [Row(prompt, 12, TextWriter(tokenizer, []), request and Sampler(request, 0), queue.SimpleQueue(),
                        False) for prompt in prompts]
-        engine._scheduler = Side(engine.context_length)
+        engine._scheduler = Together(engine.context_length)
         object.__setattr__(engine._scheduler, "size", len(prompts))
         engine.submit(started)
         for row in started:
@@ -185,27 +160,13 @@ def test_of_many_conversations_the_last_few_are_kept_within_one_context(tiny):
 @given(REQUESTS)
 @settings(max_examples=80)
 def test_any_request_within_the_contract_is_answered_by_it(chat, request_values):
-    completion = check_answer(chat, request_values)
-    request = request_values | {"stream": True, "stream_options": {"include_usage": True}}
-    chunks = list(chat.predict_stream(None, request))
-    deltas(chunks, len(completion["choices"]))  # holds their shape
-    assert chunks[-1]["usage"]["prompt_tokens"] == completion["usage"]["prompt_tokens"]
+    check_stream(chat, request_values)
 
 
-@given(REQUESTS, st.dictionaries(st.sampled_from([*chat_model.ChatRequest.model_fields, "verbosity"]), ANYTHING,
-                                 min_size=1, max_size=2))
+@given(REQUESTS, OTHER_FIELDS)
 @settings(max_examples=250)
-def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, request_values, anything):
-    request_values |= anything
-    try:
-        if request_values.get("stream") is True:
-            chunks = list(chat.predict_stream(None, request_values))
-            assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
-        else:
-            check_answer(chat, request_values)
-    except MlflowException as error:
-        assert error.error_code == "INVALID_PARAMETER_VALUE"
-        assert len(error.message) < 300
+def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, request_values, fields):
+    check_answer_or_refusal(chat, request_values | fields)
 
 
 # --- after a fork ---------------------------------------------------------------------------
@@ -271,41 +232,33 @@ def test_it_answers_after_a_fork(tiny, python):
 # --- the real model -------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def real(smol):
-    """Return the chat model on the real model."""
-    model = load_chat(smol.onnx_dir)
-    yield model
-    model.close()
-
-
-def test_usage_counts_what_the_tokenizer_counts(real, smol):
+def test_usage_counts_what_the_tokenizer_counts(real_chat, smol):
     tokenizer = AutoTokenizer.from_pretrained(smol.transformers_dir)
     messages = [*user("Name a fruit."), {"role": "assistant", "content": "Apple."}, *user("And another one?")]
-    (completion,) = real.predict(None, {"messages": messages, "max_tokens": 12})
+    (completion,) = real_chat.predict(None, {"messages": messages, "max_tokens": 12})
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert completion["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
     assert completion["usage"]["completion_tokens"] == len(tokenizer.encode(contents(completion)[0]))
 
 
-def test_the_finish_reason_is_true_at_the_last_allowed_token(real):
+def test_the_finish_reason_is_true_at_the_last_allowed_token(real_chat):
     messages = [{"role": "system", "content": "Answer in one short sentence."}, *user("What is the capital of Spain?")]
-    (whole,) = real.predict(None, {"messages": messages, "max_tokens": 64})
+    (whole,) = real_chat.predict(None, {"messages": messages, "max_tokens": 64})
     tokens = whole["usage"]["completion_tokens"]
     assert contents(whole) == ["The capital of Spain is Madrid."]
     for extra, reason in ((-1, "length"), (0, "length"), (1, "stop"), (2, "stop")):  # the end token is one more
-        (completion,) = real.predict(None, {"messages": messages, "max_tokens": tokens + extra})
+        (completion,) = real_chat.predict(None, {"messages": messages, "max_tokens": tokens + extra})
         assert completion["choices"][0]["finish_reason"] == reason
         assert completion["usage"]["completion_tokens"] == min(tokens, tokens + extra)
     # The last allowed token may also be the one that ends a stop string.
-    (completion,) = real.predict(None, {"messages": messages, "max_tokens": tokens, "stop": ["."]})
+    (completion,) = real_chat.predict(None, {"messages": messages, "max_tokens": tokens, "stop": ["."]})
     assert contents(completion) == ["The capital of Spain is Madrid"]
     assert completion["choices"][0]["finish_reason"] == "stop"
 
 
-def test_an_answer_is_the_same_alone_and_in_company(real):
+def test_an_answer_is_the_same_alone_and_in_company(real_chat):
     requests = mixed_requests()[:8]
     random.Random(1).shuffle(requests)
-    together = [completion["choices"] for completion in real.predict(None, requests)]
-    assert together == [ask(real, one) for one in requests]
+    together = [completion["choices"] for completion in real_chat.predict(None, requests)]
+    assert together == [ask(real_chat, one) for one in requests]
     assert len({json.dumps(choices) for choices in together}) > 2

@@ -3,80 +3,27 @@
 Run: python -m helpers nightly tests/nightly/test_doctor.py
 """
 
-
-import http.server
 import os
 import platform
 import re
 import shutil
-import ssl
 import subprocess
 import sys
-import threading
-import time
-from email.utils import formatdate
 
 import pytest
 from support import ROOT
+from support.doctor import CLOSED, LOGIN, NOBODY, YEAR, answer_everything, write_program
 from support.user import make_checkout
 
 from course.doctor import network, smoke
 from helpers.models.prepare import cache_state
-from helpers.paths import model_cache
-
-YEAR = 365 * 24 * 3600
-LOGIN = b"<html><body><form action='/login'>Please log in.</form></body></html>"
-CLOSED = "http://127.0.0.1:9"
-# Whatever this machine's pip and shell are set to, a test asks what the test names.
-NOBODY = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": CLOSED + "/simple", "PIP_EXTRA_INDEX_URL": "",
-          "PIP_FIND_LINKS": "", "HF_ENDPOINT": CLOSED, "COURSE_KIT": "", "JAVA_HOME": "", "http_proxy": "",
-          "https_proxy": "", "all_proxy": "", "no_proxy": "127.0.0.1,localhost"}  # in lower case they count more
 
 
 @pytest.fixture
 def serve():
-    """Return a function that starts a server with one answer to everything, and gives back its port."""
-    servers = []
-
-    def start(body, kind="text/html", status=200, clock=0, certificate=None):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            do_HEAD = do_GET  # noqa: N815, the name that http.server calls
-
-            def date_time_string(self, timestamp=None):
-                return formatdate(time.time() + clock, usegmt=True)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        servers.append(server)
-        return server.server_port
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def cache(tiny, tmp_path, monkeypatch):
-    """Return a cache of its own that has tiny-phi3."""
-    shutil.copytree(model_cache() / "tiny-phi3", tmp_path / "cache" / "tiny-phi3")
-    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
+    """Return a function that starts a server with one answer to everything; it returns the port."""
+    with answer_everything() as start:
+        yield start
 
 
 def spoil(file):
@@ -86,19 +33,8 @@ def spoil(file):
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns))
 
 
-def program(folder, name, says):
-    """Make a program that prints a line to standard error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":
-        (folder / f"{name}.bat").write_text(f"@echo {says} 1>&2\n", encoding="utf-8")
-    else:
-        (folder / name).write_text(f"#!/bin/sh\necho '{says}' >&2\n", encoding="utf-8")
-        (folder / name).chmod(0o755)
-    return folder
-
-
-def test_a_fit_machine_without_a_network_that_lost_a_file(python, cache):
-    (cache / "tiny-phi3" / "onnx" / "model.onnx").unlink()
+def test_a_fit_machine_without_a_network_that_lost_a_file(python, filled_cache):
+    (filled_cache / "tiny-phi3" / "onnx" / "model.onnx").unlink()
     result = python("-m", "helpers", "doctor", network=False, **NOBODY)
     said = result.stdout.splitlines()
     assert (result.returncode, result.stderr) == (0, ""), result.stdout
@@ -117,16 +53,16 @@ def test_a_fit_machine_without_a_network_that_lost_a_file(python, cache):
         assert re.search(f"OK    track {track} generated 5 tokens on tiny-phi3 in", result.stdout), result.stdout
 
 
-def test_a_machine_where_much_is_wrong(python, serve, cache, tmp_path):
-    spoil(cache / "tiny-phi3" / "onnx" / "model.onnx")
-    program(tmp_path / "bin", "java", 'openjdk version "11.0.22" 2024-01-16')
+def test_a_machine_where_much_is_wrong(python, serve, filled_cache, tmp_path):
+    spoil(filled_cache / "tiny-phi3" / "onnx" / "model.onnx")
+    write_program(tmp_path / "bin", "java", 'openjdk version "11.0.22" 2024-01-16')
     home = tmp_path / "ann"
     home.mkdir()
     proxy = f"127.0.0.1:{serve(LOGIN, clock=YEAR)}"
     settings = NOBODY | {
         "PIP_INDEX_URL": "http://index.invalid/simple", "PIP_TRUSTED_HOST": "index.invalid", "no_proxy": "",
         "HF_ENDPOINT": "http://hub.invalid", "http_proxy": f"http://ann:sesame@{proxy}", "HOME": str(home),
-        "USERPROFILE": str(home), "COURSE_CACHE": str(cache.rename(home / "models")),
+        "USERPROFILE": str(home), "COURSE_CACHE": str(filled_cache.rename(home / "models")),
         "PATH": str(tmp_path / "bin") + os.pathsep + os.environ["PATH"]}
     result = python("-m", "helpers", "doctor", **settings)
     assert (result.returncode, result.stderr) == (1, "")
@@ -185,15 +121,15 @@ def test_a_library_that_kills_the_process(tiny, tmp_path, monkeypatch):
                       "This processor lacks an instruction that the track's library needs: use another machine.")
 
 
-def test_a_doctor_in_a_folder_with_the_users_name_says_none_of_it(cache, tmp_path):
+def test_a_doctor_in_a_folder_with_the_users_name_says_none_of_it(filled_cache, tmp_path):
     folder = make_checkout(tmp_path / "Users" / "Maja Müller" / "the course")
     for name in ("cache", "java"):
         (folder.parent / name).mkdir()
-    (folder.parent / "cache" / "tiny-phi3").symlink_to(cache / "tiny-phi3")
+    (folder.parent / "cache" / "tiny-phi3").symlink_to(filled_cache / "tiny-phi3")
     environment = os.environ | NOBODY | {
         "HOME": str(tmp_path), "USER": "maja", "LOGNAME": "maja", "COURSE_CACHE": str(folder.parent / "cache"),
         "COURSE_KIT": str(folder.parent / "kit"), "JAVA_HOME": str(folder.parent / "java"),
-        "BROWSER": str(program(folder.parent / "bin", "opera", "") / "opera"), "PYTHONPATH": str(folder),
+        "BROWSER": str(write_program(folder.parent / "bin", "opera", "") / "opera"), "PYTHONPATH": str(folder),
         "http_proxy": "http://maja:sesame@maja.example:3128"}
     result = subprocess.run([sys.executable, "-m", "helpers", "doctor"], cwd=folder, env=environment, text=True,
                             capture_output=True, encoding="utf-8")

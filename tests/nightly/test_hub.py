@@ -11,14 +11,14 @@ import sys
 import time
 from datetime import datetime, timedelta
 from pathlib import Path
-from types import SimpleNamespace
 
 import mlflow
 import pytest
 import transformers
 from support import ROOT, refuses
+from support.chat import load_chat
 from support.loopback_hub import LoopbackHub, certificate
-from support.phi3_layout import PHI4_ONNX, PHI4_TORCH, TORCH, write_noise_phi3, write_phi3, write_phi4
+from support.phi3_layout import PHI4_ONNX, PHI4_TORCH, TORCH, write_phi3, write_phi4
 
 from helpers import prepare_model
 from helpers.models.prepare import cache_state
@@ -26,14 +26,6 @@ from helpers.models.usable import refuse_unknown_model
 from serving import chat_model
 
 SHARD = "model-00001-of-00002.safetensors"
-
-
-@pytest.fixture(scope="session")
-def noise(tmp_path_factory):
-    """Return a folder with the two repositories of Phi-3, with noise for weights."""
-    root = tmp_path_factory.mktemp("hub")
-    write_noise_phi3(root)
-    return root
 
 
 @pytest.fixture(scope="session")
@@ -58,12 +50,6 @@ def serve(monkeypatch, cache):
     yield start
     for hub in hubs:
         hub.close()
-
-
-def load_chat_model(folder):
-    model = chat_model.ChatModel()
-    model.load_context(SimpleNamespace(artifacts={"model": str(folder)}, model_config=None))
-    return model
 
 
 def test_the_wrapper_s_page_needs_no_change_for_phi_4_mini(serve, real, python, store):
@@ -104,7 +90,7 @@ def test_the_chat_model_reads_markup_as_transformers_does_and_its_stream_is_its_
     control = set(tokenizer.get_added_vocab().values())
     (message,) = chat_model.ChatRequest(messages=[{"role": "user", "content": markup}]).messages
     assert sum(token in control for token in encoder.encode([message], 4096)) == 3  # the template's own
-    model = load_chat_model(prepared.onnx_dir)
+    model = load_chat(prepared.onnx_dir)
     for seed in range(8):
         request = {"messages": [{"role": "user", "content": "Go on."}], "temperature": 1, "seed": seed,
                    "max_tokens": 60}
@@ -121,14 +107,14 @@ def test_the_export_that_is_offered_works_and_counts_from_then_on(serve, real, c
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     prepared = prepare_model(name)
     assert prepared.sources["onnx"] == f"{TORCH}@{hub.commit(TORCH)}, exported with int8 weights"
-    model = load_chat_model(prepared.onnx_dir)
+    model = load_chat(prepared.onnx_dir)
     (completion,) = model.predict(None, [{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}])
     assert completion["usage"]["completion_tokens"] > 0
     model.close()
 
 
-def test_two_at_once_download_once(serve, noise):
-    hub = serve(noise)
+def test_two_at_once_download_once(serve, phi3):
+    hub = serve(phi3)
     hub.faults = {SHARD: [("hold", 10_000)]}
     command = [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k", "--track", "transformers"]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
@@ -145,11 +131,11 @@ def test_two_at_once_download_once(serve, noise):
     assert hub.sent[f"{TORCH}/{SHARD}"] == (hub.root / TORCH / SHARD).stat().st_size
 
 
-def test_a_folder_on_another_disk_works_through_a_link(serve, noise, cache, tmp_path):
+def test_a_folder_on_another_disk_works_through_a_link(serve, phi3, cache, tmp_path):
     other = Path("/dev/shm")
     if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
         pytest.skip("needs a second disk")
-    serve(noise)
+    serve(phi3)
     folder = other / f"course-{os.getpid()}"
     folder.mkdir()
     try:
@@ -167,11 +153,11 @@ def test_a_folder_on_another_disk_works_through_a_link(serve, noise, cache, tmp_
 
 
 @pytest.mark.parametrize(("first", "last"), [(-20, -10), (10, 20)])
-def test_a_certificate_out_of_its_time_says_what_the_clock_says(serve, noise, tmp_path, monkeypatch, first, last):
+def test_a_certificate_out_of_its_time_says_what_the_clock_says(serve, phi3, tmp_path, monkeypatch, first, last):
     file = certificate(tmp_path, timedelta(days=first), timedelta(days=last))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file)
-    serve(noise, lambda server: context.wrap_socket(server, server_side=True))
+    serve(phi3, lambda server: context.wrap_socket(server, server_side=True))
     monkeypatch.setenv("SSL_CERT_FILE", str(file))
     with refuses("hub-certificate") as refusal:
         prepare_model("phi-3-mini-4k", "transformers")
@@ -190,8 +176,8 @@ def test_a_certificate_out_of_its_time_says_what_the_clock_says(serve, noise, tm
     {"quant_method": "modelopt", "quant_algo": "NVFP4"},
     {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
     {"quant_method": "bitnet", "linear_class": "bitlinear"}], ids=str)
-def test_of_quantized_weights_those_come_that_load_and_save_without_more_packages(noise, tmp_path, packed):
-    config = json.loads((noise / TORCH / "config.json").read_text(encoding="utf-8")) | {"quantization_config": packed}
+def test_of_quantized_weights_those_come_that_load_and_save_without_more_packages(phi3, tmp_path, packed):
+    config = json.loads((phi3 / TORCH / "config.json").read_text(encoding="utf-8")) | {"quantization_config": packed}
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if packed.get("linear_class") == "bitlinear":
         refuse_unknown_model(TORCH, tmp_path, config)
@@ -204,8 +190,8 @@ def test_of_quantized_weights_those_come_that_load_and_save_without_more_package
     {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
     {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
     {"architectures": ["Phi3ForProcessRewardModel"]}], ids=str)
-def test_other_kinds_of_models_are_refused(noise, tmp_path, fields):
-    config = json.loads((noise / TORCH / "config.json").read_text(encoding="utf-8")) | fields
+def test_other_kinds_of_models_are_refused(phi3, tmp_path, fields):
+    config = json.loads((phi3 / TORCH / "config.json").read_text(encoding="utf-8")) | fields
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with refuses("hub-architecture"):
         refuse_unknown_model(TORCH, tmp_path, config)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime_genai as og
 import torch
+from support.prepared import check_entry, names
 from support.steps import entry_of
 from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
 
@@ -17,10 +18,6 @@ from helpers import prepare_model
 from helpers.files import sha256
 from helpers.models.catalogue import find_entry
 from helpers.models.sources import Export, RandomWeights, ensure_folder, source_of
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 def test_a_model_is_made_whole_from_nothing_in_an_odd_path(cache, tiny):
@@ -38,16 +35,7 @@ def test_a_model_is_made_whole_from_nothing_in_an_odd_path(cache, tiny):
 
 
 def test_the_entry_tells_the_truth_about_the_folders(smol):
-    prepared = smol
-    model = AutoModelForCausalLM.from_pretrained(prepared.transformers_dir, trust_remote_code=False)
-    assert model.num_parameters() == prepared.entry.parameters
-    assert model.dtype.is_floating_point
-    assert model.config.max_position_embeddings == prepared.entry.context_length
-    genai = json.loads((prepared.onnx_dir / "genai_config.json").read_text())
-    assert genai["model"]["context_length"] == prepared.entry.context_length
-    home = prepared.onnx_dir.parent
-    megabytes = sum(path.stat().st_size for path in home.rglob("*") if path.is_file()) / 1e6
-    assert megabytes <= prepared.entry.disk
+    check_entry(smol)
 
 
 def test_the_gguf_is_the_published_one(smol):
@@ -77,7 +65,8 @@ def test_an_export_is_its_model_beyond_the_window_too_alone_and_in_a_batch(tmp_p
     monkeypatch.setattr("helpers.models.sources.PRECISION", "fp32")
     ensure_folder(Export(entry_of("tiny-phi3"), Windowed(find_entry("tiny-phi3"), 1)), home / "onnx")
     assert not list(home.rglob("builder-*"))
-    reference, engine = AutoModelForCausalLM.from_pretrained(home / "transformers"), og.Model(str(home / "onnx"))
+    reference = AutoModelForCausalLM.from_pretrained(home / "transformers")
+    engine = og.Model(str(home / "onnx"))
     assert reference.config.sliding_window == 32
     for lengths in ([20], [100], [40, 100, 10]):
         rows = [[5 + (7 * place * place + length) % 500 for place in range(length)] for length in lengths]

@@ -166,7 +166,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - used.ru_maxrss) // 1
 @pytest.mark.skipif(sys.platform != "linux", reason="2026-11-28: only Linux bounds a process's seconds of work")
 @pytest.mark.parametrize("schema", HARD.values(), ids=HARD)
 def test_a_schema_that_takes_much_to_compile_is_refused_or_kept_with_bounded_work(tiny, schema):
-    """The child ends at the sixth second of work; it prints the megabytes that the schema took."""
+    # The child ends at the sixth second of work; it prints the megabytes that the schema took.
     ended = subprocess.run([sys.executable, "-c", MEASURE, str(tiny.onnx_dir)], input=json.dumps(shape(schema)),
                            cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == 0, ended.stderr
@@ -174,11 +174,13 @@ def test_a_schema_that_takes_much_to_compile_is_refused_or_kept_with_bounded_wor
 
 
 def test_a_running_answer_goes_on_while_a_schema_is_compiled(fresh):
-    """Count the steps that a stream makes between the begin and the end of a compilation."""
+    # Count the steps that a stream makes between the beginning and the end of a compilation.
     hard = {"type": "object", "patternProperties": {f"^k{i}_": NULL for i in range(20)},
             "properties": {f"p{i}": {"anyOf": [INTEGER, STRING]} for i in range(900)}}
     fresh._schemas.bind(ResponseFormat(type="json_object"))  # reads the vocabulary
-    steps, begun, step = [], threading.Event(), Batch.step
+    steps = []
+    begun = threading.Event()
+    step = Batch.step
 
     def count(batch):
         step(batch)
@@ -227,19 +229,12 @@ def test_a_tokenizer_with_blanks_in_front_writes_the_blanks_that_are_due(sentenc
         assert "".join(piece for piece, _ in pieces) == text
 
 
-@pytest.fixture(scope="module")
-def real(smol):
-    model = load_chat(smol.onnx_dir)
-    yield model
-    model.close()
-
-
 @pytest.mark.parametrize("name", ["oneOf", "names", "json_object"])
-def test_the_real_model_fits_its_schema(real, name):
+def test_the_real_model_fits_its_schema(real_chat, name):
     schema = SCHEMAS[name]
     asked = [request(schema, seed=seed, max_tokens=40, temperature=temperature)
              for seed, temperature in enumerate((0.0, 0.7, 1.5))]
     answers = [(choice["message"]["content"], choice["finish_reason"])
-               for completion in real.predict(None, asked) for choice in completion["choices"]]
+               for completion in real_chat.predict(None, asked) for choice in completion["choices"]]
     assert [wrong for text, reason in answers if (wrong := judge(schema, text, reason))] == []
-    assert [choices(real, one) for one in asked] == [[answer] for answer in answers]
+    assert [choices(real_chat, one) for one in asked] == [[answer] for answer in answers]

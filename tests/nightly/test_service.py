@@ -19,48 +19,12 @@ import pytest
 import schemathesis
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode, checks
-from support import stand_ins
-from support.chat import chat_model_for
-from support.served_program import URI, Program, ask, get
-from support.service import body, raw, running, wait_for
+from support.chat import LONG, chat_model_for
+from support.served_program import URI, ask, get
+from support.service import body, raw, running, wait_for, wait_for_version
+from support.stand_ins import move_alias
 
 from serving import openai_server
-
-
-@pytest.fixture
-def registry(store, tmp_path):
-    """Set a store of this test's own; return a function that registers a stand-in there, and sets ``champion``."""
-    with stand_ins.registry(store, tmp_path) as register:
-        yield register
-
-
-@pytest.fixture
-def program(registry, store, tmp_path, monkeypatch):
-    """Return a function that starts the program on this test's store."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    started = []
-
-    def start(*words):
-        started.append(Program(tmp_path / f"program{len(started)}.log", *words))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.process.wait()
-
-
-def move(version):
-    mlflow.MlflowClient().set_registered_model_alias("stand-in", "champion", version)
-
-
-def ready(server):
-    return server.client.get("/ready").json()
-
-
-def serves(server, version):
-    wait_for(lambda: ready(server)["version"] == version, f"version {version}")
 
 
 @pytest.fixture(scope="module")
@@ -79,7 +43,8 @@ def test_requests_made_from_the_description_get_an_answer_or_a_refusal(server, m
     description = schemathesis.openapi.from_url(f"{server.address}/openapi.json")
     rules = [checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance,
              checks.content_type_conformance, *rules]
-    statuses, answers = Counter(), server.count("slm_requests_total", outcome="ok")
+    statuses = Counter()
+    answers = server.count("slm_requests_total", outcome="ok")
 
     def ask(case):
         statuses[case.operation.path, case.call_and_validate(checks=rules).status_code] += 1
@@ -102,25 +67,26 @@ def test_the_store_is_locked_by_another_writer(registry, store, record_property)
     registry("Streams")
     registry("Streams", alias=None)
     with running(URI, poll=0.02) as server:
-        move("2")
-        serves(server, "2")
-        move("1")
-        serves(server, "1")
+        move_alias("2")
+        wait_for_version(server, "2")
+        move_alias("1")
+        wait_for_version(server, "1")
         file = sqlite3.connect(store.removeprefix("sqlite:///"), timeout=30, isolation_level=None)
         file.execute("UPDATE registered_model_aliases SET version = 2")
         file.execute("BEGIN EXCLUSIVE")
-        looks, find = [], server.service.desk.address.find_version
+        looks = []
+        find = server.service.desk.address.find_version
         server.service.desk.address.find_version = lambda: looks.append(1) or find()
         answers = 0
         while len(looks) < 2:
             assert server.ask("words 2").status_code == 200
             answers += 1
         record_property("answers while the store was locked", answers)
-        assert ready(server) == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": None}
+        assert server.readiness() == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": None}
         file.execute("ROLLBACK")
         file.execute("UPDATE registered_model_aliases SET version = 2")
         file.close()
-        serves(server, "2")
+        wait_for_version(server, "2")
 
 
 def test_a_store_that_is_locked_when_the_program_starts(registry, store, monkeypatch, capsys):
@@ -138,8 +104,7 @@ def test_200_clients_that_leave_free_the_engine(tiny, tmp_path, record_property)
     mlflow.pyfunc.save_model(tmp_path / "model", **chat_model_for(tiny))
     with running(tmp_path / "model", concurrent=200) as server:
         threads = threading.active_count()
-        asked = {"max_tokens": 2000, "frequency_penalty": -2.0}
-        clients = [server.connect(raw(body(f"{number}", stream=number % 2 == 0, **asked))) for number in range(200)]
+        clients = [server.connect(raw(body(f"{number}", stream=number % 2 == 0, **LONG))) for number in range(200)]
         wait_for(lambda: server.requests() == (200, 0) and server.service.desk.current.rows(), "200 requests")
         for client in clients:
             client.close()

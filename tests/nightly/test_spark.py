@@ -3,7 +3,6 @@
 Run: python -m helpers test tests/nightly/test_spark.py
 """
 
-import functools
 import re
 import subprocess
 import sys
@@ -13,28 +12,11 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
-from support import stand_ins
 from support.chat import chat_model_for
 from support.projects import activated, project
 from support.service import wait_for
 
 from course.cluster import running
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory, site):
-    with running(tmp_path_factory.mktemp("clüster 1"), site) as cluster:
-        yield cluster
-
-
-@pytest.fixture
-def registry(store, tmp_path):
-    """Return the store's variable for a program, and a function that registers a stand-in there."""
-    before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(store)
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("stand-ins", (tmp_path / "artifacts").as_uri()))
-    yield functools.partial(stand_ins.register, tmp_path / "code")
-    mlflow.set_tracking_uri(before)
 
 
 @pytest.fixture
@@ -177,7 +159,8 @@ def test_a_worker_without_memory_is_told_with_its_settings(batch, tiny, registry
 
 def test_a_full_disk_leaves_nothing_half_written(store, registry, site, mounted, tmp_path, monkeypatch):
     registry("Rows")
-    prompts, out = write(tmp_path / "in.parquet", ["big 9"] * 400), tmp_path / "disk" / "out.parquet"
+    prompts = write(tmp_path / "in.parquet", ["big 9"] * 400)
+    out = tmp_path / "disk" / "out.parquet"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
     command = [sys.executable, "-m", "course.cluster", tmp_path / "cluster", site, prompts, out,
                "--model", "models:/stand-in@champion", "--rows-per-task", "20"]

@@ -11,16 +11,11 @@ import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from support import ROOT
-from support.chat import AS_SHOWN, LONG, SECRET, user
+from support.chat import AS_SHOWN, LONG, SECRET, ask, user
 from support.conversations import TURNS, talk
 
 from serving import chat_model
 from serving.chat_model import SETTINGS, SIGNATURE
-
-
-def ask(model, request):
-    return model.predict(None, request)[0]["choices"]
-
 
 # --- what it tells MLflow's tracing -------------------------------------------------------------
 

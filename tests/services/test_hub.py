@@ -14,7 +14,7 @@ import pytest
 from support import ROOT, interrupt, refuses
 from support.in_process import download_here
 from support.loopback_hub import LoopbackHub
-from support.phi3_layout import CPU, ONNX, write_noise_phi3
+from support.phi3_layout import CPU, ONNX
 
 from helpers import prepare_model
 from helpers.models.prepare import cache_state
@@ -23,18 +23,10 @@ COMMAND = [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k
 TOKENIZER = "tokenizer.json"
 
 
-@pytest.fixture(scope="module")
-def repositories(tmp_path_factory):
-    """Return a folder with the two repositories of Phi-3, with noise for weights."""
-    root = tmp_path_factory.mktemp("hub")
-    write_noise_phi3(root)
-    return root
-
-
 @pytest.fixture
-def hub(repositories, cache, monkeypatch):
+def hub(phi3, cache, monkeypatch):
     """Return a Hub that the children of this process ask."""
-    hub = LoopbackHub(repositories)
+    hub = LoopbackHub(phi3)
     monkeypatch.setenv("HF_ENDPOINT", hub.url)
     yield hub
     hub.close()

@@ -24,11 +24,22 @@ import openai
 import pytest
 from support import clients, stand_ins
 from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, deltas, parts, schema, user
-from support.service import body, events, handles, raw, read_all, running, save_pipeline, wait_for
+from support.served_program import URI
+from support.service import (
+    body,
+    events,
+    handles,
+    raw,
+    read_all,
+    running,
+    save_pipeline,
+    wait_for,
+    wait_for_version,
+)
+from support.stand_ins import move_alias
 
 from serving import openai_server
 
-URI = "models:/stand-in@champion"
 TOKEN = "geheim-ß"
 TOKEN_HEADER = f"Authorization: Bearer {TOKEN}"
 
@@ -632,25 +643,6 @@ def test_a_short_drain_ends_answers_with_an_error_even_of_a_model_that_does_not_
 # --- the alias ------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def registry(store, tmp_path):
-    """Set a store of this test's own; return a function that registers a stand-in there, and sets ``champion``."""
-    with stand_ins.registry(store, tmp_path) as register:
-        yield register
-
-
-def move(version, alias="champion"):
-    mlflow.MlflowClient().set_registered_model_alias("stand-in", alias, version)
-
-
-def ready(server):
-    return server.client.get("/ready").json()
-
-
-def serves(server, version):
-    wait_for(lambda: ready(server)["version"] == version, f"version {version}")
-
-
 def folder_of(version):
     return Path(mlflow.artifacts.download_artifacts(f"models:/stand-in/{version}"))
 
@@ -678,8 +670,8 @@ def test_the_alias_moves_under_load_and_no_request_fails(registry, record_proper
         callers = [pool.submit(caller, number) for number in range(8)]
         wait_for(lambda: server.count("slm_requests_total", outcome="ok") > 16)
         for version in ("2", "1", "2"):
-            move(version)
-            serves(server, version)
+            move_alias(version)
+            wait_for_version(server, version)
             assert server.count("slm_model_version", model="stand-in", version=version) == 1
         done = server.count("slm_requests_total", outcome="ok")
         wait_for(lambda: server.count("slm_requests_total", outcome="ok") > done + 16)
@@ -702,8 +694,8 @@ def test_the_old_version_is_closed_after_its_last_request_and_not_before(registr
         old = server.model
         last = pool.submit(server.ask, "gated 3")
         wait_for(lambda: old.running == 1)
-        move("2")
-        serves(server, "2")
+        move_alias("2")
+        wait_for_version(server, "2")
         assert server.ask("words 1").json()["system_fingerprint"] == "stand-in/2"
         assert not old.closed
         old.gate.release(3)
@@ -722,8 +714,8 @@ def test_a_request_that_waited_is_answered_by_the_version_that_serves_then(regis
         wait_for(lambda: old.running == 1)
         others = [pool.submit(server.ask, "gated 1") for _ in range(5)]
         wait_for(lambda: server.requests() == (1, 5))
-        move("2")
-        serves(server, "2")
+        move_alias("2")
+        wait_for_version(server, "2")
         old.gate.release()
         wait_for(lambda: server.model.running == 5)  # the new one streams, so it takes them all at once
         server.model.gate.release(5)
@@ -737,21 +729,23 @@ def test_a_version_that_does_not_load_leaves_the_old_one_serving_and_is_told(kin
     with running(URI, poll=0.05, timeout=1) as server:
         threads = threading.active_count()
         registry(kind)
-        wait_for(lambda: ready(server).get("failed_version") == "2", "the failure")
-        assert ready(server) == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": "2"}
+        wait_for(lambda: server.readiness().get("failed_version") == "2", "the failure")
+        assert server.readiness() == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": "2"}
         assert server.client.get("/ready").status_code == 200
         assert server.ask("words 1").json()["system_fingerprint"] == "stand-in/1"
         assert server.count("slm_model_failed_version") == 2
         assert server.count("slm_model_version", model="stand-in", version="1") == 1
-        address, looks, loads = server.service.desk.address, [], []
+        address = server.service.desk.address
+        looks = []
+        loads = []
         find, load = address.find_version, address.load
         address.find_version = lambda: looks.append(1) or find()
         address.load = lambda *given: loads.append(1) or load(*given)
         wait_for(lambda: len(looks) > 5)
         assert not loads  # it is not tried at each look
         assert server.count("slm_model_load_failures_total") == 1
-        move("1")
-        wait_for(lambda: ready(server)["failed_version"] is None)
+        move_alias("1")
+        wait_for(lambda: server.readiness()["failed_version"] is None)
         assert server.count("slm_model_failed_version") == 0
         if kind != "Thinks":  # nobody can end its thread
             wait_for(lambda: threading.active_count() <= threads + 1)
@@ -761,13 +755,14 @@ def test_an_alias_that_is_deleted_changes_nothing(registry):
     registry("Streams")
     with running(URI, poll=0.02) as server:
         mlflow.MlflowClient().delete_registered_model_alias("stand-in", "champion")
-        looks, find = [], server.service.desk.address.find_version
+        looks = []
+        find = server.service.desk.address.find_version
         server.service.desk.address.find_version = lambda: looks.append(1) or find()
         wait_for(lambda: len(looks) > 3)
         assert server.ask("words 1").status_code == 200
-        assert ready(server)["version"] == "1"
+        assert server.readiness()["version"] == "1"
         registry("Streams")
-        serves(server, "2")
+        wait_for_version(server, "2")
 
 
 def test_the_models_folder_is_deleted_under_the_server(registry, tmp_path):
@@ -778,13 +773,13 @@ def test_the_models_folder_is_deleted_under_the_server(registry, tmp_path):
         for version, place in places.items():
             shutil.move(place, tmp_path / f"moved{version}")
         assert server.ask("words 1").status_code == 200
-        move("2")
-        wait_for(lambda: ready(server)["failed_version"] == "2")
+        move_alias("2")
+        wait_for(lambda: server.readiness()["failed_version"] == "2")
         assert server.ask("words 1").json()["system_fingerprint"] == "stand-in/1"
         assert server.count("slm_model_load_failures_total") == 1
         shutil.move(tmp_path / "moved2", places["2"])
-        serves(server, "2")
-        assert ready(server)["failed_version"] is None
+        wait_for_version(server, "2")
+        assert server.readiness()["failed_version"] is None
 
 
 def test_a_store_in_the_temporary_folder_is_never_removed(registry, monkeypatch, tmp_path):
@@ -792,8 +787,8 @@ def test_a_store_in_the_temporary_folder_is_never_removed(registry, monkeypatch,
     registry("Streams")
     registry("Streams", alias=None)
     with running(URI, poll=0.02) as server:
-        move("2")
-        serves(server, "2")
+        move_alias("2")
+        wait_for_version(server, "2")
         wait_for(lambda: threading.active_count() < 99)
     assert folder_of("1").is_dir() and folder_of("2").is_dir()
 
@@ -811,7 +806,7 @@ def engines(registry, tiny):
         return mlflow.register_model(logged.model_uri, "stand-in").version
 
     before = set(threading.enumerate())
-    move(log())
+    move_alias(log())
     log()
     return lambda: sum(thread.name == "chat-model-engine" for thread in set(threading.enumerate()) - before)
 
@@ -821,8 +816,8 @@ def test_the_old_engine_ends_when_the_alias_moves(engines):
         old = weakref.ref(server.model)
         asked = [pool.submit(server.ask, "Hello", max_tokens=60, stream=number % 2 == 0) for number in range(8)]
         assert engines() == 1
-        move("2")
-        serves(server, "2")
+        move_alias("2")
+        wait_for_version(server, "2")
         assert {answer.result().status_code for answer in asked} == {200}
         wait_for(lambda: engines() == 1 and (gc.collect() or old() is None), "the old engine's end")
         assert server.ask("Hello", max_tokens=2).json()["system_fingerprint"] == "stand-in/2"

@@ -10,34 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
-import pytest
-from support import stand_ins
-from support.served_program import Program, ask, get
+from support.served_program import ask, get
 from support.service import raw, read_all, wait_for
-
-
-@pytest.fixture
-def registry(store, tmp_path):
-    """Set a store of this test's own; return a function that registers a stand-in there, and sets ``champion``."""
-    with stand_ins.registry(store, tmp_path) as register:
-        yield register
-
-
-@pytest.fixture
-def program(registry, store, tmp_path, monkeypatch):
-    """Return a function that starts the program on this test's store."""
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    started = []
-
-    def start(*words):
-        started.append(Program(tmp_path / f"program{len(started)}.log", *words))
-        return started[-1]
-
-    yield start
-    for one in started:
-        one.process.kill()
-        one.process.wait()
 
 
 def test_sigterm_finishes_what_began_and_takes_nothing_new(program, registry, tmp_path):

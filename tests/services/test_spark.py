@@ -19,8 +19,6 @@ from support import ROOT, stand_ins
 from support.chat import chat_model_for, user
 from support.service import wait_for
 
-from course.cluster import running
-
 MODEL = "models:/stand-in@champion"
 # Runs the commands that it reads, a line of JSON each, in one Spark session; prints a line for each: what it came to.
 DRIVER = """
@@ -72,12 +70,6 @@ class Driver:
         self.process.wait()
         self.process.stdin.close()
         self.process.stdout.close()
-
-
-@pytest.fixture(scope="module")
-def cluster(tmp_path_factory, site):
-    with running(tmp_path_factory.mktemp("clüster 1"), site) as cluster:
-        yield cluster
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +134,9 @@ def test_conversations_and_settings_reach_the_model(driver, chat_uri, tmp_path):
 
 
 def test_an_output_is_replaced_only_when_told_and_no_rows_are_an_output(driver, tmp_path):
-    one, none, out = write(tmp_path / "one.parquet", ["word 2"]), tmp_path / "none.parquet", tmp_path / "out.parquet"
+    one = write(tmp_path / "one.parquet", ["word 2"])
+    none = tmp_path / "none.parquet"
+    out = tmp_path / "out.parquet"
     pd.DataFrame({"prompt": pd.Series([], dtype="str")}).to_parquet(none)
     assert driver.run(none, out, "--model", MODEL)["rows"] == 0
     assert list(read(out).columns) == ["prompt", "row", "answer", "status", "reason", "prompt_tokens",

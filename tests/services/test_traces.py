@@ -13,7 +13,7 @@ import mlflow
 import pytest
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 from support import find_cell
-from support.chat import SECRET, load_chat
+from support.chat import SECRET
 
 REQUEST = {"messages": [{"role": "user", "content": f"Tell me about {SECRET}."}], "max_tokens": 4}
 
@@ -46,13 +46,6 @@ def collector(monkeypatch):
     for name in [name for name in os.environ if name.startswith("OTEL_")]:
         monkeypatch.delenv(name)
     mlflow.tracing.reset()
-
-
-@pytest.fixture(scope="module")
-def chat(tiny):
-    model = load_chat(tiny.onnx_dir)
-    yield model
-    model.close()
 
 
 class Echo:

@@ -19,6 +19,11 @@ def user(text):
 AS_SHOWN = {"messages": user("The sky is")}
 
 
+def ask(model, request):
+    """Return the choices of the answer to one request."""
+    return model.predict(None, request)[0]["choices"]
+
+
 def contents(completion):
     return [choice["message"]["content"] for choice in completion["choices"]]
 
@@ -59,7 +64,9 @@ def deltas(chunks, n=1):
     chunks = list(chunks)
     assert len({chunk["id"] for chunk in chunks}) == 1
     assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
-    pieces, begun, ended = [], set(), {}
+    pieces = []
+    begun = set()
+    ended = {}
     for chunk in chunks:
         for choice in chunk["choices"]:
             index, delta = choice["index"], choice["delta"]

@@ -1,8 +1,10 @@
 """Strategies for requests within the chat contract and outside of it, and a check of the answers to them."""
 
 from hypothesis import strategies as st
+from mlflow.exceptions import MlflowException
 
-from support.chat import FRAGMENTS, HABITS, parts, user
+from serving.chat_model import ChatRequest
+from support.chat import FRAGMENTS, HABITS, deltas, parts, user
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40) | st.lists(
     st.sampled_from(FRAGMENTS), max_size=8).map("".join)
@@ -38,6 +40,10 @@ ANYTHING = st.one_of(
             max_size=2)})}))
 
 
+OTHER_FIELDS = st.dictionaries(st.sampled_from([*ChatRequest.model_fields, "verbosity"]), ANYTHING, min_size=1,
+                               max_size=2)
+
+
 def check_answer(chat, request):
     """Ask for an answer, and hold it against the contract; return it."""
     (completion,) = chat.predict(None, dict(request))
@@ -52,3 +58,24 @@ def check_answer(chat, request):
     if request.get("seed") is not None or not request.get("temperature"):
         assert chat.predict(None, dict(request))[0]["choices"] == completion["choices"]
     return completion
+
+
+def check_stream(chat, request):
+    """Hold the answer and the stream to a request within the contract against it."""
+    completion = check_answer(chat, request)
+    chunks = list(chat.predict_stream(None, request | {"stream": True, "stream_options": {"include_usage": True}}))
+    deltas(chunks, len(completion["choices"]))  # holds their shape
+    assert chunks[-1]["usage"]["prompt_tokens"] == completion["usage"]["prompt_tokens"]
+
+
+def check_answer_or_refusal(chat, request):
+    """Hold the answer to any request, or its refusal, against the contract."""
+    try:
+        if request.get("stream") is True:
+            chunks = list(chat.predict_stream(None, request))
+            assert all(chunk["object"] == "chat.completion.chunk" for chunk in chunks)
+        else:
+            check_answer(chat, request)
+    except MlflowException as error:
+        assert error.error_code == "INVALID_PARAMETER_VALUE"
+        assert len(error.message) < 300

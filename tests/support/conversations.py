@@ -1,13 +1,31 @@
 """Conversations with a chat model, and what waits for its engine."""
 
+import threading
 import time
 
+from serving.chat_model import Scheduler
 from support.chat import user
 
 TURNS = ["The sky is", "And at night?", "A longer one. " * 9, "x", "日本語 🙂 " * 5, "The end, or not? " * 4]
 WAYS = {"greedy": {"max_tokens": 24}, "seeded": {"max_tokens": 24, "temperature": 1.0, "seed": 7},
         "n": {"max_tokens": 12, "temperature": 0.8, "seed": 3, "n": 2, "top_p": 0.9},
         "penalties": {"max_tokens": 24, "frequency_penalty": 0.5, "presence_penalty": 0.3}}
+
+
+class Together(Scheduler):
+    """Starts as one batch whatever waits, once there are ``size`` rows."""
+
+    size = 2
+
+    def linger_time(self, waiting, last_size):
+        return 60.0 if len(waiting) < self.size else 0.0
+
+    def next(self, waiting, running, now):
+        return list(waiting)
+
+
+def engine_threads():
+    return [thread for thread in threading.enumerate() if thread.name == "chat-model-engine"]
 
 
 def talk(model, opening="", turns=TURNS, **fields):

@@ -22,19 +22,25 @@ class Running:
     """A server that runs: its address, its parts, and requests to it."""
 
     def __init__(self, server: Server, service: Service, token: str | None = None):
-        self.server, self.service, self.address = server, service, server.address
+        self.server = server
+        self.service = service
+        self.address = server.address
         # httpx reads all certificates of the system for a client that verifies, which takes longer than an answer.
         self.client = httpx.Client(base_url=server.address, timeout=60, trust_env=False, verify=False,
                                    headers={"authorization": f"Bearer {token}".encode()} if token else {})
 
     @property
     def model(self):
-        """The Python model that serves."""
+        """Return the Python model that serves."""
         return self.service.desk.current._python_model
 
     def ask(self, text: str, **fields) -> httpx.Response:
         """Ask for a chat completion."""
         return self.client.post("/v1/chat/completions", content=body(text, **fields))
+
+    def readiness(self) -> dict:
+        """Return what ``/ready`` says."""
+        return self.client.get("/ready").json()
 
     def count(self, name: str, **labels) -> float:
         """Return a figure of ``/metrics``; 0 where there is none yet."""
@@ -86,6 +92,11 @@ def wait_for(true: Callable[[], bool], what: str = "it", seconds: float = 60) ->
     while not true():
         assert time.monotonic() < until, f"{what} did not come to be"
         time.sleep(0.005)
+
+
+def wait_for_version(server: Running, version: str) -> None:
+    """Wait until a version serves."""
+    wait_for(lambda: server.readiness()["version"] == version, f"version {version}")
 
 
 def handles() -> int:

@@ -5,25 +5,22 @@ Run: python -m helpers test tests/unit/course/test_doctor.py
 
 import ast
 import datetime
-import http.server
 import importlib.metadata
 import json
 import os
 import re
 import shutil
 import socket
-import ssl
 import sys
-import threading
 import time
 from dataclasses import replace
-from email.utils import formatdate
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
 from support import ROOT
+from support.doctor import CLOSED, LOGIN, NOBODY, YEAR, answer_everything, write_program
 from support.loopback_hub import certificate
 from support.steps import entry_of
 
@@ -32,15 +29,6 @@ from course.environment import differing_packages
 from helpers.models import space
 from helpers.models.catalogue import read_catalogue
 from helpers.models.pip import IndexAnswer, read_index
-from helpers.paths import model_cache
-
-YEAR = 365 * 24 * 3600
-LOGIN = b"<html><body><form action='/login'>Please log in.</form></body></html>"
-CLOSED = "http://127.0.0.1:9"
-# Whatever this machine's pip and shell are set to, a test asks what the test names.
-NOBODY = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": CLOSED + "/simple", "PIP_EXTRA_INDEX_URL": "",
-          "PIP_FIND_LINKS": "", "HF_ENDPOINT": CLOSED, "COURSE_KIT": "", "JAVA_HOME": "", "http_proxy": "",
-          "https_proxy": "", "all_proxy": "", "no_proxy": "127.0.0.1,localhost"}  # in lower case they count more
 
 
 @pytest.fixture
@@ -53,59 +41,9 @@ def nobody(monkeypatch):
 
 @pytest.fixture
 def serve():
-    """Return a function that starts a server with one answer to everything, and gives back its port."""
-    servers = []
-
-    def start(body, kind="text/html", status=200, clock=0, certificate=None):
-        class Handler(http.server.BaseHTTPRequestHandler):
-            def do_GET(self):
-                self.send_response(status)
-                self.send_header("Content-Type", kind)
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command == "GET":
-                    self.wfile.write(body)
-
-            do_HEAD = do_GET  # noqa: N815, the name that http.server calls
-
-            def date_time_string(self, timestamp=None):
-                return formatdate(time.time() + clock, usegmt=True)
-
-            def log_message(self, *_):
-                pass
-
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        if certificate:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-            context.load_cert_chain(certificate)
-            server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
-        servers.append(server)
-        return server.server_port
-
-    yield start
-    for server in servers:
-        server.shutdown()
-        server.server_close()
-
-
-@pytest.fixture
-def cache(tiny, tmp_path, monkeypatch):
-    """Return a cache of its own that has tiny-phi3."""
-    shutil.copytree(model_cache() / "tiny-phi3", tmp_path / "cache" / "tiny-phi3")
-    monkeypatch.setenv("COURSE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def program(folder, name, says):
-    """Make a program that prints a line to standard error."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if os.name == "nt":
-        (folder / f"{name}.bat").write_text(f"@echo {says} 1>&2\n", encoding="utf-8")
-    else:
-        (folder / name).write_text(f"#!/bin/sh\necho '{says}' >&2\n", encoding="utf-8")
-        (folder / name).chmod(0o755)
-    return folder
+    """Return a function that starts a server with one answer to everything; it returns the port."""
+    with answer_everything() as start:
+        yield start
 
 
 def control_group(monkeypatch, folder, files):
@@ -121,15 +59,12 @@ def find(lines, words):
     return line
 
 
-# --- a whole run, as a user ------------------------------------------------------------------
-
-
 # --- a whole run ------------------------------------------------------------------------------
 
 
-def test_each_warning_has_its_fix_below_it_and_a_failure_is_the_exit_code(nobody, cache, capsys):
+def test_each_warning_has_its_fix_below_it_and_a_failure_is_the_exit_code(nobody, filled_cache, capsys):
     nobody.setattr(smoke, "_run", lambda *words: (0, "tokens: 5\n"))  # tests/nightly/test_doctor.py generates them
-    (cache / "tiny-phi3" / "onnx" / "model.onnx").unlink()
+    (filled_cache / "tiny-phi3" / "onnx" / "model.onnx").unlink()
     assert checks.doctor() == 0
     first, *said, last = capsys.readouterr().out.splitlines(keepends=True)
     assert re.match(r"The course \d+\.\d+\.\d+", first)
@@ -140,7 +75,8 @@ def test_each_warning_has_its_fix_below_it_and_a_failure_is_the_exit_code(nobody
     assert "OK    the clock agrees with the time of the course's own files\n" in said
     assert "WARN  tiny-phi3: files in its folder tiny-phi3 are not as they were written\n" in said
     assert [line for line in said if re.match("OK    track [AB] generated 5 tokens", line)] != []
-    nobody.setattr(checks, "_checks", lambda: [("OK", "a", ""), ("FAIL", f"{cache} is b", "c"), ("WARN", "d", "e")])
+    nobody.setattr(checks, "_checks", lambda: [
+        ("OK", "a", ""), ("FAIL", f"{filled_cache} is b", "c"), ("WARN", "d", "e")])
     assert checks.doctor() == 1
     said = capsys.readouterr().out
     assert said.endswith("OK    a\nFAIL  COURSE_CACHE is b\n      c\nWARN  d\n      e\n"
@@ -206,7 +142,7 @@ def test_free_memory_is_what_the_container_leaves(tmp_path, monkeypatch, files, 
     assert space.free_memory() == (left or 9000) + 50
 
 
-def test_a_container_too_small_for_the_default_model_is_told_which_model_fits(cache, tmp_path, monkeypatch):
+def test_a_container_too_small_for_the_default_model_is_told_which_model_fits(filled_cache, tmp_path, monkeypatch):
     # This process itself may hold more than the container has: it has run other tests.
     monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(
         memory_info=lambda: SimpleNamespace(rss=50_000_000)))
@@ -222,7 +158,7 @@ def test_a_container_too_small_for_the_default_model_is_told_which_model_fits(ca
     assert checks._memory()[0] == "FAIL"
 
 
-def test_a_disk_that_is_nearly_full(cache, monkeypatch):
+def test_a_disk_that_is_nearly_full(filled_cache, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_200_000_000))
     monkeypatch.setattr(checks, "free_memory", lambda: 64_000.0)
     level, what, fix = find(checks._models(), "smollm2-135m")
@@ -311,10 +247,10 @@ def test_a_port_is_taken_where_somebody_listens():
     ("The operation could not be completed. Unable to locate a Java Runtime.", "WARN", "there is no Java"),
 ])
 def test_java(says, level, what, tmp_path, nobody):
-    nobody.setenv("PATH", str(program(tmp_path / "bin", "java", says)) + os.pathsep + os.environ["PATH"])
+    nobody.setenv("PATH", str(write_program(tmp_path / "bin", "java", says)) + os.pathsep + os.environ["PATH"])
     assert checks._java()[:2] == (level, what)
     nobody.setenv("JAVA_HOME", str(tmp_path))  # Spark asks it first, whatever the PATH has
-    nobody.setenv("PATH", str(program(tmp_path / "other", "java", 'openjdk version "19"')))
+    nobody.setenv("PATH", str(write_program(tmp_path / "other", "java", 'openjdk version "19"')))
     assert checks._java()[:2] == (level, what)
 
 
@@ -335,7 +271,7 @@ def test_no_browser(python, tmp_path):
     lines = [ast.literal_eval(line) for line in result.stdout.splitlines()]
     assert find(lines, "JupyterLab finds no browser to open")[0] == "WARN"
     assert "install Google Chrome" in find(lines, "find neither Chromium nor Chrome")[2]
-    program(tmp_path, "chromium", "")
+    write_program(tmp_path, "chromium", "")
     # By its name alone: the folder may have the user's.
     assert "the browser tests drive chromium'" in python("-c", says, PATH=str(tmp_path)).stdout
 
@@ -493,9 +429,9 @@ def test_a_clock_before_the_courses_own_files(tmp_path, monkeypatch, name):
 # --- models and five tokens ------------------------------------------------------------------
 
 
-def test_a_model_of_the_hub_that_lost_bytes_is_named(cache):
-    folder = cache / "hub--org--name"
-    (cache / "tiny-phi3").rename(folder)
+def test_a_model_of_the_hub_that_lost_bytes_is_named(filled_cache):
+    folder = filled_cache / "hub--org--name"
+    (filled_cache / "tiny-phi3").rename(folder)
     for receipt in folder.glob("*.receipt.json"):
         known = json.loads(receipt.read_text(encoding="utf-8"))
         receipt.write_text(json.dumps(known | {"recipe": {"hub": {"repo": "org/name"}}}), encoding="utf-8")

@@ -18,7 +18,7 @@ from huggingface_hub import ModelCard, constants, errors, get_session
 from support import refuses
 from support.in_process import download_here
 from support.loopback_hub import LoopbackHub
-from support.phi3_layout import CPU, ONNX, TORCH, change_json, write_noise_phi3
+from support.phi3_layout import CPU, ONNX, TORCH, change_json
 
 from helpers import check_fits, prepare_model
 from helpers.files import sha256
@@ -29,14 +29,6 @@ from helpers.models.prepare import cache_state, cached_models
 
 SHARD = "model-00001-of-00002.safetensors"
 WEIGHTS = (".safetensors", ".data", ".onnx", ".bin", ".gguf")
-
-
-@pytest.fixture(scope="session")
-def phi3(tmp_path_factory):
-    """Return a folder with the two repositories of Phi-3, with noise for weights."""
-    root = tmp_path_factory.mktemp("hub")
-    write_noise_phi3(root)
-    return root
 
 
 @pytest.fixture
@@ -499,7 +491,8 @@ def test_a_token_that_does_not_work_is_named_where_one_is_needed(hub, token_file
     hub.expired = {STALE}
     hub.private = {TORCH}
     assert "The token in $HF_HOME/token is not accepted by the Hub" in refused("hub-token")
-    hub.private, hub.gated = set(), {TORCH}
+    hub.private = set()
+    hub.gated = {TORCH}
     says = refused("hub-token")
     assert f"without one the Hub does not give {TORCH}" in says
     assert "hf auth logout" in says

@@ -8,7 +8,6 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 from support import ROOT, refuses
+from support.prepared import check_entry, names
 from support.steps import CONFIG, entry_of, stand_in
 
 from helpers import CourseError, prepare_model, read_catalogue
@@ -29,20 +29,9 @@ from helpers.models.steps import ask, is_of_the_disk, run_program, run_step
 from helpers.paths import model_cache
 
 
-@pytest.fixture
-def filled(cache, tiny):
-    """Return a cache that holds tiny-phi3 already."""
-    shutil.copytree(tiny.onnx_dir.parent, cache / "tiny-phi3")
-    return cache
-
-
 def snapshot(folder):
     return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
             for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
-
-
-def names(folder):
-    return {path.name for path in folder.iterdir()}
 
 
 # --- the models that are here -------------------------------------------------------------------
@@ -57,16 +46,7 @@ def test_the_converter_writes_the_same_tiny_model_on_every_machine(tiny, tmp_pat
 
 
 def test_the_entry_tells_the_truth_about_the_folders(tiny):
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(tiny.transformers_dir, trust_remote_code=False)
-    assert model.num_parameters() == tiny.entry.parameters
-    assert model.dtype.is_floating_point
-    assert model.config.max_position_embeddings == tiny.entry.context_length
-    genai = json.loads((tiny.onnx_dir / "genai_config.json").read_text())
-    assert genai["model"]["context_length"] == tiny.entry.context_length
-    megabytes = sum(path.stat().st_size for path in tiny.onnx_dir.parent.rglob("*") if path.is_file()) / 1e6
-    assert megabytes <= tiny.entry.disk
+    check_entry(tiny)
 
 
 # --- prepare_model ------------------------------------------------------------------------------
@@ -148,10 +128,10 @@ def test_what_was_exported_once_need_not_be_asked_for_again(words, monkeypatch):
     assert snapshot(words) == kept
 
 
-def test_a_prepared_model_is_not_touched_again(filled):
-    before = snapshot(filled)
+def test_a_prepared_model_is_not_touched_again(filled_cache):
+    before = snapshot(filled_cache)
     prepare_model("tiny-phi3")
-    assert snapshot(filled) == before
+    assert snapshot(filled_cache) == before
 
 
 def test_a_damaged_model_is_found_and_made_anew(words):
@@ -165,13 +145,13 @@ def test_a_damaged_model_is_found_and_made_anew(words):
         "words/onnx/model.onnx", "words/onnx/genai_config.json", "words/onnx.receipt.json"}
 
 
-def test_a_clock_that_was_wrong_when_a_model_was_made_does_no_harm(filled):
-    for path in (filled / "tiny-phi3").rglob("*"):
+def test_a_clock_that_was_wrong_when_a_model_was_made_does_no_harm(filled_cache):
+    for path in (filled_cache / "tiny-phi3").rglob("*"):
         os.utime(path, (4_000_000_000, 4_000_000_000))  # the year 2096
-    before = sha256(filled / "tiny-phi3" / "onnx" / "model.onnx.data")
+    before = sha256(filled_cache / "tiny-phi3" / "onnx" / "model.onnx.data")
     assert prepare_model("tiny-phi3").onnx_dir.is_dir()
     assert cache_state("tiny-phi3") == "ready"
-    assert sha256(filled / "tiny-phi3" / "onnx" / "model.onnx.data") == before
+    assert sha256(filled_cache / "tiny-phi3" / "onnx" / "model.onnx.data") == before
 
 
 def test_an_unknown_model_is_refused_with_the_names(cache):
@@ -250,7 +230,7 @@ def test_too_little_memory_is_refused_with_the_numbers_and_a_smaller_model(cache
     assert not [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]
 
 
-def test_too_little_memory_is_refused_before_a_load_too(filled, tmp_path, monkeypatch):
+def test_too_little_memory_is_refused_before_a_load_too(filled_cache, tmp_path, monkeypatch):
     in_a_container(monkeypatch, tmp_path / "cgroup", 10**9, 2 * 10**8)
     with refuses("memory-short") as refusal:
         prepare_model("tiny-phi3")

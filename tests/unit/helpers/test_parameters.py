@@ -69,13 +69,6 @@ BAD = [
 ]
 
 
-@pytest.fixture
-def filled(cache, tiny):
-    """Return a cache that holds tiny-phi3 already."""
-    shutil.copytree(tiny.onnx_dir.parent, cache / "tiny-phi3")
-    return cache
-
-
 def conversation(text):
     return [{"role": "user", "content": text}]
 
@@ -196,8 +189,8 @@ def test_an_answer_may_take_all_that_the_context_leaves_and_no_more(tiny):
         f"max_tokens is {4096 - count + 1}.")
 
 
-def test_what_an_export_takes_of_the_context_is_the_bound(filled):
-    file = filled / "tiny-phi3" / "onnx" / "genai_config.json"
+def test_what_an_export_takes_of_the_context_is_the_bound(filled_cache):
+    file = filled_cache / "tiny-phi3" / "onnx" / "genai_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["decoder"]["sliding_window"] = {"window_size": 2047, "layers": []}
     file.write_text(json.dumps(config), encoding="utf-8")

@@ -9,7 +9,6 @@ import json
 import logging
 import math
 import sys
-import threading
 
 import mlflow
 import numpy as np
@@ -33,13 +32,10 @@ from support.chat import (
     schema,
     user,
 )
+from support.conversations import engine_threads
 
 from serving import chat_model
 from serving.chat_model import SETTINGS, SIGNATURE, ChatRequest
-
-
-def engine_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "chat-model-engine"]
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import onnxruntime_genai as og
 import pytest
 from mlflow.exceptions import MlflowException
-from support.chat import AS_SHOWN, ASKED, LONG, SECRET, contents, load_chat, mixed_requests, user
-from support.conversations import TURNS, WAYS, settle, stats_of, talk, wait_for
+from support.chat import AS_SHOWN, ASKED, LONG, SECRET, ask, contents, load_chat, mixed_requests, user
+from support.conversations import TURNS, WAYS, Together, engine_threads, settle, stats_of, talk, wait_for
 
 from serving import chat_model
 from serving.chat_model import (
@@ -28,19 +28,13 @@ from serving.chat_model import (
 )
 
 
-def ask(model, request):
-    return model.predict(None, request)[0]["choices"]
-
-
-def engine_threads():
-    return [thread for thread in threading.enumerate() if thread.name == "chat-model-engine"]
-
-
 class Gate:
     """Lets a batch make its steps while it is open, and knows which batches made one."""
 
     def __init__(self):
-        self.open, self.reached, self.steps = threading.Event(), threading.Event(), []
+        self.open = threading.Event()
+        self.reached = threading.Event()
+        self.steps = []
         self.open.set()
 
 
@@ -87,16 +81,6 @@ def test_callers_on_many_threads_share_batches_and_get_the_answers_that_they_wou
     assert together == expected
     assert set(engine_threads()) == before  # one thread for all of them
     assert len({id(batch) for batch in gate.steps}) < len(requests)
-
-
-class Together(Scheduler):
-    """Waits for two rows, and starts them as one batch."""
-
-    def linger_time(self, waiting, last_size):
-        return 60.0 if len(waiting) < 2 else 0.0
-
-    def next(self, waiting, running, now):
-        return list(waiting)
 
 
 def test_an_answer_comes_when_it_is_there_and_not_when_its_batch_ends(fresh, gate):
@@ -282,14 +266,6 @@ def test_of_64_callers_at_once_each_is_answered_or_told_that_the_model_is_busy(t
 
 
 # --- conversations that are kept --------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def cold(tiny):
-    """Return a model that keeps nothing: its answers are what the others' have to be."""
-    model = load_chat(tiny.onnx_dir, kept_conversations=0)
-    yield model
-    model.close()
 
 
 @pytest.mark.parametrize("way", ["greedy", "seeded", "n"])

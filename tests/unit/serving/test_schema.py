@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from support.chat import SECRET, contents, deltas, user
+from support.conversations import Together
 from support.schemas import (
     FIELD,
     INTEGER,
@@ -27,7 +28,7 @@ from support.schemas import (
     shape,
 )
 
-from serving.chat_model import UNKEPT, Batch, Refusal, ResponseFormat, Sampler, Scheduler, SchemaReader, find_costly
+from serving.chat_model import UNKEPT, Batch, Refusal, ResponseFormat, Sampler, SchemaReader, find_costly
 
 # --- what answers hold ----------------------------------------------------------------------
 
@@ -329,16 +330,6 @@ def test_what_takes_seconds_to_compile_is_found(schema, word):
     assert find_costly(schema) == word
 
 
-class Together(Scheduler):
-    """Waits for two rows, and starts them as one batch."""
-
-    def linger_time(self, waiting, last_size):
-        return 60.0 if len(waiting) < 2 else 0.0
-
-    def next(self, waiting, running, now):
-        return list(waiting)
-
-
 class Overgrown:
     """A matcher that takes no token."""
 
@@ -365,7 +356,8 @@ def test_a_row_that_grows_too_much_ends_with_an_error_and_the_others_of_its_batc
     monkeypatch.setattr(chat._engine, "_scheduler", Together(chat._engine.context_length))
     batches.clear()
     with ThreadPoolExecutor(2) as pool:
-        good, bad = pool.submit(choices, chat, asked), pool.submit(choices, chat, asked | {"seed": 7})
+        good = pool.submit(choices, chat, asked)
+        bad = pool.submit(choices, chat, asked | {"seed": 7})
         assert good.result() == alone
         with pytest.raises(Refusal, match="simpler") as caught:
             bad.result()
