@@ -140,7 +140,11 @@ class Service(requests.adapters.BaseAdapter):
 
     def __init__(self, refused):
         super().__init__()
-        self.refused, self.asked, self.uploaded, self.made, self.polls = refused, [], set(), {}, 0
+        self.refused = refused
+        self.asked = []
+        self.uploaded = set()
+        self.made = {}
+        self.polls = 0
 
     def send(self, request, **_):
         url = urlsplit(request.url)
@@ -188,7 +192,10 @@ class Service(requests.adapters.BaseAdapter):
 
 def respond(request, status, headers, body):
     response = requests.Response()
-    response.status_code, response.request, response.url, response.reason = status, request, request.url, "as told"
+    response.status_code = status
+    response.request = request
+    response.url = request.url
+    response.reason = "as told"
     data = b"" if body is None else json.dumps(body).encode()
     response.headers.update(headers | {"Content-Type": "application/json", "Content-Length": str(len(data))})
     response.raw = urllib3.HTTPResponse(io.BytesIO(data), headers=response.headers, status=status,

@@ -32,7 +32,8 @@ def test_what_a_clients_calls_come_to(client, servers, tmp_path):
 
 def test_what_llama_indexs_calls_come_to(servers, tmp_path):
     """Run it in an environment of its own: it takes no openai as new as the course's."""
-    client, uv = "llama-index-llms-openai-like", [sys.executable, "-m", "uv"]
+    client = "llama-index-llms-openai-like"
+    uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "environment"], check=True)
     python = tmp_path / "environment" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, f"{client}==0.8.1"], check=True)

@@ -16,7 +16,7 @@ PROMPTS = read_prompts(DATA / "prompts.jsonl")
 
 
 def test_mlflow_s_evaluate_gives_the_rows_that_the_gate_reads(tiny, store, tmp_path, monkeypatch):
-    """Two settings of one model: the one whose answers are cut loses JSON, and the gate says so."""
+    # Two settings of one model: the one whose answers are cut loses JSON, and the gate says so.
     monkeypatch.setenv("MLFLOW_GENAI_EVAL_MAX_WORKERS", "1")
     monkeypatch.setenv("MLFLOW_GENAI_EVAL_SKIP_TRACE_VALIDATION", "true")
     monkeypatch.setenv("LITELLM_LOCAL_MODEL_COST_MAP", "True")  # it would ask a network for prices

@@ -22,7 +22,8 @@ class Model:
     """A tiny model: served, and by transformers, without cache."""
 
     def __init__(self, torch_folder, onnx_folder):
-        self.folder, self.config = onnx_folder, read_config(onnx_folder)
+        self.folder = onnx_folder
+        self.config = read_config(onnx_folder)
         self._model = AutoModelForCausalLM.from_pretrained(torch_folder, dtype=torch.float32).eval()
         self.overhead = len(PromptEncoder(onnx_folder).encode([Message(role="user", content="")], 1000))
 

@@ -208,8 +208,8 @@ def test_set_up_from_a_kit(checkout, kit, over_http):
 
 
 @pytest.mark.parametrize(("wheel", "change", "code"), [
-    ("six", "absent", "The kit has not all wheels for Python"),
-    ("uv", "absent", "The kit has not all wheels for Python"), ("torch", "another", "is not as it was built"),
+    ("six", "absent", "The kit lacks wheels for Python"),
+    ("uv", "absent", "The kit lacks wheels for Python"), ("torch", "another", "is not as it was built"),
     ("setuptools", "another", "is not as it was built"), ("uv", "another", "is not as it was built"),
     ("six", "cut", "is not as it was built")])
 def test_a_wheel_that_a_kit_lacks_or_that_was_changed_is_refused(checkout, kit, wheel, change, code):

@@ -154,7 +154,8 @@ def walk_through(name, chromium, lab):
         notebook.save()
         walk.saved_alike = file.read_bytes() == before
         notebook.run_all()
-        walk.prompts, walk.red_lines = notebook.prompts(), notebook.red_lines()
+        walk.prompts = notebook.prompts()
+        walk.red_lines = notebook.red_lines()
         picture(walk)
         walk.untouched = {index: notebook.text(index) for index in walk.code()}
         solve(walk)

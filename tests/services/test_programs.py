@@ -58,7 +58,7 @@ def started():
 
 
 def is_gone(number):
-    """Whether a process ends within ten seconds. A zombie that nobody has waited for has ended."""
+    """Tell whether a process ends within ten seconds. A zombie that nobody has waited for has ended."""
     try:
         psutil.Process(number).wait(timeout=10)
     except psutil.NoSuchProcess:

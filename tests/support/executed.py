@@ -58,7 +58,7 @@ class Executed:
 
     @functools.cached_property
     def cells(self) -> list:
-        """The code cells of the executed notebook."""
+        """Return the code cells of the executed notebook."""
         cells = nbformat.read(self.file(".ipynb"), as_version=4).cells
         return [cell for cell in cells if cell.cell_type == "code"]
 
@@ -77,7 +77,7 @@ class Executed:
 
     @property
     def store(self) -> str:
-        """The URI of the tracking store that the page used, as a database."""
+        """Return the URI of the tracking store that the page used, as a database."""
         return tracking_store(f"sqlite:///{Path(self.database).as_posix()}").uri
 
 

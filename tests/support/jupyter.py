@@ -1,4 +1,4 @@
-"""A browser, and pages in a JupyterLab of this machine: a folder comes in, an open notebook goes out."""
+"""Opens notebooks in a browser, in a JupyterLab of this machine."""
 
 import os
 import re

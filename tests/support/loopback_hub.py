@@ -55,9 +55,14 @@ class LoopbackHub:
 
     def __init__(self, root, wrap=None):
         self.root = root
-        self.asked, self.sent = [], Counter()
+        self.asked = []
+        self.sent = Counter()
         self.faults, self.forever = {}, {}
-        self.hidden, self.wrong, self.gated, self.private, self.expired = set(), set(), set(), set(), set()
+        self.hidden = set()
+        self.wrong = set()
+        self.gated = set()
+        self.private = set()
+        self.expired = set()
         self.says = {}
         self.release = threading.Event()
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))

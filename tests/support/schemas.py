@@ -47,7 +47,9 @@ def fixed(properties, required=None, **more):
             "required": list(properties) if required is None else required} | more
 
 
-INTEGER, NULL, STRING = {"type": "integer"}, {"type": "null"}, {"type": "string"}
+INTEGER = {"type": "integer"}
+NULL = {"type": "null"}
+STRING = {"type": "string"}
 SCHEMAS = {
     "nested objects": fixed({"person": fixed({"name": {"type": "string", "maxLength": 20}, "home": fixed(
         {"city": {"type": "string", "maxLength": 20}, "number": INTEGER})}), "known": {"type": "boolean"}}),

@@ -136,7 +136,8 @@ class Kind:
 
     def __init__(self, name, folder):
         make, self.exact = KINDS[name]
-        self.tokenizer, self._twin = make(), make(twin=True)
+        self.tokenizer = make()
+        self._twin = make(twin=True)
         assert self._twin.token_to_id("⟦|end|⟧") == self.tokenizer.token_to_id("<|end|>")
         write_tokenizer(folder, self.tokenizer)
         self.encoder = PromptEncoder(folder)

@@ -60,9 +60,13 @@ def web_server(folder, cuts=None, ranges=True, answer=None, log=None, leaves=Fal
     handler = functools.partial(_Files, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         server.daemon_threads = True
-        server.cuts, server.ranges, server.answer = dict(cuts or {}), ranges, answer
+        server.cuts = dict(cuts or {})
+        server.ranges = ranges
+        server.answer = answer
         server.busy = {path: list(answers) for path, answers in (busy or {}).items()}
-        server.asked, server.gone, server.leaves = [] if log is None else log, set(gone), leaves
+        server.asked = [] if log is None else log
+        server.gone = set(gone)
+        server.leaves = leaves
         threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()

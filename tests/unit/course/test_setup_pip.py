@@ -103,7 +103,7 @@ def test_the_log_keeps_all_that_pip_and_uv_say_and_a_terminal_shows_one_line_of_
     monkeypatch.setattr(install, "LOG", tmp_path / "build" / "setup.log")
     monkeypatch.setattr("sys.stdout.isatty", lambda: terminal)
     for text in said:
-        install._show(text)
+        install._log_and_show(text)
     assert (tmp_path / "build" / "setup.log").read_text(encoding="utf-8") == "".join(said)
     shown = [line.rstrip() for line in capsys.readouterr().out.split("\r") if line]
     assert shown == (["Collecting six"] if terminal else [])

@@ -19,7 +19,9 @@ def logits(engine, rows, steps=4):
     """Return the logits of each row for the first tokens of a greedy answer, by step."""
     options = og.GeneratorParams(engine)
     options.set_search_options(batch_size=len(rows), max_length=64, min_length=0, do_sample=False, num_beams=1)
-    generator, width, found = og.Generator(engine, options), max(map(len, rows)), []
+    generator = og.Generator(engine, options)
+    width = max(map(len, rows))
+    found = []
     generator.append_tokens(np.array([row + [0] * (width - len(row)) for row in rows], dtype=np.int32))
     for _ in range(steps):
         found.append(np.array(generator.get_logits()).reshape(len(rows), -1).copy())

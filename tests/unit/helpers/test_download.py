@@ -371,7 +371,8 @@ def test_what_is_here_or_finished_already_does_not_come_again(served, tmp_path):
 
 def test_a_busy_server_is_asked_as_often_as_the_policy_says_and_no_more(served, tmp_path):
     web, pauses = served
-    log, busy = [], {"/big": [(429, "7")] * 2 + [(503, "3")], "/small.json": [(429, "2")] * 50}
+    log = []
+    busy = {"/big": [(429, "7")] * 2 + [(503, "3")], "/small.json": [(429, "2")] * 50}
     with web_server(web, busy=busy, log=log) as url:
         one = download(url, tmp_path, "big", "small.json")
         one.fetch(["big"])

@@ -55,7 +55,8 @@ KINDS = ["stream", "prompt"]  # the third, of MLflow's transformers flavor, is i
 @pytest.fixture(scope="module")
 def uris(tiny, empty_database, tmp_path_factory):
     """Return a function that logs a model of one kind on the tiny one, once, and returns its URI."""
-    folder, logged = tmp_path_factory.mktemp("störe 1"), {}
+    folder = tmp_path_factory.mktemp("störe 1")
+    logged = {}
     shutil.copy(empty_database, folder)
     mlflow.set_tracking_uri("sqlite:///" + (folder / "mlflow.db").as_posix())
     mlflow.create_experiment("playground", artifact_location=(folder / "artifacts").as_uri())
@@ -107,7 +108,9 @@ def press(form):
 
 def read(markup):
     """Return the tags of some HTML and its text."""
-    tags, texts, parser = [], [], HTMLParser()
+    tags = []
+    texts = []
+    parser = HTMLParser()
     parser.handle_starttag = lambda tag, attributes: tags.append(tag)
     parser.handle_data = texts.append
     parser.feed(markup)
@@ -182,7 +185,8 @@ def test_a_prompt_model_without_a_tokenizer_is_refused(tmp_path):
 
 
 def test_a_prompt_of_a_model_that_is_loaded_already_is_made_by_its_own_chat_template(uris, make):
-    by_uri, loaded = make({"m": uris("prompt")}), make({"m": lambda: mlflow.pyfunc.load_model(uris("prompt"))})
+    by_uri = make({"m": uris("prompt")})
+    loaded = make({"m": lambda: mlflow.pyfunc.load_model(uris("prompt"))})
     assert press(by_uri).endswith("per second.") and press(loaded).endswith("per second.")
     assert loaded.answer.value == by_uri.answer.value
 

@@ -119,7 +119,7 @@ def test_where_files_came_from_is_said_to_the_commit_or_the_hash():
 
 
 def test_who_changes_what_the_converter_writes_raises_its_version():
-    """The vocabulary is made of LICENSE's words: with other ones, prepared models have to be made anew."""
+    # The vocabulary is made of LICENSE's words: with other ones, prepared models have to be made anew.
     from helpers.models.convert import PHI3_TEMPLATE, phi3_tokenizer
 
     written = hashlib.sha256((phi3_tokenizer().to_str() + PHI3_TEMPLATE).encode()).hexdigest()

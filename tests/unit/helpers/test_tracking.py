@@ -274,7 +274,10 @@ def answering(monkeypatch):
     with contextlib.ExitStack() as stack:
         def start(status, body, models=(200, "{}")):
             server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers))
-            server.answer, server.models, server.asked, server.daemon_threads = (status, body), models, [], True
+            server.answer = (status, body)
+            server.models = models
+            server.asked = []
+            server.daemon_threads = True
             threading.Thread(target=server.serve_forever, args=[0.01], daemon=True).start()
             stack.callback(server.shutdown)
             return f"127.0.0.1:{server.server_port}", server.asked

@@ -34,7 +34,8 @@ from helpers.operations.load import Reply, Seen, count_outcomes, start_load
 from helpers.servers import running
 
 INF, NAN = math.inf, math.nan
-OK, BUSY = ("slm_requests_total", ("outcome", "ok")), ("slm_requests_total", ("outcome", "busy"))
+OK = ("slm_requests_total", ("outcome", "ok"))
+BUSY = ("slm_requests_total", ("outcome", "busy"))
 BEGUN = ("process_start_time_seconds",)
 
 
@@ -263,7 +264,9 @@ class Small:
     """A chat server of a few lines: a token per word, as many at once as come, and figures by the real client."""
 
     def __init__(self):
-        self.app, self.registry, self.most = FastAPI(), CollectorRegistry(), 0
+        self.app = FastAPI()
+        self.registry = CollectorRegistry()
+        self.most = 0
         within = {"registry": self.registry}
         self.requests = Counter("slm_requests", "By outcome.", ["outcome"], **within)
         self.tokens = Counter("slm_completion_tokens", "Of answers.", **within)

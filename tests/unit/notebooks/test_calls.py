@@ -30,7 +30,9 @@ class Page:
     """The code of a page: what it imports, and the instances that it makes, by names that it gives to nothing else."""
 
     def __init__(self, code: str):
-        self.tree, self.faults, self.names = ast.parse(code), [], {}
+        self.tree = ast.parse(code)
+        self.faults = []
+        self.names = {}
         bound = [node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)
                  and isinstance(node.ctx, ast.Store)]
         bound += [node.arg for node in ast.walk(self.tree) if isinstance(node, ast.arg)]

@@ -158,7 +158,9 @@ def test_a_turn_that_comes_in_the_moment_of_leaving_goes_to_the_next(leaves_firs
 
 def test_a_thousand_callers_that_come_and_go_as_they_like_leave_no_turn_behind():
     async def story():
-        turns, chance, most = Turns(lambda: 3, 2000), random.Random(1), 0
+        turns = Turns(lambda: 3, 2000)
+        chance = random.Random(1)
+        most = 0
 
         async def caller():
             nonlocal most
@@ -341,7 +343,8 @@ class Served:
 
     def __init__(self, version, broken):
         self.name, self.version, self.broken = "stand-in", version, broken
-        self.borrowed, self.closed = 1, threading.Event()
+        self.borrowed = 1
+        self.closed = threading.Event()
 
     def rows(self):
         return 0
@@ -358,7 +361,10 @@ class Registry:
     """Stands for an address whose alias a test moves; ``broken`` names the versions that do not load."""
 
     def __init__(self, version="1", broken=()):
-        self.uri, self.version, self.broken, self.loaded = "models:/stand-in@champion", version, set(broken), []
+        self.uri = "models:/stand-in@champion"
+        self.version = version
+        self.broken = set(broken)
+        self.loaded = []
 
     def find_version(self):
         if self.version is None:
@@ -413,7 +419,8 @@ def test_a_version_that_does_not_load_is_told_tried_once_and_left_when_the_alias
         address.version = "1"
         await desk.look()
         assert (desk.current.version, desk.failed, figure("slm_model_failed_version")) == ("1", None, 0)
-        address.version, address.broken = "2", set()
+        address.version = "2"
+        address.broken = set()
         await desk.look()
         assert (desk.current.version, desk.failed) == ("2", None)
 

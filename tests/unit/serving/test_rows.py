@@ -170,7 +170,11 @@ class Generator:
     """Stands in for ``og.Generator``: keeps what it is given, and takes the likeliest tokens of ``LOGITS``."""
 
     def __init__(self, model, params):
-        self.model, self.options, self.chunks, self.set, self.rewound = model, params.options, [], [], []
+        self.model = model
+        self.options = params.options
+        self.chunks = []
+        self.set = []
+        self.rewound = []
         self.logits = np.tile(np.array(LOGITS, dtype=np.float32), (self.options["batch_size"], 1, 1))
 
     def append_tokens(self, tokens):
@@ -277,7 +281,9 @@ def test_each_row_gets_a_token_and_who_has_a_sampler_gets_its_own(engine):
 
 
 def test_a_row_that_has_ended_is_left_alone_while_the_others_go_on(engine):
-    gone, short, long = row([5], sampler=Always(2)), row([5], max_tokens=2), row([5], max_tokens=4)
+    gone = row([5], sampler=Always(2))
+    short = row([5], max_tokens=2)
+    long = row([5], max_tokens=4)
     batch = Batch(None, [gone, short, long], CONFIG)
     gone.end()
     batch.step()
@@ -294,7 +300,9 @@ def test_a_row_that_has_ended_is_left_alone_while_the_others_go_on(engine):
 
 
 def test_a_batch_ends_the_rows_that_have_not_ended():
-    done, open_row, closed = row(max_tokens=1), row(), error("closed")
+    done = row(max_tokens=1)
+    open_row = row()
+    closed = error("closed")
     done.take(50, END)
     batch = Batch(None, [done, open_row], CONFIG)
     assert batch.alive
@@ -336,7 +344,9 @@ def test_a_row_whose_schema_grows_too_much_ends_and_the_others_go_on(engine):
             raise refusal
 
     refusal = error("simpler")
-    failed, here, drawn = row([5], sampler=Fails(0)), row([5]), row([5], sampler=Always(4))
+    failed = row([5], sampler=Fails(0))
+    here = row([5])
+    drawn = row([5], sampler=Always(4))
     batch = Batch(None, [failed, here, drawn], CONFIG)
     batch.step()
     batch.step()
@@ -392,7 +402,9 @@ def test_a_prompt_goes_on_only_on_its_side_of_the_rope_switch(length, prompt, co
 
 
 def test_of_several_the_one_is_found_that_saves_most():
-    short, long, other = kept(TALK[:50]), kept(TALK[:80]), kept(range(50))
+    short = kept(TALK[:50])
+    long = kept(TALK[:80])
+    other = kept(range(50))
     for order in ((short, long, other), (other, long, short), (long, short, other)):
         held = store(*order)
         assert held.find(TALK) == (80, long)

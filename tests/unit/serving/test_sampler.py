@@ -171,7 +171,9 @@ class Matcher:
     """Stands in for ``LLMatcher``: says which tokens may come at each step, and keeps those that came."""
 
     def __init__(self, *allowed, size=16):
-        self.allowed, self.size, self.taken = allowed, size, []
+        self.allowed = allowed
+        self.size = size
+        self.taken = []
 
     def compute_bitmask(self):
         mask = bytearray(self.size // 8)

@@ -261,7 +261,10 @@ def test_the_64_earliest_rows_are_compared(earlier, starts):
 
 
 def test_rows_of_one_call_start_sixteen_by_sixteen():
-    scheduler, now, running, sizes = Scheduler(8192), NOW, [], []
+    scheduler = Scheduler(8192)
+    now = NOW
+    running = []
+    sizes = []
     waiting = [row() for _ in range(40)]
     for place, one in enumerate(waiting):
         one.due = scheduler.due(one, place, now)

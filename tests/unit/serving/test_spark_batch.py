@@ -231,7 +231,9 @@ def test_a_driver_listens_on_loopback_where_its_master_does(master, host):
 class Disk(dict):
     """Stands for the cluster's files: a text by its path."""
 
-    exists, read, write = dict.__contains__, dict.get, dict.__setitem__
+    exists = dict.__contains__
+    read = dict.get
+    write = dict.__setitem__
 
     def remove(self, path):
         for name in [name for name in self if name.startswith(path)]:

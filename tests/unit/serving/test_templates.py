@@ -175,7 +175,8 @@ FORBIDDEN = {
 @pytest.mark.parametrize("source", FORBIDDEN.values(), ids=FORBIDDEN)
 def test_a_template_reaches_nothing_but_its_conversation(tmp_path, source):
     guarded = "{% if messages[0].content == 'Hi' %}" + source + "{% endif %}"
-    encoder, messages = PromptEncoder(write_folder(tmp_path, guarded)), user("Hi")
+    encoder = PromptEncoder(write_folder(tmp_path, guarded))
+    messages = user("Hi")
     with pytest.raises(MlflowException, match="messages has to be in an order that the model's chat template takes"):
         encoder.render(messages)
     assert messages == user("Hi")
