@@ -1,7 +1,7 @@
 """Finds the pages that a change touches, by what their cells import, start and read.
 
-It imports nothing that has to be installed, because a CI job asks it before it sets anything up. It reads code and runs
-none: a string that names a file or a module of the course counts as a use of it, so it may name a page too many.
+It imports nothing that has to be installed: a CI job calls it before set-up. It reads code and runs none. A string that
+names a file or a module of the course counts as a use of it, so the list may have a page too many.
 """
 
 import ast
@@ -14,20 +14,23 @@ from pathlib import Path
 from helpers.errors import CourseError
 from helpers.paths import ROOT
 
-# What every page runs on.
-FOR_ALL = ("pyproject.toml", "constraints.txt", "data/models.toml")
-# What starts a page. The commands import what they need inside their functions, so their file is read in parts.
+# A change of these touches every page.
+USED_BY_ALL = ("pyproject.toml", "constraints.txt", "data/models.toml")
+# What starts a page. The commands import what they need inside their functions, so of their file only the imports at
+# the top and the commands that a page starts count.
 COMMANDS = "course/commands.py"
 STARTERS = ("helpers/__init__.py", "helpers/__main__.py", "course/__init__.py", "course/__main__.py",
             "course/execute.py", COMMANDS)
-# A string in the code may name one of their files; documents and tests touch no page.
+# The folders whose files a page may use: not documents, not tests.
 FOLDERS = ("course", "data", "deploy", "helpers", "notebooks", "serving")
-# Those whose files code names by the last part of the path, such as DATA / "page.css".
+# Folders whose files are named by the last part of the path alone, such as DATA / "page.css".
 NAMED_BY_LAST_PART = ("data", "serving")
-# The dict in helpers/__init__.py that says which module has a name; it imports them on first use.
+# The dict in helpers/__init__.py from each name of the package to the module that is imported on its first use.
 LAZY_NAMES = "_HOME"
 MODULE = re.compile(r"\b(?:helpers|serving|course)(?:\.\w+)+")
 COMMAND = re.compile(r"-m helpers (\w+)")
+# A line that IPython understands and Python does not: %magic, !command, names = !command, help?.
+IPYTHON = re.compile(r"\s*(\w[\w, ]*=\s*)?[%!]|\s*\??[\w.]+\?+\s*$")
 
 
 def changed_pages(since: str, root: Path = ROOT) -> list[str]:
@@ -43,7 +46,7 @@ def changed_pages(since: str, root: Path = ROOT) -> list[str]:
     changed = _changed_files(since, root)
     files = {*_git(root, "ls-files", "-z").split("\0"), *changed} - {""}
     pages = sorted(path.stem for path in (root / "notebooks").glob("*.ipynb"))
-    if changed.intersection(FOR_ALL):
+    if changed.intersection(USED_BY_ALL):
         return pages
     uses = Uses(root, files)
     return [page for page in pages if changed & uses.find(f"notebooks/{page}.ipynb")]
@@ -51,7 +54,7 @@ def changed_pages(since: str, root: Path = ROOT) -> list[str]:
 
 def _changed_files(since, root):
     """Return the paths, from the course's folder on, that changed since a commit, deleted and new ones included."""
-    _git(root, "rev-parse", "--git-dir")
+    _git(root, "rev-parse", "--git-dir")  # refused here where this is no checkout
     unknown = CourseError("ref-unknown", f"git knows no commit called {since!r}.",
                           "Name a commit, a branch or a tag such as origin/main; `git fetch` gets what is not here.")
     if not since or since.startswith("-"):
@@ -75,19 +78,19 @@ def _git(root, *words, error=None):
                           "Install it, or run all pages: python -m helpers run.") from None
     if result.returncode:
         raise error or CourseError(
-            "not-a-checkout", f"git can't read {root}: {' '.join(result.stderr.split()) or 'it said nothing'}.",
+            "not-a-checkout", f"git cannot read {root}: {' '.join(result.stderr.split()) or 'it said nothing'}.",
             "Clone the course with git, or run all pages: python -m helpers run.")
     return result.stdout
 
 
 class Uses:
-    """Which files of a checkout use which: by imports, by commands that they start, by names in strings.
+    """Finds the files that a page uses: by imports, by commands that it starts, by names in strings.
 
     Parameters
     ----------
     root : pathlib.Path
     files : set of str
-        What git has, and what was deleted: a page may still import that.
+        All that git lists, new and deleted ones included: a page may still import a deleted one.
     """
 
     def __init__(self, root: Path, files: set[str]):
@@ -96,9 +99,11 @@ class Uses:
         self.by_name = {}  # files by their last parts, and by the names of folders of data/ and deploy/
         for file in self.files:
             top, *folders, name = file.split("/")
-            names = [*(folders if top in ("data", "deploy") else []), *([name] if top in NAMED_BY_LAST_PART else [])]
-            for name in names:
-                self.by_name.setdefault(name, set()).add(file)
+            short_names = folders if top in ("data", "deploy") else []
+            if top in NAMED_BY_LAST_PART:
+                short_names.append(name)
+            for short_name in short_names:
+                self.by_name.setdefault(short_name, set()).add(file)
         self.lazy = self._read_lazy_names()
 
     def find(self, page: str) -> set[str]:
@@ -131,7 +136,7 @@ class Uses:
             if cell["cell_type"] == "code":
                 python, shell = _split_cell(source)
                 tree = _parse(python)
-                found |= self._used_by_text(shell if tree else source) | self._used_by_nodes([tree] if tree else [])
+                found |= self._used_by_text(shell) | self._used_by_nodes([tree]) if tree else self._used_by_text(source)
             else:  # a page shows images
                 found |= {file for file in self.files if file.startswith("notebooks/images/")
                           and file.removeprefix("notebooks/") in source}
@@ -142,15 +147,16 @@ class Uses:
         for node in _walk(nodes):
             if isinstance(node, ast.Import):
                 for alias in node.names:
-                    found |= self._module(alias.name) | self.lazy_modules(alias.name)
+                    found |= self._module(alias.name) | self._lazy_modules(alias.name)
             elif isinstance(node, ast.ImportFrom) and node.module:
                 lazy = self.lazy if node.module == "helpers" else {}
                 for alias in node.names:
                     found |= self._module(lazy.get(alias.name) or f"{node.module}.{alias.name}")
             elif isinstance(node, ast.List | ast.Tuple):
                 words = [item.value if isinstance(item, ast.Constant) else "" for item in node.elts]
-                for place, word in enumerate(words[2:]):
-                    found |= self._used_by_command(word) if words[place:place + 2] == ["-m", "helpers"] else set()
+                for first, second, name in zip(words, words[1:], words[2:], strict=False):
+                    if (first, second) == ("-m", "helpers"):
+                        found |= self._used_by_command(name)
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found |= self._used_by_string(node.value)
         return found
@@ -169,9 +175,12 @@ class Uses:
 
     def _used_by_command(self, name):
         """Return what a command of ``python -m helpers`` uses: its entry, and the functions of that file it calls."""
-        tree = _parse((self.root / COMMANDS).read_text(encoding="utf-8")) if COMMANDS in self.files else None
-        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)} if tree else {}
-        entries = [value for node in ast.walk(tree or ast.Module([], [])) if isinstance(node, ast.Dict)
+        path = self.root / COMMANDS
+        tree = _parse(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if tree is None:
+            return set()
+        functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
+        entries = [value for node in ast.walk(tree) if isinstance(node, ast.Dict)
                    for key, value in zip(node.keys, node.values, strict=True)
                    if isinstance(key, ast.Constant) and key.value == name]
         nodes, left = [], entries
@@ -179,11 +188,11 @@ class Uses:
             node = left.pop()
             nodes.append(node)
             called = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} & functions.keys()
-            left += [functions.pop(name) for name in called]
+            left += [functions.pop(function) for function in called]
         return self._used_by_nodes(nodes)
 
     def _module(self, name):
-        """Return the files that are imported with a dotted name: the module, or the one that has it, and packages."""
+        """Return the files that importing a dotted name reads: its module and the packages above it."""
         parts = name.split(".")
         found = set()
         for length in range(1, len(parts) + 1):
@@ -191,7 +200,7 @@ class Uses:
             found |= {f"{stem}.py", f"{stem}/__init__.py"} & self.files
         return found
 
-    def lazy_modules(self, name):
+    def _lazy_modules(self, name):
         """Return all modules that ``import helpers`` may reach by an attribute."""
         return {file for module in self.lazy.values() for file in self._module(module)} if name == "helpers" else set()
 
@@ -220,7 +229,7 @@ def _walk(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
 
 
 def _parse(text):
-    """Return the syntax tree of Python code, or None where it is none: it can't import anything then."""
+    """Return the syntax tree of Python code, or None for what is no Python: it imports nothing."""
     try:
         return ast.parse(text)
     except (SyntaxError, ValueError):
@@ -228,10 +237,10 @@ def _parse(text):
 
 
 def _split_cell(source):
-    """Return a cell's Python, and its lines for IPython: magics and shell commands."""
+    """Return a cell's Python, and what IPython reads by itself: magics, shell commands, calls for help."""
     lines = source.splitlines()
     if lines and lines[0].startswith("%%"):
         return "\n".join(lines[1:]), lines[0]
-    is_shell = [line.lstrip().startswith(("%", "!")) for line in lines]
+    is_shell = [IPYTHON.match(line) for line in lines]
     python = [re.sub(r"\S.*", "pass", line) if shell else line for line, shell in zip(lines, is_shell, strict=True)]
     return "\n".join(python), "\n".join(line for line, shell in zip(lines, is_shell, strict=True) if shell)

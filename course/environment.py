@@ -1,8 +1,9 @@
 """Makes ``.venv`` from the pins in pyproject.toml, once: from pip's index, or from the kit that COURSE_KIT names.
 
-It runs on a bare Python, so it imports the standard library alone.
+It runs before any package is installed, so it imports the standard library and modules that do the same.
 """
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -12,14 +13,14 @@ import sys
 import tomllib
 from pathlib import Path
 
-from course.install import LOG, install, log, uv_install
+from course.install import CONSTRAINTS, LOG, install, log, uv_install
 from helpers.errors import CourseError
 from helpers.models.kit import open_kit
 from helpers.models.steps import run_program
 from helpers.paths import BUILD, DATA, ROOT, VENV, VENV_PYTHON
 from helpers.requirements import installed_build
 
-# What the last set-up of .venv was for. While one is at work, and after one that was interrupted, it says UNFINISHED.
+# Says for what .venv was set up; UNFINISHED during set-up, and after one that was interrupted.
 STAMP = VENV / "course.stamp"
 UNFINISHED = "Set-up has begun, and has not finished.\n"
 
@@ -30,7 +31,7 @@ def project() -> dict:
 
 
 def pins(extras: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the exact version of each package that the course names, and of those of some extras."""
+    """Return the pinned version of each of the course's dependencies, and of those of some extras."""
     course = project()
     groups = [course["dependencies"], *(course["optional-dependencies"][extra] for extra in extras)]
     requirements = itertools.chain.from_iterable(groups)
@@ -38,14 +39,15 @@ def pins(extras: tuple[str, ...] = ()) -> dict[str, str]:
 
 
 def install_extra(name: str) -> Path:
-    """Install an extra into a folder of its own, once until its pins change, and return the folder.
+    """Install an extra into a folder of its own, anew when its pins change, and return the folder.
 
-    It is for packages that nothing else should meet, such as Spark, which MLflow imports wherever it is there.
+    It is for packages that must not be in ``.venv``, such as Spark: MLflow imports that wherever it is installed.
     """
-    from filelock import FileLock  # this module is read before anything is installed
+    from filelock import FileLock  # this module is imported before anything is installed
 
     requirements = project()["optional-dependencies"][name]
-    digest = hashlib.sha256(repr(requirements).encode()).hexdigest()[:12]
+    depends_on = [repr(requirements), sys.version, CONSTRAINTS.read_text(encoding="utf-8")]
+    digest = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:12]
     folder = BUILD / "extras" / f"{name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
@@ -60,13 +62,17 @@ def install_extra(name: str) -> Path:
 
 def inside_venv() -> bool:
     """Tell whether the running Python is the one of ``.venv``."""
-    return VENV.exists() and VENV.samefile(sys.prefix)  # by whatever link or spelling somebody came here
+    return VENV.exists() and VENV.samefile(sys.prefix)  # also by a link or another spelling of its path
 
 
 def differing_packages(extras: tuple[str, ...] = ()) -> dict[str, tuple[str, str | None]]:
-    """Return the pinned and the installed version, None for none, of each package that differs from its pin."""
-    found = {name: (pinned, installed_build(name)[1]) for name, pinned in pins(extras).items()}
-    return {name: pair for name, pair in found.items() if (pair[1] or "").split("+")[0] != pair[0]}
+    """Return the pinned and the installed version (None for none) of each package that is not as pinned."""
+    differing = {}
+    for name, pinned in pins(extras).items():
+        installed = installed_build(name)[1]
+        if (installed or "").split("+")[0] != pinned:
+            differing[name] = pinned, installed
+    return differing
 
 
 def is_set_up(extras: tuple[str, ...] = ()) -> bool:
@@ -90,18 +96,20 @@ def set_up(extras: tuple[str, ...] = ()) -> Path:
     stamp = _read_stamp()
     STAMP.write_text(UNFINISHED, encoding="utf-8")
     install(f".[{','.join(extras)}]" if extras else ".", pins(extras), kit)
-    there = stamp["extras"] if stamp.get("state") == _state() else []
-    STAMP.write_text(json.dumps({"state": _state(), "extras": sorted({*there, *extras})}), encoding="utf-8")
+    before = stamp["extras"] if stamp.get("state") == _state() else []
+    STAMP.write_text(json.dumps({"state": _state(), "extras": sorted({*before, *extras})}), encoding="utf-8")
     return VENV_PYTHON
 
 
 def clean(everything: bool) -> int:
     """Remove ``build/``; with ``everything``, the models in ``data/models`` and ``.venv`` too. Return the exit code."""
     # `mlflow run` keeps its own records where it is called.
-    left = [BUILD, ROOT / "mlruns", ROOT / "mlflow.db"]
-    for path in [*left, DATA / "models", VENV, *ROOT.glob("*.egg-info")] if everything else left:
+    paths = [BUILD, ROOT / "mlruns", ROOT / "mlflow.db"]
+    if everything:
+        paths += [DATA / "models", VENV, *ROOT.glob("*.egg-info")]
+    for path in paths:
         shutil.rmtree(path, ignore_errors=True)
-        if path.is_file():
+        with contextlib.suppress(OSError):  # Windows removes no file that is open
             path.unlink()
         if path.exists():
             raise CourseError("in-use", f"{path.relative_to(ROOT)} could not be removed.",
@@ -118,16 +126,15 @@ def _read_stamp():
 
 
 def _state():
-    """Return a digest of all that a finished set-up depends on. pyproject.toml names the course's own packages, too."""
+    """Return a digest of all that a set-up depends on: the whole of pyproject.toml, which lists the packages, too."""
     parts = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
     return hashlib.sha256(b"\0".join([*parts, str(ROOT).encode(), sys.version.encode()])).hexdigest()
 
 
 def _make_venv():
-    """Make ``.venv``, unless it has a Python of this version: one that was moved or upgraded has not.
+    """Make ``.venv``, anew where its Python is gone or of another version, or where set-up was interrupted.
 
-    One in which set-up was interrupted is made anew, as half a package looks like a whole one to pip and uv; uv's cache
-    has what was downloaded.
+    Neither pip nor uv sees that a package is only half there. uv's cache keeps what was downloaded.
     """
     if os.pathsep in str(ROOT):
         raise CourseError("folder-name", f"Python makes no virtual environment in {ROOT}: its name has a {os.pathsep}.",

@@ -1,6 +1,6 @@
 """Installs packages into ``.venv``: pip gets uv and, on Linux, the CPU build of torch; uv installs all the rest.
 
-It runs on a bare Python, so it imports the standard library alone.
+It runs before any package is installed, so it imports the standard library and modules that do the same.
 """
 
 import json
@@ -36,13 +36,13 @@ def install(project: str, pins: dict[str, str], kit: Kit | None) -> None:
     answering, lacks a wheel, or has one that was changed.
     """
     pip = partial(_pip, kit=kit)
-    _, says = run_program([VENV_PYTHON, "-m", "uv", "--version"], dict(os.environ), log)
-    if f"uv {pins['uv']}" not in says:
-        _step("Getting uv")
-        # "--ignore-installed": what an interrupted pip left of it is written over.
+    _, version = run_program([VENV_PYTHON, "-m", "uv", "--version"], dict(os.environ), log)
+    if version.split()[:2] != ["uv", pins["uv"]]:
+        _print_step("Getting uv")
+        # "--ignore-installed" overwrites what an interrupted pip left.
         pip("install", "--no-deps", "--ignore-installed", f"uv=={pins['uv']}")
     torch = _fetch_cpu_torch(pip, pins["torch"]) if kit is None and sys.platform == "linux" else []
-    _step("Installing the course's packages")
+    _print_step("Installing the course's packages")
     uv_install(VENV_PYTHON, "--editable", project, *torch, kit=kit)
     shutil.rmtree(BUILD / "torch", ignore_errors=True)
 
@@ -63,7 +63,7 @@ def uv_install(python: Path | str, *arguments: str | Path, kit: Kit | None = Non
         variables, options = uv_settings.from_kit(kit, constraints, dict(os.environ))
     command = [python, "-m", "uv", "pip", "install", "--python", python, "--color", "never", "--no-progress", *options,
                *arguments]
-    code, output = run_program(command, variables, _show)
+    code, output = run_program(command, variables, _log_and_show)
     if code:
         raise to_error("uv", output, kit)
 
@@ -72,8 +72,8 @@ def uv_install(python: Path | str, *arguments: str | Path, kit: Kit | None = Non
 
 
 def _fetch_cpu_torch(pip, version):
-    """Let pip fetch the CPU build of torch, and return its wheel in a list, which is empty where it is installed."""
-    _step("Getting torch")
+    """Let pip fetch the CPU build of torch. Return a list with its wheel, empty where torch is installed already."""
+    _print_step("Getting torch")
     folder, plan = BUILD / "torch", BUILD / "torch.json"
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted pip may have left half a file
     options = cpu_torch_options(pip, plan, "--constraint", str(CONSTRAINTS), f"torch=={version}")
@@ -83,17 +83,18 @@ def _fetch_cpu_torch(pip, version):
 
 
 def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> list[str]:
-    """Return the ``options`` and more, with which ``pip`` takes the CPU build of torch on Linux.
+    """Return pip's ``options``, with PyTorch's own index added where it is needed for the CPU build on Linux.
 
-    The last of ``options`` is torch and its version; ``plan`` is a file to write to. Raises CourseError where pip
-    would take the CUDA build.
+    The last of ``options`` is ``torch==VERSION``. ``pip`` writes what it would install to the file ``plan``. Raises
+    CourseError where that is the CUDA build.
     """
     try:
-        with urllib.request.urlopen(TORCH_CPU_INDEX + "/torch/", timeout=10) as page:  # or a proxy's own page
+        with urllib.request.urlopen(TORCH_CPU_INDEX + "/torch/", timeout=10) as page:
+            # A proxy may answer with a page of its own.
             if options[-1].replace("==", "-").encode() in page.read():
                 options = ("--extra-index-url", TORCH_CPU_INDEX, *options)
-    except (OSError, ValueError):
-        pass  # pip asks its own index alone
+    except BROKEN:
+        pass  # pip then asks the user's index alone
     pip("install", "--dry-run", "--no-deps", "--report", str(plan), *options)
     for chosen in json.loads(plan.read_text(encoding="utf-8"))["install"]:
         if any(re.match("(nvidia|cuda)[-_]", needed) for needed in chosen["metadata"].get("requires_dist", [])):
@@ -111,18 +112,19 @@ def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> 
 def _pip(*arguments, kit):
     """Run the pip of ``.venv``; raise CourseError where it fails."""
     try:
-        run_pip(*arguments, python=str(VENV_PYTHON), on_output=_show, environment=pip_environment(kit))
+        run_pip(*arguments, python=str(VENV_PYTHON), on_output=_log_and_show, environment=pip_environment(kit))
     except PipError as error:
         raise to_error("pip", error.output, kit) from None
 
 
 def pip_environment(kit: Kit | None) -> dict[str, str] | None:
-    """Return an environment in which pip asks a kit and nobody else; None, which is this one, without a kit."""
+    """Return the environment in which pip uses the kit alone; None, for this process's own, without a kit."""
     if kit is None:
         return None
     environment = {name: value for name, value in os.environ.items()
                    if not name.upper().startswith("PIP_") or name.upper() in ("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR")}
-    # A page of links with hashes, from a folder as well: pip then checks what a stick has, too. It splits at spaces.
+    # The kit's page of links has the hashes that pip checks, on a USB stick, too. pip splits this variable at spaces,
+    # so that a folder has to be a URI.
     links = kit.place(WHEELS_INDEX) if kit.is_url else Path(kit.place(WHEELS_INDEX)).as_uri()
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": links}
     if kit.address.startswith("http://"):
@@ -142,12 +144,12 @@ def log(text: str) -> None:
         file.write(text)
 
 
-def _step(title):
+def _print_step(title):
     """Print a line for a step that takes long."""
     print(f"{title} ...", flush=True)
 
 
-def _show(text):
+def _log_and_show(text):
     """Log what pip or uv prints, and show in a terminal which package it is at."""
     log(text)
     lines = re.findall(r"^ *((?:Collecting|Downloading|Building|Prepared|Installing|Installed) .*)", text, re.MULTILINE)
@@ -158,16 +160,16 @@ def _show(text):
 def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
     """Return the error for a set-up in which pip or uv failed: its own words, and what to do."""
     details = f"Details: {LOG.relative_to(ROOT)}."
-    words = last_words(output)
+    message = final_error(output)
     if re.search(r"No space left on device|os error (28|112)\b", output):
         return CourseError("disk-full", f"The disk is full: {shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free, and "
                            "set-up needs 4 GB.", "Free some space and run this again; what is downloaded stays.")
     if kit is None:
-        return CourseError("install-failed", f"{program} could not install the course's packages: {words}",
+        return CourseError("install-failed", f"{program} could not install the course's packages: {message}",
                            "Check the network, the proxy (HTTPS_PROXY) and pip's settings (python -m pip config list), "
                            f"and run this again; what is downloaded stays. {details}")
     if re.search("(?i)hash mismatch|do not match the hashes|invalid package format| is invalid", output):
-        return CourseError("kit-changed", f"A wheel of the kit {kit.address} is not as it was built: {words}",
+        return CourseError("kit-changed", f"A wheel of the kit {kit.address} is not as it was built: {message}",
                            "Build or copy the kit again; `python -m helpers kit check` names every such file.")
     try:
         with kit.open(WHEELS_INDEX) as page:
@@ -177,12 +179,12 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
             "kit-gone", f"The kit {kit.address} has stopped answering.",
             "Check that `kit serve` still runs there and that this machine is in the same network, and run this again.")
     if re.search("No solution found|No matching distribution found|ResolutionImpossible", output):
-        return _lacking(words, kit)
-    return CourseError("install-failed", f"{program} could not install the course's packages from the kit: {words}",
+        return _missing_wheel_error(message, kit)
+    return CourseError("install-failed", f"{program} could not install the course's packages from the kit: {message}",
                        f"Run this again; if it stays, report it with the log. {details}")
 
 
-def last_words(output: str) -> str:
+def final_error(output: str) -> str:
     """Return the error with which pip or uv ended, as one sentence without colours."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", output).split("\n")
     lines = [line.strip().removeprefix("cause: ") for line in lines if line.strip()] or ["It printed nothing"]
@@ -190,16 +192,16 @@ def last_words(output: str) -> str:
     return re.sub("(?i)^error: ", "", ". ".join(line.rstrip(".") for line in lines[last:][:8])) + "."
 
 
-def _lacking(words, kit):
+def _missing_wheel_error(message, kit):
     """Return the error for a wheel that a kit lacks: for this machine, or in the version of this course."""
     python = "{}.{}".format(*sys.version_info[:2])
     system = PLATFORM_NAMES.get((platform.system(), platform.machine()))
     platforms, pythons = kit.manifest["platforms"], kit.manifest["pythons"]
     if system in platforms and python in pythons:
-        return CourseError("kit-other-version", f"The kit has other packages than this course wants: {words}",
+        return CourseError("kit-other-version", f"The kit has other packages than this course wants: {message}",
                            f"Take the course from the kit, too: {kit.place(COURSE)}.")
     again = build_command(kit, [system] if system else [], [python])
     machine = f"Python {python} on {platform.system()} {platform.machine()}"
-    return CourseError("kit-lacks-wheel", f"The kit has not all wheels for {machine}: {words}",
+    return CourseError("kit-lacks-wheel", f"The kit lacks wheels for {machine}: {message}",
                        f"Use a Python that it was built for ({', '.join(pythons)} on {', '.join(platforms)}), "
                        f"or build it with: {again}.")

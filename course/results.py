@@ -1,7 +1,7 @@
-"""Writes what a page did for other programs: junit with a test case for each code cell, and JSON with its figures.
+"""Writes a page's results for other programs: junit with a test case for each code cell, and JSON with its figures.
 
 junit is written with the standard library: a package for it would be one more that every learner installs, and would
-not remove the letters that XML forbids. The tests read the file with one, junitparser, and with Jenkins' schema.
+not remove the characters that XML forbids. The tests read the file with junitparser and with Jenkins' schema.
 """
 
 import json
@@ -18,12 +18,12 @@ from helpers.errors import CourseError
 from helpers.files import is_writable
 
 PASSED, FAILED, SKIPPED = "passed", "failed", "skipped"
-FENCED = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
+CODE_FENCE = re.compile(r"^(```|~~~).*?^\1", re.DOTALL | re.MULTILINE)
 HEADING = re.compile(r"^#{1,6} +(.+?)(?: \(\d+ min\))?$", re.MULTILINE)
-# helpers.errors.CourseError puts it under its two sentences.
-CODE = re.compile(r"\(code: ([\w-]+)\)")
+# The last line of a CourseError's traceback in a notebook.
+ERROR_CODE = re.compile(r"\(code: ([\w-]+)\)")
 COLORS = re.compile(r"\x1b\[[0-9;]*m")
-NO_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+INVALID_IN_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclass(frozen=True)
@@ -39,8 +39,12 @@ class CellResult:
     status : str
         PASSED, FAILED or SKIPPED.
     seconds : float
-    error_type, message, details : str
-        Of a failed cell: a CourseError's code or another exception's name, its message and its traceback.
+    error_type : str
+        Of a failed cell: a CourseError's code, or the name of another exception.
+    message : str
+        Of a failed cell: the exception's message.
+    details : str
+        Of a failed cell: the traceback.
     """
 
     name: str
@@ -57,17 +61,18 @@ def read_cells(notebook: NotebookNode) -> list[CellResult]:
     cells, heading = [], ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
-            found = HEADING.findall(FENCED.sub("", cell.source))
+            found = HEADING.findall(CODE_FENCE.sub("", cell.source))
             heading = re.sub(r"[`*]", "", found[-1]) if found else heading
         elif cell.cell_type == "code" and cell.source.strip():
             cells.append(_read_cell(cell, len(cells) + 1, heading))
     return cells
 
 
-def blame(cells: list[CellResult], failure: Exception) -> list[CellResult]:
-    """Return the cells with one that failed: where none did, the last one that began, or an entry for the page.
+def mark_failure(cells: list[CellResult], failure: Exception) -> list[CellResult]:
+    """Return the cells with a failed one among them, where no cell has the failure itself.
 
-    A kernel that ends leaves no error in its cell. A disk that is full after the last cell is nobody's fault.
+    A kernel that ends leaves no error in its cell: then it is the last cell that began. Any other failure, such as a
+    full disk after the last cell, gets an entry for the whole page.
     """
     if any(cell.status == FAILED for cell in cells):
         return cells
@@ -86,10 +91,11 @@ def _read_cell(cell, number, heading):
     timing = cell.metadata.get("papermill", {})
     seconds = timing.get("duration") or 0.0
     errors = [output for output in cell.outputs if output.output_type == "error"]
-    if not errors:  # papermill calls cells after a failure pending or completed; those that began have a time
+    if not errors:  # papermill's own status is not reliable after a failure; a start time is
         return CellResult(name, heading, PASSED if timing.get("start_time") else SKIPPED, seconds)
-    error, lines = errors[0], [COLORS.sub("", line) for line in errors[0].traceback]
-    code = CODE.fullmatch(lines[-1]) if lines and error.ename == "CourseError" else None
+    error = errors[0]
+    lines = [COLORS.sub("", line) for line in error.traceback]
+    code = ERROR_CODE.fullmatch(lines[-1]) if lines and error.ename == "CourseError" else None
     return CellResult(name, heading, FAILED, seconds, code[1] if code else error.ename, error.evalue, "\n".join(lines))
 
 
@@ -114,7 +120,7 @@ def make_junit(page: str, cells: list[CellResult], seconds: float) -> bytes:
 
 
 def _xml_text(text):
-    return NO_XML.sub("", COLORS.sub("", text))
+    return INVALID_IN_XML.sub("", COLORS.sub("", text))
 
 
 def make_json(page: str, cells: list[CellResult], seconds: float, parameters: dict, run: dict | None,
@@ -127,15 +133,15 @@ def make_json(page: str, cells: list[CellResult], seconds: float, parameters: di
         "parameters": parameters, "duration": round(seconds, 3),
         "cells": {status: sum(cell.status == status for cell in cells) for status in (PASSED, FAILED, SKIPPED)},
         "run": run, "answers": answers}
-    return json.dumps(_finite(results), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+    return json.dumps(_nan_to_none(results), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
-def _finite(value):
-    """Return a value with None in place of each number that JSON lacks: MLflow takes NaN and infinities as metrics."""
+def _nan_to_none(value):
+    """Return a value with None for NaN and infinities: MLflow takes them as metrics, and JSON has no such numbers."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_finite(item) for item in value]
+        return [_nan_to_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -148,7 +154,7 @@ def read_run(run: object, client: object) -> dict:
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """The files for a page's results, either of which may be None: then it is not written."""
+    """The files for a page's results. One that is None is not written."""
 
     junit: Path | None = None
     json: Path | None = None
@@ -173,7 +179,7 @@ class ResultFiles:
         if notebook.exists():
             executed = nbformat.read(notebook, as_version=4)
             cells, seconds = read_cells(executed), executed.metadata.get("papermill", {}).get("duration") or 0.0
-        cells = blame(cells, failure) if failure else cells
+        cells = mark_failure(cells, failure) if failure else cells
         contents = {self.junit: make_junit(page, cells, seconds),
                     self.json: make_json(page, cells, seconds, parameters, run, answers)}
         for path, content in contents.items():
@@ -183,5 +189,5 @@ class ResultFiles:
             except OSError as error:
                 raise CourseError(
                     "results-not-written",
-                    f"{page} ran, and its results could not be written to {path}: {error.strerror}.",
+                    f"{page} ended, and its results could not be written to {path}: {error.strerror}.",
                     f"The executed notebook, {page}.ipynb, and {page}.html are in {notebook.parent}.") from None

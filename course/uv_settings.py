@@ -1,8 +1,8 @@
 """Says where uv finds packages: where the user's pip finds them, or in an offline kit and nowhere else.
 
-uv does not read pip's configuration, https://docs.astral.sh/uv/pip/compatibility, so what matters of it is translated
-into uv's variables, https://docs.astral.sh/uv/reference/environment. It runs on a bare Python, so it imports the
-standard library alone.
+uv does not read pip's configuration, https://docs.astral.sh/uv/pip/compatibility, so the options of pip that matter are
+translated into uv's variables, https://docs.astral.sh/uv/reference/environment. This module runs before any package is
+installed, so it imports the standard library and modules that do the same.
 """
 
 import re
@@ -14,8 +14,8 @@ from helpers.models.kit import WHEELS_INDEX, Kit, local_address
 # The variables of uv that stay as the user has set them: how packages get here and, without a kit, where they come
 # from. With the others uv would install elsewhere (UV_TARGET, UV_SYSTEM_PYTHON), something else (UV_OVERRIDE,
 # UV_TORCH_BACKEND) or nothing.
-TRANSPORT = r"UV_(CACHE_DIR|NO_CACHE|LINK_MODE|CONCURRENT_\w+|HTTP_\w+)"
-ORIGIN = r"UV_(DEFAULT_INDEX|INDEX|INDEX_\w+|EXTRA_INDEX_URL|FIND_LINKS|INSECURE_HOST|KEYRING_PROVIDER|SYSTEM_CERTS" \
+DOWNLOAD = r"UV_(CACHE_DIR|NO_CACHE|LINK_MODE|CONCURRENT_\w+|HTTP_\w+)"
+INDEX = r"UV_(DEFAULT_INDEX|INDEX|INDEX_\w+|EXTRA_INDEX_URL|FIND_LINKS|INSECURE_HOST|KEYRING_PROVIDER|SYSTEM_CERTS" \
          r"|NATIVE_TLS|EXCLUDE_NEWER|OFFLINE)"
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
@@ -26,33 +26,38 @@ def like_pip(pip: dict[str, str], variables: dict[str, str]) -> tuple[dict[str, 
     ``pip`` has the values of pip's options by their names, such as ``"index-url"``; ``variables`` is this process's
     environment. uv's own variables win over pip's options.
     """
-    # With no certificate of its own, pip takes that of the library with which it speaks HTTP.
+    # Without its option cert, pip uses the variables of requests, its HTTP library.
     certificate = pip.get("cert") or variables.get("REQUESTS_CA_BUNDLE") or variables.get("CURL_CA_BUNDLE")
-    own = {
-        "UV_INDEX_STRATEGY": "unsafe-best-match",  # the best of all indexes, as pip takes it
+    translated = {
+        "UV_INDEX_STRATEGY": "unsafe-best-match",  # the best version of all indexes, as pip does
         "UV_SYSTEM_CERTS": "1",  # pip trusts what the system trusts
         "UV_DEFAULT_INDEX": pip.get("index-url") or pip.get("pypi-url"),
         "UV_INDEX": " ".join(_values(pip, "extra-index-url")),
-        "UV_FIND_LINKS": ",".join(map(_path, _values(pip, "find-links"))),
+        "UV_FIND_LINKS": ",".join(map(_expand_home, _values(pip, "find-links"))),
         "UV_INSECURE_HOST": " ".join(_values(pip, "trusted-host")),
         "UV_KEYRING_PROVIDER": _keyring(pip.get("keyring-provider")),
         "UV_HTTP_TIMEOUT": (pip.get("timeout") or pip.get("default-timeout") or "").partition(".")[0],
         "UV_HTTP_RETRIES": pip.get("retries"),
-        "UV_CACHE_DIR": "cache-dir" in pip and str(Path(_path(pip["cache-dir"])) / "uv"),
+        "UV_CACHE_DIR": "cache-dir" in pip and str(Path(_expand_home(pip["cache-dir"])) / "uv"),
         "UV_NO_CACHE": _is_on(pip, "no-cache-dir"),
         "UV_EXCLUDE_NEWER": pip.get("uploaded-prior-to"),
         "UV_REQUIRE_HASHES": _is_on(pip, "require-hashes"),
     }
-    shared = {"SSL_CERT_FILE": certificate and _path(certificate),
-              "SSL_CLIENT_CERT": "client-cert" in pip and _path(pip["client-cert"]),
+    shared = {"SSL_CERT_FILE": certificate and _expand_home(certificate),
+              "SSL_CLIENT_CERT": "client-cert" in pip and _expand_home(pip["client-cert"]),
               **dict.fromkeys(PROXIES, pip.get("proxy"))}
     ignored = PROXIES if _is_on(pip, "no-proxy-env") else ()
-    kept = {name: value for name, value in _users(variables, f"{TRANSPORT}|{ORIGIN}").items() if name not in ignored}
-    options = [word for option in ("constraint", "build-constraint", "only-binary") for value in _values(pip, option)
-               for word in (f"--{option}", value)]
+    kept = {name: value for name, value in _with_uv_variables(variables, f"{DOWNLOAD}|{INDEX}").items()
+            if name not in ignored}
+    if "UV_INDEX_URL" in kept:  # the older name of the same setting
+        del translated["UV_DEFAULT_INDEX"]
+    options = []
+    for option in ("constraint", "build-constraint", "only-binary"):
+        for value in _values(pip, option):
+            options += [f"--{option}", value]
     if _is_on(pip, "no-index"):
         options.append("--no-index")
-    return _filled(own) | kept | _filled(shared), options
+    return _without_empty(translated) | kept | _without_empty(shared), options
 
 
 def from_kit(kit: Kit, constraints: Path, variables: dict[str, str]) -> tuple[dict[str, str], list[str]]:
@@ -62,7 +67,7 @@ def from_kit(kit: Kit, constraints: Path, variables: dict[str, str]) -> tuple[di
     """
     links = kit.place(WHEELS_INDEX) if kit.is_url else (Path(kit.address) / "wheels").as_uri()
     direct = {"NO_PROXY": "*", "no_proxy": "*"} if kit.is_url and local_address(kit.address) else {}
-    return (_users(variables, TRANSPORT) | direct | {"UV_FIND_LINKS": links.replace(",", "%2C")},
+    return (_with_uv_variables(variables, DOWNLOAD) | direct | {"UV_FIND_LINKS": links.replace(",", "%2C")},
             ["--no-index", "--only-binary", ":all:", "--constraint", str(constraints), "--build-constraint",
              str(constraints)])
 
@@ -73,42 +78,46 @@ def kit_constraints(kit: Kit, constraints: str) -> str:
     for name, entry in kit.files.items():
         if name.startswith("wheels/") and name.endswith(".whl"):
             project, version = name.removeprefix("wheels/").split("-")[:2]
-            wheels.setdefault((_normal(project), version), []).append(entry["sha256"])
+            wheels.setdefault((_normal_name(project), version), []).append(entry["sha256"])
     lines = []
-    for line in filter(re.compile("[^#]").match, constraints.splitlines()):
+    for line in constraints.splitlines():
+        if not line or line.startswith("#"):
+            continue
         pin, semicolon, marker = line.partition(";")
         project, version = pin.strip().split("==")
         # On Linux the kit has torch's CPU build, and for the other systems the one of the package index.
         if sys.platform == "linux" and (project, f"{version}+cpu") in wheels:
             version += "+cpu"
-        hashes = "".join(f" --hash=sha256:{digest}" for digest in wheels.get((_normal(project), version), []))
+        hashes = "".join(f" --hash=sha256:{digest}" for digest in wheels.get((_normal_name(project), version), []))
         lines.append(f"{project}=={version} {semicolon}{marker}{hashes}\n")
     return "".join(lines)
 
 
-def _normal(project):
-    """Return a project's one spelling, https://packaging.python.org/specifications/name-normalization."""
+def _normal_name(project):
+    """Return a project's name in its normal form, https://packaging.python.org/specifications/name-normalization."""
     return re.sub(r"[-_.]+", "-", project).lower()
 
 
-def _users(variables, kept):
-    """Return the environment without uv's variables and files, but for those that ``kept`` matches."""
-    return {name: value for name, value in variables.items()
-            if not name.upper().startswith("UV_") or re.fullmatch(kept, name.upper())} | {"UV_NO_CONFIG": "1"}
+def _with_uv_variables(variables, pattern):
+    """Return the environment with those of uv's variables that the pattern matches, and without uv's own files."""
+    kept = {name: value for name, value in variables.items()
+            if not name.upper().startswith("UV_") or re.fullmatch(pattern, name.upper())}
+    return kept | {"UV_NO_CONFIG": "1"}
 
 
 def _values(pip, option):
-    """Return the values of an option that may have several: pip splits them at spaces."""
-    return pip.get(option, "").replace(",", " " if option == "only-binary" else ",").split()
+    """Return the values of an option that may have several: pip splits them at spaces, package names at commas too."""
+    text = pip.get(option, "")
+    return re.split(r"[,\s]+", text.strip(", ")) if option == "only-binary" and text else text.split()
 
 
-def _path(text):
+def _expand_home(text):
     """Return a URL as it is, and a path with what ``~`` stands for."""
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 def _keyring(provider):
-    """Return uv's name for pip's way to a keyring: uv knows the program alone."""
+    """Return uv's provider of passwords for pip's: of pip's several, uv has the program ``keyring`` alone."""
     return provider and ("disabled" if provider == "disabled" else "subprocess")
 
 
@@ -117,5 +126,5 @@ def _is_on(pip, option):
     return "1" if pip.get(option, "").lower() in ("1", "y", "yes", "t", "true", "on") else ""
 
 
-def _filled(settings):
+def _without_empty(settings):
     return {name: value for name, value in settings.items() if value}

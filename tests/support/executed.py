@@ -1,7 +1,7 @@
 """Executes a page once for all tests that read it: in one way, on one model, until its sources change.
 
-A carrier is one execution of a page. Each was chosen so that it also carries a policy that would need a run of its own:
-an odd folder, a hostile shell, a tracking server with a login, a project, other tools, exercises solved and open.
+An entry of CARRIERS is one execution of a page. Each also covers a condition that would need a run of its own, such as
+a folder with an odd name, a hostile shell, a tracking server with a login, solved exercises.
 """
 
 import contextlib
@@ -29,18 +29,18 @@ from support.projects import activated, project
 from support.user import make_checkout
 
 EXECUTED = ROOT / "build" / "executed"
-SOURCES = ("notebooks", "helpers", "serving", "course", "data", "tests/support", "MLproject", "pyproject.toml")
-# What MLflow says at each registration, on stderr, and the course of variables. Nothing else may stand there.
-REGISTERED = r"((Successfully r|R)egistered model .*|Created version .*|note: the course leaves out .*|\s)*"
-# Other than the defaults, each of them.
+SOURCES = ("notebooks", "helpers", "serving", "course", "data", "tests/support", "MLproject", "pyproject.toml",
+           "constraints.txt")
+# All that may stand on stderr: what MLflow says at each registration, and the course of variables that it leaves out.
+EXPECTED_STDERR = r"((Successfully r|R)egistered model .*|Created version .*|note: the course leaves out .*|\s)*"
+# Each differs from its default.
 OTHER = {"question": "What is the capital of France?", "system_prompt": "Answer in one sentence.", "max_tokens": 24,
          "temperature": 0.3}
-# A question like an option and with quotes in it, an answer as long as the context leaves, a whole number as
-# temperature.
+# A question like an option and with quotes in it, as many tokens as the context leaves, a whole number as temperature.
 EXTREME = {"question": "-5? Who's the author of \"Hamlet\" & why?", "system_prompt": "", "max_tokens": 4000,
            "temperature": 1}
-# Most letters that a URI, a template, a pattern, a configuration file or a shell takes for its own, in two names.
-# MLflow finds no model where a folder is called %20, which the tests of the store hold.
+# Two names with most characters that mean something in URIs, templates, patterns, configuration files and shells.
+# Not %20: MLflow finds no model in a folder of that name, and the tests of the store say so.
 ODD_NAMES = ("-what? a#b it's {x} ${y} [z] $HOME %(here)s ;&\\ é ", '.say "hi" 100%')
 
 
@@ -100,7 +100,7 @@ def assert_clean(executed: Executed) -> None:
     for cell in executed.cells:
         for output in cell.outputs:
             said = output.text if output.get("name") == "stderr" else ""
-            assert re.fullmatch(REGISTERED, said), (cell.source, said)
+            assert re.fullmatch(EXPECTED_STDERR, said), (cell.source, said)
             data = output.get("data", {})
             assert "application/vnd.jupyter.widget-view+json" not in data, cell.source
             # A number that stands alone is what a cell's last line happened to return.
@@ -119,15 +119,19 @@ def execute_once(name: str) -> Executed:
     folder.parent.mkdir(parents=True, exist_ok=True)
     result = folder / "executed.json"
     with FileLock(f"{folder}.lock"):
-        if not result.exists():
+        # A failure counts for one session of pytest: the next one tries again.
+        failure = folder / f"failed-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}.json"
+        if not result.exists() and not failure.exists():
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir()
             executed = CARRIERS[name](folder)
-            result.write_text(json.dumps(asdict(executed)), encoding="utf-8")
-    return Executed(**json.loads(result.read_text(encoding="utf-8")))
+            written = failure if executed.returncode else result
+            written.write_text(json.dumps(asdict(executed)), encoding="utf-8")
+    there = result if result.exists() else failure
+    return Executed(**json.loads(there.read_text(encoding="utf-8")))
 
 
-ASK = """
+PREDICT = """
 import json, sys, mlflow
 store, name, request, params = sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), json.loads(sys.argv[4])
 mlflow.set_tracking_uri(store)
@@ -137,11 +141,11 @@ print(json.dumps(model.predict(request, params=params)))
 
 
 def ask_in_fresh_process(python: Callable, store: str, name: str, request: dict, params: dict | None = None):
-    """Let a champion answer in a fresh process, away from the course, without pickles and without a network.
+    """Return what a registered model's champion answers in a new process, without the course, pickles or a network.
 
     ``python`` is the fixture of this name.
     """
-    result = python("-c", ASK, store, name, json.dumps(request), json.dumps(params), cwd=ROOT.parent, network=False,
+    result = python("-c", PREDICT, store, name, json.dumps(request), json.dumps(params), cwd=ROOT.parent, network=False,
                     MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
@@ -200,8 +204,8 @@ def in_odd_folder(folder: Path) -> Executed:
     (folder / "mine" / "serving.py").touch()
     output = folder / f"out{ODD_NAMES[0]}"
     mine = {name: value for name, value in user_environment().items() if not name.startswith("COURSE_")}
-    # A terminal without letters beyond ASCII cannot name this folder; a Python with a safe path would import the course
-    # that is installed, and one that optimizes takes from MLflow the docstrings that it reads at its start.
+    # LC_ALL, PYTHONUTF8 and PYTHONIOENCODING here mean ASCII, which cannot name this folder. With PYTHONSAFEPATH Python
+    # imports the installed course. PYTHONOPTIMIZE removes docstrings that MLflow reads when it is imported.
     left_out = ("LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONSAFEPATH", "PYTHONOPTIMIZE")
     hostile = {name: value for name, value in (HOSTILE | BORNE).items() if name not in left_out}
     variables = mine | hostile | {
@@ -227,7 +231,7 @@ def other_kernel(folder: Path) -> Path:
 
 
 def on_tracking_server(folder: Path, pages: tuple[str, ...] = TRACKS[:1]) -> Executed:
-    """Run pages in the same moment, solved and with other parameters, on a fresh tracking server with a login.
+    """Run pages at the same time, solved and with other parameters, on a fresh tracking server with a login.
 
     The executed page is the first one.
     """
@@ -243,14 +247,15 @@ def on_tracking_server(folder: Path, pages: tuple[str, ...] = TRACKS[:1]) -> Exe
              *map(str, _words(parameters))], cwd=ROOT, env=environment, text=True, encoding="utf-8",
             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for page in pages]
         said = [process.communicate() for process in begun]
-    return Executed(pages[0], str(folder), str(folder / "mlflow.db"), max(process.returncode for process in begun),
+        codes = [process.returncode for process in begun]
+    return Executed(pages[0], str(folder), str(folder / "mlflow.db"), next(filter(None, codes), 0),
                     "".join(out for out, _ in said), "".join(err for _, err in said), {"host": host})
 
 
 def by_other_tools(folder: Path) -> Executed:
-    """Let papermill put parameters into a page of a checkout and nbmake execute it, as somebody's CI may do.
+    """Put parameters into a page with papermill, then execute it with nbmake, as somebody's CI may do.
 
-    nbmake injects no parameters: what papermill does not set comes from the environment.
+    nbmake takes no parameters: what papermill does not set comes from the environment.
     """
     checkout = make_checkout(folder / "a course")
     page = checkout / "notebooks" / "TransformerPipeline.ipynb"
@@ -258,7 +263,7 @@ def by_other_tools(folder: Path) -> Executed:
     variables = user_environment() | {
         "PYTHONPATH": str(checkout), "COURSE_CACHE": str(ROOT / "data" / "models"), "COURSE_MODEL": "tiny-phi3",
         "COURSE_TRACKING_URI": f"sqlite:///{database.as_posix()}"}
-    # Neither of the two is the course: what stops them themselves is left out, as is what is for them.
+    # The variables of Python itself would stop papermill and pytest, which are not the course's own.
     hostile = {name: value for name, value in (HOSTILE | BORNE).items() if not name.startswith("PYTHON")}
     prepared = subprocess.run(
         [sys.executable, "-m", "papermill", page, page, "--prepare-only", "-p", "max_tokens", "8"], cwd=checkout,

@@ -19,9 +19,10 @@ COURSE = {
     "data/models.toml": "", "data/prompts.jsonl": "", "data/page.css": "", "data/lab/settings.json": "",
     "notebooks/images/loop.svg": "",
     "helpers/__init__.py":
-        '"""It names helpers.unused."""\n_HOME = {"show": "helpers.tables", "run": "helpers.server"}',
+        '"""It names helpers.unused."""\n_HOME = {"show": "helpers.tables", "run": "helpers.server", "ask": "helpers.asked"}',
     "helpers/__main__.py": "", "helpers/tables.py": "from helpers.deep import x", "helpers/deep/__init__.py": "x = 1",
     "helpers/server.py": "", "helpers/unused.py": "", "helpers/written.py": "", "helpers/magic.py": "",
+    "helpers/asked.py": "",
     "course/__main__.py": "from course.commands import run",
     "course/execute.py": "STYLE = 'page.css'", "course/bench.py": "",
     "course/commands.py": "def _start(x):\n    return [x]\ndef _bench(options):\n    from course import bench\n"
@@ -32,7 +33,7 @@ CELLS = {
     "A": ["from helpers import show\nfor line in []:\n    %time line\n    !ls\n"],
     "B": ["run(['python', '-m', 'helpers', 'serve'])", "print('data:', 'app', 'a b')"],
     "C": ["%%writefile \"{file}\"\nfrom helpers.written import y\nopen(DATA / 'prompts.jsonl'), DATA / 'lab'",
-          "x = !python -m helpers bench", "import this is no Python, and it names helpers.magic"],
+          "from helpers import ask\nx = !python -m helpers bench\nask?", "import this is no Python, and it names helpers.magic"],
 }
 
 
@@ -75,7 +76,7 @@ def write(path, text):
     ("serving/app.py", "B"), ("serving/model.py", "B"),
     # a cell that writes a module, a file and a folder that it reads, a shell line, code that does not parse
     ("helpers/written.py", "C"), ("data/prompts.jsonl", "C"), ("data/lab/settings.json", "C"), ("course/bench.py", "C"),
-    ("helpers/magic.py", "C"),
+    ("helpers/magic.py", "C"), ("helpers/asked.py", "C"),
     # nothing that a page runs
     ("README.md", ""), ("docs/a.md", ""), ("tests/test_a.py", ""), ("helpers/unused.py", ""), ("helpers/server.py", ""),
 ])
@@ -105,6 +106,11 @@ def test_a_branch_has_changed_what_it_committed_and_not_what_main_did_meanwhile(
     monkeypatch.setattr("course.changed.changed_pages.__defaults__", (root,))
     assert run_command(["changed", "--since", "main"]) == 0
     assert capsys.readouterr().out == "B\nC\n"
+
+
+def test_a_file_that_is_gone_touches_the_pages_that_still_want_it(root):
+    (root / "course" / "commands.py").unlink()
+    assert changed_pages("HEAD", root) == ["A", "B", "C"]
 
 
 @pytest.mark.parametrize("ref", ["nothing", "", "-x", "main:helpers/__init__.py"])

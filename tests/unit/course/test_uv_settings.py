@@ -48,7 +48,7 @@ def test_each_setting_of_pip_has_its_variable_of_uv(pip, variables):
     ({"no-index": "1"}, ["--no-index"]), ({"no-index": "0"}, []),
     ({"constraint": "/etc/a.txt /etc/b.txt"}, ["--constraint", "/etc/a.txt", "--constraint", "/etc/b.txt"]),
     ({"build-constraint": "/etc/a.txt"}, ["--build-constraint", "/etc/a.txt"]),
-    ({"only-binary": "six,torch"}, ["--only-binary", "six", "--only-binary", "torch"]),
+    ({"only-binary": "six,torch "}, ["--only-binary", "six", "--only-binary", "torch"]),
 ])
 def test_what_uv_has_no_variable_for_is_an_option(pip, options):
     assert like_pip(pip, {}) == (ALWAYS, options)
@@ -58,6 +58,8 @@ def test_what_uv_has_no_variable_for_is_an_option(pip, options):
     # uv's own variables of where packages come from win; those of where they go and which they are stay away.
     ({"index-url": "https://pip.example"}, {"UV_DEFAULT_INDEX": "https://uv.example"},
      {"UV_DEFAULT_INDEX": "https://uv.example"}),
+    ({"index-url": "https://pip.example"}, {"UV_INDEX_URL": "https://uv.example"},
+     {"UV_INDEX_URL": "https://uv.example"}),
     ({}, {"UV_INDEX_CORP_PASSWORD": "p", "UV_HTTP_TIMEOUT": "9"},
      {"UV_INDEX_CORP_PASSWORD": "p", "UV_HTTP_TIMEOUT": "9"}),
     ({}, {"UV_TARGET": "x", "UV_SYSTEM_PYTHON": "1", "UV_PYTHON": "3.9", "UV_OVERRIDE": "x",
