@@ -194,8 +194,8 @@ def _run(options):
 
     parameters = {"model": options.model} | options.parameters
     tracking_store(parameters.get("tracking_uri", ""))  # refused here, before a model is fetched
-    prepare_model(parameters["model"])
-    for name in PAGES:
+    for name, track in PAGES.items():
+        prepare_model(parameters["model"], track)  # each page waits for no more of the model than it needs
         print(f"\nRunning notebooks/{name}.ipynb", flush=True)
         print_answers(execute(name, parameters))
     print("\nOpen a page in a browser; `make lab` to step through it; `make ui` to see the runs in MLflow.")

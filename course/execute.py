@@ -31,7 +31,8 @@ from helpers.stores.server import without_password
 from helpers.strangers import refuse_strangers
 from helpers.tracking import tracking_store
 
-PAGES = ("TransformerPipeline", "CustomPythonWrapper", "ChatModel")
+# The pages that `run` executes, each with the track of the model that it needs.
+PAGES = {"TransformerPipeline": "transformers", "CustomPythonWrapper": "onnx", "ChatModel": "onnx"}
 
 # Kernel and client talk over an encrypted socket: a workshop's machine may have other users.
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})

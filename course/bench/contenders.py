@@ -18,7 +18,6 @@ import mlflow
 import numpy as np
 import onnxruntime_genai as og
 import psutil
-from transformers import AutoTokenizer
 
 from course.environment import pins
 from helpers.errors import CourseError
@@ -46,6 +45,8 @@ class Contenders:
     """
 
     def __init__(self, prepared: PreparedModel, repeats: int, tokens: int):
+        from transformers import AutoTokenizer  # takes seconds to import, and only a measurement needs it
+
         self.prepared, self.repeats, self.tokens = prepared, repeats, tokens
         self.mixed = [max(tokens * eighth // 8, 1) for eighth in range(1, 9)]
         self.chat = mlflow.pyfunc.load_model(CHAT)

@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Callable
 
 import numpy as np
-import torch
-from transformers import AutoModelForCausalLM
 
 from course.bench.contenders import CALLERS, Contenders, llama_events
 
@@ -59,6 +57,9 @@ def _mean(counts):
 
 def _answer_in_fp32(them, prompts):
     """Return the greedy answers of the original, without end tokens; it leaves the memory again."""
+    import torch  # takes seconds, and only a measurement needs it
+    from transformers import AutoModelForCausalLM
+
     model = AutoModelForCausalLM.from_pretrained(them.prepared.transformers_dir, dtype=torch.float32)
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]

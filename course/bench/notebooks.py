@@ -62,7 +62,8 @@ def _measure(folder):
         for page in PAGES:
             pages[f"{page} on {model}"], tracks[page] = bench_page(page, model, store, folder)
     ratios, chat = bench_chat(store)
-    ratios["track_ratio"] = tracks[PAGES[1]]["tokens_per_second"] / tracks[PAGES[0]]["tokens_per_second"]
+    speeds = {page: track["tokens_per_second"] for page, track in tracks.items()}
+    ratios["track_ratio"] = speeds["CustomPythonWrapper"] / speeds["TransformerPipeline"]
     return {
         "machine": {"cores": os.cpu_count(), "processor": _processor(), "system": platform.system(),
                     "memory_bytes": psutil.virtual_memory().total},

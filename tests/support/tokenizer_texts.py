@@ -5,7 +5,7 @@ import random
 from types import SimpleNamespace
 
 import onnxruntime_genai as og
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 # What a screen does not show is spelled as an escape.
 AWKWARD = {
@@ -111,7 +111,7 @@ CONVERSATIONS = [
 
 def load(prepared):
     """Return a prepared model's tokenizers, and by name the functions that turn text into tokens."""
-    hugging_face = AutoTokenizer.from_pretrained(prepared.transformers_dir)
+    hugging_face = PreTrainedTokenizerFast.from_pretrained(prepared.transformers_dir)
     genai = og.Tokenizer(og.Model(str(prepared.onnx_dir)))
     encoders = {"Hugging Face": hugging_face.encode, "onnxruntime-genai": lambda text: genai.encode(text).tolist()}
     return SimpleNamespace(prepared=prepared, hugging_face=hugging_face, genai=genai, encoders=encoders)

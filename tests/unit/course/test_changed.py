@@ -19,7 +19,8 @@ COURSE = {
     "data/models.toml": "", "data/prompts.jsonl": "", "data/page.css": "", "data/lab/settings.json": "",
     "notebooks/images/loop.svg": "",
     "helpers/__init__.py":
-        '"""It names helpers.unused."""\n_HOME = {"show": "helpers.tables", "run": "helpers.server", "ask": "helpers.asked"}',
+        '"""It names helpers.unused."""\n'
+        '_HOME = {"show": "helpers.tables", "run": "helpers.server", "ask": "helpers.asked"}',
     "helpers/__main__.py": "", "helpers/tables.py": "from helpers.deep import x", "helpers/deep/__init__.py": "x = 1",
     "helpers/server.py": "", "helpers/unused.py": "", "helpers/written.py": "", "helpers/magic.py": "",
     "helpers/asked.py": "",
@@ -33,7 +34,8 @@ CELLS = {
     "A": ["from helpers import show\nfor line in []:\n    %time line\n    !ls\n"],
     "B": ["run(['python', '-m', 'helpers', 'serve'])", "print('data:', 'app', 'a b')"],
     "C": ["%%writefile \"{file}\"\nfrom helpers.written import y\nopen(DATA / 'prompts.jsonl'), DATA / 'lab'",
-          "from helpers import ask\nx = !python -m helpers bench\nask?", "import this is no Python, and it names helpers.magic"],
+          "from helpers import ask\nx = !python -m helpers bench\nask?",
+          "import this is no Python, and it names helpers.magic"],
 }
 
 

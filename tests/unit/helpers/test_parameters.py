@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import onnxruntime_genai as og
 import pytest
-import torch
 from support import refuses
 from tokenizers import Tokenizer
 
@@ -154,6 +153,8 @@ def test_unknown_names_are_all_listed_with_those_there_are():
     (onnx_provider, "dml", "device-absent", f"Install onnxruntime-genai-directml=={og.__version__} in its place"),
 ])
 def test_a_device_that_is_not_here_is_an_error_that_says_what_to_install(where, device, code, says):
+    import torch
+
     there = {"cuda": torch.cuda.is_available() if where is torch_device else og.is_cuda_available(),
              "mps": torch.backends.mps.is_available() and where is torch_device, "dml": og.is_dml_available()}
     if there[device]:
@@ -172,9 +173,9 @@ def test_the_cpu_is_everywhere():
 
 
 def test_check_fits_counts_what_the_tokenizer_counts(tiny):
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
-    tokenizer = AutoTokenizer.from_pretrained(tiny.transformers_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.transformers_dir)
     prompt = tokenizer.apply_chat_template(conversation("Hi"), tokenize=False, add_generation_prompt=True)
     assert check_fits(tiny, conversation("Hi"), 64) == len(tokenizer(prompt)["input_ids"])
 

@@ -16,7 +16,7 @@ from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
 from starlette.applications import Starlette
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from helpers import (
     compare_figures,
@@ -103,7 +103,7 @@ def test_a_speed_that_nobody_could_tell_is_said_to_be_none_and_no_number_has_a_b
 # --- tokens and folders -------------------------------------------------------------------------
 
 def test_a_text_is_shown_token_by_token_with_markup_told_apart(tiny):
-    tokenizer = AutoTokenizer.from_pretrained(tiny.transformers_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.transformers_dir)
     text = "<|user|>\nHi  é<b>$5 $6</b><|end|>"
     shown = show_tokens(tokenizer, text)
     assert [number for number, _, _ in shown.rows] == tokenizer.encode(text, add_special_tokens=False)

@@ -20,7 +20,7 @@ from mlflow.pyfunc import scoring_server
 from support import ROOT
 from support.wrapper import log_wrapper, write_wrapper
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from helpers import running
 
@@ -44,7 +44,7 @@ def reference(tiny):
     """Return the engine's own greedy answer to a prompt, in the fewest calls."""
     engine = og.Model(str(tiny.onnx_dir))
     tokenizer = og.Tokenizer(engine)
-    decoder = AutoTokenizer.from_pretrained(tiny.transformers_dir)
+    decoder = PreTrainedTokenizerFast.from_pretrained(tiny.transformers_dir)
 
     def answer(prompt, max_tokens):
         tokens = tokenizer.encode(prompt)

@@ -24,7 +24,7 @@ from support.chat import (
     user,
 )
 from support.chat_requests import OTHER_FIELDS, REQUESTS, check_answer_or_refusal, check_stream
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from serving import chat_model
 
@@ -33,7 +33,7 @@ from serving import chat_model
 def reference(tiny):
     """Return the engine's own greedy answer to a message, in the fewest calls."""
     engine = og.Model(str(tiny.onnx_dir))
-    tokenizer = AutoTokenizer.from_pretrained(tiny.transformers_dir)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tiny.transformers_dir)
 
     def answer(messages, max_tokens):
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 from support.chat import ASKED, FRAGMENTS, user
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
-from transformers import AutoTokenizer
+from transformers import PreTrainedTokenizerFast
 
 from serving.chat_model import Message, PromptEncoder, read_request
 
@@ -182,7 +182,7 @@ class Encoder:
 
     def __init__(self, prepared):
         self.encoder = PromptEncoder(prepared.onnx_dir)
-        self.hugging_face = AutoTokenizer.from_pretrained(prepared.transformers_dir)
+        self.hugging_face = PreTrainedTokenizerFast.from_pretrained(prepared.transformers_dir)
         self.control = set(self.hugging_face.get_added_vocab().values())
 
     def tokens(self, messages):
