@@ -8,6 +8,7 @@ installed, so it imports the standard library and modules that do the same.
 import re
 import sys
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from helpers.models.kit import WHEELS_INDEX, Kit, local_address
 
@@ -66,7 +67,9 @@ def from_kit(kit: Kit, constraints: Path, variables: dict[str, str]) -> tuple[di
     ``constraints`` is a file with the wheels' hashes, as ``kit_constraints`` makes it.
     """
     links = kit.place(WHEELS_INDEX) if kit.is_url else (Path(kit.address) / "wheels").as_uri()
-    direct = {"NO_PROXY": "*", "no_proxy": "*"} if kit.is_url and local_address(kit.address) else {}
+    direct = {}
+    if kit.is_url and local_address(kit.address):  # uv does not apply "*" to the number of a host
+        direct = dict.fromkeys(("NO_PROXY", "no_proxy"), urlsplit(kit.address).hostname)
     return (_with_uv_variables(variables, DOWNLOAD) | direct | {"UV_FIND_LINKS": links.replace(",", "%2C")},
             ["--no-index", "--only-binary", ":all:", "--constraint", str(constraints), "--build-constraint",
              str(constraints)])

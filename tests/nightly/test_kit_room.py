@@ -3,11 +3,9 @@
 Run: python -m helpers nightly tests/nightly/test_kit_room.py
 """
 
-import contextlib
 import http.client
 import json
 import os
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -15,7 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from support import OURS, ROOT, interrupt, refuses
-from support.kits import COMMAND, NOBODY, change_manifest, list_files, served
+from support.kits import COMMAND, NOBODY, list_files, served
 from support.user import user
 from support.web_server import web_server
 
@@ -123,55 +121,11 @@ def test_the_whole_kit_is_as_it_was_built_and_every_command_of_the_course_can_co
 
 
 @pytest.fixture
-def empty(small):
-    """Return a kit whose page of wheels has none."""
-    for wheel in (small / "wheels").glob("*.whl"):
-        wheel.unlink()
-    page = small / "wheels" / "index.html"
-    page.write_text("<!DOCTYPE html><html><body></body></html>", encoding="utf-8")
-    change_manifest(small, lambda manifest: manifest.update(
-        files={name: entry for name, entry in manifest["files"].items() if not name.endswith(".whl")},
-        platforms=["windows"]))
-    return small
-
-
-@pytest.fixture
 def course(built, tmp_path):
     """Return the course as a participant unpacks it."""
     with zipfile.ZipFile(built / "course.zip") as zipped:
         zipped.extractall(tmp_path)
     return tmp_path / "slm-mlflow-course"
-
-
-def list_wheel(kit, wheel, digest):
-    """Put a wheel into a kit and its page."""
-    shutil.copy(wheel, kit / "wheels")
-    (kit / "wheels" / "index.html").write_text(
-        f'<!DOCTYPE html><html><body><a href="{wheel.name}#sha256={digest}">{wheel.name}</a></body></html>',
-        encoding="utf-8")
-
-
-@pytest.mark.parametrize(("over_http", "lacks"), [(True, "setuptools"), (False, "accelerate")])
-def test_a_wheel_that_the_kit_lacks_is_taken_from_nowhere_else(empty, course, big, over_http, lacks):
-    if lacks != "setuptools":
-        (wheel,) = (big / "wheels").glob("setuptools-*.whl")
-        list_wheel(empty, wheel, sha256(wheel))
-    with web_server(empty) if over_http else contextlib.nullcontext(str(empty)) as address:
-        # What the kit lacks, the first would have; with the second, pip would take no wheel at all.
-        result = user(course, "setup", COURSE_KIT=address, PIP_FIND_LINKS=(big / "wheels").as_uri(),
-                      PIP_NO_BINARY=":all:")
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert "The kit has no wheel of {} for Python {}.{} on ".format(lacks, *sys.version_info[:2]) in result.stderr
-    assert "--platform windows " in result.stderr.replace("windows linux", "windows ")
-    assert "Traceback" not in result.stderr
-
-
-def test_a_changed_wheel_is_not_installed(empty, course, big):
-    (wheel,) = (big / "wheels").glob("setuptools-*.whl")
-    list_wheel(empty, wheel, "0" * 64)
-    result = user(course, "setup", COURSE_KIT=str(empty))
-    assert result.returncode == 1, result.stdout + result.stderr
-    assert f"A wheel of the kit {empty} is not as it was built: setuptools" in result.stderr.replace("\n       ", " ")
 
 
 def test_a_kit_that_stops_answering_is_named(built, course):

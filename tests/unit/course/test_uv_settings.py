@@ -78,16 +78,16 @@ def test_what_stays_of_the_users_own_variables(pip, variables, found):
 
 
 @pytest.mark.parametrize(("address", "links", "direct"), [
-    ("http://192.168.1.5:8750", "http://192.168.1.5:8750/wheels/index.html", True),
-    ("https://kits.example.org", "https://kits.example.org/wheels/index.html", False),
+    ("http://192.168.1.5:8750", "http://192.168.1.5:8750/wheels/index.html", "192.168.1.5"),
+    ("https://kits.example.org", "https://kits.example.org/wheels/index.html", None),
     (str(Path("/media/Kit, für alle").resolve()),
-     Path("/media/Kit, für alle/wheels").resolve().as_uri().replace(",", "%2C"), False),
+     Path("/media/Kit, für alle/wheels").resolve().as_uri().replace(",", "%2C"), None),
 ])
 def test_with_a_kit_uv_asks_it_and_nobody_else(address, links, direct):
     theirs = {"UV_DEFAULT_INDEX": "https://index.example", "UV_FIND_LINKS": "/opt", "UV_OFFLINE": "1"}
     variables, options = from_kit(Kit(address, {}), Path("c.txt"), theirs | {"UV_CACHE_DIR": "/cache", "no_proxy": "a"})
     assert variables == {"UV_NO_CONFIG": "1", "UV_CACHE_DIR": "/cache", "UV_FIND_LINKS": links} | (
-        {"NO_PROXY": "*", "no_proxy": "*"} if direct else {"no_proxy": "a"})
+        {"NO_PROXY": direct, "no_proxy": direct} if direct else {"no_proxy": "a"})
     assert options == ["--no-index", "--only-binary", ":all:", "--constraint", "c.txt", "--build-constraint", "c.txt"]
 
 
