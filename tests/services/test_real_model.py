@@ -10,7 +10,7 @@ import onnxruntime_genai as og
 import pytest
 import transformers
 from support.chat import load_chat
-from support.tokenizer_texts import all_texts, assert_agreement, load
+from support.tokenizer_texts import Encoder, all_texts, assert_agreement, assert_markup_is_text, load
 from transformers import AutoTokenizer
 
 MESSAGES = [{"role": "system", "content": "Answer in one short sentence."},
@@ -85,6 +85,10 @@ def test_the_chat_model_answers_and_streams_and_keeps_a_schema(smol, tokenizer):
         look_at(bound["choices"][0]["message"]["content"])
     finally:
         model.close()
+
+
+def test_every_control_token_of_the_model_is_text_in_a_message(smol):
+    assert_markup_is_text(Encoder(smol))
 
 
 def test_both_tracks_read_a_text_as_the_same_tokens(smol):
