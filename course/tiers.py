@@ -25,7 +25,7 @@ ADDED_SHARE = 0.04
 
 
 def run_tests(tier: str, pytest_options: list[str]) -> int:
-    """Prepare a tier's models and run its tests with pytest, in a process for each core. Return the exit code.
+    """Prepare a tier's models and run its tests with pytest, in up to four processes. Return the exit code.
 
     Where an option is a path in ``tests``, only that path is run.
     """
@@ -38,9 +38,10 @@ def run_tests(tier: str, pytest_options: list[str]) -> int:
         shutil.rmtree(BUILD / "executed", ignore_errors=True)  # a whole run executes each page anew
         for name in EXTRAS[tier]:
             install_extra(name)
-    command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", "--numprocesses=auto",
-               "--maxprocesses=4", "--dist=loadfile", "--no-loadscope-reorder", "-p", "no:nbmake",
-               *folders, *pytest_options]
+    # The tests of pages and services wait for half of their time, so there is one process more than cores for them.
+    processes = min((os.cpu_count() or 1) + (tier != "check"), 4)
+    command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", f"--numprocesses={processes}",
+               "--dist=loadfile", "--no-loadscope-reorder", "-p", "no:nbmake", *folders, *pytest_options]
     # PyTorch's idle threads spin: with more than one thread each, two tests side by side take three times as long.
     return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ)
 

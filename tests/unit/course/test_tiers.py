@@ -33,14 +33,14 @@ def called(monkeypatch):
 ])
 def test_a_tier_runs_its_folders_with_its_models(called, tier, folders, models):
     commands, prepared = called
-    tiers.run_tests(tier, ["--junitxml=build/junit.xml", "-k", "word"])
+    tiers.run_tests(tier, ["--junitxml=build/junit.xml", "-k", "course"])
     assert [word for word in commands[0] if word.startswith("tests/")] == folders
-    assert commands[0][-3:] == ["--junitxml=build/junit.xml", "-k", "word"]
+    assert commands[0][-3:] == ["--junitxml=build/junit.xml", "-k", "course"]
     assert prepared == models
 
 
 def test_a_file_that_is_named_is_run_alone(called):
-    tiers.run_tests("test", ["tests/unit/course/test_tiers.py::test_a", "-x"])
+    tiers.run_tests("test", ["-k", "course", "tests/unit/course/test_tiers.py::test_a", "-x"])
     assert [word for word in called[0][0] if word.startswith("tests/")] == [
         "tests/unit/course/test_tiers.py::test_a"]
 
