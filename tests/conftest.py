@@ -12,6 +12,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+from filelock import FileLock
 from support import ROOT, run_python
 
 from course.environment import install_extra
@@ -105,12 +106,17 @@ def python(tmp_path):
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory):
-    """Make MLflow's tables once, which takes seconds, and return the database."""
-    from mlflow import MlflowClient
+    """Return a database with MLflow's tables, to copy: they take seconds to make, so ``build`` keeps them."""
+    import mlflow
 
-    file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-    MlflowClient("sqlite:///" + file.as_posix()).search_experiments()
-    return file
+    kept = ROOT / "build" / f"empty-{mlflow.__version__}.db"
+    with FileLock(f"{kept}.lock"):
+        if not kept.exists():
+            file = tmp_path_factory.mktemp("empty") / "mlflow.db"
+            mlflow.MlflowClient("sqlite:///" + file.as_posix()).search_experiments()
+            shutil.copyfile(file, f"{kept}.partial")
+            Path(f"{kept}.partial").rename(kept)
+    return kept
 
 
 @pytest.fixture
