@@ -188,7 +188,7 @@ def _port(text):
 
 
 def _run(options):
-    from course.execute import PAGES, execute, print_answers
+    from course.execute import PAGES, execute, print_answers, print_page
     from helpers.models.prepare import prepare_model
     from helpers.tracking import tracking_store
 
@@ -197,17 +197,18 @@ def _run(options):
     for name, track in PAGES.items():
         prepare_model(parameters["model"], track)  # each page waits for no more of the model than it needs
         print(f"\nRunning notebooks/{name}.ipynb", flush=True)
-        print_answers(execute(name, parameters))
+        print_page(execute(name, parameters, on_answers=print_answers))
     print("\nOpen a page in a browser; `make lab` to step through it; `make ui` to see the runs in MLflow.")
     return 0
 
 
 def _notebook(options):
-    from course.execute import execute, print_answers
+    from course.execute import execute, print_answers, print_page
     from course.results import ResultFiles
 
     results = ResultFiles(options.junit, options.json) if options.junit or options.json else None
-    print_answers(execute(options.name, options.parameters, options.output.resolve(), options.solved, results))
+    print_page(execute(options.name, options.parameters, options.output.resolve(), options.solved, results,
+                       on_answers=print_answers))
     return 0
 
 

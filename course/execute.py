@@ -9,7 +9,7 @@ import re
 import shutil
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,8 @@ PAGES = {"TransformerPipeline": "transformers", "CustomPythonWrapper": "onnx", "
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})
 # MLflow puts the tags of this variable, a JSON object, on every run that a process begins.
 RUN_TAGS, EXECUTION_TAG = "MLFLOW_RUN_CONTEXT", "course.execution"
+# The artifact of a page's run with its questions and answers.
+ANSWERS = "answers.csv"
 
 
 @dataclass(frozen=True)
@@ -50,11 +52,13 @@ class Execution:
 
 
 def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved: bool = False,
-            results: ResultFiles | None = None) -> Execution:
+            results: ResultFiles | None = None, on_answers: Callable[[list[dict[str, str]]], None] | None = None
+            ) -> Execution:
     """Run one page from its first cell to its last, with the parameters that papermill injects.
 
     ``solved`` fills its exercises. ``folder`` gets ``name.ipynb`` and ``name.html``, also when a cell fails, and
-    ``name.log``; ``results`` are written in both cases.
+    ``name.log``; ``results`` are written in both cases. ``on_answers`` gets the questions and answers as soon as the
+    page has logged them: the rest of the page may take a minute.
 
     Raises
     ------
@@ -62,6 +66,8 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
         There is no such page, ``folder`` or the files of ``results`` cannot be written, the kernel does not start, the
         page has no code, or a cell failed; the message is then the cell's own.
     """
+    from mlflow.exceptions import MlflowException
+
     check_variables()
     source = nbformat.read(find_notebook(name), as_version=4)
     source = solve(source) if solved else source
@@ -73,9 +79,23 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
         tracking_uri = without_password(tracking_uri)
         parameters = parameters | {"tracking_uri": tracking_uri}
     target, tag = folder / f"{name}.ipynb", uuid.uuid4().hex
+    told = []
+
+    def tell_answers(run):
+        answers = read_answers(run)
+        if answers and on_answers and not told:
+            told.append(answers)
+            on_answers(answers)
+
+    def on_cell_executed(cell, **_):
+        if on_answers and ANSWERS in cell.source:
+            with contextlib.suppress(CourseError, MlflowException, OSError):  # the page's own errors say more
+                tell_answers(_find_run(tag, tracking_uri))
+
     try:
-        _run_cells(name, source, target, parameters, tag)
+        _run_cells(name, source, target, parameters, tag, on_cell_executed)
         execution = Execution(name, write_page(target), _find_run(tag, tracking_uri))
+        tell_answers(execution.run)
     except (CourseError, OSError) as failure:
         if results:
             _write_results_of_failure(results, name, target, parameters, tag, failure)
@@ -85,7 +105,7 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
     return execution
 
 
-def _run_cells(name, source, target, parameters, tag):
+def _run_cells(name, source, target, parameters, tag, on_cell_executed):
     """Execute a page's cells into ``target``; ``tag`` goes to the runs that it logs."""
     log = target.with_suffix(".log")
     try:
@@ -93,7 +113,8 @@ def _run_cells(name, source, target, parameters, tag):
             # papermill fills braces in a path with parameters.
             executed = papermill.execute_notebook(
                 source, re.sub("[{}]", r"\g<0>\g<0>", str(target)), parameters, kernel_name=NATIVE_KERNEL_NAME,
-                kernel_manager_class=Kernel, cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), config=ENCRYPTED)
+                kernel_manager_class=Kernel, cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), config=ENCRYPTED,
+                on_cell_executed=on_cell_executed)
     except DeadKernelError:
         raise CourseError(
             "kernel-ended", f"The system ended the Python that ran {name}, most likely for want of memory.",
@@ -212,32 +233,37 @@ def _sent(name, descriptor, log):
 
 
 def read_answers(run: object) -> list[dict[str, str]] | None:
-    """Return the questions and answers of an ``mlflow.entities.Run``; None where it has no table of them."""
+    """Return the questions and answers of an ``mlflow.entities.Run``, None for no run and for one without them."""
     import mlflow
     import pandas as pd
     from mlflow.exceptions import MlflowException
 
+    if run is None:
+        return None
     try:
-        text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/answers.csv")
+        text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{ANSWERS}")
         answers = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)[["question", "answer"]]
     except (MlflowException, OSError, ValueError, KeyError):  # not there, or not a page's
         return None
     return answers.to_dict("records")
 
 
-def print_answers(execution: Execution) -> None:
-    """Print what a page asked and answered, and where to read on."""
+def print_answers(answers: list[dict[str, str]]) -> None:
+    """Print what a page asked and what was answered."""
+    for row in answers:
+        print(f"  Q  {row['question']}\n  A  {' '.join(row['answer'].split())}", flush=True)
+
+
+def print_page(execution: Execution) -> None:
+    """Print how fast a page's answers came, what its run lacks, and where to read on."""
     if execution.name in ("Operations", "Cloud"):  # they ask many questions, and a run of theirs has no answers
         print(f"  page: {execution.page}", flush=True)
         return
     if execution.run is None:
         print(f"  The run of this page is not in the store any more; page: {execution.page}", flush=True)
         return
-    answers = read_answers(execution.run)
-    if answers is None:
-        print("  The run of this page has no answers.csv with questions and answers.")
-    for row in answers or []:
-        print(f"  Q  {row['question']}\n  A  {' '.join(row['answer'].split())}")
+    if read_answers(execution.run) is None:
+        print(f"  The run of this page has no {ANSWERS} with questions and answers.")
     speed = execution.run.data.metrics.get("tokens_per_second")
     told = f"{speed:.0f} tokens per second" if speed else "the answer was too short to tell a speed"
     print(f"  {told}; page: {execution.page}", flush=True)

@@ -188,7 +188,7 @@ MEANINGS = (
     (r"No space left on device|Disk quota exceeded", "A disk is full.",
      f"Make room where the rows are written, and where the workers keep their files. {AGAIN}"),
     (r"MemoryError|bad_alloc|Cannot allocate memory|DefaultCPUAllocator|exit code 137|exit code: 137|OutOfMemoryError|"
-     r"[Ff]ailed to allocate memory",
+     r"[Ff]ailed to allocate memory|failed to map segment",
      "A worker ran out of memory.",
      "Give its executors more, with --conf: spark.executor.memory is for Java, spark.executor.memoryOverhead for the "
      f"Python processes and their models, and spark.executor.pyspark.memory bounds these. {AGAIN}"),

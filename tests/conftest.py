@@ -109,14 +109,14 @@ def empty_database(tmp_path_factory):
     """Return a database with MLflow's tables, to copy: they take seconds to make, so ``build`` keeps them."""
     import mlflow
 
-    kept = ROOT / "build" / f"empty-{mlflow.__version__}.db"
-    with FileLock(f"{kept}.lock"):
-        if not kept.exists():
-            file = tmp_path_factory.mktemp("empty") / "mlflow.db"
-            mlflow.MlflowClient("sqlite:///" + file.as_posix()).search_experiments()
-            shutil.copyfile(file, f"{kept}.partial")
-            Path(f"{kept}.partial").rename(kept)
-    return kept
+    folder = ROOT / "build" / f"empty-{mlflow.__version__}"
+    with FileLock(f"{folder}.lock"):
+        if not folder.exists():
+            made = tmp_path_factory.mktemp("empty")
+            mlflow.MlflowClient("sqlite:///" + (made / "mlflow.db").as_posix()).search_experiments()
+            shutil.copytree(made, f"{folder}.partial", dirs_exist_ok=True)
+            Path(f"{folder}.partial").rename(folder)
+    return folder / "mlflow.db"
 
 
 @pytest.fixture

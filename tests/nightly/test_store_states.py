@@ -16,7 +16,7 @@ from mlflow.entities import Metric
 from support import NAMES, PAGES, find_cell, refuses
 from support.small_model import make_stand, mend
 
-from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers
+from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers, print_page, read_answers
 from helpers.exercises import find_hint
 
 # A word of each cell, and the cells that it needs to have run.
@@ -277,7 +277,8 @@ def executed(store, tmp_path):
 def printed(stand, capsys):
     capsys.readouterr()
     found = _find_run("mine", stand.client.tracking_uri)
-    print_answers(Execution(stand.page, "page.html", found))
+    print_answers(read_answers(found) or [])
+    print_page(Execution(stand.page, "page.html", found))
     return capsys.readouterr().out
 
 

@@ -58,12 +58,17 @@ def test_a_page_that_ran_beside_others_prints_its_own_answers(notebooks, store, 
     file = tmp_path / "small.py"
     file.write_text(SMALL_PAGE.format(store=store, file=str(file)), encoding="utf-8")
     write_page(notebooks / "Small.ipynb", file.read_text(encoding="utf-8"))
-    execution = execute("Small", {"tracking_uri": store}, tmp_path / "out")
+    told = []
+    page = tmp_path / "out" / "Small.html"
+    execution = execute("Small", {"tracking_uri": store}, tmp_path / "out",
+                        on_answers=lambda answers: told.append((answers, page.exists())))
     assert len(mlflow.search_runs(experiment_names=["Small"])) == 3
     assert execution.run.data.tags["team"] == "blue"
-    print_answers(execution)
+    ((answers, ended),) = told  # before the page is there
+    assert not ended
+    print_answers(answers)
     assert re.findall("  Q  (.*)", capsys.readouterr().out) == ["mine"]
-    assert execution.page == tmp_path / "out" / "Small.html"
+    assert execution.page == page
     assert os.environ["MLFLOW_RUN_CONTEXT"] == '{"team": "blue"}'
 
 

@@ -27,8 +27,8 @@ def done(monkeypatch):
     done = []
     monkeypatch.setattr("course.environment.inside_venv", lambda: False)
     monkeypatch.setattr("course.environment.differing_packages", lambda tests: {})
-    monkeypatch.setattr("course.execute.execute", lambda *arguments: done.append(arguments))
-    monkeypatch.setattr("course.execute.print_answers", lambda execution: None)
+    monkeypatch.setattr("course.execute.execute", lambda *arguments, on_answers: done.append(arguments))
+    monkeypatch.setattr("course.execute.print_page", lambda execution: None)
     monkeypatch.setattr("helpers.models.prepare.prepare_model", lambda *arguments: done.append(arguments))
     return done
 

@@ -15,7 +15,7 @@ import pytest
 from support import refuses
 from support.small_model import make_stand, mend
 
-from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers, read_answers
+from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers, print_page, read_answers
 from helpers import compare_figures
 from helpers.states import check_model, check_name, check_run
 
@@ -81,7 +81,9 @@ def test_a_command_prints_its_own_pages_answers_whatever_became_of_the_run(stand
 
     def printed():
         capsys.readouterr()
-        print_answers(Execution(stand.page, "page.html", _find_run("mine", client.tracking_uri)))
+        run = _find_run("mine", client.tracking_uri)
+        print_answers(read_answers(run) or [])
+        print_page(Execution(stand.page, "page.html", run))
         return capsys.readouterr().out
 
     assert "not in the store any more; page: page.html" in printed()

@@ -120,6 +120,8 @@ def test_a_model_that_answers_too_few_is_no_answer():
     ("ExecutorLostFailure: Command exited with code 137 ... exit code 137", "A worker ran out of memory.",
      "spark.executor.memoryOverhead"),
     ("numpy ... MemoryError: Unable to allocate", "A worker ran out of memory.", "spark.executor.pyspark.memory"),
+    ("ImportError: core.so: failed to map segment from shared object", "A worker ran out of memory.",
+     "spark.executor.pyspark.memory"),
     ("java.lang.OutOfMemoryError: Java heap space", "A worker ran out of memory.", "spark.executor.memory"),
     ("Job 3 cancelled as part of cancellation of all jobs", "The cluster's master is lost.", "Start the master"),
     ("Job aborted: All masters are unresponsive! Giving up.", "The cluster's master is lost.", "Start the master"),
