@@ -1,6 +1,6 @@
 """Where the course may stand and what may stand around it: odd names, other kernels, files in the way, no home.
 
-Run: python -m helpers test tests/unit/course/test_places.py
+Run: python -m helpers test tests/services/test_places.py
 """
 
 import json

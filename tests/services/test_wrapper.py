@@ -1,6 +1,6 @@
 """The lesson's wrapper: the very cell of the notebook, on a toy model, against the engine itself.
 
-Run: python -m helpers test tests/unit/notebooks/test_wrapper.py
+Run: python -m helpers test tests/services/test_wrapper.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """The one downloader: when it asks again, where it goes on, and what it does not keep.
 
-Run: python -m helpers test tests/unit/helpers/test_download.py
+Run: python -m helpers test tests/services/test_download.py
 """
 
 import hashlib

@@ -1,6 +1,6 @@
 """Single cells of the pages, each run by itself on a small stand of real things: what a learner's mistakes lead to.
 
-Run: python -m helpers test tests/unit/notebooks/test_cells.py
+Run: python -m helpers test tests/pages/test_cells.py
 """
 
 import inspect

@@ -1,6 +1,6 @@
 """The doctor on machines that are not right, and on one that is.
 
-Run: python -m helpers test tests/unit/course/test_doctor.py
+Run: python -m helpers test tests/services/test_doctor.py
 """
 
 import ast

@@ -1,6 +1,6 @@
 """What is answered: on a toy model against the engine itself, alone and in company, whole and in chunks.
 
-Run: python -m helpers test tests/unit/serving/test_answers.py
+Run: python -m helpers test tests/services/test_answers.py
 """
 
 import json

@@ -1,6 +1,6 @@
 """Load, dashboard and drift: the arithmetic by tables of cases, and a real server on loopback that is watched.
 
-Run: python -m helpers test tests/unit/helpers/test_watch.py
+Run: python -m helpers test tests/services/test_watch.py
 """
 
 import asyncio

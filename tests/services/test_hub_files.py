@@ -3,7 +3,7 @@
 What a repository's files say is decided in ``helpers.models.usable`` (test_usable.py), and when a request is made again
 in ``helpers.models.download`` (test_download.py).
 
-Run: python -m helpers test tests/unit/helpers/test_hub.py
+Run: python -m helpers test tests/services/test_hub_files.py
 """
 
 import json
