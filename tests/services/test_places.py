@@ -290,3 +290,10 @@ def test_a_pages_folder_that_cannot_be_written_is_refused_with_the_option(tmp_pa
     with refuses("pages-not-writable") as refusal:
         execute("ChatModel", {}, place)
     assert "--output" in refusal.value.fix
+
+
+@pytest.mark.parametrize("command", [["notebook", "ChatModel"], ["ui"]])
+def test_a_command_says_so_before_anything_long(python, command):
+    result = python("-m", "helpers", *command, MLFLOW_RUN_CONTEXT="{tags", COURSE_TRACKING_URI="sqlite:///build/none.db")
+    assert result.returncode == 1
+    assert re.fullmatch(r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct it.*\n", result.stderr)

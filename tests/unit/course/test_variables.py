@@ -152,10 +152,3 @@ def test_what_mlflow_cannot_read_is_refused_by_name(monkeypatch, name, value):
     assert name in refusal.value.what
     monkeypatch.setenv(name, {"MLFLOW_RUN_CONTEXT": '{"team": "a"}', "MLFLOW_LOGGING_LEVEL": "debug"}.get(name, "1"))
     check_variables()
-
-
-@pytest.mark.parametrize("command", [["notebook", "ChatModel"], ["ui"]])
-def test_a_command_says_so_before_anything_long(python, command):
-    result = python("-m", "helpers", *command, MLFLOW_RUN_CONTEXT="{tags", COURSE_TRACKING_URI="sqlite:///build/none.db")
-    assert result.returncode == 1
-    assert re.fullmatch(r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct it.*\n", result.stderr)

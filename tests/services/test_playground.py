@@ -1,6 +1,6 @@
 """The form that asks logged models: its buttons are pressed in this process, without a browser.
 
-Run: python -m helpers test tests/unit/helpers/test_playground.py
+Run: python -m helpers test tests/services/test_playground.py
 """
 
 import gc

@@ -1,6 +1,6 @@
 """The benchmark: its gate, its ranges, and the parts that it measures with.
 
-Run: python -m helpers test tests/unit/course/test_bench.py
+Run: python -m helpers test tests/services/test_bench.py
 """
 
 import builtins
