@@ -55,6 +55,16 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_an_extra_is_installed_anew_when_what_it_depends_on_changes(home, monkeypatch):
+    monkeypatch.setattr("course.environment.CONSTRAINTS", home / "constraints.txt")
+    monkeypatch.setattr("course.environment.uv_install", lambda python, target, folder, *requirements: folder.mkdir())
+    first = environment.install_extra("spark")
+    (first / "kept").touch()
+    assert environment.install_extra("spark") == first and (first / "kept").exists()
+    (home / "constraints.txt").write_text("six==1.0\n", encoding="utf-8")
+    assert environment.install_extra("spark") != first
+
+
 # --- which Python ----------------------------------------------------------------------------
 
 
