@@ -19,7 +19,7 @@ from course.environment import install_extra
 from course.tiers import MEASURED, TIERS, over_their_share, read_kept, tier_of
 
 SECONDS = collections.Counter()
-# The same examples each time: a test that fails, fails for everybody. `--hypothesis-profile=search` looks for others.
+# The same examples on every machine. `--hypothesis-profile=search` tries others.
 hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("course")
@@ -35,7 +35,7 @@ def pytest_configure(config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Let the files that took longest begin, so that no worker ends with one of them alone."""
+    """Run the slowest files first, so that no worker ends with one of them while the others idle."""
     seconds = {file: taken for tier in TIERS for file, taken in read_kept(tier).items()}
     items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0 if "unit" in item.path.parts else 1e6))
 
@@ -79,7 +79,7 @@ def smol():
 
 @pytest.fixture(scope="session")
 def site():
-    """Return a folder that has Spark for Python; PYTHONPATH names it to a program."""
+    """Return the folder that has PySpark, for PYTHONPATH."""
     return install_extra("spark")
 
 
@@ -94,7 +94,7 @@ def cluster(tmp_path_factory, site):
 
 @pytest.fixture(autouse=True)
 def no_experiment_of_another_test(monkeypatch):
-    """Take away what MLflow's set_experiment leaves to the programs that a process starts."""
+    """Unset the variable in which MLflow's set_experiment tells programs that a test starts of its experiment."""
     monkeypatch.delenv("MLFLOW_EXPERIMENT_ID", raising=False)
 
 
@@ -121,9 +121,9 @@ def empty_database(tmp_path_factory):
 
 @pytest.fixture
 def store(tmp_path, empty_database):
-    """Return the URI of an empty tracking store, in a folder whose name is not plain and never comes twice.
+    """Return the URI of an empty tracking store, in a folder with a new name that is not ASCII.
 
-    MLflow remembers every database that a process has opened by its path, also when the file is another one by now.
+    MLflow keeps the databases that it has opened by their paths, so a path must not come twice in a process.
     """
     folder = Path(tempfile.mkdtemp(prefix="störe ", dir=tmp_path))
     shutil.copy(empty_database, folder)
