@@ -38,6 +38,7 @@ def run_tests(tier: str, pytest_options: list[str]) -> int:
         shutil.rmtree(BUILD / "executed", ignore_errors=True)  # a whole run executes each page anew
         for name in EXTRAS[tier]:
             install_extra(name)
+    BUILD.mkdir(exist_ok=True)
     # The tests of pages and services wait for half of their time, so there is one process more than cores for them.
     processes = min((os.cpu_count() or 1) + (tier != "check"), 4)
     command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", f"--numprocesses={processes}",

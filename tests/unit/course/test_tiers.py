@@ -16,13 +16,13 @@ ALL = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("tes
 
 
 @pytest.fixture
-def called(monkeypatch):
+def called(monkeypatch, tmp_path):
     """Return the commands that would have been run, and the names of the models and extras that were made ready."""
     commands, models = [], []
     monkeypatch.setattr(subprocess, "call", lambda command, **options: commands.append(command) or 0)
     monkeypatch.setattr(tiers, "prepare_model", models.append)
     monkeypatch.setattr(tiers, "install_extra", models.append)
-    monkeypatch.setattr(tiers, "BUILD", ROOT / "build" / "no such folder")
+    monkeypatch.setattr(tiers, "BUILD", tmp_path / "build")
     return commands, models
 
 
