@@ -183,15 +183,18 @@ class BatchError(Exception):
 
 
 AGAIN = "Run the same command again: it goes on with the rows that are missing."
+MORE_MEMORY = (
+    "Give its executors more, with --conf: spark.executor.memory is for Java, spark.executor.memoryOverhead for the "
+    f"Python processes and their models, and spark.executor.pyspark.memory bounds these. {AGAIN}")
 # What Spark's long messages have in them, and what each means. The first that fits is taken.
 MEANINGS = (
     (r"No space left on device|Disk quota exceeded", "A disk is full.",
      f"Make room where the rows are written, and where the workers keep their files. {AGAIN}"),
     (r"MemoryError|bad_alloc|Cannot allocate memory|DefaultCPUAllocator|exit code 137|exit code: 137|OutOfMemoryError|"
      r"[Ff]ailed to allocate memory|failed to map segment",
-     "A worker ran out of memory.",
-     "Give its executors more, with --conf: spark.executor.memory is for Java, spark.executor.memoryOverhead for the "
-     f"Python processes and their models, and spark.executor.pyspark.memory bounds these. {AGAIN}"),
+     "A worker ran out of memory.", MORE_MEMORY),
+    # What Spark says of a Python that the system has ended.
+    (r"Python worker exited unexpectedly", "A worker's Python was ended, most likely for want of memory.", MORE_MEMORY),
     (r"cancelled as part of cancellation of all jobs|All masters are unresponsive|Could not connect to .*master|"
      r"Master removed our application|SparkContext was shut down|Cannot call methods on a stopped SparkContext|"
      r"Connection refused|Answer from Java side is empty|Py4JNetworkError",

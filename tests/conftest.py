@@ -19,8 +19,9 @@ from course.environment import install_extra
 from course.tiers import MEASURED, TIERS, over_their_share, read_kept, tier_of
 
 SECONDS = collections.Counter()
-# The same examples on every machine. `--hypothesis-profile=search` tries others.
-hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None)
+# The same examples on every machine, however slow it is. `--hypothesis-profile=search` tries others.
+hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None,
+                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("course")
 
@@ -56,7 +57,7 @@ def pytest_sessionfinish(session, exitstatus):
     measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     MEASURED.parent.mkdir(exist_ok=True)
     MEASURED.write_text(json.dumps(measured | {tier: SECONDS}), encoding="utf-8")
-    grown = over_their_share(SECONDS, read_kept(tier)) if exitstatus == pytest.ExitCode.OK else {}
+    grown = over_their_share(tier, SECONDS, read_kept(tier)) if exitstatus == pytest.ExitCode.OK else {}
     for file, (now, before) in grown.items():
         print(f"\n{file} took {now:.1%} of the whole, and {before:.1%} is kept. "
               "Make it faster, or keep what it takes now: python -m helpers durations.")

@@ -151,7 +151,8 @@ def test_a_lost_master_loses_nothing(store, registry, site, tmp_path):
 def test_a_worker_without_memory_is_told_with_its_settings(batch, tiny, registry, tmp_path):
     logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny))
     code, _, complained = batch(["Hello"], "--conf", "spark.executor.pyspark.memory=300m", model=logged.model_uri)
-    assert code == 1 and "A worker ran out of memory." in complained, complained
+    # Where the bound is met, Python raises an error or ends.
+    assert code == 1 and re.search("A worker ran out of memory|for want of memory", complained), complained
     for name in ("spark.executor.memory ", "spark.executor.memoryOverhead", "spark.executor.pyspark.memory"):
         assert name in complained
     assert not (tmp_path / "öut 1.parquet").exists()

@@ -66,7 +66,7 @@ def test_a_whole_tier_is_known_by_its_files_and_a_part_is_none():
     ({"a": 10, "b": 89, "new": 1}, set()),  # within the noise
 ])
 def test_a_file_that_takes_over_half_again_its_share_is_named(measured, too_long):
-    assert set(tiers.over_their_share(measured, {"a": 1, "b": 9})) == too_long
+    assert set(tiers.over_their_share("test", measured, {"a": 1, "b": 9})) == too_long
 
 
 def test_durations_are_kept_by_a_command(tmp_path, monkeypatch, capsys):

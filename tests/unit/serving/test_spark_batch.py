@@ -122,6 +122,8 @@ def test_a_model_that_answers_too_few_is_no_answer():
     ("numpy ... MemoryError: Unable to allocate", "A worker ran out of memory.", "spark.executor.pyspark.memory"),
     ("ImportError: core.so: failed to map segment from shared object", "A worker ran out of memory.",
      "spark.executor.pyspark.memory"),
+    ("o1.parquet: SparkException: Python worker exited unexpectedly (crashed)", "A worker's Python was ended",
+     "spark.executor.pyspark.memory"),
     ("java.lang.OutOfMemoryError: Java heap space", "A worker ran out of memory.", "spark.executor.memory"),
     ("Job 3 cancelled as part of cancellation of all jobs", "The cluster's master is lost.", "Start the master"),
     ("Job aborted: All masters are unresponsive! Giving up.", "The cluster's master is lost.", "Start the master"),
