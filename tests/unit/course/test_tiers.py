@@ -61,7 +61,7 @@ def test_a_whole_tier_is_known_by_its_files_and_a_part_is_none():
     ({"a": 10, "b": 90}, set()),  # as kept
     ({"a": 100, "b": 900}, set()),  # a slower machine
     ({"a": 14, "b": 86}, set()),  # not half again
-    ({"a": 16, "b": 84}, {"a"}),
+    ({"a": 17, "b": 83}, {"a"}),
     ({"a": 10, "b": 80, "new": 10}, {"new"}),
     ({"a": 10, "b": 89, "new": 1}, set()),  # within the noise
 ])
