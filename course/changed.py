@@ -136,7 +136,10 @@ class Uses:
             if cell["cell_type"] == "code":
                 python, shell = _split_cell(source)
                 tree = _parse(python)
-                found |= self._used_by_text(shell) | self._used_by_nodes([tree]) if tree else self._used_by_text(source)
+                if tree is None:
+                    found |= self._used_by_text(source)
+                else:
+                    found |= self._used_by_text(shell) | self._used_by_nodes([tree])
             else:  # a page shows images
                 found |= {file for file in self.files if file.startswith("notebooks/images/")
                           and file.removeprefix("notebooks/") in source}

@@ -240,9 +240,9 @@ def _tier(name, options):
 
 
 def _durations(options):
-    from course.tiers import keep_durations
+    from course.tiers import update_baseline
 
-    return keep_durations()
+    return update_baseline()
 
 
 def _lab(options):

@@ -13,7 +13,7 @@ import sys
 import tomllib
 from pathlib import Path
 
-from course.install import CONSTRAINTS, LOG, install, log, uv_install
+from course.install import LOG, install, log, uv_install
 from helpers.errors import CourseError
 from helpers.models.kit import open_kit
 from helpers.models.steps import run_program
@@ -46,9 +46,7 @@ def install_extra(name: str) -> Path:
     from filelock import FileLock  # this module is imported before anything is installed
 
     requirements = project()["optional-dependencies"][name]
-    depends_on = [repr(requirements), sys.version, CONSTRAINTS.read_text(encoding="utf-8")]
-    digest = hashlib.sha256("\0".join(depends_on).encode()).hexdigest()[:12]
-    folder = BUILD / "extras" / f"{name}-{digest}"
+    folder = BUILD / "extras" / f"{name}-{_digest(repr(requirements))[:12]}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
@@ -126,9 +124,14 @@ def _read_stamp():
 
 
 def _state():
-    """Return a digest of all that a set-up depends on: the whole of pyproject.toml, which lists the packages, too."""
-    parts = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
-    return hashlib.sha256(b"\0".join([*parts, str(ROOT).encode(), sys.version.encode()])).hexdigest()
+    """Return a digest of all that .venv depends on: the whole of pyproject.toml, which lists the packages, too."""
+    return _digest((ROOT / "pyproject.toml").read_text(encoding="utf-8"), str(ROOT))
+
+
+def _digest(*parts: str) -> str:
+    """Return a digest of these parts, and of what every installation depends on: the pins and this Python."""
+    pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
+    return hashlib.sha256("\0".join([*parts, pinned, sys.version]).encode()).hexdigest()
 
 
 def _make_venv():

@@ -31,7 +31,7 @@ from helpers.stores.server import without_password
 from helpers.strangers import refuse_strangers
 from helpers.tracking import tracking_store
 
-# The pages that `run` executes, each with the track of the model that it needs.
+# The pages of `python -m helpers run`, each with the track of the model that it needs.
 PAGES = {"TransformerPipeline": "transformers", "CustomPythonWrapper": "onnx", "ChatModel": "onnx"}
 
 # Kernel and client talk over an encrypted socket: a workshop's machine may have other users.
@@ -44,11 +44,12 @@ ANSWERS = "answers.csv"
 
 @dataclass(frozen=True)
 class Execution:
-    """A page that ran to its end: its name, the HTML file, and the ``mlflow.entities.Run`` that it made, or None."""
+    """A page that ran to its end: its name, the HTML file, the run that it logged and the answers in it."""
 
     name: str
     page: Path
-    run: object
+    run: object  # an mlflow.entities.Run, or None
+    answers: list[dict[str, str]] | None  # as ``read_answers`` gives them
 
 
 def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved: bool = False,
@@ -79,29 +80,28 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
         tracking_uri = without_password(tracking_uri)
         parameters = parameters | {"tracking_uri": tracking_uri}
     target, tag = folder / f"{name}.ipynb", uuid.uuid4().hex
-    told = []
-
-    def tell_answers(run):
-        answers = read_answers(run)
-        if answers and on_answers and not told:
-            told.append(answers)
-            on_answers(answers)
+    reported = False
 
     def on_cell_executed(cell, **_):
-        if on_answers and ANSWERS in cell.source:
+        nonlocal reported
+        if on_answers and not reported and ANSWERS in cell.source:  # the cell that logs them names the file
             with contextlib.suppress(CourseError, MlflowException, OSError):  # the page's own errors say more
-                tell_answers(_find_run(tag, tracking_uri))
+                if answers := read_answers(_find_run(tag, tracking_uri)):
+                    reported = True
+                    on_answers(answers)
 
     try:
         _run_cells(name, source, target, parameters, tag, on_cell_executed)
-        execution = Execution(name, write_page(target), _find_run(tag, tracking_uri))
-        tell_answers(execution.run)
+        run = _find_run(tag, tracking_uri)
+        execution = Execution(name, write_page(target), run, read_answers(run))
     except (CourseError, OSError) as failure:
         if results:
             _write_results_of_failure(results, name, target, parameters, tag, failure)
         raise
     if results:
-        results.write(name, target, parameters, *_describe_run(execution.run))
+        results.write(name, target, parameters, _read_figures(run), execution.answers or [])
+    if on_answers and execution.answers and not reported:
+        on_answers(execution.answers)
     return execution
 
 
@@ -148,18 +148,16 @@ def _write_results_of_failure(results, name, target, parameters, tag, failure):
     except (CourseError, MlflowException, OSError):  # the store may be what made the page fail
         run = None
     try:
-        results.write(name, target, parameters, *_describe_run(run), failure)
+        results.write(name, target, parameters, _read_figures(run), read_answers(run) or [], failure)
     except CourseError as error:
         print(f"note: {error}", file=sys.stderr)
 
 
-def _describe_run(run):
-    """Return the figures of a page's run and its answers, for programs; None and [] where it has none."""
+def _read_figures(run):
+    """Return a page's run for the results; None without a run."""
     import mlflow
 
-    if run is None:
-        return None, []
-    return read_run(run, mlflow.MlflowClient()), read_answers(run) or []
+    return None if run is None else read_run(run, mlflow.MlflowClient())
 
 
 def _fill_folder(folder, name):
@@ -198,7 +196,7 @@ def _page_environment(tag: str) -> Iterator[None]:
 
 
 def _find_run(execution, tracking_uri):
-    """Return the newest run of a page, or None, whatever else was logged, deleted or renamed meanwhile."""
+    """Return the newest run with the tag of an execution, or None. Deleted and renamed ones are searched, too."""
     import mlflow
     from mlflow.entities import ViewType
 
@@ -255,14 +253,14 @@ def print_answers(answers: list[dict[str, str]]) -> None:
 
 
 def print_page(execution: Execution) -> None:
-    """Print how fast a page's answers came, what its run lacks, and where to read on."""
+    """Print how fast a page's answers came, where its run or answers are missing, and where to read on."""
     if execution.name in ("Operations", "Cloud"):  # they ask many questions, and a run of theirs has no answers
         print(f"  page: {execution.page}", flush=True)
         return
     if execution.run is None:
         print(f"  The run of this page is not in the store any more; page: {execution.page}", flush=True)
         return
-    if read_answers(execution.run) is None:
+    if execution.answers is None:
         print(f"  The run of this page has no {ANSWERS} with questions and answers.")
     speed = execution.run.data.metrics.get("tokens_per_second")
     told = f"{speed:.0f} tokens per second" if speed else "the answer was too short to tell a speed"

@@ -16,7 +16,7 @@ from filelock import FileLock
 from support import ROOT, run_python
 
 from course.environment import install_extra
-from course.tiers import MEASURED, TIERS, over_their_share, read_kept, tier_of
+from course.tiers import BASELINE, MEASURED, find_outgrown, find_tier, read_durations
 
 SECONDS = collections.Counter()
 # The same examples on every machine, however slow it is. `--hypothesis-profile=search` tries others.
@@ -37,7 +37,9 @@ def pytest_configure(config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Run the slowest files first, so that no worker ends with one of them while the others idle."""
-    seconds = {file: taken for tier in TIERS for file, taken in read_kept(tier).items()}
+    seconds = {}
+    for files in read_durations(BASELINE).values():
+        seconds |= files
     items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0 if "unit" in item.path.parts else 1e6))
 
 
@@ -51,14 +53,14 @@ def pytest_sessionfinish(session, exitstatus):
     """Note the durations of a whole tier, and fail where a file has outgrown its share."""
     if hasattr(session.config, "workerinput"):
         return
-    tier = tier_of(set(SECONDS))
+    tier = find_tier(set(SECONDS))
     if tier is None:
         return
-    measured = json.loads(MEASURED.read_text(encoding="utf-8")) if MEASURED.exists() else {}
     MEASURED.parent.mkdir(exist_ok=True)
-    MEASURED.write_text(json.dumps(measured | {tier: SECONDS}), encoding="utf-8")
-    grown = over_their_share(tier, SECONDS, read_kept(tier)) if exitstatus == pytest.ExitCode.OK else {}
-    for file, (now, before) in grown.items():
+    MEASURED.write_text(json.dumps(read_durations(MEASURED) | {tier: SECONDS}), encoding="utf-8")
+    baseline = read_durations(BASELINE).get(tier, {})
+    outgrown = find_outgrown(tier, SECONDS, baseline) if exitstatus == pytest.ExitCode.OK else {}
+    for file, (now, before) in outgrown.items():
         print(f"\n{file} took {now:.1%} of the whole, and {before:.1%} is kept. "
               "Make it faster, or keep what it takes now: python -m helpers durations.")
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -62,6 +62,7 @@ def _measure(folder):
         for page in PAGES:
             pages[f"{page} on {model}"], tracks[page] = bench_page(page, model, store, folder)
     ratios, chat = bench_chat(store)
+    pinned = pins(("bench",))
     speeds = {page: track["tokens_per_second"] for page, track in tracks.items()}
     ratios["track_ratio"] = speeds["CustomPythonWrapper"] / speeds["TransformerPipeline"]
     return {
@@ -69,7 +70,7 @@ def _measure(folder):
                     "memory_bytes": psutil.virtual_memory().total},
         "date": datetime.date.today().isoformat(),
         "versions": {"python": platform.python_version()} | {
-            name: pins(("bench",))[name]
+            name: pinned[name]
             for name in ("mlflow", "onnxruntime-genai", "openvino-genai", "torch", "transformers", "xllamacpp")},
         "ratios": {name: ratios[name] for name in REACH},
         "raw": {"pages": pages, "tracks": tracks, "chat": chat, "test": test, "prepare": prepare},

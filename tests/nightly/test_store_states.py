@@ -277,8 +277,9 @@ def executed(store, tmp_path):
 def printed(stand, capsys):
     capsys.readouterr()
     found = _find_run("mine", stand.client.tracking_uri)
-    print_answers(read_answers(found) or [])
-    print_page(Execution(stand.page, "page.html", found))
+    answers = read_answers(found)
+    print_answers(answers or [])
+    print_page(Execution(stand.page, "page.html", found, answers))
     return capsys.readouterr().out
 
 

@@ -56,7 +56,6 @@ def home(tmp_path, monkeypatch):
 
 
 def test_an_extra_is_installed_anew_when_what_it_depends_on_changes(home, monkeypatch):
-    monkeypatch.setattr("course.environment.CONSTRAINTS", home / "constraints.txt")
     monkeypatch.setattr("course.environment.uv_install", lambda python, target, folder, *requirements: folder.mkdir())
     first = environment.install_extra("spark")
     (first / "kept").touch()

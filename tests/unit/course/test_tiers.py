@@ -46,15 +46,15 @@ def test_a_file_that_is_named_is_run_alone(called):
 
 
 def test_each_test_file_is_in_one_tier():
-    folders = {folder for names in tiers.TIERS.values() for folder in names}
+    folders = {folder for tier in tiers.TIERS.values() for folder in tier.folders}
     assert {file.split("/")[1] for file in ALL} <= folders
 
 
 def test_a_whole_tier_is_known_by_its_files_and_a_part_is_none():
     nightly = {file for file in ALL if file.startswith("tests/nightly/")}
-    assert tiers.tier_of(nightly) == "nightly"
-    assert tiers.tier_of(ALL - nightly) == "test"
-    assert tiers.tier_of(nightly - {min(nightly)}) is None
+    assert tiers.find_tier(nightly) == "nightly"
+    assert tiers.find_tier(ALL - nightly) == "test"
+    assert tiers.find_tier(nightly - {min(nightly)}) is None
 
 
 @pytest.mark.parametrize(("measured", "too_long"), [
@@ -64,21 +64,22 @@ def test_a_whole_tier_is_known_by_its_files_and_a_part_is_none():
     ({"a": 17, "b": 83}, {"a"}),
     ({"a": 10, "b": 80, "new": 10}, {"new"}),
     ({"a": 10, "b": 89, "new": 1}, set()),  # within the noise
+    ({"a": 10}, set()),  # b is gone, which made nothing slower
 ])
 def test_a_file_that_takes_over_half_again_its_share_is_named(measured, too_long):
-    assert set(tiers.over_their_share("test", measured, {"a": 1, "b": 9})) == too_long
+    assert set(tiers.find_outgrown("test", measured, {"a": 1, "b": 9})) == too_long
 
 
 def test_durations_are_kept_by_a_command(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tiers, "MEASURED", tmp_path / "measured.json")
-    monkeypatch.setattr(tiers, "KEPT", tmp_path / "kept.json")
+    monkeypatch.setattr(tiers, "BASELINE", tmp_path / "kept.json")
     with refuses("durations-missing"):
-        tiers.keep_durations()
+        tiers.update_baseline()
     here, gone = "tests/unit/course/test_tiers.py", "tests/unit/test_gone.py"
-    tiers.KEPT.write_text(json.dumps({"test": {here: 1.0}, "nightly": {gone: 3.0, here: 1.0}}))
+    tiers.BASELINE.write_text(json.dumps({"test": {here: 1.0}, "nightly": {gone: 3.0, here: 1.0}}))
     tiers.MEASURED.write_text(json.dumps({"test": {here: 2.0}}))
-    assert tiers.keep_durations() == 0
-    assert json.loads(tiers.KEPT.read_text()) == {"test": {here: 2.0}, "nightly": {here: 1.0}}
+    assert tiers.update_baseline() == 0
+    assert json.loads(tiers.BASELINE.read_text()) == {"test": {here: 2.0}, "nightly": {here: 1.0}}
     assert "100.0%     2.0 s  tests/unit/course/test_tiers.py" in capsys.readouterr().out
 
 
@@ -95,5 +96,5 @@ def test_each_policy_of_contributing_has_a_test_that_runs_before_a_change_is_sen
         assert policy["tests"], policy
         for test in policy["tests"]:
             file, _, name = test.partition("::")
-            assert file.split("/")[1] in tiers.TIERS["test"], test
+            assert file.split("/")[1] in tiers.TIERS["test"].folders, test
             assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), test

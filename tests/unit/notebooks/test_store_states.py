@@ -82,8 +82,9 @@ def test_a_command_prints_its_own_pages_answers_whatever_became_of_the_run(stand
     def printed():
         capsys.readouterr()
         run = _find_run("mine", client.tracking_uri)
-        print_answers(read_answers(run) or [])
-        print_page(Execution(stand.page, "page.html", run))
+        answers = read_answers(run)
+        print_answers(answers or [])
+        print_page(Execution(stand.page, "page.html", run, answers))
         return capsys.readouterr().out
 
     assert "not in the store any more; page: page.html" in printed()
