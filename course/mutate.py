@@ -13,15 +13,13 @@ import sys
 
 from helpers.paths import BUILD, ROOT, model_cache
 
-# mutmut's names of what decides something. Of the chat model: the contract's reader, the prompt, the scheduler, the
-# sampler; of downloads: when a request is made again, and which files are there.
+# mutmut's names of what decides something. Of the chat model: the contract, the prompt, the engine, the sampler and the
+# text; of downloads: when a request is made again, and which files are there.
 POLICIES = (
     "helpers.models.folders.*", "helpers.models.hub.*", "helpers.models.usable.*", "helpers.parameters.*",
     "helpers.signatures.*", "helpers.stores.*", "helpers.tracking.*", *(f"helpers.models.download.{name}*" for name in (
         "x_seconds", "x_retried", "x_patience", "x__watched", "x_certificate", "xǁ")),
-    *(f"serving.chat_model.{name}*" for name in (
-        "x_invalid", "x_read_", "x__whole", "x__without", "x__explain", "x__unknown", "x__plain", "x__is_gap",
-        "x__keep", "xǁPromptEncoder", "xǁTextWriter", "xǁScheduler", "xǁSampler")))
+    *(f"serving.chat.{name}.*" for name in ("contract", "table", "prompt", "engine", "sampler", "text")))
 REACH = 0.85
 SITE = BUILD / "mutate"
 COPIED = ("course", "data", "helpers", "notebooks", "serving", "tests", "LICENSE", "constraints.txt", "pyproject.toml")

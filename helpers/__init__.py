@@ -90,6 +90,7 @@ _HOME = {
     "show_tokens": "helpers.views",
     "show_folder": "helpers.views",
     "compare_figures": "helpers.views",
+    "show_timeline": "helpers.views",
     "tracking_store": "helpers.tracking",
     "ui_addresses": "helpers.tracking",
     "check_run": "helpers.states",

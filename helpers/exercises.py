@@ -181,6 +181,19 @@ def _(changes, chat_model):
     return None if changes.get("model", "slm-onnx") != "slm-onnx" else "give the model a name of your own: model."
 
 
+@exercise("steps")
+def _(static_steps, joining_steps, lengths, slots):
+    if static_steps == sum(lengths):
+        return "in a static batch, all three answers get a token in each step: it takes as many steps as its longest."
+    if static_steps != sum(max(lengths[start:start + slots]) for start in range(0, len(lengths), slots)):
+        return "a static batch of three ends with its longest answer, and only then the next three begin."
+    ends = [0] * slots  # the step after which each slot is free
+    for length in lengths:
+        ends[ends.index(min(ends))] += length
+    return None if joining_steps == max(ends) else (
+        "write down three slots. Each next answer begins in the slot that is free first; the last end counts.")
+
+
 @exercise("schema")
 def _(pet):
     if not isinstance(pet, dict):

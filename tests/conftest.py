@@ -201,8 +201,9 @@ def fresh(tiny):
 def cold(tiny):
     """Return a model that keeps no conversation: its answers are what the others' have to be."""
     from support.chat import load_chat
+    from support.conversations import share_nothing
 
-    with closing(load_chat(tiny.onnx_dir, kept_conversations=0)) as model:
+    with closing(share_nothing(load_chat(tiny.onnx_dir))) as model:
         yield model
 
 

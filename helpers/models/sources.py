@@ -27,6 +27,9 @@ from helpers.requirements import installed_build
 
 # Raise it when convert.py writes something else, or tiny-phi3 with other words of LICENSE: models are then made anew.
 CONVERTER_VERSION = 1
+# Each layer's cache holds all tokens, also where its model sees a window of them. The graph computes logits for the
+# last token of a prompt alone, which makes reading a prompt about a fifth faster.
+BUILDER_OPTIONS = ["windowed_kv_cache=false", "prune_lm_head=true"]
 # Agreement with fp32 on the next token, 24 prompts: int8 0.97, int8-crowd 0.97, int4 0.71. An entry of the catalogue
 # may name another: "int8-crowd" is for many callers at once, and slower for one; see helpers/models/crowd.py.
 PRECISION = "int8"
@@ -215,7 +218,7 @@ class Export(Source):
     @property
     def recipe(self) -> dict:
         return {"export": self.base.recipe, "onnxruntime-genai": installed_build("onnxruntime-genai")[1],
-                "precision": self.precision}
+                "precision": self.precision, "options": BUILDER_OPTIONS}
 
     @property
     def precision(self) -> str:
@@ -249,10 +252,9 @@ class Export(Source):
         """Run the builder; return the folder that it wrote."""
         cache = folder / "builder-cache"
         folder.mkdir(exist_ok=True)
-        # With a cache of a window's size, the engine takes no batch of prompts that differ in length.
         run_step("Exporting to ONNX", [
             sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i", source, "-o", folder,
-            "-p", precision, "-e", "cpu", "-c", cache, "--extra_options", "windowed_kv_cache=false"],
+            "-p", precision, "-e", "cpu", "-c", cache, "--extra_options", *BUILDER_OPTIONS],
             r"Saving .*?(\d+)/(\d+)")
         shutil.rmtree(cache, ignore_errors=True)
         return folder

@@ -23,7 +23,7 @@ from support.phi3_layout import PHI4_ONNX, PHI4_TORCH, TORCH, write_phi3, write_
 from helpers import prepare_model
 from helpers.models.prepare import cache_state
 from helpers.models.usable import refuse_unknown_model
-from serving import chat_model
+from serving.chat import ChatRequest, PromptEncoder
 
 SHARD = "model-00001-of-00002.safetensors"
 
@@ -82,13 +82,13 @@ def test_the_chat_model_reads_markup_as_transformers_does_and_its_stream_is_its_
     serve(real)
     prepared = prepare_model(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(prepared.transformers_dir)
-    encoder = chat_model.PromptEncoder(prepared.onnx_dir)
+    encoder = PromptEncoder(prepared.onnx_dir)
     for turns in MESSAGES:
         messages = [{"role": role, "content": content} for role, content in turns]
         expected = tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-        assert encoder.encode(chat_model.ChatRequest(messages=messages).messages, 4096) == expected
+        assert encoder.encode(ChatRequest(messages=messages).messages, 4096) == expected
     control = set(tokenizer.get_added_vocab().values())
-    (message,) = chat_model.ChatRequest(messages=[{"role": "user", "content": markup}]).messages
+    (message,) = ChatRequest(messages=[{"role": "user", "content": markup}]).messages
     assert sum(token in control for token in encoder.encode([message], 4096)) == 3  # the template's own
     model = load_chat(prepared.onnx_dir)
     for seed in range(8):

@@ -112,7 +112,7 @@ def test_the_whole_kit_is_as_it_was_built_and_every_command_of_the_course_can_co
         inside = set(course.namelist())
     assert not any(cell.get("outputs") for cell in notebook["cells"])
     for name in ("pyproject.toml", "constraints.txt", "helpers/models/kit.py", "course/commands.py",
-                 "serving/chat_model.py", "data/kit.html"):
+                 "serving/chat/engine.py", "data/kit.html"):
         assert f"slm-mlflow-course/{name}" in inside
     assert not [name for name in inside if ".venv" in name or "/build/" in name or "data/models/" in name]
 

@@ -11,11 +11,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat import load_chat, user
+from support.conversations import share_nothing
 from support.phi3_layout import export_phi3
 from support.tokenizer_kinds import KINDS, Kind
 from transformers import AutoModelForCausalLM
 
-from serving.chat_model import Message, PromptEncoder, Refusal, Row, Sampler, read_config
+from serving.chat.contract import Message, Refusal
+from serving.chat.engine import Row
+from serving.chat.folder import read_config
+from serving.chat.prompt import PromptEncoder
 
 
 class Model:
@@ -95,9 +99,9 @@ def windowed(folder, *options, context_length=256, window=64, **more):
 
 @pytest.fixture(scope="module", params=[(64, 256), (160, 512)], ids=["64 of 256", "160 of 512"])
 def two_ropes(request, tmp_path_factory):
-    """Return a model with two sets of factors; in the longer one, prompts of both are read in chunks."""
+    """Return a model with two sets of rotary factors, which is served up to the length where they change."""
     model = longrope(tmp_path_factory.mktemp("longrope"), *request.param)
-    assert (model.config.rope_switch, model.config.context_length) == request.param
+    assert model.config.context_length == request.param[0]
     return model
 
 
@@ -109,112 +113,53 @@ def window(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def ring(tmp_path_factory):
-    """Return a model whose cache is a ring of the window's size, which the builder makes where layers are listed."""
-    model = windowed(tmp_path_factory.mktemp("ring"), layer_types=True)
+def windowed_cache(tmp_path_factory):
+    """Return a model whose folder asks for a cache of the window's size: the builder does so where layers are listed.
+
+    Here its cache has room for all tokens, and the graph looks at those in the window.
+    """
+    model = windowed(tmp_path_factory.mktemp("windowed-cache"), layer_types=True)
     decoder = json.loads((model.folder / "genai_config.json").read_text())["model"]["decoder"]
     assert decoder["sliding_window"]["layers"] == [0, 1]
     return model
 
 
-def sides(model):
-    """Return sizes of prompts on both sides of the switch, each with the tokens that may follow, up to 8."""
-    switch, context_length = model.config.rope_switch, model.config.context_length
-    sizes = [20, switch - 20, switch - 9, switch - 2, switch - 1, switch + 1, switch + 2, switch + 60,
-             context_length - 9, context_length - 1]
-    return [(size, min(8, (switch if size <= switch else context_length) - size)) for size in sizes]
-
-
-@pytest.mark.parametrize("kept", [0, 4])
-def test_a_prompt_on_either_side_of_the_switch_is_answered_as_by_transformers(two_ropes, served, taken, kept):
-    chat = served(two_ropes, kept_conversations=kept)
-    for seed, (size, most) in enumerate(sides(two_ropes)):
-        usage = ask(chat, two_ropes.text(size, seed), max_tokens=most)["usage"]
+def test_up_to_the_switch_of_its_rotary_factors_a_model_answers_as_by_transformers(two_ropes, served, taken):
+    chat, switch = served(two_ropes), two_ropes.config.context_length
+    sizes = [20, switch - 20, switch - 9, switch - 2, switch - 1]
+    for seed, size in enumerate(sizes):
+        usage = ask(chat, two_ropes.text(size, seed), max_tokens=min(8, switch - size))["usage"]
         assert usage["prompt_tokens"] == size
-    two_ropes.check(taken, len(sides(two_ropes)))
+    chat.predict(None, [{"messages": user(two_ropes.text(size, seed)), "max_tokens": min(8, switch - size)}
+                        for seed, size in enumerate(sizes)])
+    two_ropes.check(taken, 2 * len(sizes))
 
 
-@pytest.mark.parametrize("kept", [0, 4])
-def test_rows_on_both_sides_of_the_switch_in_one_call(two_ropes, served, taken, kept):
-    chat = served(two_ropes, kept_conversations=kept)
-    chat.predict(None, [{"messages": user(two_ropes.text(size, seed)), "max_tokens": most}
-                        for seed, (size, most) in enumerate(sides(two_ropes) + sides(two_ropes)[::-1])])
-    two_ropes.check(taken, 2 * len(sides(two_ropes)))
-
-
-@pytest.mark.parametrize(("sizes", "kept"), [
-    ((-30, -18, -10), True), ((2, 32, 62), True), ((-12, 20), False), ((30, -6), False), ((-1, 1), False),
-    ((1, 2, 40), True)], ids=str)
-def test_the_next_turn_of_a_kept_conversation_stays_on_its_side(two_ropes, served, taken, sizes, kept):
-    chat, switch = served(two_ropes, kept_conversations=4), two_ropes.config.rope_switch
-    for size in sizes:
-        ask(chat, two_ropes.text(switch + size), max_tokens=min(8, abs(size)))
-    assert [row.reused > 0 for row in taken] == [False] + [kept] * (len(sizes) - 1)
-    two_ropes.check(taken, len(sizes))
-
-
-def test_a_kept_conversation_that_differs_late_is_read_anew_from_there(two_ropes, served, taken):
-    chat, switch = served(two_ropes, kept_conversations=4), two_ropes.config.rope_switch
-    for size, seed, same in ((switch + 10, 0, 0), (switch + 15, 1, switch - 20), (switch + 3, 2, switch - 20)):
-        ask(chat, two_ropes.text(size, seed, same), max_tokens=4)
-    assert taken[1].reused > 30 and taken[2].reused > 30
-    two_ropes.check(taken, 3)
-
-
-def test_an_answer_ends_at_the_switch_and_max_tokens_says_where(two_ropes, served, taken):
-    chat, switch = served(two_ropes), two_ropes.config.rope_switch
-    for size in (switch - 30, switch - 9, switch - 1):
-        with pytest.raises(Refusal) as refusal:
+def test_beyond_the_switch_a_prompt_and_an_answer_are_refused_by_name(two_ropes, served, taken):
+    chat, switch = served(two_ropes), two_ropes.config.context_length
+    for size in (switch, switch + 1, switch + 60):
+        with pytest.raises(Refusal, match=f"^messages has to be fewer than {switch} tokens, the model's context"):
+            ask(chat, two_ropes.text(size))
+    for size in (switch - 30, switch - 1):
+        with pytest.raises(Refusal, match=f"^max_tokens has to be a whole number from 1 to {switch - size} after"):
             ask(chat, two_ropes.text(size), max_tokens=switch - size + 1)
-        assert refusal.value.field == "max_tokens"
-        assert refusal.value.message == (
-            f"max_tokens has to be a whole number from 1 to {switch - size} after these messages.")
         assert ask(chat, two_ropes.text(size), max_tokens=switch - size)["usage"]["total_tokens"] <= switch
     answer = ask(chat, two_ropes.text(switch - 5))  # 16 where a request does not say
     assert (answer["choices"][0]["finish_reason"], answer["usage"]["completion_tokens"]) == ("length", 5)
-    two_ropes.check(taken, 4)
-
-
-def test_a_prompt_of_the_switchs_size_is_answered_or_refused_for_its_size(two_ropes, served):
-    try:
-        ask(served(two_ropes), two_ropes.text(two_ropes.config.rope_switch))
-    except Refusal as refusal:
-        assert refusal.field == "messages"
-
-
-def test_a_chunk_size_of_the_folder_cuts_no_prompt(tmp_path, served, taken):
-    model = longrope(tmp_path, 64, 256)
-    text = json.loads((model.folder / "genai_config.json").read_text())
-    text["search"]["chunk_size"] = 16
-    (model.folder / "genai_config.json").write_text(json.dumps(text))
-    ask(served(model), model.text(100), max_tokens=8)
-    model.check(taken, 1)
-
-
-def test_the_token_that_was_chosen_is_the_one_that_is_taken(tmp_path, served, taken, monkeypatch):
-    chosen, choose = [], Sampler.choose
-
-    def note(sampler, logits):
-        chosen.append(choose(sampler, logits))
-        return chosen[-1]
-
-    monkeypatch.setattr(Sampler, "choose", note)
-    model = Model(*export_phi3(tmp_path, max_position_embeddings=8192, original_max_position_embeddings=8192))
-    ask(served(model), model.text(4090), max_tokens=12, temperature=1.5, seed=1)
-    assert taken[0].seen == chosen
+    two_ropes.check(taken, 3)
 
 
 def test_within_its_window_a_model_answers_as_by_transformers(window, served, taken):
-    chat = served(window, kept_conversations=0)
+    chat = share_nothing(served(window))
     sizes = (20, 40, 50, 56, 60, 62, 63)
     for size in sizes:
         ask(chat, window.text(size, size), max_tokens=min(14, 64 - size))
     chat.predict(None, [{"messages": user(window.text(size, size)), "max_tokens": min(8, 64 - size)} for size in sizes])
     window.check(taken, 2 * len(sizes))
-    chat = served(window, kept_conversations=4)
+    chat = served(window)
     for size in (40, 50, 56, 63):
         ask(chat, window.text(size), max_tokens=min(14, 64 - size))
-    assert [row.reused > 0 for row in taken[-4:]] == [False, True, True, True]
+    assert [row.reused_tokens > 0 for row in taken[-4:]] == [False, True, True, True]
     window.check(taken[-4:], 4)
 
 
@@ -232,39 +177,39 @@ def test_nothing_goes_beyond_a_window_that_the_graph_does_not_know(window, serve
 def test_a_window_that_the_graph_knows_is_no_bound(tmp_path, served, taken):
     model = windowed(tmp_path, "windowed_kv_cache=false", layer_types=True)  # as helpers export it
     assert model.config.context_length == 256
-    chat = served(model, kept_conversations=4)
+    chat = served(model)
     chat.predict(None, [{"messages": user(model.text(size, size)), "max_tokens": 14} for size in (20, 30, 63, 100, 60)])
     for size in (100, 150, 200, 180):
         ask(chat, model.text(size), max_tokens=14)
     model.check(taken, 9)
-    assert [row.reused > 0 for row in taken[-3:]] == [True] * 3
+    assert [row.reused_tokens > 0 for row in taken[-3:]] == [True] * 3
 
 
-def test_a_ring_answers_lone_prompts_as_transformers_does(ring, served, taken):
-    chat = served(ring, kept_conversations=0)
+def test_a_folder_with_a_windowed_cache_answers_lone_prompts_as_transformers_does(windowed_cache, served, taken):
+    chat = served(windowed_cache)
     for size in (50, 60, 64, 65, 100, 129, 200, 240):
-        ask(chat, ring.text(size, size), max_tokens=15)
-    ring.check(taken, 8)
+        ask(chat, windowed_cache.text(size, size), max_tokens=15)
+    windowed_cache.check(taken, 8)
 
 
-def test_a_ring_answers_a_short_prompt(ring, served, taken):
-    ask(served(ring, kept_conversations=0), ring.text(20), max_tokens=5)
-    ring.check(taken, 1)
+def test_a_folder_with_a_windowed_cache_answers_a_short_prompt(windowed_cache, served, taken):
+    ask(served(windowed_cache), windowed_cache.text(20), max_tokens=5)
+    windowed_cache.check(taken, 1)
 
 
 @pytest.mark.parametrize("sizes", [(30, 40), (60, 66), (100, 101)])
-def test_a_ring_answers_several_prompts(ring, served, taken, sizes):
-    chat = served(ring, kept_conversations=0)
-    chat.predict(None, [{"messages": user(ring.text(size, size)), "max_tokens": 26} for size in sizes])
-    ring.check(taken, len(sizes))
+def test_a_folder_with_a_windowed_cache_answers_several_prompts(windowed_cache, served, taken, sizes):
+    chat = served(windowed_cache)
+    chat.predict(None, [{"messages": user(windowed_cache.text(size, size)), "max_tokens": 26} for size in sizes])
+    windowed_cache.check(taken, len(sizes))
 
 
 @pytest.mark.parametrize("sizes", [(100, 130), (150, 190), (150, 110)])
-def test_a_ring_answers_the_next_turn(ring, served, taken, sizes):
-    chat = served(ring, kept_conversations=4)
+def test_a_folder_with_a_windowed_cache_answers_the_next_turn(windowed_cache, served, taken, sizes):
+    chat = served(windowed_cache)
     for size in sizes:
-        ask(chat, ring.text(size), max_tokens=14)
-    ring.check(taken, len(sizes))
+        ask(chat, windowed_cache.text(size), max_tokens=14)
+    windowed_cache.check(taken, len(sizes))
 
 
 def test_usage_counts_the_whole_prompt_whatever_the_tokenizer_would_cut(tmp_path, served):

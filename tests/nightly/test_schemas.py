@@ -17,7 +17,8 @@ from support.chat import deltas, load_chat, user
 from support.phi3_layout import CPU, ONNX, write_phi3
 from support.schemas import FIELD, INTEGER, NULL, SCHEMAS, STRING, answers_of, choices, judge, request, shape
 
-from serving.chat_model import Batch, JsonSchema, Refusal, ResponseFormat
+from serving.chat.contract import JsonSchema, Refusal, ResponseFormat
+from serving.chat.engine import Batch
 
 
 @pytest.mark.parametrize("schema", SCHEMAS.values(), ids=SCHEMAS)
@@ -148,7 +149,9 @@ HARD = {
 MEASURE = """
 import json, pathlib, resource, sys
 from tokenizers import Tokenizer
-from serving.chat_model import Refusal, ResponseFormat, SchemaReader, read_config
+from serving.chat.contract import Refusal, ResponseFormat
+from serving.chat.folder import read_config
+from serving.chat.schema import SchemaReader
 folder = pathlib.Path(sys.argv[1])
 reader = SchemaReader(Tokenizer.from_file(str(folder / "tokenizer.json")), read_config(folder))
 reader.bind(ResponseFormat(type="json_object"))

@@ -12,7 +12,7 @@ from support import PAGES, find_cell
 from support.small_model import use_store
 
 from course.execute import read_answers
-from serving import chat_model
+from serving import chat as chat_model
 
 
 @pytest.fixture

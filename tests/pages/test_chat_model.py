@@ -17,7 +17,7 @@ from support.executed import EXTREME, Executed, ask_in_fresh_process, assert_cle
 
 from helpers.operations.programs import free_port
 from helpers.signatures import find_signature
-from serving.chat_model import ClientHabits
+from serving.chat.contract import UnusedFields
 
 HELLO = {"messages": [{"role": "user", "content": "What colour is the sky?"}], "max_tokens": 12}
 
@@ -42,7 +42,7 @@ def test_the_signature_is_the_chat_contract_and_what_clients_send_beside_it(proj
     mlflow.set_tracking_uri(project.store)
     onnx = find_signature("models:/slm-onnx@champion")
     served = set(CHAT_MODEL_INPUT_SCHEMA.input_names()) - {"tools", "custom_inputs"}
-    assert set(onnx.inputs.input_names()) == served | set(ClientHabits.model_fields) | {
+    assert set(onnx.inputs.input_names()) == served | set(UnusedFields.model_fields) | {
         "seed", "stream_options", "max_completion_tokens", "response_format"}
 
 

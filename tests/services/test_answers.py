@@ -1,4 +1,4 @@
-"""What is answered: on a toy model against the engine itself, alone and in company, whole and in chunks.
+"""What is answered: on a toy model against the engine itself, alone and with others, whole and in chunks.
 
 Run: python -m helpers test tests/services/test_answers.py
 """
@@ -26,7 +26,7 @@ from support.chat import (
 from support.chat_requests import OTHER_FIELDS, REQUESTS, check_answer_or_refusal, check_stream
 from transformers import PreTrainedTokenizerFast
 
-from serving import chat_model
+from serving.chat import ChatRequest
 
 
 @pytest.fixture(scope="module")
@@ -55,11 +55,11 @@ def reference(tiny):
 
 
 @pytest.fixture
-def batches(monkeypatch):
-    """Return the batches that run, as they are made."""
-    made, init = [], chat_model.Batch.__init__
-    monkeypatch.setattr(chat_model.Batch, "__init__",
-                        lambda batch, *arguments: (init(batch, *arguments), made.append(batch))[0])
+def steps(chat, monkeypatch):
+    """Return the number of rows in each step, as they are made."""
+    made, decoder = [], chat._loaded.engine._decoder
+    step = decoder.step
+    monkeypatch.setattr(decoder, "step", lambda tokens, lengths: (made.append(len(tokens)), step(tokens, lengths))[1])
     return made
 
 
@@ -108,15 +108,14 @@ def test_max_tokens_and_temperature_default_to_the_models_own(tiny, chat):
     short.close()
 
 
-# --- rows and company -----------------------------------------------------------------------
+# --- rows beside others ---------------------------------------------------------------------
 
 
-def test_an_answer_is_the_same_alone_and_in_company(chat, batches):
+def test_an_answer_is_the_same_alone_and_with_others(chat, steps):
     requests = mixed_requests()
     random.Random(1).shuffle(requests)
     together = [completion["choices"] for completion in chat.predict(None, requests)]
-    assert any(len({row.sampler is None for row in batch.rows}) == 2 for batch in batches)  # greedy beside drawn
-    assert max(len(batch.rows) for batch in batches) > 3
+    assert max(steps) > 8
     alone = [ask(chat, one)["choices"] for one in requests]
     assert together == alone
     assert len({json.dumps(choices) for choices in together}) > 6
@@ -174,16 +173,15 @@ def test_what_clients_send_by_habit_changes_no_answer(chat, as_shown):
 
 
 @pytest.mark.parametrize("length", [128, 129, 257, 700])
-def test_a_long_prompt_comes_in_chunks_and_gets_the_same_answer(chat, reference, batches, length):
-    # Around the edges of a chunk, the last one would be of one token.
+def test_a_prompt_that_is_read_in_pieces_gets_the_same_answer(chat, reference, length):
+    # Around the edges of a piece, the last one would be of one token.
     def tokens(messages):
-        return len(chat._encoder.encode(chat_model.ChatRequest(messages=messages).messages, 4096))
+        return len(chat._loaded._encoder.encode(ChatRequest(messages=messages).messages, 4096))
 
     messages = next(one for size in range(length) if tokens(one := user("1" * size)) == length)
     completion = ask(chat, {"messages": messages, "max_tokens": 8})
     assert completion["usage"]["prompt_tokens"] == length
     assert contents(completion) == [reference(messages, 8)[0]]
-    assert len(batches) == 1
 
 
 def test_a_prompt_may_fill_the_context_to_the_last_token(chat):
@@ -243,7 +241,7 @@ WORD = f"{SECRET} "
     ({"stream_options": {"include_usage": False}}, "stream_options has to be left out where the answer comes whole."),
     ({"temperature": 3}, "temperature has to be a number from 0 to 2."),
 ], ids=lambda value: repr(value)[:40] if isinstance(value, dict) else "")
-def test_a_bad_row_is_named_and_no_row_runs(chat, as_shown, batches, fields, says):
+def test_a_bad_row_is_named_and_no_row_runs(chat, as_shown, steps, fields, says):
     bad = {"messages": user(SECRET)} | fields
     for request, prefix in ((bad, ""), ([bad], ""), ([bad, AS_SHOWN], "Row 0: "), ([AS_SHOWN] * 2 + [bad], "Row 2: "),
                             (pd.DataFrame([AS_SHOWN, bad]), "Row 1: ")):
@@ -257,7 +255,7 @@ def test_a_bad_row_is_named_and_no_row_runs(chat, as_shown, batches, fields, say
         with pytest.raises(MlflowException) as refusal:
             chat.predict_stream(None, bad)  # before its first chunk is asked for
         assert refusal.value.message == says
-    assert batches == []
+    assert steps == []
     assert ask(chat, AS_SHOWN)["choices"] == as_shown
 
 

@@ -3,9 +3,12 @@
 Run: python -m helpers test tests/services/test_chat_model.py
 """
 
-import inspect
 import json
+import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import mlflow
 import pytest
@@ -14,8 +17,8 @@ from support import ROOT
 from support.chat import AS_SHOWN, LONG, SECRET, ask, user
 from support.conversations import TURNS, talk
 
-from serving import chat_model
-from serving.chat_model import SETTINGS, SIGNATURE
+from serving.chat import package, package_code
+from serving.chat.contract import SETTINGS, SIGNATURE
 
 # --- what it tells MLflow's tracing -------------------------------------------------------------
 
@@ -107,13 +110,61 @@ def test_without_a_callers_span_none_is_made(fresh, traced, monkeypatch):
     assert made == []
 
 
+# --- two versions in one process ------------------------------------------------------------
+
+
+@pytest.fixture
+def versions(tiny, tmp_path, monkeypatch):
+    """Return the folders of two saved models whose code differs: the ids of the second one's answers begin otherwise."""
+    sources, saved = package.SOURCES, []
+    changed = Path(shutil.copytree(sources, tmp_path / "changed"))
+    model_file = changed / "model.py"
+    text = model_file.read_text(encoding="utf-8")
+    model_file.write_text(text.replace('f"chatcmpl-', 'f"changed-'), encoding="utf-8")
+    for place, folder in enumerate((sources, changed)):
+        monkeypatch.setattr(package, "SOURCES", folder)
+        saved.append(tmp_path / f"version{place}")
+        mlflow.pyfunc.save_model(
+            saved[-1], **package_code(tmp_path / "code")._asdict(), signature=SIGNATURE, pip_requirements=["mlflow"],
+            artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS)
+    return saved
+
+
+def kind_of(model):
+    return model.predict(AS_SHOWN)[0]["id"].split("-")[0]
+
+
+def test_two_versions_with_different_code_answer_each_by_its_own(versions):
+    first, second = map(mlflow.pyfunc.load_model, versions)
+    assert [kind_of(first), kind_of(second), kind_of(first)] == ["chatcmpl", "changed", "chatcmpl"]
+    assert first.unwrap_python_model().stats()["answers"] == 2
+    for model in (first, second):
+        model.unwrap_python_model().close()
+
+
+def test_two_versions_that_are_loaded_at_the_same_moment_answer_each_by_its_own_code(versions, monkeypatch):
+    both, real, waits = threading.Barrier(2, timeout=60), mlflow.models.set_model, [True, True]
+
+    def set_model(model):
+        real(model)
+        if waits:  # MLflow reads the global after both have set it
+            waits.pop()
+            both.wait()
+
+    monkeypatch.setattr(mlflow.models, "set_model", set_model)
+    with ThreadPoolExecutor(2) as pool:
+        models = list(pool.map(mlflow.pyfunc.load_model, versions))
+    assert models[0].unwrap_python_model() is models[1].unwrap_python_model()  # what MLflow mixes up
+    assert [kind_of(model) for model in models * 2] == ["chatcmpl", "changed"] * 2
+
+
 # --- in another process ---------------------------------------------------------------------
 
 
 def test_it_loads_in_another_process_without_pickles_and_without_the_course(tiny, as_shown, python, tmp_path):
     saved = tmp_path / "störe 1" / "slm-onnx"
     mlflow.pyfunc.save_model(
-        saved, python_model=inspect.getfile(chat_model), signature=SIGNATURE, pip_requirements=["mlflow"],
+        saved, **package_code(tmp_path / "code")._asdict(), signature=SIGNATURE, pip_requirements=["mlflow"],
         artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS | {"model": "toy", "max_tokens": 16})
     code = ("import sys, json, mlflow; sys.modules |= dict.fromkeys(['helpers', 'course', 'serving']); "
             "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(json.loads(sys.argv[2]))))")

@@ -5,7 +5,6 @@ Run: python -m helpers test tests/services/test_playground.py
 
 import gc
 import importlib
-import inspect
 import json
 import shutil
 import threading
@@ -65,11 +64,11 @@ def uris(tiny, empty_database, tmp_path_factory):
     def log(kind):
         artifacts = {"artifacts": {"model": str(tiny.onnx_dir)}, "pip_requirements": ["onnxruntime-genai"]}
         if kind == "stream":
-            from serving import chat_model
+            from serving.chat import SETTINGS, SIGNATURE, package_code
 
             return mlflow.pyfunc.log_model(
-                name=kind, python_model=inspect.getfile(chat_model), model_config=chat_model.SETTINGS,
-                signature=chat_model.SIGNATURE, **artifacts)
+                name=kind, **package_code(folder / "code")._asdict(), model_config=SETTINGS, signature=SIGNATURE,
+                **artifacts)
         (folder / "prompt_model.py").write_text(PROMPT_MODEL, encoding="utf-8")
         return mlflow.pyfunc.log_model(
             name=kind, python_model=str(folder / "prompt_model.py"),

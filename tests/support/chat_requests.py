@@ -1,15 +1,15 @@
-"""Strategies for requests within the chat contract and outside of it, and a check of the answers to them."""
+"""Strategies for requests within the chat contract and out of it, and checks of the answers."""
 
 from hypothesis import strategies as st
 from mlflow.exceptions import MlflowException
 
-from serving.chat_model import ChatRequest
+from serving.chat.contract import ChatRequest
 from support.chat import FRAGMENTS, HABITS, deltas, parts, user
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40) | st.lists(
     st.sampled_from(FRAGMENTS), max_size=8).map("".join)
 CONTENTS = TEXTS | st.lists(TEXTS, min_size=1, max_size=3).map(lambda texts: parts(*texts))
-TURNS = st.fixed_dictionaries(
+A_MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "developer", "user", "assistant"]), "content": CONTENTS},
     optional={"name": TEXTS, "tool_calls": st.none() | st.just([]), "annotations": st.just([]), "refusal": st.none()})
 STOPS = st.text(min_size=1, max_size=3)
@@ -27,11 +27,11 @@ GOOD = {
     **{name: st.sampled_from([*harmless, None]) for name, _, harmless, _ in HABITS},
 }
 REQUESTS = st.fixed_dictionaries(
-    {"messages": st.builds(lambda turns, last: [*turns, *user(last)], st.lists(TURNS, max_size=3), CONTENTS)},
+    {"messages": st.builds(lambda earlier, last: [*earlier, *user(last)], st.lists(A_MESSAGE, max_size=3), CONTENTS)},
     optional=GOOD)
 ANYTHING = st.one_of(
     st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=4),
-    st.lists(st.none() | st.integers() | st.text(max_size=4) | TURNS, max_size=5),
+    st.lists(st.none() | st.integers() | st.text(max_size=4) | A_MESSAGE, max_size=5),
     st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
     st.fixed_dictionaries({"include_usage": st.booleans()}),
     st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object", "json_schema", 5])}, optional={
@@ -45,7 +45,7 @@ OTHER_FIELDS = st.dictionaries(st.sampled_from([*ChatRequest.model_fields, "verb
 
 
 def check_answer(chat, request):
-    """Ask for an answer, and hold it against the contract; return it."""
+    """Ask for an answer, check it against the contract, and return it."""
     (completion,) = chat.predict(None, dict(request))
     n, stop = request.get("n") or 1, request.get("stop") or []
     assert [choice["index"] for choice in completion["choices"]] == list(range(n))
@@ -61,15 +61,15 @@ def check_answer(chat, request):
 
 
 def check_stream(chat, request):
-    """Hold the answer and the stream to a request within the contract against it."""
+    """Check the answer and the stream to a request within the contract."""
     completion = check_answer(chat, request)
     chunks = list(chat.predict_stream(None, request | {"stream": True, "stream_options": {"include_usage": True}}))
-    deltas(chunks, len(completion["choices"]))  # holds their shape
+    deltas(chunks, len(completion["choices"]))  # checks the shape of the chunks
     assert chunks[-1]["usage"]["prompt_tokens"] == completion["usage"]["prompt_tokens"]
 
 
 def check_answer_or_refusal(chat, request):
-    """Hold the answer to any request, or its refusal, against the contract."""
+    """Check that any request gets an answer within the contract, or a refusal."""
     try:
         if request.get("stream") is True:
             chunks = list(chat.predict_stream(None, request))

@@ -3,7 +3,6 @@
 import threading
 import time
 
-from serving.chat_model import Scheduler
 from support.chat import user
 
 TURNS = ["The sky is", "And at night?", "A longer one. " * 9, "x", "日本語 🙂 " * 5, "The end, or not? " * 4]
@@ -12,20 +11,19 @@ WAYS = {"greedy": {"max_tokens": 24}, "seeded": {"max_tokens": 24, "temperature"
         "penalties": {"max_tokens": 24, "frequency_penalty": 0.5, "presence_penalty": 0.3}}
 
 
-class Together(Scheduler):
-    """Starts as one batch whatever waits, once there are ``size`` rows."""
-
-    size = 2
-
-    def linger_time(self, waiting, last_size):
-        return 60.0 if len(waiting) < self.size else 0.0
-
-    def next(self, waiting, running, now):
-        return list(waiting)
+def engine_of(model):
+    return model._loaded.engine
 
 
 def engine_threads():
     return [thread for thread in threading.enumerate() if thread.name == "chat-model-engine"]
+
+
+def share_nothing(model):
+    """Let a model read each prompt whole, whatever its cache holds."""
+    engine = engine_of(model)
+    engine._choose_slot = lambda row: (engine._unused()[0], engine._unused()[0], 0)
+    return model
 
 
 def talk(model, opening="", turns=TURNS, **fields):
@@ -47,7 +45,7 @@ def wait_for(row):
 
 
 def settle(engine):
-    """Wait until an engine has nothing to do: its caller has the answer a moment before the engine has put it away."""
+    """Wait until an engine has nothing to do: a caller has its answer a moment before the row has left its slot."""
     deadline = time.monotonic() + 60
     while not engine._changed._waiters:
         assert time.monotonic() < deadline
@@ -56,5 +54,5 @@ def settle(engine):
 
 def stats_of(model):
     """Return what an idle model has counted."""
-    settle(model._engine)
+    settle(engine_of(model))
     return model.stats()

@@ -1,12 +1,12 @@
 """Chat templates, conversations, and the prompts that transformers makes of them.
 
-Each template stands for a model family and was written for these tests: the constructs and the markup are those of the
-family's own. A choice that covers each rule of `serving/chat_model.py` lies beside the fast tests, the others are in
-the nightly ones.
+Each template was written for these tests, with the constructs and the markup of a model family's own template. CHOICE
+is for the fast tests and covers each rule of `serving/chat/prompt.py`. FAMILIES is for the nightly tests.
 """
 
 import copy
 import functools
+import itertools
 import json
 
 from jinja2 import TemplateError
@@ -18,16 +18,16 @@ from support import ROOT
 from support.chat import user
 
 CHOICE = {file.stem: file for file in sorted((ROOT / "tests" / "unit" / "serving" / "templates").glob("*.jinja"))}
-FILES = CHOICE | {file.stem: file for file in sorted((ROOT / "tests" / "nightly" / "templates").glob("*.jinja"))}
-# No two alike and none of them common, so that each is seen where a template writes it.
+FAMILIES = {file.stem: file for file in sorted((ROOT / "tests" / "nightly" / "templates").glob("*.jinja"))}
+# All different and all unusual, so that a prompt shows which of them a template wrote.
 TOKENS = {"bos_token": "<bos>", "eos_token": "<eos>", "unk_token": "<unk>", "pad_token": "<pad>"}
 SYSTEM = {"role": "system", "content": "Be brief."}
 UNTIDY = "\n\n  \tÄpfel, 日本語, 👩‍👩‍👧, \u202eעברית\u202c \ue000 \u00a0 \r\n\n\n'a' \"b\" \\n <b>&amp;</b> /  \n "
 
 
 def turns(*contents, roles=("user", "assistant")):
-    """Return a conversation whose speakers take turns."""
-    return [{"role": roles[place % len(roles)], "content": content} for place, content in enumerate(contents)]
+    """Return a conversation whose roles alternate."""
+    return [{"role": role, "content": content} for role, content in zip(itertools.cycle(roles), contents)]
 
 
 ANSWERS = ("<think>\nShe greets.\n\nSo do I.\n</think>\n\nHello!", "<think>\n\n</think>\n\nParis.", "</think>Odd",
@@ -58,7 +58,7 @@ CONVERSATIONS = {
 
 
 def write_folder(folder, template, tokens=TOKENS):
-    """Write the tokenizer of a model with a chat template; ``None`` for none in its tokenizer_config.json."""
+    """Write a tokenizer with a chat template in its tokenizer_config.json, or without one for ``None``."""
     folder.mkdir(parents=True, exist_ok=True)
     words = {token: place for place, token in enumerate(TOKENS.values())}
     tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
@@ -73,13 +73,14 @@ def write_folder(folder, template, tokens=TOKENS):
 
 @functools.cache
 def hugging_face(name):
+    """Return a tokenizer of transformers with the template of this name."""
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"<unk>": 0}, "<unk>")), **TOKENS)
-    tokenizer.chat_template = FILES[name].read_text(encoding="utf-8")
+    tokenizer.chat_template = (CHOICE | FAMILIES)[name].read_text(encoding="utf-8")
     return tokenizer
 
 
 def expected(tokenizer, messages):
-    """Return the prompt that transformers makes, or None where it refuses."""
+    """Return the prompt that transformers makes, or None for an error."""
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, TypeError, ValueError):
@@ -87,7 +88,7 @@ def expected(tokenizer, messages):
 
 
 def rendered(encoder, messages):
-    """Return the prompt that the encoder makes, or None where it refuses."""
+    """Return the prompt that the encoder makes, or None for a refusal. Messages may not change."""
     before = copy.deepcopy(messages)
     try:
         return encoder.render(messages)
@@ -99,8 +100,9 @@ def rendered(encoder, messages):
         assert messages == before
 
 
-def check(encoder, name, messages):
+def assert_same_prompt(encoder, name, messages):
+    """Fail if the encoder's prompt differs from the one that transformers makes of the template."""
     before = expected(hugging_face(name), messages)
-    found = rendered(encoder(name), messages)
+    found = rendered(encoder, messages)
     if found != before:  # a template may write the date, and midnight may have passed
         assert found == expected(hugging_face(name), messages)

@@ -1,4 +1,8 @@
-"""Small tokenizers of each kind that a model may have, with markup, and as a twin whose markup no text can hold."""
+"""Small tokenizers of each kind that models have, each with a twin.
+
+The twin has the same tokens, but its markup has other names, which no text in a test has. So the twin shows how a
+tokenizer reads a text in which no markup is found.
+"""
 
 import functools
 import json
@@ -6,7 +10,8 @@ import json
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
-from serving.chat_model import Message, PromptEncoder
+from serving.chat.contract import Message
+from serving.chat.prompt import PromptEncoder
 from support import ROOT
 
 NAMES = ("s", "/s", "unk", "|user|", "|system|", "|assistant|", "|end|", "think")
@@ -17,7 +22,7 @@ TEMPLATE = ("{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{
 
 @functools.cache
 def trained(kind, vocab_size=500):
-    """Return a tokenizer's parts as JSON, before it has any markup."""
+    """Train a tokenizer without markup and return it as JSON."""
     words = (ROOT / "LICENSE").read_text(encoding="utf-8").split() + ["<think>", "<|end|>", "x<s>"] * 50
     if kind == "bytes":
         tokenizer = Tokenizer(models.BPE())
@@ -44,7 +49,7 @@ def trained(kind, vocab_size=500):
 
 
 def without(written, words):
-    """Return a tokenizer's parts without the merges that make one of these words, or go on from one."""
+    """Return a tokenizer's JSON without the merges that make or need one of these words."""
     written = json.loads(written)
     written["model"]["merges"] = [
         pair for pair in written["model"].get("merges", []) if not {*pair, "".join(pair)} & set(words)]
@@ -52,7 +57,7 @@ def without(written, words):
 
 
 def with_markup(written, twin, rstrip=(), lstrip=(), **parts):
-    """Return a tokenizer with markup. A ``twin`` has it under names that no text holds, by the same numbers."""
+    """Return a tokenizer with markup. A ``twin`` has other names for it, and the same ids."""
     if twin:
         written = without(written, [f"<{name}>" for name in NAMES])
         for name in NAMES:
@@ -105,7 +110,7 @@ def unigram_kind(twin=False, **more):
     return with_markup(trained("unigram"), twin, decoder=STRIPPED, **more)
 
 
-# Each kind, and whether its decoder gives back every blank.
+# For each kind: how to make it, and whether decoding gives back all white space.
 KINDS = {
     "GPT-2's bytes": (bytes_kind, True),
     "bytes, a blank in front": (functools.partial(bytes_kind, prefix=True), False),
@@ -121,6 +126,7 @@ KINDS = {
     "Unigram, NFKC": (functools.partial(unigram_kind, normalizer=normalizers.NFKC()), False),
 }
 
+
 def write_tokenizer(folder, tokenizer, template=TEMPLATE):
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps(
@@ -132,7 +138,7 @@ def render(text, left="<", right=">"):
 
 
 class Kind:
-    """A tokenizer's encoder, the tokenizer itself, also as transformers has it, and its twin."""
+    """A tokenizer, its prompt encoder, its twin, and the same tokenizer in transformers."""
 
     def __init__(self, name, folder):
         make, self.exact = KINDS[name]
@@ -152,7 +158,7 @@ class Kind:
         return self._twin.encode(render(text, *"⟦⟧"), add_special_tokens=False).ids
 
     def check_text(self, text):
-        """Check that a text of a message is text: to the token, and as it is read back."""
+        """Fail if a message's text becomes other tokens than the twin's, or decodes to another text."""
         tokens = self.tokens(text)
         read = self.tokenizer.decode(tokens, skip_special_tokens=False)
         assert tokens == self.twin(text)
@@ -160,5 +166,5 @@ class Kind:
             self.tokenizer.token_to_id(name) for name in ("<s>", "<|user|>", "<|end|>", "<|assistant|>")]
         if self.exact:
             assert read == render(text)
-        elif "<0x" not in text:  # which Unigram reads as a byte, markup or not
+        elif "<0x" not in text:  # Unigram reads <0x41> as a byte
             assert "".join(read.split()) == "".join(render(text).split())

@@ -1,4 +1,4 @@
-"""Texts that tokenizers read differently where one of them is wrong, and what holds tokenizers against each other."""
+"""Texts that are hard for tokenizers, and assertions that two tokenizers read them alike."""
 
 import json
 import random
@@ -7,10 +7,11 @@ from types import SimpleNamespace
 import onnxruntime_genai as og
 from transformers import PreTrainedTokenizerFast
 
-from serving.chat_model import PromptEncoder, read_request
+from serving.chat.contract import read_request
+from serving.chat.prompt import PromptEncoder
 from support.chat import user
 
-# What a screen does not show is spelled as an escape.
+# Invisible characters are written as escapes.
 AWKWARD = {
     "empty": [""],
     "digits": [
@@ -84,7 +85,7 @@ AWKWARD = {
 }
 STRINGS = [text for texts in AWKWARD.values() for text in texts]
 
-# Left out are the characters of the tests of known limits, at the end.
+# Pieces of random texts, without the characters that the tests of known limits use.
 ALPHABET = [
     *"abcXYZsdmt  \t\n\r\v.,;'’!?<>|_-/\\{}()[]\"0123456789éßſı\u212a½²Ⅷ٣१１④あ漢한কখ\u09be\u094dไ🙂👩🇪🇸🏽𝟘𐍈",
     *"\u0301\u200b\u200d\u00a0\u3000\u2028\ufeff\ufe0f\ue000\x01\x1b\x7f",
@@ -177,7 +178,7 @@ def assert_round_trips(model):
 
 
 class Encoder:
-    """A model's encoder, and what to hold it against."""
+    """A model's prompt encoder, and the tokenizer of transformers to compare it with."""
 
     def __init__(self, prepared):
         self.encoder = PromptEncoder(prepared.onnx_dir)
@@ -189,6 +190,10 @@ class Encoder:
 
     def control_tokens(self, messages):
         return [token for token in self.tokens(messages) if token in self.control]
+
+    def rendered(self, messages):
+        """Return the prompt as text, as transformers renders it."""
+        return self.hugging_face.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def assert_markup_is_text(encoder: Encoder) -> None:

@@ -301,8 +301,8 @@ def test_the_requirements_are_all_that_the_image_needs_and_no_more():
 def test_the_image_has_what_the_program_and_the_logged_model_import():
     wanted = {one.name for one in read_requirements(CONTAINER / "requirements.in")}
     packages, used = importlib.metadata.packages_distributions(), set()
-    for file in ("openai_server.py", "chat_model.py"):
-        for node in ast.walk(ast.parse((ROOT / "serving" / file).read_text(encoding="utf-8"))):
+    for file in (ROOT / "serving" / "openai_server.py", *(ROOT / "serving" / "chat").glob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
                 [node.module] if isinstance(node, ast.ImportFrom) else [])
             used |= {name.split(".")[0] for name in names} - sys.stdlib_module_names

@@ -19,7 +19,7 @@ from course.exercises import make_exercise, pair, solve, write_exercises
 from helpers import check
 from helpers.exercises import find_hint
 from helpers.operations.exercises import CHECKS
-from serving import chat_model
+from serving import chat as chat_model
 
 # The exercises of each page in the page's order.
 ORDER = {"TransformerPipeline": ("warm pipeline", "request", "alias"),

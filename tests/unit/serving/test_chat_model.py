@@ -4,11 +4,9 @@ Run: python -m helpers test tests/unit/serving/test_chat_model.py
 """
 
 import gc
-import inspect
 import json
 import logging
 import math
-import sys
 
 import mlflow
 import numpy as np
@@ -34,8 +32,8 @@ from support.chat import (
 )
 from support.conversations import engine_threads
 
-from serving import chat_model
-from serving.chat_model import SETTINGS, SIGNATURE, ChatRequest
+from serving.chat import package_code
+from serving.chat.contract import SETTINGS, SIGNATURE, ChatRequest
 
 
 @pytest.fixture(scope="module")
@@ -43,9 +41,9 @@ def saved(tiny, tmp_path_factory):
     """Return the folder of the model as MLflow keeps it, whose name is not plain."""
     folder = tmp_path_factory.mktemp("störe 1") / "slm-onnx"
     mlflow.pyfunc.save_model(
-        folder, python_model=inspect.getfile(chat_model), signature=SIGNATURE,
+        folder, **package_code(tmp_path_factory.mktemp("code"))._asdict(), signature=SIGNATURE,
         artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS | {"model": "toy", "max_tokens": 16},
-        input_example={"messages": user("Hi")}, pip_requirements=["mlflow", "onnxruntime-genai"])
+        input_example={"messages": user("Hi")}, pip_requirements=["mlflow", "onnxruntime"])
     return str(folder)
 
 
@@ -89,7 +87,7 @@ def test_the_answer_is_an_openai_completion(model):
 
 def test_the_signature_is_the_files_own_and_no_type_hint_changes_it(model):
     assert model.metadata.signature == SIGNATURE
-    assert model.unwrap_python_model().__class__.__module__ != "serving.chat_model"  # a copy of its own
+    assert model.unwrap_python_model().__class__.__module__.startswith("chat_")  # a copy of its own
 
 
 def test_rows_may_come_as_a_dict_a_list_or_a_table(model):
@@ -276,7 +274,7 @@ def test_closing_and_forgetting_a_model_frees_its_thread(saved, before):
     with pytest.raises(MlflowException, match=r"This model is closed\. Load it again\."):
         closed.predict(AS_SHOWN)
     # Not even a failed answer holds on to its model, nor does MLflow. Each model's code is its own.
-    sys.modules[type(forgotten.unwrap_python_model()).__module__].Batch.step = None
+    forgotten.unwrap_python_model()._loaded.engine._decoder.read = None
     with pytest.raises(MlflowException, match="The engine failed"):
         forgotten.predict(AS_SHOWN)
     del forgotten, one

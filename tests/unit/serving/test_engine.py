@@ -1,645 +1,612 @@
-"""Many callers on one engine: they share batches, wait in turn, go away, and lose nothing when something breaks.
+"""Many callers on one engine: answers begin and end at any step, share prompts, wait in order, and survive faults.
+
+The model is a stand-in whose tokens follow from all that its slot holds, so that each mistake with a slot is a wrong
+answer. `test_decoder.py` has the ONNX model.
 
 Run: python -m helpers test tests/unit/serving/test_engine.py
 """
 
-import json
-import os
+import itertools
 import queue
+import random
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
-import onnxruntime_genai as og
 import pytest
 from mlflow.exceptions import MlflowException
-from support.chat import AS_SHOWN, ASKED, LONG, SECRET, ask, contents, load_chat, mixed_requests, user
-from support.conversations import TURNS, WAYS, Together, engine_threads, settle, stats_of, talk, wait_for
+from support.conversations import settle, wait_for
+from support.decoder import StandInDecoder, answer
 
-from serving import chat_model
-from serving.chat_model import (
-    GPU_BUILDS,
-    Batch,
-    Engine,
-    Row,
-    Scheduler,
-    TextWriter,
-)
+from serving.chat import engine as engine_module
+from serving.chat.contract import Refusal
+from serving.chat.engine import Engine, Row, count_cores, count_shared, end_piece
+from serving.chat.folder import Config
+from serving.chat.text import TextWriter
 
-
-class Gate:
-    """Lets a batch make its steps while it is open, and knows which batches made one."""
-
-    def __init__(self):
-        self.open = threading.Event()
-        self.reached = threading.Event()
-        self.steps = []
-        self.open.set()
+CONFIG = Config(Path("model.onnx"), context_length=256, end_tokens=(0, 1), vocab_size=97, head_size=16, layers=2,
+                names={})
+PIECE = 32  # twice the head size
 
 
-@pytest.fixture
-def gate(monkeypatch):
-    """Return a gate before each step of every batch."""
-    gate, step = Gate(), Batch.step
+class Letters:
+    """A tokenizer whose tokens are characters by their number."""
 
-    def wait(batch):
-        gate.steps.append(batch)
-        gate.reached.set()
-        assert gate.open.wait(60)
-        step(batch)
-
-    monkeypatch.setattr(Batch, "step", wait)
-    yield gate
-    gate.open.set()
+    def decode(self, tokens):
+        return "".join(map(chr, tokens))
 
 
-def rows(count, stream=False, max_tokens=4):
-    """Return rows for an engine itself, which need no text."""
-    tokenizer = SimpleNamespace(decode=lambda tokens: "x" * len(tokens))
-    return [Row([5, 6, 7], max_tokens, TextWriter(tokenizer, []), None, queue.SimpleQueue(), stream)
-            for _ in range(count)]
+def row(prompt=(5, 6, 7), max_tokens=10, stop=(), stream=False, sampler=None):
+    return Row(list(prompt), max_tokens, TextWriter(Letters(), list(stop)), sampler, queue.SimpleQueue(), stream)
+
+
+def events(one):
+    """Return the texts that a row's caller was given, None for its end."""
+    texts = []
+    while not one.events.empty():
+        owner, text = one.events.get()
+        assert owner is one
+        texts.append(text)
+    return texts
 
 
 @pytest.fixture
-def engine(tiny):
-    engine = Engine(tiny.onnx_dir, max_waiting=40)
-    yield engine
-    engine.close()
+def start(monkeypatch, request):
+    """Return a function that starts an engine on a stand-in decoder."""
+    def start(**settings):
+        monkeypatch.setattr(engine_module, "Decoder", StandInDecoder)
+        engine = Engine(CONFIG, **{"max_waiting": 512} | settings)
+        decoder = engine._decoder
+
+        def stop():
+            decoder.go()
+            engine.close()
+
+        request.addfinalizer(stop)
+        return engine, decoder
+
+    return start
+
+
+def prompt_of(size, seed=0, same=0):
+    """Return a prompt; the first ``same`` tokens are those of every other one."""
+    chance = random.Random(seed)
+    differs = [95 - seed % 50] if size > same else []  # the common ones go on with tokens below 42
+    return [2 + place % 40 for place in range(same)] + differs + [
+        chance.randrange(2, 97) for _ in range(size - same - 1)]
+
+
+def check(*rows):
+    """Wait for rows, and see that each has the answer that it would get alone."""
+    for one in rows:
+        wait_for(one)
+        assert one.error is None
+        assert [ord(letter) for letter in one.text] == answer(one.prompt, one.max_tokens)
+
+
+# --- a row ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("tokens", "fields", "text", "count", "reason", "streamed"), [
+    ("ab\0", {}, "ab", 2, "stop", ["a", "b", "", None]),  # an end token is no token of the answer
+    ("ab\1", {}, "ab", 2, "stop", ["a", "b", "", None]),
+    ("\0", {}, "", 0, "stop", ["", None]),
+    ("abc", {"max_tokens": 3}, "abc", 3, "length", ["a", "b", "c", "", None]),
+    ("ab\0", {"max_tokens": 3}, "ab", 2, "stop", ["a", "b", "", None]),
+    ("a", {"max_tokens": 1}, "a", 1, "length", ["a", "", None]),
+    ("abcd", {"stop": ["cd"]}, "ab", 4, "stop", ["a", "b", "", "", None]),
+    ("abcd", {"stop": ["cd"], "max_tokens": 4}, "ab", 4, "stop", ["a", "b", "", "", None]),  # also at the last one
+    ("abc", {"stop": ["cd"], "max_tokens": 3}, "abc", 3, "length", ["a", "b", "", "c", None]),  # what was held back
+    ("abc\0", {"stop": ["cd"]}, "abc", 3, "stop", ["a", "b", "", "c", None]),
+    # Only its end makes the answer's last character certain, and this the stop string.
+    ("ab\ufffd", {"stop": ["b\ufffd"], "max_tokens": 3}, "a", 3, "stop", ["a", "", "", "", None]),
+])
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_row_ends_where_its_answer_does(tokens, fields, text, count, reason, streamed, stream):
+    one = row(stream=stream, **fields)
+    for place, token in enumerate(tokens):
+        assert not one.ended
+        assert one.finish_reason is None
+        one.take(ord(token), CONFIG.end_tokens)
+        assert one.ended == (place == len(tokens) - 1)
+    assert (one.text, one.tokens, one.finish_reason, one.error) == (text, count, reason, None)
+    assert events(one) == (streamed if stream else [None])
+
+
+def test_a_row_ends_once_and_keeps_its_first_error():
+    one, first = row(), Refusal("first", "closed")
+    one.end(first)
+    ended = one.times["ended"]
+    one.end(Refusal("second", "closed"))
+    one.end()
+    assert (one.error, one.ended, one.finish_reason, one.times["ended"]) == (first, True, None, ended)
+    assert events(one) == [None]
+
+
+class Done:
+    """A sampler whose schema is complete after so many tokens."""
+
+    def __init__(self, after):
+        self.after = after
+
+    @property
+    def complete(self):
+        self.after -= 1
+        return self.after <= 0
+
+
+@pytest.mark.parametrize(("after", "fields", "text", "reason"), [
+    (3, {}, "abc", "stop"), (3, {"max_tokens": 3}, "abc", "stop"),  # complete at the last allowed token
+    (4, {"max_tokens": 3}, "abc", "length"), (9, {"stop": ["c"]}, "ab", "stop"), (3, {"stop": ["cd"]}, "abc", "stop")])
+def test_a_row_ends_where_its_schema_is_complete(after, fields, text, reason):
+    one = row(sampler=Done(after), **fields)
+    for token in "abc":
+        assert not one.ended
+        one.take(ord(token), CONFIG.end_tokens)
+    assert (one.text, one.finish_reason, one.ended, one.tokens) == (text, reason, True, 3)
+
+
+def test_a_row_notes_the_times_of_its_stages(start):
+    engine, _ = start()
+    one = row()
+    assert set(one.times) == {"submitted"}
+    engine.submit([one])
+    check(one)
+    assert list(one.times) == ["submitted", "started", "first", "ended"]
+    assert list(one.times.values()) == sorted(one.times.values())
+
+
+# --- pieces of a prompt ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [2, 3, 31, 32, 33, 34, 63, 64, 65, 66, 97, 129, 200])
+@pytest.mark.parametrize("start_at", [0, 1, 8, 30])
+def test_the_pieces_of_a_prompt_cover_it_and_none_is_one_token(length, start_at):
+    ends = [start_at]
+    while ends[-1] < length:
+        ends.append(end_piece(ends[-1], length, PIECE))
+    sizes = [end - begin for begin, end in itertools.pairwise(ends)]
+    assert sum(sizes) == max(length - start_at, 0)
+    if length - start_at > 1:
+        assert all(2 <= size <= PIECE for size in sizes)
+
+
+@pytest.mark.parametrize(("one", "other", "count"), [
+    ([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1, 2, 3], [1, 9, 3], 1), ([4], [5], 0)])
+def test_prompts_share_the_tokens_with_which_both_begin(one, other, count):
+    assert count_shared(one, other) == count_shared(other, one) == count
 
 
 # --- many callers ---------------------------------------------------------------------------
 
 
-def test_callers_on_many_threads_share_batches_and_get_the_answers_that_they_would_get_alone(fresh, gate):
-    requests = mixed_requests()
-    expected = [ask(fresh, one) for one in requests]
-    gate.steps.clear()
-    before = set(engine_threads())
-    with ThreadPoolExecutor(12) as pool:
-        together = list(pool.map(lambda one: ask(fresh, one), requests))
-    assert together == expected
-    assert set(engine_threads()) == before  # one thread for all of them
-    assert len({id(batch) for batch in gate.steps}) < len(requests)
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_that_begin_and_end_at_random_get_the_answers_that_they_get_alone(start, seed):
+    engine, decoder = start(cache_tokens=(512, 1000, 4096)[seed % 3])
+    chance, rows, gone = random.Random(seed), [], []
+    for number in range(150):
+        size = chance.choice((3, 20, 33, 64, 65, 120))
+        same = chance.choice((0, 2, size // 2, size - 1, size))
+        one = row(prompt_of(size, chance.choice((number, 1)), same), chance.randrange(1, 60), stream=number % 2 == 0)
+        engine.submit([one])
+        if chance.random() < 0.2:
+            for _ in range(chance.randrange(3)):
+                if one.stream and not one.ended:
+                    one.events.get(timeout=60)
+            one.end()
+            gone.append(one)
+        else:
+            rows.append(one)
+        if chance.random() < 0.1:
+            time.sleep(0.002)
+    check(*rows)
+    settle(engine)
+    stats = engine.stats()
+    assert (stats["answers"], stats["waiting"], stats["running"]) == (len(rows) + sum(
+        "started" in one.times for one in gone), 0, 0)
+    assert stats["reused_prompt_tokens"] > 500
+    assert max(rows for kind, rows, *_ in decoder.calls if kind == "step") > 4
+    assert decoder.most_held <= engine._cache_tokens
+    assert stats["cache_tokens"] == sum(decoder.held)
 
 
-def test_an_answer_comes_when_it_is_there_and_not_when_its_batch_ends(fresh, gate):
-    fresh._engine._scheduler = Together(fresh._engine.context_length)
-    with ThreadPoolExecutor(2) as pool:
-        short, long = (pool.submit(ask, fresh, {"messages": user("x")} | LONG | {"max_tokens": size})
-                       for size in (2, 2000))
-        assert short.result()
-        assert len({id(batch) for batch in gate.steps}) == 1  # both were in it
-        assert not long.done()
-        fresh.close()
-        with pytest.raises(MlflowException, match="closed before it had answered"):
-            long.result()
+def test_callers_on_many_threads_share_steps(start):
+    engine, decoder = start(cache_tokens=4096)
+    rows = [row(prompt_of(20 + number, number), 40) for number in range(24)]
+    decoder.hold()
+    threads = [threading.Thread(target=engine.submit, args=([one],)) for one in rows]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    decoder.go()
+    check(*rows)
+    steps = [call for call in decoder.calls if call[0] == "step"]
+    assert len(steps) < 24 * 39 / 4
+    assert ("step", 16) in steps
 
 
-def test_a_stream_joins_long_answers_at_work(fresh, gate):
-    with ThreadPoolExecutor(1) as pool:
-        long = pool.submit(fresh.predict, None, [{"messages": user(text)} | LONG for text in ASKED])
-        assert gate.reached.wait(60)
-        assert len(list(fresh.predict_stream(None, {"messages": user("x"), "max_tokens": 4}))) > 2
-        assert not long.done()
-        fresh.close()
-        with pytest.raises(MlflowException, match="closed before it had answered"):
-            long.result()
+def test_a_row_joins_long_answers_at_work_and_leaves_before_they_end(start):
+    engine, decoder = start(cache_tokens=4096)
+    long = [row(prompt_of(20, seed), 200, stream=True) for seed in range(3)]
+    decoder.hold(calls=9)
+    engine.submit(long)
+    assert decoder.reached.wait(60)
+    short = row(prompt_of(30, 9), 3)
+    engine.submit([short])
+    decoder.go()
+    check(short)
+    # It waits for the step at work, its prompt is read at once, and two steps later it has ended.
+    assert decoder.calls[9:14] == [("step", 3), ("read", 3, 30), ("step", 4), ("step", 4), ("step", 3)]
 
 
-def test_a_caller_beside_one_stream_does_not_wait_for_its_end(fresh, gate):
-    stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)
-    next(stream)
-    fresh.predict(None, {"messages": user("y"), "max_tokens": 2})
-    (row,) = gate.steps[0].rows
-    assert row.stream
-    assert row.finish_reason is None  # it is still at work
-    stream.close()
+def test_between_two_steps_no_more_than_a_piece_is_read(start):
+    engine, decoder = start()
+    decoder.hold(calls=3)
+    engine.submit([row(prompt_of(10), 200)])
+    assert decoder.reached.wait(60)
+    rows = [row(prompt_of(size, size), 2) for size in (200, 10, 12, 14, 30, 2)]
+    engine.submit(rows)
+    decoder.calls.clear()
+    decoder.go()
+    check(*rows)
+    read = 0
+    for kind, _, *size in decoder.calls:
+        read = read + size[0] if kind == "read" else 0
+        assert read <= PIECE
+    # Several short prompts are read together: 10, 12; 14; 30, 2.
+    assert [size for kind, _, *size in decoder.calls if kind == "read"][-5:] == [[10], [12], [14], [30], [2]]
 
 
-def test_a_stream_that_nobody_reads_along_waits_for_company(fresh, gate):
-    stream = fresh.predict_stream(None, {"messages": user("x")} | LONG | {"stream": False})
-    chunks = [next(stream) for _ in range(3)]
-    (row,) = gate.steps[0].rows
-    assert not row.urgent
-    assert row.finish_reason is None  # its chunks come all the same, so that it can be ended
-    assert chunks[0]["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    stream.close()
-    assert row.ended
+def test_rows_begin_in_the_order_in_which_they_came(start):
+    engine, decoder = start()
+    decoder.hold()
+    rows = [row(prompt_of(10 + number % 7, number), 1 + number % 5) for number in range(40)]
+    for one in rows:
+        engine.submit([one])
+    decoder.go()
+    check(*rows)
+    assert [one.times["started"] for one in rows] == sorted(one.times["started"] for one in rows)
 
 
-def test_who_goes_away_costs_nothing_more(fresh, gate):
-    for _ in range(9):  # more than may run side by side without patience
-        stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)
-        next(stream)
-        stream.close()
-    # Nor does an answer that met its stop string.
-    (text,) = contents(fresh.predict(None, {"messages": user("x"), "max_tokens": 5})[0])
-    fresh.predict(None, {"messages": user("x"), "max_tokens": 2000, "stop": text[1:3]})
-    gone = {id(batch) for batch in gate.steps}
-    before = len(gate.steps)
-    assert before < 500  # of 14,000
-    ask(fresh, AS_SHOWN)
-    # At the most they were in the middle of a step.
-    assert len([batch for batch in gate.steps[before:] if id(batch) in gone]) <= len(gone)
-    assert len(gate.steps) - before > 16
+# --- memory ---------------------------------------------------------------------------------
 
 
-def test_who_went_away_while_waiting_is_never_run(engine, gate):
-    gate.open.clear()
-    running, gone, here = rows(3)
+def test_rows_fill_the_cache_exactly_and_the_others_wait(start):
+    engine, decoder = start(cache_tokens=400)
+    decoder.hold()
+    rows = [row(prompt_of(60, number), 40) for number in range(64)]  # four of them fill it
+    engine.submit(rows)
+    decoder.go()
+    check(*rows)
+    assert max(count for kind, count, *_ in decoder.calls if kind == "step") == 4
+    assert decoder.most_held <= 400
+
+
+def test_a_prompt_of_the_whole_context_runs_beside_short_ones(start):
+    engine, decoder = start()
+    whole, short = row(prompt_of(255, 1), 1), [row(prompt_of(10, number), 5) for number in range(2, 17)]
+    engine.submit([whole, *short])
+    check(whole, *short)
+    assert decoder.most_held <= 512
+
+
+def test_a_row_that_needs_the_whole_cache_waits_for_it_and_keeps_its_place(start):
+    engine, decoder = start(cache_tokens=256)
+    running = row(prompt_of(10), 200, stream=True)
     engine.submit([running])
-    assert gate.reached.wait(60)
-    engine.submit([gone])
-    gone.end()
-    engine.submit([here])
-    gate.open.set()
-    wait_for(here)
-    assert not any(gone in batch.rows for batch in gate.steps)
-    assert (gone.tokens, here.tokens) == (0, 4)
+    running.events.get(timeout=60)
+    whole, after = row(prompt_of(200, 1), 56), row(prompt_of(10, 2), 2)
+    engine.submit([whole])
+    engine.submit([after])
+    check(running, whole, after)
+    assert running.times["ended"] <= whole.times["started"] <= whole.times["ended"] <= after.times["started"]
+    assert decoder.most_held <= 256
 
 
-# --- the queue ------------------------------------------------------------------------------
+def test_what_ten_thousand_rows_leave_is_bounded(start):
+    engine, decoder = start(max_waiting=10_000)
+    rows = [row(prompt_of(4 + number % 50, number), 2) for number in range(10_000)]
+    engine.submit(rows)
+    check(*rows)
+    settle(engine)
+    assert decoder.most_held <= 512
+    assert len(engine._waiting) == 0
+    assert engine.stats()["answers"] == 10_000
+    assert not any(slot.row for slot in engine._slots)
 
 
-def test_the_caller_over_the_cap_gets_an_error_at_once_and_nothing_of_it_is_queued(engine, gate):
-    gate.open.clear()
-    (first,) = rows(1)
+# --- prompts that are shared ----------------------------------------------------------------
+
+
+def test_the_next_turn_of_a_conversation_reads_only_what_is_new(start):
+    engine, decoder = start()
+    prompt = prompt_of(50)
+    for turn in range(4):
+        one = row(prompt, 5)
+        engine.submit([one])
+        check(one)
+        settle(engine)
+        assert one.reused_tokens == (0 if turn == 0 else len(prompt) - 20)
+        prompt = [*prompt, *prompt_of(20, turn)]
+    assert sum(size for kind, _, *rest in decoder.calls if kind == "read" for size in rest) == 50 + 3 * 20
+    assert engine.stats()["kept_conversations"] == 1  # each turn goes on in the slot of the one before
+
+
+@pytest.mark.parametrize(("same", "reused"), [(0, 0), (7, 0), (8, 8), (30, 30), (48, 48), (49, 48), (50, 48)])
+def test_a_prompt_copies_what_another_one_begins_with(start, same, reused):
+    engine, _ = start()
+    first, second = row(prompt_of(50, 1, same=50), 100, stream=True), row(prompt_of(50, 2, same), 4)
     engine.submit([first])
-    assert gate.reached.wait(60)  # it runs; whoever comes now waits
-    waiting, more = rows(39), rows(2)
+    first.events.get(timeout=60)
+    engine.submit([second])  # while the first one runs
+    check(first, second)
+    assert second.reused_tokens == reused
+    third = row(prompt_of(50, 3, same), 4)
+    engine.submit([third])
+    check(third)
+    assert third.reused_tokens == reused
+
+
+def test_an_answer_is_never_shared(start):
+    engine, _ = start()
+    first = row(prompt_of(20), 30)
+    engine.submit([first])
+    check(first)
+    again = row([*first.prompt, *map(ord, first.text), 5, 6], 4)  # as a client sends an answer back
+    engine.submit([again])
+    check(again)
+    assert again.reused_tokens == 20
+
+
+def test_the_least_recently_used_prompts_are_given_up_first(start):
+    engine, _ = start(cache_tokens=256)
+    prompts = [prompt_of(50, seed) for seed in range(1, 6)]
+    for place in (0, 1, 2, 3, 0, 4):  # there is no memory for five of them
+        one = row([*prompts[place], 3, 4], 8)
+        engine.submit([one])
+        check(one)
+    settle(engine)
+    kept = [slot.prompt[:50] for slot in engine._slots if slot.prompt]
+    assert prompts[0] in kept
+    assert prompts[4] in kept
+    assert prompts[1] not in kept
+
+
+# --- callers who go away, and the queue -------------------------------------------------------
+
+
+def test_a_caller_who_leaves_frees_the_slot_at_once(start):
+    engine, decoder = start(cache_tokens=4096)
+    left = [row(prompt_of(20, seed), 230, stream=True) for seed in range(16)]
+    decoder.hold(calls=40)
+    engine.submit(left)
+    assert decoder.reached.wait(60)
+    for one in left:
+        one.end()
+    after = row(prompt_of(20, 99), 4)
+    engine.submit([after])
+    decoder.go()
+    check(after)
+    settle(engine)
+    assert decoder.calls[41:] == [("read", 0, 20), *[("step", 1)] * 3]
+    stats = engine.stats()
+    assert (stats["running"], stats["answers"]) == (0, 17)
+
+
+def test_a_caller_who_leaves_while_the_prompt_is_read_stops_the_reading(start):
+    engine, decoder = start()
+    decoder.hold()
+    gone, beside = row(prompt_of(200, 1), 50), row(prompt_of(20, 2), 5)
+    engine.submit([gone, beside])
+    assert decoder.reached.wait(60)
+    gone.end()
+    decoder.go()
+    check(beside)
+    assert [call[2] for call in decoder.calls if call[0] == "read"] == [PIECE, 20]
+    again = row(prompt_of(200, 1), 5)  # what was read of it is there
+    engine.submit([again])
+    check(again)
+    assert again.reused_tokens == PIECE
+
+
+def test_a_caller_who_leaves_while_waiting_is_never_run(start):
+    engine, decoder = start()
+    decoder.hold()
+    first, gone, here = (row(prompt_of(20, seed), 4) for seed in range(3))
+    engine.submit([first])
+    assert decoder.reached.wait(60)
+    engine.submit([gone, here])
+    gone.end()
+    decoder.go()
+    check(first, here)
+    assert (gone.tokens, "started" in gone.times) == (0, False)
+
+
+def test_the_caller_over_the_limit_gets_an_error_at_once_and_nothing_of_it_is_queued(start):
+    engine, decoder = start(max_waiting=40)
+    decoder.hold()
+    first = row(max_tokens=4)
+    engine.submit([first])
+    assert decoder.reached.wait(60)  # it is read; the next ones wait
+    waiting, more = [row(max_tokens=4) for _ in range(39)], [row(max_tokens=4) for _ in range(2)]
     engine.submit(waiting)
-    with pytest.raises(MlflowException) as refusal:
+    with pytest.raises(Refusal) as refusal:
         engine.submit(more)
     assert refusal.value.message == "The model is busy: 39 answers wait, and 40 may. Try again later."
-    assert refusal.value.error_code == "RESOURCE_EXHAUSTED"
-    engine.submit(more[:1])  # one more may
-    with pytest.raises(MlflowException, match="The model is busy: 40 answers wait, and 40 may"):
+    assert (refusal.value.code, refusal.value.error_code) == ("busy", "RESOURCE_EXHAUSTED")
+    engine.submit(more[:1])
+    with pytest.raises(Refusal, match="The model is busy: 40 answers wait, and 40 may"):
         engine.submit(more[1:])
-    waiting[0].end()  # whoever goes away leaves a place
+    waiting[0].end()  # a caller who leaves makes room
     engine.submit(more[1:])
-    gate.open.set()
-    for row in (first, *waiting, *more):
-        wait_for(row)
-    assert [row.tokens for row in (first, *waiting[1:], *more)] == [4] * 41
+    decoder.go()
+    check(first, *waiting[1:], *more)
 
 
-def test_rows_get_their_turns_from_the_scheduler(engine, gate):
-    gate.open.clear()
-    engine.submit(rows(1))
-    assert gate.reached.wait(60)
-    call, (stream,) = rows(34), rows(1, stream=True)
-    start = time.monotonic()
-    engine.submit(call)
-    engine.submit([stream])
-    end = time.monotonic()
-    assert start <= call[0].due == call[15].due <= end
-    assert [call[place].due - call[0].due for place in (16, 31, 32)] == pytest.approx([3, 3, 6])
-    assert start - 3 <= stream.due <= end - 3
+# --- what it counts -------------------------------------------------------------------------
 
 
-def test_the_engine_tells_the_scheduler_what_waits_and_runs_and_starts_what_it_says(engine, gate, monkeypatch):
-    lingered, asked = [], []
-
-    class Seen(Scheduler):
-        def linger_time(self, waiting, last_size):
-            lingered.append((len(waiting), last_size))
-            return super().linger_time(waiting, last_size)
-
-        def next(self, waiting, running, now):
-            found = super().next(waiting, running, now)
-            asked.append(([*waiting], [*running], now, found))
-            return found
-
-    engine._scheduler = Seen(engine.context_length)
-    call, late = rows(3), rows(1)
-    start = time.monotonic()
-    engine.submit(call)
-    for row in call:
-        wait_for(row)
-    engine.submit(late)
-    wait_for(late[0])
-    end = time.monotonic()
-    assert lingered[0] == (3, 1)
-    assert (1, 3) in lingered  # three answered together may come again together
-    waiting, running, now, found = asked[0]
-    assert (set(waiting), running, set(found)) == (set(call), [], set(call))
-    assert start <= now <= end
-    assert set(gate.steps[0].rows) == set(call)
-    waiting, running, now, found = asked[1]
-    assert (waiting, [set(batch.rows) for batch in running], found) == ([], [set(call)], [])
-    assert [found for *_, found in asked if found][1] == late
-
-
-def test_a_newcomer_makes_an_idle_engine_wait_anew(engine, gate):
-    class Patient(Scheduler):
-        def linger_time(self, waiting, last_size):
-            arrived.release()
-            return 60.0 if len(waiting) < 3 else 0.0
-
-    arrived = threading.Semaphore(0)
-    engine._scheduler = Patient(engine.context_length)
-    together = rows(3)
-    for row in together:
-        engine.submit([row])
-        assert arrived.acquire(timeout=60)
-    for row in together:
-        wait_for(row)
-    assert {len(batch.rows) for batch in gate.steps} == {3}
-
-
-def test_of_64_callers_at_once_each_is_answered_or_told_that_the_model_is_busy(tiny, as_shown):
-    small = load_chat(tiny.onnx_dir, max_rows=3, max_waiting=3)
-
-    def work(number):
-        try:
-            return small.predict(None, {"messages": user(f"{SECRET} {number}"), "max_tokens": 100})[0]["object"]
-        except MlflowException as error:
-            assert SECRET not in error.message
-            return error.error_code
-
-    with ThreadPoolExecutor(32) as pool:
-        outcomes = list(pool.map(work, range(64)))
-    assert set(outcomes) == {"chat.completion", "RESOURCE_EXHAUSTED"}
-    assert ask(small, AS_SHOWN) == as_shown
-    small.close()
-
-
-# --- conversations that are kept --------------------------------------------------------------
-
-
-@pytest.mark.parametrize("way", ["greedy", "seeded", "n"])
-def test_a_conversation_gets_the_same_answers_whether_its_prompts_are_kept_or_not(fresh, cold, way):
-    assert talk(fresh, **WAYS[way]) == talk(cold, **WAYS[way])
-    stats = stats_of(fresh)
-    if way != "n":  # rows side by side read their prompts anew
-        assert stats["reused_prompt_tokens"] > stats["prompt_tokens"] / 3
-        assert stats["kept_conversations"] == 1  # each turn takes the place of the one before
-    assert stats_of(cold)["reused_prompt_tokens"] == cold.stats()["kept_conversations"] == 0
-
-
-def test_prompts_that_differ_in_one_token_get_their_own_answers(fresh, cold):
-    text = "abcdefghij" * 30
-    for place in (1, 150, 299):
-        for letter in "xy":
-            request = {"messages": user(text[:place] + letter + text[place + 1:]), "max_tokens": 12}
-            assert ask(fresh, request) == ask(cold, request)
-    assert stats_of(fresh)["reused_prompt_tokens"] > 0
-
-
-def test_an_engine_that_is_closed_keeps_nothing(fresh):
-    talk(fresh, turns=TURNS[:2])
-    assert stats_of(fresh)["kept_conversations"] == 1
-    assert fresh.stats()["cache_tokens"] > 0
-    fresh.close()
-    assert fresh._engine._kept.all == []
-    assert (fresh.stats()["kept_conversations"], fresh.stats()["cache_tokens"]) == (0, 0)
-
-
-def fails(monkeypatch, times):
-    """Let the next generators fail, as they do where memory is short; return what is left of them."""
-    left, generator = [RuntimeError("no memory")] * times, og.Generator
-
-    def make(*arguments):
-        if left:
-            raise left.pop()
-        return generator(*arguments)
-
-    monkeypatch.setattr(og, "Generator", make)
-    return left
-
-
-@pytest.mark.parametrize("times", [1, 2])
-def test_where_memory_is_short_what_is_kept_is_given_up_first(fresh, as_shown, monkeypatch, caplog, times):
-    talk(fresh, turns=TURNS[:2])
-    assert stats_of(fresh)["kept_conversations"] == 1
-    left = fails(monkeypatch, times)
-    if times == 1:
-        assert ask(fresh, AS_SHOWN) == as_shown
-        assert "failed" not in caplog.text
-    else:  # and then there is nothing to give up
-        with pytest.raises(MlflowException, match=r"^The engine failed on this request\.$"):
-            fresh.predict(None, AS_SHOWN)
-        assert stats_of(fresh)["kept_conversations"] == 0
-        assert "no memory" in caplog.text
-    assert left == []
-    settle(fresh._engine)
-    assert fresh._engine._kept.all == []  # the answer that came is too short to be kept
-    assert ask(fresh, AS_SHOWN) == as_shown
-
-
-def test_where_memory_is_short_a_running_answer_goes_on(fresh, cold, gate, monkeypatch):
-    talk(fresh, turns=TURNS[:2])
-    request = {"messages": user("x"), "max_tokens": 300}
-    stream = fresh.predict_stream(None, request)
-    text = "".join(choice["delta"].get("content", "") for _ in range(3) for choice in next(stream)["choices"])
-    fails(monkeypatch, 1)
-    assert ask(fresh, AS_SHOWN) == ask(cold, AS_SHOWN)
-    text += "".join(choice["delta"].get("content", "") for chunk in stream for choice in chunk["choices"])
-    assert [text] == contents(cold.predict(None, request)[0])
-
-
-def test_nothing_is_kept_of_a_batch_that_failed(fresh, cold, monkeypatch):
-    held = talk(fresh, turns=TURNS[:3])
-    again, step = {"messages": held[-1][0], "max_tokens": 24}, Batch.step
-    with monkeypatch.context() as patch:
-        patch.setattr(Batch, "step", lambda batch: step(batch) if not batch.rows[0].tokens else 1 / 0)
-        with pytest.raises(MlflowException, match="The engine failed"):
-            fresh.predict(None, again)
-    assert stats_of(fresh)["kept_conversations"] == 0  # it went on with the one that was
-    assert ask(fresh, again) == ask(cold, again)
-    assert stats_of(fresh)["kept_conversations"] == 1
-
-
-def test_a_batch_that_fails_at_work_leaves_what_is_kept_alone(fresh, monkeypatch):
-    talk(fresh, turns=TURNS[:2])
-    settle(fresh._engine)
-    step, failed = Batch.step, []
-
-    def fail(batch):
-        if batch.rows[0].tokens == 2:
-            failed.append(batch)
-            raise RuntimeError
-        step(batch)
-
-    monkeypatch.setattr(Batch, "step", fail)
-    with pytest.raises(MlflowException, match="The engine failed"):
-        fresh.predict(None, {"messages": user("x"), "max_tokens": 9, "frequency_penalty": -2.0})
-    assert len(failed) == 1  # it is not tried again
-    assert stats_of(fresh)["kept_conversations"] == 1
-
-
-def test_what_a_waiting_row_would_reuse_is_looked_up_when_something_is_kept(fresh, gate):
-    held = talk(fresh, turns=[*TURNS[:2], "a text " * 60])
-    gate.open.clear()
-    gate.reached.clear()
-    seen = []
-
-    class Alone(Scheduler):
-        def next(self, waiting, running, now):
-            if running:
-                return []
-            seen.extend(row.kept for row in waiting)
-            return super().next(waiting, running, now)
-
-    with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(ask, fresh, {"messages": held[-1][0], "max_tokens": 4})
-        assert gate.reached.wait(60)  # the kept conversation is handed out
-        second = pool.submit(ask, fresh, {"messages": held[-1][0], "max_tokens": 4})
-        while not fresh.stats()["waiting"]:
-            time.sleep(0.001)
-        fresh._engine._scheduler = Alone(4096, 4096)
-        gate.open.set()
-        assert first.result() == second.result()
-    length = len(gate.steps[-1].rows[0].prompt)
-    assert seen == [length]
-    assert gate.steps[-1].rows[0].reused == length - 2
-
-
-def test_a_prompt_that_begins_in_another_way_reuses_nothing(fresh, cold):
-    talk(fresh, "a secret", turns=TURNS[:3])
-    reused = stats_of(fresh)["reused_prompt_tokens"]
-    request = {"messages": user("abcdefghij" * 30), "max_tokens": 8}
-    assert ask(fresh, request) == ask(cold, request)
-    assert stats_of(fresh)["reused_prompt_tokens"] == reused
-    assert fresh.stats()["kept_conversations"] == 2
-
-
-# --- what it counts ---------------------------------------------------------------------------
-
-
-def test_stats_count_what_waits_runs_and_was_done(engine, gate):
+def test_stats_count_what_waits_and_runs_and_was_done(start):
     def stats():
         found = engine.stats()
-        assert before <= found.pop("since") <= time.time()
+        assert before - 60 < found.pop("since") <= time.time()
         return found
 
-    before = engine._since
+    before = time.time()
+    engine, decoder = start()
     nothing = {"waiting": 0, "running": 0, "answers": 0, "prompt_tokens": 0, "reused_prompt_tokens": 0,
                "completion_tokens": 0, "cache_tokens": 0, "kept_conversations": 0}
     assert stats() == nothing
-    assert time.time() - 60 < before <= time.time()
-    gate.open.clear()
-    first, *later = rows(3)
+    decoder.hold()
+    first, *later = (row(prompt_of(3, seed), 4) for seed in range(3))
     engine.submit([first])
-    assert gate.reached.wait(60)
+    assert decoder.reached.wait(60)
     running = {"running": 1, "prompt_tokens": 3, "cache_tokens": 3 + 4}
     assert stats() == nothing | running
     engine.submit(later)
     assert stats() == nothing | running | {"waiting": 2}
-    later[0].end()  # whoever went away waits no more
+    later[0].end()
     assert stats() == nothing | running | {"waiting": 1}
-    gate.open.set()
-    for row in (first, later[1]):
-        wait_for(row)
+    decoder.go()
+    check(first, later[1])
     settle(engine)
-    assert stats() == nothing | {"answers": 2, "prompt_tokens": 6, "completion_tokens": 8}
+    done = {"answers": 2, "prompt_tokens": 6, "completion_tokens": 8}
+    # The last token of an answer is never in the cache.
+    assert stats() == nothing | done | {"cache_tokens": 2 * (3 + 3), "kept_conversations": 2}
     engine.close()
-    assert stats() == nothing | {"answers": 2, "prompt_tokens": 6, "completion_tokens": 8}
-
-
-def test_a_row_that_has_ended_runs_no_more_though_its_batch_does(engine, gate):
-    gate.open.clear()
-    (gone,) = rows(1)
-    engine.submit([gone])
-    assert gate.reached.wait(60)
-    gone.end()
-    stats = engine.stats()
-    assert (stats["running"], stats["answers"], stats["cache_tokens"]) == (0, 1, 7)
-
-
-def test_stats_of_a_conversation_tell_what_it_did_not_read_again(fresh):
-    held = talk(fresh, turns=[*TURNS[:2], "x"], max_tokens=10)
-    stats = stats_of(fresh)
-    tokens = [len(fresh._encoder.encode(chat_model.read_request({"messages": messages}).messages, 4096))
-              for messages, _ in held]
-    (kept,) = fresh._engine._kept.all
-    assert len(kept.prompt) == tokens[-1]
-    assert stats["answers"] == 3
-    assert stats["prompt_tokens"] == sum(tokens)
-    assert stats["completion_tokens"] <= 30
-    assert stats["reused_prompt_tokens"] == tokens[0] + tokens[1]  # each prompt begins with the one before
-    assert stats["cache_tokens"] == kept.room
-    assert (stats["waiting"], stats["running"], stats["kept_conversations"]) == (0, 0, 1)
-
-
-def test_who_goes_away_is_counted_with_what_was_written(fresh):
-    stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)
-    for _ in range(4):
-        next(stream)
-    assert fresh.stats()["running"] == 1
-    stream.close()
-    stats = stats_of(fresh)
-    assert (stats["running"], stats["answers"]) == (0, 1)
-    assert 3 <= stats["completion_tokens"] < 2000
+    assert stats() == nothing | done
 
 
 # --- what breaks ----------------------------------------------------------------------------
 
 
-def test_a_batch_that_fails_takes_nobody_else_along(fresh, as_shown, gate, monkeypatch, caplog):
-    step = Batch.step
+class Failing(StandInDecoder):
+    """Fails to read a prompt with the token 96 in it, and in a step of three rows."""
 
-    def fail(batch):
-        if any(row.max_tokens == 13 for row in batch.rows):
-            raise RuntimeError(f"{chat_model.__file__} {SECRET}")
-        step(batch)
+    def read(self, slot, tokens, start):
+        if 96 in tokens:
+            raise MemoryError("no memory at /a/path")
+        return super().read(slot, tokens, start)
 
-    monkeypatch.setattr(Batch, "step", fail)
-    stream = fresh.predict_stream(None, AS_SHOWN | LONG)
-    next(stream)
-    (beside,) = gate.steps[0].rows
-    with pytest.raises(MlflowException) as refusal:
-        fresh.predict(None, {"messages": user(SECRET), "max_tokens": 13})
-    assert not beside.ended
-    assert refusal.value.message == "The engine failed on this request."
-    assert refusal.value.error_code == "INTERNAL_ERROR"
-    assert SECRET in caplog.text  # whoever runs the model can read why
-    assert "A batch of 1 rows failed." in caplog.text
-    stream.close()
-    assert ask(fresh, AS_SHOWN) == as_shown
+    def step(self, tokens, lengths):
+        if len(tokens) == 3:
+            raise RuntimeError("no memory at /a/path")
+        return super().step(tokens, lengths)
 
 
-def test_where_the_engines_own_thread_fails_its_callers_are_told(fresh, monkeypatch, caplog):
-    def fail(scheduler, waiting, running, now):
-        raise RuntimeError("a mistake of ours")
+@pytest.fixture
+def failing(start, monkeypatch):
+    def begin(**settings):
+        monkeypatch.setitem(globals(), "StandInDecoder", Failing)
+        return start(**settings)
 
-    monkeypatch.setattr(Scheduler, "next", fail)
-    with pytest.raises(MlflowException, match=r"^The model was closed before it had answered\.$") as refusal:
-        fresh.predict(None, AS_SHOWN)
-    assert refusal.value.error_code == "INVALID_STATE"
+    return begin
+
+
+def test_a_prompt_that_fails_takes_no_other_answer_along(failing, caplog):
+    engine, _ = failing()
+    beside = row([5] * 10, 100, stream=True)
+    engine.submit([beside])
+    beside.events.get(timeout=60)
+    bad = row([*range(2, 50), 96, 3], 4)
+    engine.submit([bad])
+    wait_for(bad)
+    assert bad.error.message == "The engine failed on this request."
+    assert (bad.error.code, bad.error.error_code) == ("failed", "INTERNAL_ERROR")
+    assert "no memory at /a/path" in caplog.text  # for whoever runs the model
+    check(beside)
+    good = row([*range(2, 50), 3], 4)
+    engine.submit([good])
+    check(good)
+    assert good.reused_tokens == PIECE  # what was read before the failure
+
+
+def test_a_step_that_fails_ends_its_answers_and_the_next_ones_are_answered(failing):
+    engine, decoder = failing()
+    decoder.hold()
+    rows = [row([5 + seed] * 10, 100) for seed in range(3)]
+    engine.submit(rows)
+    decoder.go()
+    for one in rows:
+        wait_for(one)
+        assert one.error.message == "The engine failed on this request."
+    good = row([5] * 12, 4)
+    engine.submit([good])
+    check(good)
+
+
+@pytest.mark.parametrize("error", [Refusal("The schema grew.", "invalid_value"), ValueError("a mistake of ours")])
+def test_an_answer_whose_sampler_fails_takes_no_other_along(start, error):
+    class Fails:
+        complete = False
+
+        def choose(self, logits):
+            if failed.tokens == 3:
+                raise error
+            return int(logits.argmax())
+
+    engine, decoder = start()
+    decoder.hold()
+    failed, *others = (row(prompt_of(10, seed), 20, sampler=Fails() if seed == 0 else None) for seed in range(4))
+    engine.submit([failed, *others])
+    decoder.go()
+    check(*others)
+    wait_for(failed)
+    says = error.message if isinstance(error, Refusal) else "The engine failed on this request."
+    assert failed.error.message == says
+    assert failed.tokens == 3
+
+
+def test_where_the_engines_own_thread_fails_its_callers_are_told(start, monkeypatch, caplog):
+    engine, _ = start()
+    monkeypatch.setattr(engine, "_free_memory", lambda row: 1 / 0)
+    one = row()
+    engine.submit([one])
+    wait_for(one)
+    assert one.error.message == "The model was closed before it had answered."
     assert "The engine ended." in caplog.text
-    with pytest.raises(MlflowException, match=r"^This model is closed\. Load it again\.$"):
-        fresh.predict(None, AS_SHOWN)
+    with pytest.raises(Refusal, match=r"^This model is closed\. Load it again\.$"):
+        engine.submit([row()])
 
 
-def test_where_the_system_has_no_thread_left_the_caller_is_told(fresh, as_shown, monkeypatch):
-    def fail(thread):
-        raise RuntimeError("can't start new thread")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(threading.Thread, "start", fail)
-        with pytest.raises(MlflowException) as refusal:
-            fresh.predict(None, AS_SHOWN)
-    assert refusal.value.message == "The system has no thread left for the model. Try again later."
-    assert refusal.value.error_code == "RESOURCE_EXHAUSTED"
-    assert ask(fresh, AS_SHOWN) == as_shown
+# --- its end --------------------------------------------------------------------------------
 
 
-# --- life -----------------------------------------------------------------------------------
-
-
-def test_a_closed_engine_ends_its_thread_and_every_answer_with_an_error(engine, gate):
-    others = set(engine_threads())
-    running, waiting, late = rows(3)
-    gate.open.clear()
+def test_closing_ends_rows_in_every_state_with_an_error(start):
+    engine, decoder = start()
+    running, reading = row(prompt_of(10, 1), 200, stream=True), row(prompt_of(200, 2), 4)
+    waiting, gone = [row(prompt_of(10, seed), 4) for seed in range(3, 40)], row(prompt_of(10, 50), 4)
+    decoder.hold(calls=3)
     engine.submit([running])
-    assert gate.reached.wait(60)
-    engine.submit([waiting])
-    assert len(set(engine_threads()) - others) == 1
+    assert decoder.reached.wait(60)
+    engine.submit([reading, gone, *waiting])
+    gone.end()
+    decoder.hold(calls=2)  # the step that it stands before, and a first piece of the long prompt
+    assert decoder.reached.wait(60)
     closing = threading.Thread(target=engine.close)
     closing.start()
     while not engine._closed:
         time.sleep(0.001)
-    gate.open.set()
-    closing.join()
-    assert set(engine_threads()) <= others
-    for row in (running, waiting):
-        wait_for(row)
-        assert row.error.message == "The model was closed before it had answered."
-        assert row.error.error_code == "INVALID_STATE"
+    decoder.go()
+    closing.join(60)
+    assert not engine._thread.is_alive()
+    for one in (running, reading, *waiting):
+        wait_for(one)
+        assert (one.error.message, one.error.code) == ("The model was closed before it had answered.", "closed")
+    assert gone.error is None
     with pytest.raises(MlflowException, match=r"^This model is closed\. Load it again\.$"):
-        engine.submit([late])
-    engine.close()  # twice is no harm
-    with pytest.raises(MlflowException, match=r"^The model was closed before it had answered\.$"):
-        engine.check(os.getpid())
-
-
-def test_closing_a_model_ends_its_stream_with_an_error(fresh):
-    stream = fresh.predict_stream(None, {"messages": user("x")} | LONG)
-    next(stream)
-    fresh.close()
-    with pytest.raises(MlflowException, match=r"^The model was closed before it had answered\.$"):
-        list(stream)
-    fresh.close()
-
-
-def test_a_model_closed_before_its_first_answer_is_closed(fresh):
-    fresh.close()
-    with pytest.raises(MlflowException, match=r"^This model is closed\. Load it again\.$"):
-        fresh.predict(None, AS_SHOWN)
-
-
-def test_an_answer_of_the_parent_process_is_not_waited_for(fresh):
-    fresh._engine.check(os.getpid())
-    with pytest.raises(MlflowException, match=r"^This answer is the parent process's\. Ask again\.$"):
-        fresh._engine.check(os.getpid() + 1)
-
-
-def test_a_model_that_is_loaded_again_closes_its_first_engine(fresh, tiny, as_shown):
-    first = fresh._engine
-    fresh.load_context(SimpleNamespace(artifacts={"model": str(tiny.onnx_dir)}, model_config={"max_tokens": 16}))
-    assert first._closed
-    assert ask(fresh, AS_SHOWN) == as_shown
-
-
-def test_the_providers_are_the_engines_builds():
-    assert list(GPU_BUILDS) == ["cuda", "dml"]
-    assert GPU_BUILDS["cuda"] == ("onnxruntime-genai-cuda", og.is_cuda_available)
-    assert GPU_BUILDS["dml"] == ("onnxruntime-genai-directml", og.is_dml_available)
-
-
-@pytest.mark.parametrize(("provider", "package"), [
-    ("cuda", "onnxruntime-genai-cuda"), ("dml", "onnxruntime-genai-directml")])
-def test_a_provider_that_is_not_installed_is_refused_at_load(tiny, monkeypatch, provider, package):
-    monkeypatch.setitem(GPU_BUILDS, provider, (package, lambda: False))
-    with pytest.raises(MlflowException) as refusal:
-        load_chat(tiny.onnx_dir, provider=provider)
-    assert refusal.value.message == (
-        f"The provider is {provider}, and the onnxruntime-genai that is installed runs without it. "
-        f"Install {package} in its place, or load with the provider cpu.")
-
-
-@pytest.mark.parametrize(("settings", "threads", "providers"), [
-    ({}, chat_model._cores(), ["cleared"]),  # of what a folder asks for, too
-    ({"threads": 3}, 3, ["cleared"]),
-    ({"threads": 1, "provider": "cuda"}, 1, ["cleared", "cuda"]),
-    ({"provider": "dml"}, chat_model._cores(), ["cleared", "dml"]),
-])
-def test_threads_and_provider_reach_the_engine(tiny, monkeypatch, settings, threads, providers):
-    overlays, chosen = [], []
-
-    class Config:
-        def __init__(self, folder):
-            assert folder == str(tiny.onnx_dir)
-
-        def overlay(self, text):
-            overlays.append(text)
-
-        def clear_providers(self):
-            chosen.append("cleared")
-
-        def append_provider(self, name):
-            chosen.append(name)
-
-    monkeypatch.setattr(og, "Config", Config)
-    monkeypatch.setattr(og, "Model", lambda config: config)
-    monkeypatch.setitem(GPU_BUILDS, "cuda", ("a package", lambda: True))
-    monkeypatch.setitem(GPU_BUILDS, "dml", ("a package", lambda: True))
-    model = load_chat(tiny.onnx_dir, **settings)
-    assert [json.loads(text) for text in overlays] == [
-        {"model": {"type": "llama", "decoder": {"session_options": {"intra_op_num_threads": threads}}},
-         "search": {"chunk_size": 0}}]
-    assert chosen == providers
-    assert set(model._engine.config.end_tokens) == {0, 1, 3}
-    model.close()
+        engine.submit([row()])
+    engine.close()  # a second time is no error
+    assert engine._decoder is None  # its memory is free
 
 
 @pytest.mark.parametrize(("logical", "physical", "cores"), [
     (8, 4, 4),  # two threads on each core
     (8, 8, 8), (1, 1, 1),
     (2, 8, 2),  # an affinity or a container's quota leaves fewer
-    (8, None, 8), (1, None, 1),  # some boards and containers tell no physical cores
+    (8, None, 8), (1, None, 1),  # some boards and containers report no physical cores
     (3, 0, 3),
 ])
 def test_an_engine_takes_one_thread_for_each_core_that_it_may_use(monkeypatch, logical, physical, cores):
@@ -647,37 +614,6 @@ def test_an_engine_takes_one_thread_for_each_core_that_it_may_use(monkeypatch, l
         assert not logical
         return physical
 
-    monkeypatch.setattr(chat_model, "joblib", SimpleNamespace(cpu_count=lambda: logical))
-    monkeypatch.setattr(chat_model, "psutil", SimpleNamespace(cpu_count=count))
-    assert chat_model._cores() == cores
-
-
-def test_an_engine_may_have_one_end_token(tmp_path, monkeypatch):
-    config = {"context_length": 50, "eos_token_id": 7, "pad_token_id": 8, "vocab_size": 9,
-              "decoder": {"filename": "model.onnx"}}
-    (tmp_path / "genai_config.json").write_text(json.dumps({"model": config}))
-    (tmp_path / "model.onnx").write_bytes(b"a graph without a switch")
-    monkeypatch.setattr(Engine, "_load", lambda engine: None)
-    engine = Engine(tmp_path, 4)
-    assert (engine.context_length, engine.config.end_tokens, engine.config.pad) == (50, (7,), 8)
-    assert engine._scheduler == Scheduler(50, 50)
-    assert engine._kept.most == 0
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:This process")
-def test_a_child_process_keeps_nothing_of_its_parents_engine_running(fresh, as_shown):
-    assert ask(fresh, AS_SHOWN) == as_shown
-    talk(fresh, turns=TURNS[:1])
-    engine = fresh._engine
-    settle(engine)
-    assert engine._kept.all
-    child = os.fork()
-    if not child:  # no more than a look: the test's own process goes on in it
-        anew = (engine._thread, engine._model, engine._waiting, engine._kept.all, engine._closed) == (
-            None, None, [], [], False)
-        os._exit(0 if anew and chat_model._models_of_parents else 1)
-    assert os.waitpid(child, 0)[1] == 0
-    assert engine._model is not None
-    assert engine._kept.all
-    assert ask(fresh, AS_SHOWN) == as_shown
+    monkeypatch.setattr(engine_module, "joblib", SimpleNamespace(cpu_count=lambda: logical))
+    monkeypatch.setattr(engine_module, "psutil", SimpleNamespace(cpu_count=count))
+    assert count_cores() == cores

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.chat import user
 
-from serving.chat_model import ChatRequest, Refusal, Sampler, _keep_likeliest
+from serving.chat.contract import ChatRequest, Refusal
+from serving.chat.sampler import Sampler, _keep_likeliest
 
 FIVE = [0.4, 0.3, 0.2, 0.08, 0.02]  # probabilities
 

@@ -28,7 +28,10 @@ from support.schemas import (
     shape,
 )
 
-from serving.chat_model import UNKEPT, Batch, Refusal, ResponseFormat, Sampler, SchemaReader, find_costly
+from serving.chat.contract import Refusal, ResponseFormat
+from serving.chat.engine import Batch
+from serving.chat.sampler import Sampler
+from serving.chat.schema import SchemaReader, UNKEPT, find_costly
 
 # --- what answers hold ----------------------------------------------------------------------
 

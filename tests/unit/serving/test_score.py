@@ -17,7 +17,7 @@ from werkzeug.test import EnvironBuilder
 from werkzeug.wrappers import Request
 
 from serving import score
-from serving.chat_model import Refusal
+from serving.chat.contract import Refusal
 
 
 @pytest.fixture(autouse=True, scope="module")

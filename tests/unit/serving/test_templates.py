@@ -1,82 +1,146 @@
-"""A model's chat template becomes the prompt that transformers makes of it, and cannot do harm.
+"""Chat templates: read from where transformers reads them, rendered as it does, or refused.
 
 Run: python -m helpers test tests/unit/serving/test_templates.py
 """
 
+import concurrent.futures
 import json
 
 import pytest
 from mlflow.exceptions import MlflowException
 from support.chat import user
-from support.templates import CHOICE, CONVERSATIONS, TOKENS, check, expected, rendered, turns, write_folder
+from support.templates import (
+    CHOICE,
+    CONVERSATIONS,
+    TOKENS,
+    assert_same_prompt,
+    expected,
+    rendered,
+    write_folder,
+)
 from transformers import PreTrainedTokenizerFast
 
-from serving import chat_model
-from serving.chat_model import PromptEncoder, Template, TooMuch
+from serving.chat.prompt import MAX_TEMPLATE_CHARACTERS, PromptEncoder
 
-# --- the prompt -----------------------------------------------------------------------------
+SPECIAL_TOKENS = CHOICE["context"].read_text(encoding="utf-8")  # a template that writes them all
 
 
 @pytest.mark.parametrize("name", CHOICE)
 def test_the_prompt_is_that_of_transformers(tmp_path, name):
     encoder = PromptEncoder(write_folder(tmp_path, CHOICE[name].read_text(encoding="utf-8")))
     for messages in CONVERSATIONS.values():
-        check(lambda name: encoder, name, messages)
+        assert_same_prompt(encoder, name, messages)
 
 
-@pytest.mark.parametrize("tokens", [
-    TOKENS, {name: {"content": token} for name, token in TOKENS.items()},
-    {name: {"__type": "AddedToken", "content": token, "lstrip": False, "normalized": False, "rstrip": False,
-            "single_word": False, "special": True} for name, token in TOKENS.items()},
-    TOKENS | {"bos_token": None, "pad_token": None}, {"eos_token": "<eos>"}, {}, TOKENS | {"bos_token": ""},
-    TOKENS | {"sep_token": "<unk>", "mask_token": "<pad>"}, TOKENS | {"additional_special_tokens": ["<bos>"]},
-], ids=["texts", "contents", "added tokens", "null", "one", "none", "empty", "others", "additional"])
-def test_special_tokens_are_those_of_the_tokenizers_configuration(tmp_path, tokens):
-    source = CHOICE["context"].read_text(encoding="utf-8")
-    folder = write_folder(tmp_path, source, tokens)
-    reference = write_folder(tmp_path / "reference", source, {
-        key: token["content"] if isinstance(token, dict) else token for key, token in tokens.items()})
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(reference)
+@pytest.mark.parametrize("name", ["qwen3", "minicpm3", "generation", "loop-controls", "order"])
+def test_threads_can_share_an_encoder(tmp_path, name):
+    encoder = PromptEncoder(write_folder(tmp_path, CHOICE[name].read_text(encoding="utf-8")))
+    conversations = [*CONVERSATIONS.values()]
+    one_by_one = [rendered(encoder, messages) for messages in conversations]
+    with concurrent.futures.ThreadPoolExecutor(8) as threads:
+        found = threads.map(lambda messages: rendered(encoder, messages), conversations * 3)
+    assert list(found) == one_by_one * 3
+
+
+# --- where the template and its special tokens are read from --------------------------------
+
+ADDED_TOKEN = {
+    "__type": "AddedToken",
+    "lstrip": False,
+    "normalized": False,
+    "rstrip": False,
+    "single_word": False,
+    "special": True,
+}
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [
+        TOKENS,
+        {name: {"content": token} for name, token in TOKENS.items()},
+        {name: ADDED_TOKEN | {"content": token} for name, token in TOKENS.items()},
+        TOKENS | {"bos_token": None, "pad_token": None},
+        {"eos_token": "<eos>"},
+        {},
+        TOKENS | {"bos_token": ""},
+        TOKENS | {"sep_token": "<unk>", "mask_token": "<pad>"},
+        TOKENS | {"additional_special_tokens": ["<bos>"]},
+    ],
+    ids=["texts", "content", "added", "null", "one", "none", "empty", "others", "additional"],
+)
+def test_special_tokens_are_read_from_the_configuration(tmp_path, tokens):
+    encoder = PromptEncoder(write_folder(tmp_path, SPECIAL_TOKENS, tokens))
+    texts = {
+        name: token["content"] if isinstance(token, dict) else token
+        for name, token in tokens.items()
+    }
+    folder = write_folder(tmp_path / "reference", SPECIAL_TOKENS, texts)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    assert rendered(encoder, user("Hi")) == expected(tokenizer, user("Hi"))
+
+
+@pytest.mark.parametrize(
+    "tokens",
+    [{}, {"bos_token": None, "eos_token": "<eos>"}, TOKENS],
+    ids=["no tokens", "null", "all tokens"],
+)
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"bos_token": "<bos>"},
+        {"bos_token": {"content": "<bos>", "lstrip": False}, "eos_token": "<eos>"},
+        {"eos_token": "<pad>"},
+        {"additional_special_tokens": ["<pad>"]},
+    ],
+    ids=["text", "content", "another", "additional"],
+)
+def test_special_tokens_are_read_from_the_older_file_too(tmp_path, tokens, older):
+    folder = write_folder(tmp_path, SPECIAL_TOKENS, tokens)
+    (folder / "special_tokens_map.json").write_text(json.dumps(older), encoding="utf-8")
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     assert rendered(PromptEncoder(folder), user("Hi")) == expected(tokenizer, user("Hi"))
 
 
-def test_a_template_that_needs_a_token_which_the_configuration_lacks_takes_no_conversation(tmp_path):
-    folder = write_folder(tmp_path, CHOICE["llama-2"].read_text(encoding="utf-8"), {})
-    with pytest.raises(MlflowException, match="its chat template takes no conversation"):
-        PromptEncoder(folder)
+def source(name):
+    return f"{{% for message in messages %}}<{name}>{{{{ message.content }}}}{{% endfor %}}"
 
 
-@pytest.mark.parametrize("beside", [
-    {"bos_token": "<bos>"}, {"bos_token": {"content": "<bos>", "lstrip": False}, "eos_token": "<eos>"},
-    {"eos_token": "<pad>"}, {"additional_special_tokens": ["<pad>"]}], ids=["text", "content", "another", "additional"])
-@pytest.mark.parametrize("tokens", [{}, {"bos_token": None, "eos_token": "<eos>"}, TOKENS],
-                         ids=["no tokens", "null", "all tokens"])
-def test_special_tokens_of_an_older_file_beside_count_as_in_transformers(tmp_path, tokens, beside):
-    folder = write_folder(tmp_path, CHOICE["context"].read_text(encoding="utf-8"), tokens)
-    (folder / "special_tokens_map.json").write_text(json.dumps(beside), encoding="utf-8")
-    prompt = expected(PreTrainedTokenizerFast.from_pretrained(folder), user("Hi"))
-    assert rendered(PromptEncoder(folder), user("Hi")) == prompt
+NAMED = [
+    {"name": "tool_use", "template": source("tools")},
+    {"name": "default", "template": source("default")},
+]
+FILE = {"chat_template.jinja": source("file")}
+WINDOWS = (
+    "{{ 'ä日' }}\r\n\r\n{% for message in messages %}\r\n"
+    "{{ message.content }}\r\n{% endfor %}\r\n\r\n"
+)
 
 
-SHORT = "{% for message in messages %}<NAME>{{ message.content }}{% endfor %}"
-NAMED = [{"name": "tool_use", "template": SHORT.replace("NAME", "tools")},
-         {"name": "default", "template": SHORT.replace("NAME", "default")}]
-
-
-@pytest.mark.parametrize(("in_config", "files", "prompt"), [
-    (SHORT.replace("NAME", "config"), {}, "<config>Hi"),
-    (SHORT.replace("NAME", "config"), {"chat_template.jinja": SHORT.replace("NAME", "file")}, "<file>Hi"),
-    (None, {"chat_template.jinja": SHORT.replace("NAME", "file")}, "<file>Hi"),
-    (NAMED, {}, "<default>Hi"),
-    (NAMED[::-1], {}, "<default>Hi"),
-    (NAMED, {"chat_template.jinja": SHORT.replace("NAME", "file")}, "<file>Hi"),
-    (None, {"chat_template.jinja": SHORT.replace("NAME", "file"),
-            "additional_chat_templates/tool_use.jinja": SHORT.replace("NAME", "tools")}, "<file>Hi"),
-    (None, {"chat_template.jinja": "{{ 'ä日' }}\r\n\r\n{% for message in messages %}\r\n{{ message.content }}\r\n"
-                                   "{% endfor %}\r\n\r\n"}, "ä日\n\nHi\n"),
-], ids=["config", "file wins", "file alone", "names", "names turned", "file wins over names", "more files beside",
-        "line ends of Windows"])
-def test_the_template_is_found_where_transformers_finds_it(tmp_path, in_config, files, prompt):
+@pytest.mark.parametrize(
+    ("in_config", "files", "prompt"),
+    [
+        (source("config"), {}, "<config>Hi"),
+        (source("config"), FILE, "<file>Hi"),
+        (None, FILE, "<file>Hi"),
+        (NAMED, {}, "<default>Hi"),
+        (NAMED[::-1], {}, "<default>Hi"),
+        (NAMED, FILE, "<file>Hi"),
+        (None, FILE | {"additional_chat_templates/tool_use.jinja": source("tools")}, "<file>Hi"),
+        (None, {"chat_template.jinja": WINDOWS}, "ä日\n\nHi\n"),
+    ],
+    ids=[
+        "config",
+        "file before config",
+        "file",
+        "default of several",
+        "default first",
+        "file before several",
+        "more files",
+        "line ends of Windows",
+    ],
+)
+def test_the_template_is_read_from_where_transformers_reads_it(tmp_path, in_config, files, prompt):
     folder = write_folder(tmp_path, in_config)
     for name, text in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
@@ -85,113 +149,52 @@ def test_the_template_is_found_where_transformers_finds_it(tmp_path, in_config, 
     assert PromptEncoder(folder).render(user("Hi")) == prompt
 
 
-# --- what a template must not do --------------------------------------------------------------
+# --- templates that are refused -------------------------------------------------------------
 
-DOUBLE = "{% set ns = namespace(x='x') %}{% for i in range(12) %}{% set ns.x = ns.x BY ns.x %}{% endfor %}"
-LIST = DOUBLE.replace("'x'", "[1]")
-# Each makes a text of over 1,000 characters, a list of over 1,000 items or a number over 1,000 in a way of its own.
-TOO_MUCH = {
-    "a product": "{% set x = messages[0].content * 600 %}",
-    "a product the other way": "{% set x = 600 * messages[0].content %}",
-    "a list by a product": "{% set x = (messages * 1001) %}",
-    "a power": "{% set x = 9 %}{{ x ** x ** x > 1 }}",
-    "a sum": DOUBLE.replace("BY", "+"),
-    "a sum of lists": LIST.replace("BY", "+"),
-    "a chain of texts": DOUBLE.replace("BY", "~"),
-    "a join": DOUBLE.replace("ns.x BY ns.x", "[ns.x, ns.x] | join"),
-    "a join by a long text": "{% set x = ('x' * 600).join(messages[0].content) %}",
-    "a format by the filter": DOUBLE.replace("ns.x BY ns.x", "'%s%s' | format(ns.x, ns.x)"),
-    "a format by the sign": DOUBLE.replace("ns.x BY ns.x", "'%s%s' % (ns.x, ns.x)"),
-    "a format by the method": DOUBLE.replace("ns.x BY ns.x", "'{}{}'.format(ns.x, ns.x)"),
-    "a list in a list": LIST.replace("ns.x BY ns.x", "[ns.x, ns.x]"),
-    "a tuple in a tuple": LIST.replace("ns.x BY ns.x", "(ns.x, ns.x)"),
-    "a table in a table": LIST.replace("ns.x BY ns.x", "{'a': ns.x, 'b': ns.x}"),
-    "a replacement": "{% set x = ('Hi' * 99).replace('i', 'x' * 99) %}",
-    "a translation": "{% set x = ('x' * 99).translate({120: 'x' * 99}) %}",
-    "a width by the sign": "{% set x = '%90000d' % 1 %}",
-    "a width by a star": "{% set x = '%*d' % (600, 1) %}",
-    "a width by the filter": "{% set x = '%90000d' | format(1) %}",
-    "a width by the method": "{% set x = '{:90000}'.format(1) %}",
-    **{f"a width by {name}": f"{{% set x = messages[0].content.{name}(1001) %}}"
-       for name in ("center", "ljust", "rjust", "zfill")},
-    "tabs": "{% set x = '\t\t\t'.expandtabs(600) %}",
-    "a filter that widens": "{% set x = messages[0].content | center(1001) %}",
-    "a filter by its name": "{% set x = messages | map(attribute='role') | map('center', 1001) | list %}",
-    "an indent of JSON": "{% set x = messages | tojson(indent=1001) %}",
-    "a list of slices": "{% set x = messages | slice(1001) | list %}",
-    "a macro's text": "{% macro m() %}{{ 'x' * 990 }}{{ 'x' * 990 }}{% endmacro %}{% set x = m() %}",
-    # Each of these is small, and all of them together are more than 9,000.
-    "many small ones": "{% for i in range(99) %}{% set x = messages[0].content * 99 %}{% endfor %}",
+UNREADABLE = "its chat template is no template that can be read"
+TAKES_NONE = "its chat template takes no conversation"
+# Endless loops and growing texts are not in this table: as in transformers, nothing limits them.
+REFUSED = {
+    "one character too many": ("x" * (MAX_TEMPLATE_CHARACTERS + 1), UNREADABLE),
+    "syntax": ("{% for %}", UNREADABLE),
+    "unknown tag": ("{% exec 'x' %}", UNREADABLE),
+    "unknown filter": ("{{ messages | popen }}", UNREADABLE),
+    "deep brackets": ("{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}", UNREADABLE),
+    "deep blocks": ("{% if true %}" * 1000 + "{% endif %}" * 1000, UNREADABLE),
+    "class": ("{{ ''.__class__.__mro__ }}", TAKES_NONE),
+    "class by item": ("{{ ''['__class__']['__mro__'] }}", TAKES_NONE),
+    "class by attr": ("{{ (messages | attr('__class__')).__mro__ }}", TAKES_NONE),
+    "class by map": ("{{ [''] | map(attribute='__class__.__mro__') | list }}", TAKES_NONE),
+    "class by format": ("{{ '{0.__class__.__mro__}'.format('') }}", TAKES_NONE),
+    "class by format_map": ("{{ '{a.__class__.__mro__}'.format_map({'a': 1}) }}", TAKES_NONE),
+    "globals of a function": ("{{ raise_exception.__globals__.os }}", TAKES_NONE),
+    "globals of jinja2": ("{{ cycler.__init__.__globals__.os }}", TAKES_NONE),
+    "globals of a macro": (
+        "{% macro m() %}{% endmacro %}{{ m.__init__.__globals__ }}",
+        TAKES_NONE,
+    ),
+    "environment": ("{{ self._TemplateReference__context.environment }}", TAKES_NONE),
+    "append to messages": ("{{ messages.append(1) }}", TAKES_NONE),
+    "change a message": ("{{ messages[0].update({'content': 'x'}) }}", TAKES_NONE),
+    "pop from a message": ("{{ messages[0].pop('content') }}", TAKES_NONE),
+    "include": ("{% include '/etc/passwd' %}", TAKES_NONE),
+    "import": ("{% import 'os' as os %}{{ os }}", TAKES_NONE),
+    "extends": ("{% extends 'chat_template.jinja' %}", TAKES_NONE),
+    "half a surrogate pair": ("{{ '\\ud800' }}", TAKES_NONE),
+    "endless recursion": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", TAKES_NONE),
+    "division by zero": ("{{ 1 / 0 }}", TAKES_NONE),
+    "missing special token": (CHOICE["llama-2"].read_text(encoding="utf-8"), TAKES_NONE),
 }
 
 
-@pytest.mark.parametrize("source", TOO_MUCH.values(), ids=TOO_MUCH)
-def test_what_a_template_puts_together_is_bounded(monkeypatch, source):
-    # With bounds so small, a template that gets through them does no harm here.
-    template = Template(source)
-    monkeypatch.setattr(chat_model, "MAX_TEXT", 1000)
-    monkeypatch.setattr(chat_model, "MAX_TOTAL", 9000)
-    with pytest.raises(TooMuch):
-        template.render({"messages": user("Hi")})
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_that_is_no_chat_template_or_leaves_the_sandbox_is_refused(tmp_path, name):
+    template, reason = REFUSED[name]
+    with pytest.raises(MlflowException) as refusal:
+        PromptEncoder(write_folder(tmp_path, template, tokens={}))
+    assert refusal.value.message == f"This folder is no model that can be served: {reason}."
 
 
-@pytest.fixture
-def pieces():
-    """Return a long list of texts, and those that a template has taken from it."""
-    taken = []
-    return (taken.append("x" * 90) or taken[-1] for _ in range(10_000)), taken
-
-
-@pytest.mark.parametrize(("source", "taken"), [
-    ("{% for piece in pieces %}{% endfor %}", 1), ("{% for i in messages %}{% set x = next(pieces) %}{% endfor %}", 0),
-    ("{% set x = next(pieces) %}", 0)], ids=["a loop", "a call in a loop", "a call"])
-def test_a_template_has_seconds_and_no_more(monkeypatch, pieces, source, taken):
-    template = Template(source)
-    monkeypatch.setattr(chat_model, "MAX_SECONDS", -1.0)
-    with pytest.raises(TooMuch):
-        template.render({"messages": user("Hi"), "pieces": pieces[0], "next": next})
-    assert len(pieces[1]) == taken
-
-
-def test_what_a_template_writes_is_bounded_while_it_writes(monkeypatch, pieces):
-    monkeypatch.setattr(chat_model, "MAX_TOTAL", 9000)
-    with pytest.raises(TooMuch):
-        Template("{% for piece in pieces %}{{ piece }}{% endfor %}").render({"pieces": pieces[0]})
-    assert len(pieces[1]) == 101
-
-
-FORBIDDEN = {
-    "a class": "{{ ''.__class__.__mro__ }}", "a class by its item": "{{ ''['__class__']['__mro__'] }}",
-    "a class by the filter": "{{ (messages | attr('__class__')).__mro__ }}",
-    "globals": "{{ raise_exception.__globals__.os }}", "globals of jinja": "{{ cycler.__init__.__globals__.os }}",
-    "a class by a format": "{{ '{0.__class__.__mro__}'.format('') }}",
-    "change the messages": "{{ messages.append(1) }}", "change a message": "{{ messages[0].pop('content') }}",
-    "include a file": "{% include '/etc/passwd' %}", "import a module": "{% import 'os' as os %}{{ os }}",
-    "long texts of jinja's own": "{{ lipsum() }}", "half a surrogate pair": "{{ '\ud800' }}",
-    "no conversation": "{{ raise_exception('no') }}",
-}
-
-
-@pytest.mark.parametrize("source", FORBIDDEN.values(), ids=FORBIDDEN)
-def test_a_template_reaches_nothing_but_its_conversation(tmp_path, source):
-    guarded = "{% if messages[0].content == 'Hi' %}" + source + "{% endif %}"
-    encoder = PromptEncoder(write_folder(tmp_path, guarded))
-    messages = user("Hi")
-    with pytest.raises(MlflowException, match="messages has to be in an order that the model's chat template takes"):
-        encoder.render(messages)
-    assert messages == user("Hi")
-
-
-@pytest.mark.parametrize("source", ["x" * 2**20, "{% for %}", "{% exec 'x' %}", "{{ messages | popen }}",
-                                    "{{ " + "(" * 20_000 + "1" + ")" * 20_000 + " }}"],
-                         ids=["size", "syntax", "tag", "filter", "depth"])
-def test_a_template_that_cannot_be_read_is_refused(source):
-    with pytest.raises(MlflowException, match="its chat template is no template that can be read"):
-        Template(source)
-
-
-def test_a_long_conversation_is_not_taken_for_an_attack(tmp_path):
-    source = CHOICE["qwen3"].read_text(encoding="utf-8")
-    encoder = PromptEncoder(write_folder(tmp_path, source))
-    many = turns(*["a text of some words " * 50] * 199)
-    check(lambda name: encoder, "qwen3", many)
+def test_a_template_of_the_largest_size_is_read(tmp_path):
+    folder = write_folder(tmp_path, "x" * MAX_TEMPLATE_CHARACTERS)
+    assert len(PromptEncoder(folder).render(user("Hi"))) == MAX_TEMPLATE_CHARACTERS

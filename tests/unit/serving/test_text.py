@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serving.chat_model import PromptEncoder, TextWriter
+from serving.chat.prompt import PromptEncoder
+from serving.chat.text import TextWriter
 
 
 class Bytes:
