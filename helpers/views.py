@@ -127,7 +127,8 @@ class Timeline:
             '<div style="position: relative; height: 0.9em">'
             + "".join(part.format(STAGES[stage][0], begin, end - begin, STAGES[stage][2])
                       for stage, begin, end in stages) + "</div></td></tr>" for name, stages in self.rows)
-        legend = ", ".join(f'<span style="opacity: {shade}">&#9632;</span> {word}' for word, _, shade in STAGES.values())
+        legend = ", ".join(f'<span style="opacity: {shade}">&#9632;</span> {word}'
+                           for word, _, shade in STAGES.values())
         return f"<table {NO_MATHEMATICS}><caption>{html.escape(self.caption)}: {legend}</caption>{rows}</table>"
 
     def __repr__(self) -> str:

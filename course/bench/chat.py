@@ -20,7 +20,7 @@ from course.bench.fidelity import fidelity
 from course.bench.figures import int8_instructions
 from course.bench.service import service
 from course.bench.spark import spark
-from course.bench.turns import PAUSE, mix, take_turns, timed
+from course.bench.turns import PAUSE, mix, percentile, take_turns, timed
 from helpers.files import folder_bytes
 from helpers.models.prepare import prepare_model
 from helpers.paths import ROOT
@@ -45,7 +45,7 @@ def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, 
     ratios, raw = {}, {}
     memory = _memory(store, tokens)
     contenders = Contenders(prepared, repeats, tokens)
-    for measure in (_single, _json, _rows, _callers, _stream, _conversation, _growth, fidelity, service, spark):
+    for measure in (_single, _json, _rows, _callers, _newcomer, _conversation, _growth, fidelity, service, spark):
         print(f"measuring: {measure.__name__.strip('_')}", flush=True)
         found, figures = measure(contenders)
         ratios |= found
@@ -133,23 +133,32 @@ def _callers(them):
                                  "tokens_per_second": _rates(sum(lengths), seconds)}}
 
 
-def _stream(them):
-    others, few = [them.tokens] * (CALLERS - 1), min(8, them.tokens)
-    alone, company = [], []
-    (batch,) = _race({"batch": lambda: _load(them, them.ask_chat, len(others), others)}, them.repeats).values()
-    for turn in range(them.repeats + 1):
-        first_alone, _ = them.ask_stream(them.story(), few)
-        crowd = threading.Thread(target=_load, args=(them, them.ask_chat, len(others), others))
-        crowd.start()
-        time.sleep(batch / 2)  # they are generating now
-        first, _ = them.ask_stream(them.story(), few)
-        crowd.join()
-        if turn:
-            alone.append(first_alone)
-            company.append(first)
-    alone, company = statistics.median(alone), statistics.median(company)
-    return ({"stream_ttft": company / (batch + alone)},
-            {"stream_ttft": {"alone_seconds": alone, "with_7_others_seconds": company, "batch_of_7_seconds": batch}})
+def _newcomer(them):
+    """Time the first token of a stream beside 7 callers who ask again as soon as they have an answer.
+
+    Its prompt has to be read, and it may come in the middle of a step or of another prompt.
+    """
+    few, stopped = min(8, them.tokens), threading.Event()
+    alone = [them.ask_stream(them.story(), few)[0] for _ in range(them.repeats + 1)][1:]
+
+    def ask_again():
+        while not stopped.is_set():
+            them.ask_chat(them.story(), them.tokens)
+
+    others = [threading.Thread(target=ask_again) for _ in range(CALLERS - 1)]
+    for other in others:
+        other.start()
+    try:
+        beside = [them.ask_stream(them.story(), few) for _ in range(8 * them.repeats)]
+    finally:
+        stopped.set()
+        for other in others:
+            other.join()
+    firsts, steps = zip(*((first, rest / max(few - 1, 1)) for first, rest in beside), strict=True)
+    alone, step, p95 = statistics.median(alone), statistics.median(steps), percentile(firsts, 0.95)
+    return ({"newcomer_ttft": p95 / (3 * step + alone)},
+            {"newcomer_ttft": {"alone_seconds": alone, "step_seconds": step, "p95_seconds": p95,
+                               "median_seconds": statistics.median(firsts)}})
 
 
 def _conversation(them):

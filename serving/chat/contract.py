@@ -21,7 +21,6 @@ from pydantic import (
     model_validator,
 )
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticCustomError
 
 # --- types of values ------------------------------------------------------------------------
 
@@ -63,7 +62,7 @@ class RequestObject(StrictModel):
         given = {name: value for name, value in values.items() if value is not None}
         # Pydantic's extra="forbid" would make an error of each unknown name, however many come.
         if not given.keys() <= _fields(cls).keys():
-            raise PydanticCustomError("unknown_field", "unknown field")
+            raise ValueError("unknown field")
         return given
 
 
@@ -373,7 +372,7 @@ def _to_refusal(error: ValidationError, where: str) -> Refusal:
             name = f"{name}.{step}" if name else step
             allowed = _fields(kind)[step].description
             kind = _OBJECTS.get(step)
-    if problem["type"] != "unknown_field":
+    if problem["type"] != "value_error":
         return invalid(name, allowed, where)
     names = SERVED if kind is ChatRequest else _fields(kind)
     return Refusal(

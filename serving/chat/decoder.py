@@ -1,9 +1,10 @@
-"""Runs the ONNX model on the key/value cache: reads prompts, and makes one step for many answers at once.
+"""Runs the ONNX model on its key/value cache: reads prompts, and steps many answers at once.
 
-The cache has slots, one for each answer. A slot is the same part of every layer's keys and values, which have the shape
-(slots, heads, room, head size). The model gets these tensors as its past and as its present, so GroupQueryAttention
-writes the keys and values of new tokens where they belong and copies nothing. The attention mask says how many tokens
-each slot holds. So answers of any length make a step together, and an answer can begin or end between any two steps.
+The cache has slots, one for each answer. A slot is the same part of every layer's keys and values,
+which have the shape (slots, heads, room, head size). The model gets these tensors as its past and
+as its present, so GroupQueryAttention writes the keys and values of new tokens where they belong
+and copies nothing. The attention mask says how many tokens each slot holds. So answers of any
+length make a step together, and an answer can begin or end between any two steps.
 
 This file knows tokens and slots. Which answer has which slot is for `engine` to decide.
 """
@@ -24,9 +25,9 @@ TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 class Decoder:
     """A model with a key/value cache of ``slots`` slots, each with room for ``room`` tokens.
 
-    The system gives memory for a page of the cache when it is first written. So slots with room for the whole context
-    cost no more than the tokens that were in them. ``held`` counts these for each slot, until `release` gives the
-    slot's memory back.
+    The system gives memory for a page of the cache when it is first written. So slots with room for
+    the whole context cost no more than the tokens that were in them. ``held`` counts these for each
+    slot, until `release` gives the slot's memory back.
 
     Parameters
     ----------
@@ -49,7 +50,8 @@ class Decoder:
         options.log_severity_level = 3  # errors reach the caller as exceptions
         try:
             self._session = onnxruntime.InferenceSession(
-                config.onnx_file, options, providers=["CPUExecutionProvider"])
+                config.onnx_file, options, providers=["CPUExecutionProvider"]
+            )
         except Exception:  # onnxruntime raises nothing narrower
             raise unusable("onnxruntime can't load its ONNX file") from None
         self._names, self._vocab_size = config.names, config.vocab_size
@@ -59,33 +61,50 @@ class Decoder:
         while not self._reserve():
             self.slots //= 2
             if not self.slots:
-                raise Refusal(f"The system has no memory for a cache of {room} tokens. Load the model with a smaller "
-                              "cache_tokens.", "failed")
+                raise Refusal(
+                    f"The system has no memory for a cache of {room} tokens. "
+                    "Load the model with a smaller cache_tokens.",
+                    "failed",
+                )
         self.held = [0] * self.slots
         self._bindings = {}
         try:
             self.read(0, [0, 0], 0)
             self.step([0], [3])
         except Exception:
-            raise unusable("its ONNX file does not work with a cache of the shape that genai_config.json says") from None
+            raise unusable(
+                "its ONNX file does not work with a cache of the shape that genai_config.json says"
+            ) from None
         self.release(0)
 
     def _read_graph(self, config):
-        """Read the cache's tensors from the graph. Refuse a graph that has other inputs or outputs."""
+        """Find the cache's tensors in the graph. Refuse a graph with other inputs or outputs."""
         names = config.names
-        self._tensors = [(names[f"past_{kind}_names"] % layer, names[f"present_{kind}_names"] % layer)
-                         for layer in range(config.layers) for kind in ("key", "value")]
+        self._tensors = [
+            (names[f"past_{kind}_names"] % layer, names[f"present_{kind}_names"] % layer)
+            for layer in range(config.layers)
+            for kind in ("key", "value")
+        ]
         inputs = {tensor.name: tensor for tensor in self._session.get_inputs()}
         outputs = {tensor.name: tensor for tensor in self._session.get_outputs()}
         pasts = [past for past, _ in self._tensors]
-        if (inputs.keys() != {names["input_ids"], names["attention_mask"], *pasts}
-                or outputs.keys() != {names["logits"], *(present for _, present in self._tensors)}):
-            raise unusable("its ONNX file has other inputs or outputs than tokens, a mask, logits and the cache")
+        if inputs.keys() != {
+            names["input_ids"],
+            names["attention_mask"],
+            *pasts,
+        } or outputs.keys() != {names["logits"], *(present for _, present in self._tensors)}:
+            raise unusable(
+                "its ONNX file has other inputs or outputs than tokens, a mask, logits and "
+                "the cache"
+            )
         heads = {inputs[past].shape[1] for past in pasts}
         types = {inputs[past].type for past in pasts}
         logits = outputs[names["logits"]]
         if len(heads | types) > 2 or not {*types, logits.type} <= TYPES.keys():
-            raise unusable("its layers have caches of different shapes, or of a type other than float32 and float16")
+            raise unusable(
+                "its layers have caches of different shapes, or of a type other than "
+                "float32 and float16"
+            )
         self._shape = heads.pop(), config.head_size
         self._type, self._logits_type = TYPES[types.pop()], TYPES[logits.type]
         self._last_only = logits.shape[1] == 1  # the graph gives logits for the last token alone
@@ -106,8 +125,8 @@ class Decoder:
     def read(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
         """Read tokens of a prompt into a slot that holds the ``start`` tokens before them.
 
-        One token alone is rounded in another way than two or more together. So a prompt gets the same logits in any
-        pieces, as long as no piece is one token.
+        One token alone is rounded in another way than two or more together. So a prompt gets the
+        same logits in any pieces, as long as no piece is one token.
 
         Returns
         -------
@@ -119,7 +138,8 @@ class Decoder:
     def step(self, tokens: list[int], lengths: list[int]) -> np.ndarray:
         """Add a token to each of the first slots.
 
-        ``lengths`` are the tokens that the slots hold with it. Each slot gets the same logits alone as with others.
+        ``lengths`` are the tokens that the slots hold with it. Each slot gets the same logits alone
+        as with others.
 
         Returns
         -------
@@ -135,10 +155,16 @@ class Decoder:
         tokens = np.array(tokens, np.int64)
         mask = (np.arange(max(lengths)) < np.array(lengths)[:, None]).astype(np.int64)
         rows, width = tokens.shape
-        logits = np.empty((rows, 1 if self._last_only else width, self._vocab_size), self._logits_type)
+        logits = np.empty(
+            (rows, 1 if self._last_only else width, self._vocab_size), self._logits_type
+        )
         for name, values in (("input_ids", tokens), ("attention_mask", mask)):
-            binding.bind_input(self._names[name], "cpu", 0, np.int64, values.shape, values.ctypes.data)
-        binding.bind_output(self._names["logits"], "cpu", 0, self._logits_type, logits.shape, logits.ctypes.data)
+            binding.bind_input(
+                self._names[name], "cpu", 0, np.int64, values.shape, values.ctypes.data
+            )
+        binding.bind_output(
+            self._names["logits"], "cpu", 0, self._logits_type, logits.shape, logits.ctypes.data
+        )
         self._session.run_with_iobinding(binding)
         return logits[:, -1].astype(np.float32, copy=False)
 
@@ -159,10 +185,10 @@ class Decoder:
         self.held[target] = max(self.held[target], tokens)
 
     def swap(self, one: int, other: int, one_tokens: int, other_tokens: int, trim: bool) -> None:
-        """Let two slots change places, of which the first holds ``one_tokens`` and the other ``other_tokens``.
+        """Exchange the contents of two slots, ``one_tokens`` and ``other_tokens`` tokens.
 
-        Each then holds the memory of the longer one, unless ``trim`` asks to give back what it does not need. That
-        takes longer, because the system gives each page anew.
+        Each slot then holds the memory of the longer one, unless ``trim`` asks to give back what it does
+        not need. That takes longer, because the system gives each page anew.
         """
         for cache, pages in zip(self._caches, self._memory, strict=True):
             kept, moved = cache[one, :, :one_tokens].copy(), cache[other, :, :other_tokens].copy()
@@ -186,11 +212,14 @@ def _reserve_pages(size):
         return mmap.mmap(-1, size)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        # One token touches each head's part. With huge pages, which numpy.zeros asks for, each part takes 2 MB at once.
+        # One token touches each head's part. With huge pages, which numpy.zeros asks for, each part
+        # takes 2 MB at once.
         pages.madvise(mmap.MADV_NOHUGEPAGE)
     return pages
 
 
 def _release_pages(pages, slot, cache):
-    if hasattr(mmap, "MADV_DONTNEED"):  # without it, on Windows, memory that was written stays with the model
+    if hasattr(
+        mmap, "MADV_DONTNEED"
+    ):  # without it, on Windows, memory that was written stays with the model
         pages.madvise(mmap.MADV_DONTNEED, slot * cache[slot].nbytes, cache[slot].nbytes)

@@ -1,12 +1,13 @@
 """Runs the answers of many callers together, on one thread: continuous batching.
 
-Each round of the loop reads a part of the next prompts, then makes one step, in which every running answer gets its next
-token. An answer begins as soon as its prompt is read and leaves when it ends. None waits for another, unless all slots
-or the cache's memory are taken; then answers wait in the order in which they came.
+Each round of the loop reads a part of the next prompts, then makes one step, in which every running
+answer gets its next token. An answer begins as soon as its prompt is read and leaves when it ends.
+None waits for another, unless all slots or the cache's memory are taken; then answers wait in the
+order in which they came.
 
-When an answer has ended, its prompt stays in its slot until another answer needs the slot. A new prompt that begins like
-the prompt in any slot copies that part instead of reading it. So the next turn of a conversation reads only what is new,
-and a system prompt that many share is read once.
+When an answer has ended, its prompt stays in its slot until another answer needs the slot. A new
+prompt that begins like the prompt in any slot copies that part instead of reading it. So the next
+turn of a conversation reads only what is new, and a system prompt that many share is read once.
 
 This file knows rows of tokens. It does not know messages or requests: `model` makes rows of them.
 """
@@ -30,8 +31,9 @@ from .folder import Config
 from .sampler import Sampler
 from .text import TextWriter
 
-PIECE = 64  # Tokens that are read between two steps. Running answers wait for them as long as for about four steps.
-LEAST_SHARED = 8  # Fewer tokens are read in about the time that it takes to copy them.
+# Tokens of prompts that are read between two steps. That takes about as long as four steps.
+PIECE = 64
+LEAST_SHARED = 8  # Reading fewer tokens takes no longer than copying them.
 
 _logger = logging.getLogger("chat_model")
 
@@ -55,9 +57,21 @@ class Row:
         Whether somebody reads the text as it comes.
     """
 
-    def __init__(self, prompt: list[int], max_tokens: int, writer: TextWriter, sampler: Sampler | None,
-                 events: queue.SimpleQueue, stream: bool):
-        self.prompt, self.max_tokens, self.writer, self.sampler = prompt, max_tokens, writer, sampler
+    def __init__(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        writer: TextWriter,
+        sampler: Sampler | None,
+        events: queue.SimpleQueue,
+        stream: bool,
+    ):
+        self.prompt, self.max_tokens, self.writer, self.sampler = (
+            prompt,
+            max_tokens,
+            writer,
+            sampler,
+        )
         self.events, self.stream = events, stream
         self.text, self.tokens, self.last_token = "", 0, None
         self.reused_tokens = 0  # of the prompt, copied from another slot
@@ -105,8 +119,9 @@ class Slot:
     row
         The answer that has the slot; None when it has ended.
     prompt
-        The tokens of a prompt that are in the slot. Behind them is the answer, which is never shared: a step rounds in
-        another way than reading does, and the same prompt has to get the same answer wherever it is asked.
+        The tokens of a prompt that are in the slot. Behind them is the answer, which is never
+        shared: a step rounds in another way than reading does, and the same prompt has to get the
+        same answer wherever it is asked.
     last_used
         The number of the last row that had the slot.
     """
@@ -117,7 +132,7 @@ class Slot:
 
     @property
     def tokens(self) -> int:
-        """The number of tokens in the slot that are still needed. An answer's last token is added by the next step."""
+        """The tokens in the slot that are needed. The next step adds an answer's last token."""
         answer = self.row.tokens - 1 if self.row and self.row.tokens and not self.row.ended else 0
         return len(self.prompt) + answer
 
@@ -125,17 +140,22 @@ class Slot:
 def count_shared(one: list[int], other: list[int]) -> int:
     """Count the tokens with which both begin."""
     pairs = enumerate(zip(one, other, strict=False))
-    return next((place for place, (left, right) in pairs if left != right), min(len(one), len(other)))
+    return next(
+        (place for place, (left, right) in pairs if left != right), min(len(one), len(other))
+    )
 
 
 def end_piece(start: int, stop: int, size: int) -> int:
-    """Return where the next piece of a prompt ends, which leaves no single token behind it; see `Decoder.read`."""
+    """Return where the next piece of a prompt ends.
+
+    It leaves no single token for the last piece; see `Decoder.read`.
+    """
     end = min(start + size, stop)
     return end - 1 if stop - end == 1 else end
 
 
 class Engine:
-    """Answers rows for callers on any thread. A thread of its own runs the model, from here until ``close``.
+    """Answers rows for callers on any thread, on a thread of its own that ends with ``close``.
 
     Parameters
     ----------
@@ -146,15 +166,23 @@ class Engine:
     threads
         Threads that compute; None takes one for each core.
     cache_tokens
-        The most tokens in the cache, of all slots together; None takes twice the model's context length.
+        The most tokens in the cache, of all slots together; None takes twice the model's context
+        length.
     """
 
-    def __init__(self, config: Config, max_waiting: int, threads: int | None = None, cache_tokens: int | None = None):
+    def __init__(
+        self,
+        config: Config,
+        max_waiting: int,
+        threads: int | None = None,
+        cache_tokens: int | None = None,
+    ):
         self._end_tokens, self._max_waiting = config.end_tokens, max_waiting
         self._cache_tokens = cache_tokens or 2 * config.context_length
         self.context_length = min(config.context_length, self._cache_tokens)
         self._decoder = Decoder(config, threads or count_cores(), self.context_length)
-        # The attention takes twice its head size of tokens at a time, and of a longer piece one could be left alone.
+        # The attention takes twice its head size of tokens at a time, and of a longer piece one
+        # could be left alone.
         self._piece = min(PIECE, 2 * config.head_size)
         self._waiting, self._changed, self._closed = deque(), threading.Condition(), False
         # The running answers have the first slots, because a step takes a range of slots.
@@ -162,7 +190,9 @@ class Engine:
         self._running = 0  # the number of answers that are being written
         self._reading = None  # the place of the slot whose prompt is being read
         self._rows_begun = 0
-        self._done = dict.fromkeys(("answers", "prompt_tokens", "reused_prompt_tokens", "completion_tokens"), 0)
+        self._done = dict.fromkeys(
+            ("answers", "prompt_tokens", "reused_prompt_tokens", "completion_tokens"), 0
+        )
         self._since = time.time()
         self._thread = threading.Thread(target=self._run, name="chat-model-engine", daemon=True)
         self._thread.start()
@@ -174,13 +204,17 @@ class Engine:
                 raise _closed("This model is closed. Load it again.")
             self._waiting = deque(row for row in self._waiting if not row.ended)
             if len(self._waiting) + len(rows) > self._max_waiting:
-                raise Refusal(f"The model is busy: {len(self._waiting)} answers wait, and {self._max_waiting} may. "
-                              "Try again later.", "busy", error_code=RESOURCE_EXHAUSTED)
+                raise Refusal(
+                    f"The model is busy: {len(self._waiting)} answers wait, and "
+                    f"{self._max_waiting} may. Try again later.",
+                    "busy",
+                    error_code=RESOURCE_EXHAUSTED,
+                )
             self._waiting += rows
             self._changed.notify()
 
     def close(self) -> None:
-        """End the thread, and every answer that has not ended, with an error. A closed engine stays closed."""
+        """End the thread, and each answer with an error. A closed engine stays closed."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -193,10 +227,20 @@ class Engine:
             waiting = sum(not row.ended for row in self._waiting)
             rows = [slot.row for slot in self._slots if slot.row]
             kept = sum(bool(slot.prompt) and not slot.row for slot in self._slots)
-            done = {name: count + sum(_count(row)[name] for row in rows) for name, count in self._done.items()}
+            done = {
+                name: count + sum(_count(row)[name] for row in rows)
+                for name, count in self._done.items()
+            }
             held = self._count_held(range(len(self._slots)))
-        return {"since": self._since, "waiting": waiting, "running": sum(not row.ended for row in rows)} | done | {
-            "cache_tokens": held, "kept_conversations": kept}
+        return (
+            {
+                "since": self._since,
+                "waiting": waiting,
+                "running": sum(not row.ended for row in rows),
+            }
+            | done
+            | {"cache_tokens": held, "kept_conversations": kept}
+        )
 
     def _run(self):
         try:
@@ -224,7 +268,7 @@ class Engine:
             return not self._closed
 
     def _remove_ended(self):
-        """Take the answers that have ended out of their slots. The last running one moves into the gap."""
+        """Take ended answers out of their slots. The last running answer fills the gap."""
         for place in reversed(range(self._running)):
             if self._slots[place].row.ended:
                 self._swap(place, self._running - 1)
@@ -245,7 +289,13 @@ class Engine:
         if one != other:
             slots, held = self._slots, self._decoder.held
             more_held = self._count_held(range(len(slots))) + abs(held[one] - held[other])
-            self._decoder.swap(one, other, slots[one].tokens, slots[other].tokens, trim=more_held > self._cache_tokens)
+            self._decoder.swap(
+                one,
+                other,
+                slots[one].tokens,
+                slots[other].tokens,
+                trim=more_held > self._cache_tokens,
+            )
             slots[one], slots[other] = slots[other], slots[one]
 
     def _read_prompts(self):
@@ -278,12 +328,13 @@ class Engine:
 
     def _step(self):
         """Give each running answer its next token."""
-        rows = [slot.row for slot in self._slots[:self._running]]
+        rows = [slot.row for slot in self._slots[: self._running]]
         if not rows or all(row.ended for row in rows):
             return
         try:
-            logits = self._decoder.step([row.last_token for row in rows],
-                                        [len(row.prompt) + row.tokens for row in rows])
+            logits = self._decoder.step(
+                [row.last_token for row in rows], [len(row.prompt) + row.tokens for row in rows]
+            )
         except Exception:
             self._fail(rows)
             return
@@ -302,13 +353,15 @@ class Engine:
             self._fail([row])
 
     def _fail(self, rows):
-        """End rows with an error, in the place where an exception is handled. All other rows go on."""
+        """Log the exception that is being handled, and end rows with an error."""
         _logger.exception("%d answers failed.", len(rows))
         for row in rows:
-            row.end(Refusal("The engine failed on this request.", "failed", error_code=INTERNAL_ERROR))
+            row.end(
+                Refusal("The engine failed on this request.", "failed", error_code=INTERNAL_ERROR)
+            )
 
     def _begin_next(self):
-        """Give the row that came first a slot. Return whether there is a row, and a slot and memory for it."""
+        """Give the first waiting row a slot. Return whether there was a row, a slot and memory."""
         with self._changed:
             while self._waiting and self._waiting[0].ended:
                 self._waiting.popleft()
@@ -329,10 +382,12 @@ class Engine:
 
     def _unused(self):
         """Return the places of the slots without an answer, the least recently used first."""
-        return sorted(range(self._running, len(self._slots)), key=lambda place: self._slots[place].last_used)
+        return sorted(
+            range(self._running, len(self._slots)), key=lambda place: self._slots[place].last_used
+        )
 
     def _free_memory(self, row):
-        """Let go of kept prompts until a row fits in the cache. Return False when the running answers leave too little."""
+        """Free memory of kept prompts for a row. Return False if running answers need too much."""
         needed = len(row.prompt) + row.max_tokens
         if self._count_held(range(self._running)) + needed > self._cache_tokens:
             return False
@@ -346,8 +401,10 @@ class Engine:
     def _count_held(self, places):
         """Count the tokens for which slots hold memory or have promised it to their answers."""
         rows = {place: self._slots[place].row for place in places}
-        return sum(max(self._decoder.held[place], len(row.prompt) + row.max_tokens if row else 0)
-                   for place, row in rows.items())
+        return sum(
+            max(self._decoder.held[place], len(row.prompt) + row.max_tokens if row else 0)
+            for place, row in rows.items()
+        )
 
     def _choose_slot(self, row):
         """Choose a slot for a row, and a slot whose prompt begins in the same way.
@@ -355,10 +412,14 @@ class Engine:
         Returns
         -------
         tuple[int, int, int]
-            The place of the row's slot, the place of the other, which may be the same, and how many tokens they share.
+            The place of the row's slot, the place of the other, which may be the same, and how many
+            tokens they share.
         """
-        # Two tokens are left to read: the last one's logits are needed, and one alone would be rounded in another way.
-        counts = [min(count_shared(slot.prompt, row.prompt), len(row.prompt) - 2) for slot in self._slots]
+        # Two tokens are left to read: the last one's logits are needed, and one alone would be
+        # rounded in another way.
+        counts = [
+            min(count_shared(slot.prompt, row.prompt), len(row.prompt) - 2) for slot in self._slots
+        ]
         source = max(range(len(counts)), key=counts.__getitem__)
         oldest, *others = self._unused()
         if counts[source] < LEAST_SHARED:
@@ -371,12 +432,18 @@ class Engine:
 def count_cores() -> int:
     """Count the cores that this process may use: its affinity and its container's quota count."""
     cores = joblib.cpu_count()
-    return min(cores, psutil.cpu_count(logical=False) or cores)  # some boards and containers report no physical cores
+    return min(
+        cores, psutil.cpu_count(logical=False) or cores
+    )  # some boards and containers report no physical cores
 
 
 def _count(row):
-    return {"answers": int(row.ended), "prompt_tokens": len(row.prompt), "reused_prompt_tokens": row.reused_tokens,
-            "completion_tokens": row.tokens}
+    return {
+        "answers": int(row.ended),
+        "prompt_tokens": len(row.prompt),
+        "reused_prompt_tokens": row.reused_tokens,
+        "completion_tokens": row.tokens,
+    }
 
 
 def _closed(sentence="The model was closed before it had answered."):

@@ -1,4 +1,4 @@
-"""Reads what a model's folder says of its model: lengths, end tokens, the ONNX file and the names of its inputs.
+"""Reads a model's configuration: lengths, end tokens, the ONNX file, names of inputs and outputs.
 
 The folder is what onnxruntime-genai's builder writes. This file opens no model: `decoder` does.
 """
@@ -12,12 +12,19 @@ from mlflow.protos.databricks_pb2 import INVALID_STATE
 
 from .contract import Refusal, as_whole_number
 
-# A graph with two sets of rotary factors compares the length with the most that the short factors are made for.
-ROPE_SWITCH = re.compile(rb"/model/constants/[^\x00-\x1f]*/(\d+)\x12.{1,3}/model/rope_caches_subgraph/Greater", re.S)
+# A graph with two sets of rotary factors compares the length with the most that the short factors
+# are made for.
+ROPE_SWITCH = re.compile(
+    rb"/model/constants/[^\x00-\x1f]*/(\d+)\x12.{1,3}/model/rope_caches_subgraph/Greater", re.S
+)
 ONNX_FILE = re.compile(r"(\w[\w.-]{0,100}/){0,3}\w[\w.-]{0,100}\.onnx")
 OTHER_KINDS = {"encoder", "vision", "speech", "embedding"}
-CACHE_NAMES = {"past_key_names": "past_key_values.%d.key", "past_value_names": "past_key_values.%d.value",
-               "present_key_names": "present.%d.key", "present_value_names": "present.%d.value"}
+CACHE_NAMES = {
+    "past_key_names": "past_key_values.%d.key",
+    "past_value_names": "past_key_values.%d.value",
+    "present_key_names": "present.%d.key",
+    "present_value_names": "present.%d.value",
+}
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,11 @@ class Config:
     vocab_size
         The number of logits for each token.
     head_size, layers
-        The size of an attention head, and the number of layers: the key/value cache has two tensors for each layer.
+        The size of an attention head, and the number of layers: the key/value cache has two tensors
+        for each layer.
     names
-        The names of the graph's inputs and outputs, by their names in ``genai_config.json``. Those of the cache hold a
-        ``%d`` for the layer.
+        The names of the graph's inputs and outputs, by their names in ``genai_config.json``. Those
+        of the cache hold a ``%d`` for the layer.
     """
 
     onnx_file: Path
@@ -52,8 +60,11 @@ class Config:
 
 def unusable(reason: str) -> Refusal:
     """Return the error that says why a folder can't be served."""
-    return Refusal(f"This folder is no model that can be served: {reason}.", "unusable_model",
-                   error_code=INVALID_STATE)
+    return Refusal(
+        f"This folder is no model that can be served: {reason}.",
+        "unusable_model",
+        error_code=INVALID_STATE,
+    )
 
 
 def read_json(path: Path, needed: bool = True) -> dict:
@@ -81,11 +92,16 @@ def read_config(folder: Path) -> Config:
         raise unusable("genai_config.json asks for a library of its own, which is code")
     context_length = _number(model, "context_length", 2) or _number(search, "max_length", 2)
     ends = model.get("eos_token_id")
-    ends = tuple(token for token in (ends if isinstance(ends, list) else [ends])
-                 if _number({"token": token}, "token", 0) is not None)
+    ends = tuple(
+        token
+        for token in (ends if isinstance(ends, list) else [ends])
+        if _number({"token": token}, "token", 0) is not None
+    )
     vocab_size = _number(model, "vocab_size", 1)
     if not (context_length and ends and vocab_size and max(ends) < vocab_size):
-        raise unusable("genai_config.json lacks a context_length, eos_token_id or vocab_size that can be")
+        raise unusable(
+            "genai_config.json lacks a context_length, eos_token_id or vocab_size that can be"
+        )
     head_size, layers = _number(decoder, "head_size", 1), _number(decoder, "num_hidden_layers", 1)
     if not (head_size and layers):
         raise unusable("genai_config.json lacks its decoder's head_size or num_hidden_layers")
@@ -94,17 +110,23 @@ def read_config(folder: Path) -> Config:
         raise unusable("genai_config.json names no ONNX file in its folder")
     window = _object(decoder, "sliding_window")
     if not window.get("layers"):
-        # Such an export sees all tokens in each layer, and its model was trained to see a window of them. Up to the
-        # window's size both are the same.
+        # Such an export sees all tokens in each layer, and its model was trained to see a window of
+        # them. Up to the window's size both are the same.
         context_length = min(context_length, _number(window, "window_size", 1) or context_length)
     if switch := ROPE_SWITCH.search((folder / name).read_bytes()):
         # Beyond the switch, the model would read all tokens anew with other rotary factors.
         context_length = min(context_length, int(switch[1]))
-    names = {"input_ids": "input_ids", "attention_mask": "attention_mask", "logits": "logits"} | CACHE_NAMES
+    names = {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "logits": "logits",
+    } | CACHE_NAMES
     given = _object(decoder, "inputs") | _object(decoder, "outputs")
     names |= {key: given[key] for key in names if isinstance(given.get(key), str)}
     if not all(names[key].count("%d") == names[key].count("%") == 1 for key in CACHE_NAMES):
-        raise unusable("genai_config.json names tensors of the cache without a place for the layer's number")
+        raise unusable(
+            "genai_config.json names tensors of the cache without a place for the layer's number"
+        )
     return Config(folder / name, context_length, ends, vocab_size, head_size, layers, names)
 
 

@@ -1,6 +1,7 @@
 """What MLflow loads and calls: requests come in, chat completions go out, whole or in chunks.
 
-This file knows MLflow. It reads a request by `contract`, makes rows of tokens by `prompt`, and hands them to `engine`.
+This file knows MLflow. It reads a request by `contract`, makes rows of tokens by `prompt`, and
+hands them to `engine`.
 """
 
 import importlib
@@ -34,45 +35,61 @@ def check_folder(folder: Path) -> None:
 
 
 class ChatModel(mlflow.pyfunc.PythonModel):
-    """The chat contract of ``llm/v1/chat`` on an ONNX model. One object serves any number of threads.
+    """The chat contract of ``llm/v1/chat`` on an ONNX model, for any number of threads.
 
-    Whatever is loaded belongs to the context that MLflow passes with each call, and not to this object. MLflow's loader
-    hands over the object of a model file in a global variable. So two threads that load at the same moment may get one
-    object for both, even where their models have different code.
+    Whatever is loaded belongs to the context that MLflow passes with each call, and not to this
+    object. MLflow's loader hands over the object of a model file in a global variable. So two
+    threads that load at the same moment may get one object for both, even where their models have
+    different code.
     """
 
     def load_context(self, context: mlflow.pyfunc.PythonModelContext) -> None:
         """Load the artifact ``model``, a folder that onnxruntime-genai's builder wrote."""
         folder = Path(context.artifacts["model"])
-        context.loaded = self._loaded = _find_code(folder).LoadedModel(folder, context.model_config or {})
-        mlflow.models.set_model(ChatModel())  # MLflow keeps the last one that it was given; let that not be this one
+        context.loaded = self._loaded = _find_code(folder).LoadedModel(
+            folder, context.model_config or {}
+        )
+        mlflow.models.set_model(
+            ChatModel()
+        )  # MLflow keeps the last one that it was given; let that not be this one
 
-    def predict(self, context: mlflow.pyfunc.PythonModelContext, model_input: pd.DataFrame,
-                params: dict | None = None) -> list[dict]:
+    def predict(
+        self,
+        context: mlflow.pyfunc.PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict | None = None,
+    ) -> list[dict]:
         """Answer each conversation with a chat completion, in order.
 
-        ``model_input`` is a table, a dict or a list of dicts: the fields of ``ChatRequest``, and each row may have
-        its own. ``params`` is not used, because every setting is a field of the request.
+        ``model_input`` is a table, a dict or a list of dicts: the fields of ``ChatRequest``, and
+        each row may have its own. ``params`` is not used, because every setting is a field of the
+        request.
 
-        A Refusal names a wrong field before any row runs, or says, as RESOURCE_EXHAUSTED, that too many answers wait.
+        A Refusal names a wrong field before any row runs, or says, as RESOURCE_EXHAUSTED, that too
+        many answers wait.
         """
         return getattr(context, "loaded", self._loaded).answer(model_input)
 
-    def predict_stream(self, context: mlflow.pyfunc.PythonModelContext, model_input: Any,
-                       params: dict | None = None) -> Iterator[dict]:
+    def predict_stream(
+        self,
+        context: mlflow.pyfunc.PythonModelContext,
+        model_input: Any,
+        params: dict | None = None,
+    ) -> Iterator[dict]:
         """Answer one conversation, a dict or a table of one row, in chunks as the tokens come.
 
-        Each choice begins with its role, goes on with text and ends with its finish reason. Closing the iterator ends
-        the work. ``"stream": False`` changes nothing. Errors are those of ``predict``.
+        Each choice begins with its role, goes on with text and ends with its finish reason. Closing
+        the iterator ends the work. ``"stream": False`` changes nothing. Errors are those of
+        ``predict``.
         """
         return getattr(context, "loaded", self._loaded).stream(model_input)
 
     def stats(self) -> dict:
         """Return what waits, runs and is kept now, and what was done since the model was loaded.
 
-        ``since`` is in seconds since 1970. ``reused_prompt_tokens`` are those of ``prompt_tokens`` that were copied
-        from another prompt in the cache; ``cache_tokens`` are those for which the cache has memory now, or has promised
-        it to running answers.
+        ``since`` is in seconds since 1970. ``reused_prompt_tokens`` are those of ``prompt_tokens``
+        that were copied from another prompt in the cache; ``cache_tokens`` are those for which the
+        cache has memory now, or has promised it to running answers.
         """
         return self._loaded.engine.stats()
 
@@ -82,7 +99,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):
 
 
 def _find_code(folder):
-    """Return the module of this name in the code that was logged with a model's folder, this one if there is none."""
+    """Return this module as it was logged with a model, or this one if it was not logged."""
     package = next((folder.parent.parent / "code").glob("chat_*"), None)
     return importlib.import_module(f"{package.name}.model") if package else sys.modules[__name__]
 
@@ -94,8 +111,11 @@ class LoadedModel:
         self._settings = read_settings(settings)
         self._encoder, config = PromptEncoder(folder), read_config(folder)
         self._schemas = SchemaReader(self._encoder.tokenizer, config)
-        self.engine = Engine(config, self._settings.max_waiting, self._settings.threads, self._settings.cache_tokens)
-        # The engine's thread has no reference to this object, which can be freed, and then the thread ends.
+        self.engine = Engine(
+            config, self._settings.max_waiting, self._settings.threads, self._settings.cache_tokens
+        )
+        # The engine's thread has no reference to this object, which can be freed, and then the
+        # thread ends.
         weakref.finalize(self, self.engine.close)
 
     def answer(self, model_input: Any) -> list[dict]:
@@ -108,13 +128,20 @@ class LoadedModel:
         most = min(self._settings.max_rows, self._settings.max_waiting)
         if len(requests) > most:
             raise _too_many(len(requests), most)
-        named = {number: f"Row {number}: " if len(requests) > 1 else "" for number in range(len(requests))}
+        named = {
+            number: f"Row {number}: " if len(requests) > 1 else ""
+            for number in range(len(requests))
+        }
         read = [self._read(values, named[number]) for number, values in enumerate(requests)]
         for number, request in enumerate(read):
             if request.stream:
-                raise invalid("stream", ChatRequest.model_fields["stream"].description, named[number])
+                raise invalid(
+                    "stream", ChatRequest.model_fields["stream"].description, named[number]
+                )
             if request.stream_options:
-                raise invalid("stream_options", "left out where the answer comes whole", named[number])
+                raise invalid(
+                    "stream_options", "left out where the answer comes whole", named[number]
+                )
         if (total := sum(request.n for request in read)) > most:
             raise _too_many(total, most)
         events = queue.SimpleQueue()
@@ -122,11 +149,21 @@ class LoadedModel:
         rows = [row for job in jobs for row in job]
         for _ in self._answers(rows, events, called):
             pass
-        return [self._head("chat.completion") | {
-            "choices": [{"index": index, "message": {"role": "assistant", "content": row.text},
-                         "finish_reason": row.finish_reason} for index, row in enumerate(job)],
-            "usage": usage(job),
-        } for job in jobs]
+        return [
+            self._head("chat.completion")
+            | {
+                "choices": [
+                    {
+                        "index": index,
+                        "message": {"role": "assistant", "content": row.text},
+                        "finish_reason": row.finish_reason,
+                    }
+                    for index, row in enumerate(job)
+                ],
+                "usage": usage(job),
+            }
+            for job in jobs
+        ]
 
     def stream(self, model_input: Any) -> Iterator[dict]:
         """Do what ``ChatModel.predict_stream`` says."""
@@ -146,7 +183,11 @@ class LoadedModel:
         head, begun = self._head("chat.completion.chunk"), set()
 
         def chunk(row, delta, finish_reason=None):
-            return head | {"choices": [{"index": rows.index(row), "delta": delta, "finish_reason": finish_reason}]}
+            return head | {
+                "choices": [
+                    {"index": rows.index(row), "delta": delta, "finish_reason": finish_reason}
+                ]
+            }
 
         for row, text in self._answers(rows, events, called):
             if row not in begun:
@@ -170,17 +211,33 @@ class LoadedModel:
         context_length = self.engine.context_length
         prompt = self._encoder.encode(request.messages, context_length, where)
         if len(prompt) >= context_length:
-            raise invalid("messages", f"fewer than {context_length} tokens, the model's context", where,
-                          "context_length_exceeded")
+            raise invalid(
+                "messages",
+                f"fewer than {context_length} tokens, the model's context",
+                where,
+                "context_length_exceeded",
+            )
         most = min(context_length - len(prompt), self._settings.max_tokens_limit)
         max_tokens = request.max_tokens or min(self._settings.max_tokens, most)
         if max_tokens > most:
-            raise invalid("max_tokens", f"a whole number from 1 to {most} after these messages", where)
+            raise invalid(
+                "max_tokens", f"a whole number from 1 to {most} after these messages", where
+            )
         matcher = self._schemas.bind(request.response_format, where)
-        greedy = not (request.temperature or request.frequency_penalty or request.presence_penalty or matcher)
-        return [Row(prompt, max_tokens, TextWriter(self._encoder.tokenizer, request.stop),
-                    None if greedy else Sampler(request, index, matcher and matcher.deep_copy()), events, stream)
-                for index in range(request.n)]
+        greedy = not (
+            request.temperature or request.frequency_penalty or request.presence_penalty or matcher
+        )
+        return [
+            Row(
+                prompt,
+                max_tokens,
+                TextWriter(self._encoder.tokenizer, request.stop),
+                None if greedy else Sampler(request, index, matcher and matcher.deep_copy()),
+                events,
+                stream,
+            )
+            for index in range(request.n)
+        ]
 
     def _answers(self, rows, events, called):
         """Submit rows; yield ``(row, text)`` as it comes and ``(row, None)`` at a row's end."""
@@ -194,7 +251,10 @@ class LoadedModel:
                 except queue.Empty:
                     continue
                 if row.error:
-                    error, row.error = row.error, None  # a raised error holds its frames, and these the row
+                    error, row.error = (
+                        row.error,
+                        None,
+                    )  # a raised error holds its frames, and these the row
                     raise error
                 left -= text is None
                 yield row, text
@@ -205,30 +265,51 @@ class LoadedModel:
                 _trace(caller, rows, called)
 
     def _head(self, kind):
-        return {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": kind, "created": int(time.time()),
-                "model": self._settings.model}
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": kind,
+            "created": int(time.time()),
+            "model": self._settings.model,
+        }
 
 
 def _too_many(asked, most):
-    return Refusal(f"This call asks for {asked} answers, and one call may ask for {most}.", "invalid_value")
+    return Refusal(
+        f"This call asks for {asked} answers, and one call may ask for {most}.", "invalid_value"
+    )
 
 
 def _trace(caller, rows, called):
-    """Add to a caller's span of MLflow's tracing what each row spent its time on: sizes and times, and no text."""
+    """Add spans with the times and sizes of each row to a caller's span, without any text."""
     for row in rows:
-        spans = [("read", "submitted", {}), ("wait", "started", {}),
-                 ("prefill", "first", {"prompt_tokens": len(row.prompt), "reused_prompt_tokens": row.reused_tokens}),
-                 ("decode", "ended", {"completion_tokens": row.tokens, "finish_reason": row.finish_reason})]
+        spans = [
+            ("read", "submitted", {}),
+            ("wait", "started", {}),
+            (
+                "prefill",
+                "first",
+                {"prompt_tokens": len(row.prompt), "reused_prompt_tokens": row.reused_tokens},
+            ),
+            (
+                "decode",
+                "ended",
+                {"completion_tokens": row.tokens, "finish_reason": row.finish_reason},
+            ),
+        ]
         began = called
         for name, end, sizes in spans:
             ended = row.times.get(end, row.times["ended"])
             mlflow.start_span_no_context(
-                name, parent_span=caller, attributes=sizes, start_time_ns=began).end(end_time_ns=ended)
+                name, parent_span=caller, attributes=sizes, start_time_ns=began
+            ).end(end_time_ns=ended)
             began = ended
 
 
 def usage(rows: list[Row]) -> dict[str, int]:
     """Count the tokens of a request's prompt and of its answers, end tokens left out."""
     prompt, completion = len(rows[0].prompt), sum(row.tokens for row in rows)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
-
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }

@@ -1,7 +1,8 @@
 """Copies this package under a name of its own, for MLflow to log.
 
-MLflow puts a model's ``code_paths`` on Python's search path, and does no more: two versions of a model with a package
-of the same name would share one of the two in a process that loads both. So the copy is named by its sources.
+MLflow puts a model's ``code_paths`` on Python's search path, and does no more: two versions of a
+model with a package of the same name would share one of the two in a process that loads both. So
+the copy is named by its sources.
 """
 
 import hashlib
@@ -26,10 +27,10 @@ class PackagedCode(NamedTuple):
 
 
 def package_code(folder: Path) -> PackagedCode:
-    """Copy this package into ``folder`` as ``chat_`` and a hash of its sources, with a file that loads it.
+    """Copy this package into ``folder``, named by its sources, with a file that loads it.
 
-    The same sources have the same name. A copy that is there already stays as it is. ``folder`` is put on Python's
-    search path, because MLflow runs the file when it logs it.
+    The same sources have the same name. A copy that is there already stays as it is. ``folder`` is
+    put on Python's search path, because MLflow runs the file when it logs it.
     """
     sources = sorted(SOURCES.glob("*.py"))
     digest = hashlib.sha256()
@@ -39,12 +40,15 @@ def package_code(folder: Path) -> PackagedCode:
     package, model_file = folder / name, folder / f"load_{name}.py"
     if not (package.exists() and model_file.exists()):
         folder.mkdir(parents=True, exist_ok=True)
-        # Another process may package the same sources now: each writes a folder of its own and renames it at the end.
+        # Another process may package the same sources now: each writes a folder of its own and
+        # renames it at the end.
         with tempfile.TemporaryDirectory(dir=folder) as draft:
             for source in sources:
                 (Path(draft) / name).mkdir(exist_ok=True)
                 shutil.copyfile(source, Path(draft) / name / source.name)
-            (Path(draft) / model_file.name).write_text(MODEL_FILE.format(package=name), encoding="utf-8")
+            (Path(draft) / model_file.name).write_text(
+                MODEL_FILE.format(package=name), encoding="utf-8"
+            )
             if not package.exists():
                 (Path(draft) / name).rename(package)
             (Path(draft) / model_file.name).replace(model_file)

@@ -1,7 +1,8 @@
 """Chooses the next token of one answer from the model's logits.
 
-Knows the sampling fields of a request (temperature, top_k, top_p, penalties, seed) and, for an answer in JSON, the
-matcher of its schema. Knows nothing of the model, of text, or of the other answers in a batch.
+Knows the sampling fields of a request (temperature, top_k, top_p, penalties, seed) and, for an
+answer in JSON, the matcher of its schema. Knows nothing of the model, of text, or of the other
+answers in a batch.
 """
 
 from collections import Counter
@@ -15,16 +16,16 @@ from .contract import ChatRequest, invalid
 class Sampler:
     """Chooses the tokens of one answer: penalties first, then temperature, top_k and top_p.
 
-    An ``og.Generator`` has one set of search options for its whole batch. A batch of ours holds answers to
-    different requests, so each answer has its own sampler.
+    An ``og.Generator`` has one set of search options for its whole batch. A batch of ours holds
+    answers to different requests, so each answer has its own sampler.
 
     Parameters
     ----------
     request : ChatRequest
         At temperature 0 the likeliest token wins, whatever top_k and top_p are.
     index : int
-        The place of this answer among the request's ``n`` answers. Together with the seed it starts the random
-        numbers, so that the ``n`` answers differ.
+        The place of this answer among the request's ``n`` answers. Seed and index together start
+        the random numbers, so that the ``n`` answers differ.
     matcher : LLMatcher, optional
         Restricts the answer to JSON that fits a schema.
     """
@@ -35,7 +36,7 @@ class Sampler:
         self._random = np.random.default_rng(
             None if request.seed is None else [request.seed, index]
         )
-        self._counts = Counter()  # how often each token stands in the answer
+        self._counts = Counter()  # how often the answer has each token
 
     @property
     def complete(self) -> bool:
@@ -60,8 +61,9 @@ class Sampler:
         if self._matcher is None:
             token = self._pick(logits)
         else:
-            self._forbid_tokens(logits)
+            self._exclude_tokens(logits)
             token = self._pick(logits)
+            # After an error, the matcher still allows and consumes the end token.
             if self._matcher.is_error() or not self._matcher.consume_token(token):
                 raise invalid(
                     "response_format.json_schema.schema",
@@ -77,8 +79,8 @@ class Sampler:
             counts = np.fromiter(self._counts.values(), dtype=np.float64)
             logits[tokens] -= request.frequency_penalty * counts + request.presence_penalty
 
-    def _forbid_tokens(self, logits):
-        """Set the logits of tokens that the schema does not allow next to minus infinity."""
+    def _exclude_tokens(self, logits):
+        """Set the logits of tokens that the schema does not allow to minus infinity."""
         bitmask = np.frombuffer(self._matcher.compute_bitmask(), dtype=np.uint8)
         allowed = np.unpackbits(bitmask, bitorder="little")[: len(logits)]
         logits[allowed == 0] = -np.inf
@@ -87,14 +89,14 @@ class Sampler:
         request = self._request
         if request.temperature == 0:
             return int(logits.argmax())
-        # In place: new arrays of 49,152 numbers would cost as much time as the arithmetic.
-        # The maximum is subtracted first. Division by a temperature near 0 can then overflow to minus infinity only.
+        # Subtract the maximum first: the division by a temperature near 0 can then overflow to
+        # minus infinity only. Work in place, because new arrays would take as long as the rest.
         logits -= logits.max()
         with np.errstate(over="ignore"):
             logits /= request.temperature
         if request.top_k is None or request.top_k >= len(logits):
             return self._draw(np.exp(logits, out=logits))
-        # Most of the time goes into the exponentials, so compute them for the tokens that top_k can keep only.
+        # The exponentials take most of the time, so compute only those that top_k may keep.
         least = np.partition(logits, -request.top_k)[-request.top_k]
         candidates = np.flatnonzero(logits >= least)
         return int(candidates[self._draw(np.exp(logits[candidates]))])
@@ -108,12 +110,15 @@ class Sampler:
 
 
 def _keep_likeliest(weights, top_k, top_p):
-    """Set all weights to 0 but the ``top_k`` largest, and of these all but the fewest that make up ``top_p``."""
+    """Keep the ``top_k`` largest weights, and of these the fewest that make up ``top_p``.
+
+    The others are set to 0.
+    """
     ordered = np.sort(weights)[::-1][:top_k]
     sums = ordered.cumsum()
     count = min(int(np.searchsorted(sums, top_p * sums[-1])) + 1, len(ordered))
     least = ordered[count - 1]
-    # Several tokens may have the least weight. The first of them are kept, as many as the count leaves.
+    # Several tokens may have the least weight. Keep the first ones, as many as the count allows.
     ties = count - np.count_nonzero(weights > least)
     weights[weights < least] = 0
     weights[np.flatnonzero(weights == least)[ties:]] = 0

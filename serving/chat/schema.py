@@ -19,16 +19,16 @@ from tokenizers import Tokenizer
 from .contract import ResponseFormat, invalid
 from .folder import Config
 
-# Characters of JSON. 5,800 optional properties in 65,000 characters take 4 s to compile, and 10,000
-# in 299,000 characters take 15 s.
+# Characters of JSON. 5,800 optional properties in 65,000 characters take 4 to 5 s, and 10,000 in
+# 299,000 characters take 15 s.
 MAX_SCHEMA = 65_536
 # Each pattern for the same value doubles the work: 12 take 0.04 s, 16 take 1.2 s, 18 take 8 s and
 # 490 MB, 22 take more than 30 s and 1.5 GB.
 MAX_PATTERNS = 10
 # Each pair of names is compared: 300 in one object take 5 s, 700 take more than 30 s. Two objects
-# with 10 each, which both apply to each of 650 fields, take 3 s. With 25 each they take 19 s.
+# with 10 each, which both apply to each of 650 fields, take 3 s, with 25 each 12 to 19 s.
 MAX_PATTERN_PROPERTIES = 20
-# Remainders are tried one by one: 99,991 takes up to 2.4 s, 999,983 takes 11 s and 380 MB,
+# Remainders are tried one by one: 99,991 takes 1 s, 999,983 takes 11 s and 380 MB,
 # 9,999,991 takes more than 30 s and 1.3 GB.
 MAX_MULTIPLE = 100_000
 # Where each choice contains the list of choices again, 200 take 0.4 s and then up to 0.8 s for each
@@ -53,7 +53,7 @@ JSON_OPTIONS = {
     # llguidance takes for another one.
     "json_allowed_escapes": '"\\bfnrt',
 }
-# So an answer can't hold these characters. WRITABLE has all others up to the surrogates.
+# Without \u, llguidance can't write these in a string. WRITABLE has the others up to U+D7FF.
 CONTROLS = {chr(code) for code in range(32)}
 UNWRITABLE = CONTROLS - set("\b\t\n\f\r") | {"\x7f"}
 WRITABLE = "".join(chr(code) for code in range(0xD800) if chr(code) not in UNWRITABLE)
@@ -98,7 +98,7 @@ class SchemaReader:
         else:
             field, schema = "response_format", {"type": "object"}
         try:
-            text = json.dumps(schema, allow_nan=False)
+            text = json.dumps(schema)
             requirement = find_broken_requirement(text)
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
         except (TypeError, ValueError, RecursionError):
@@ -126,7 +126,7 @@ class SchemaReader:
 
 
 def find_broken_requirement(text: str) -> str | None:
-    """Return what a schema has to be and is not, or None if llguidance may have it.
+    """Return what a schema has to be and is not, or None if llguidance may compile it.
 
     Parameters
     ----------
@@ -135,7 +135,7 @@ def find_broken_requirement(text: str) -> str | None:
     """
     if len(text) > MAX_SCHEMA:
         return f"of up to {MAX_SCHEMA} characters"
-    if '"x-guidance"' in text:  # options of llguidance, which can lift the rules of JSON
+    if '"x-guidance"' in text:  # llguidance's options, which can allow text that is no JSON
         return "without x-guidance"
     objects = [value for value in _walk(json.loads(text)) if isinstance(value, dict)]
     if keyword := _find_costly_keyword(objects):
@@ -157,9 +157,9 @@ def _find_costly_keyword(objects):
 
     The limits are for the whole schema, because references can bring any of its parts together.
     """
-    lists = _values(objects, "anyOf", list)
-    # A field becomes optional by the choice of null, which contains nothing.
-    choices = [choice for choices in lists for choice in choices if choice != {"type": "null"}]
+    choices = [choice for any_of in _values(objects, "anyOf", list) for choice in any_of]
+    # Optional fields have the choice of null, which contains no further choices.
+    choices = [choice for choice in choices if choice != {"type": "null"}]
     if len(choices) > MAX_CHOICES and any("$ref" in item for item in objects):
         return "anyOf"
     if len(_pattern_properties(objects)) > MAX_PATTERN_PROPERTIES:

@@ -68,7 +68,7 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     # The tiny model's rows take less than a start of Spark differs from the next.
     assert all(ratio > 0 for name, ratio in ratios.items() if name not in BATCH)
     assert json.loads(json.dumps(raw)) == raw
-    assert set(raw) == {"single", "json_rate", "rows16", "callers8", "stream_ttft", "conversation", "growth",
+    assert set(raw) == {"single", "json_rate", "rows16", "callers8", "newcomer_ttft", "conversation", "growth",
                         "fidelity", "service", "spark", "memory", "log_disk", "int8_instructions"}
     sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
     assert len(sizes) == 5 and sizes == sorted(set(sizes))

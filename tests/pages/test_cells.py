@@ -26,7 +26,7 @@ def test_a_run_that_fails_is_marked_so_and_takes_no_later_cells_figures(page, he
     # A pipeline that is none, and a folder that is not there: logging fails as it does for a learner.
     broken = {"pipeline": object(), "model_config": {}, "model_card": None, "messages": [], "device": "cpu",
               "prompt": "Hi", "max_tokens": 8, "temperature": 0.0, "provider": "cpu", "model": "tiny-phi3",
-              "wrapper_file": tmp_path / "none.py", "chat_model": chat_model, "inspect": inspect,
+              "wrapper_file": tmp_path / "none.py", "BUILD": tmp_path, "chat_model": chat_model, "inspect": inspect,
               "entry": SimpleNamespace(context_length=8),
               "prepared": SimpleNamespace(sources=dict.fromkeys(("transformers", "onnx"), "x"),
                                           onnx_dir=tmp_path / "none", transformers_dir=tmp_path / "none")}

@@ -5,6 +5,7 @@ Run: python -m helpers test tests/services/test_chat_model.py
 
 import json
 import shutil
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -115,7 +116,7 @@ def test_without_a_callers_span_none_is_made(fresh, traced, monkeypatch):
 
 @pytest.fixture
 def versions(tiny, tmp_path, monkeypatch):
-    """Return the folders of two saved models whose code differs: the ids of the second one's answers begin otherwise."""
+    """Return the folders of two saved models with different code: the ids of their answers begin differently."""
     sources, saved = package.SOURCES, []
     changed = Path(shutil.copytree(sources, tmp_path / "changed"))
     model_file = changed / "model.py"
@@ -154,6 +155,7 @@ def test_two_versions_that_are_loaded_at_the_same_moment_answer_each_by_its_own_
     monkeypatch.setattr(mlflow.models, "set_model", set_model)
     with ThreadPoolExecutor(2) as pool:
         models = list(pool.map(mlflow.pyfunc.load_model, versions))
+    sys.modules.pop("dbutils", None)  # which MLflow leaves behind where two threads load
     assert models[0].unwrap_python_model() is models[1].unwrap_python_model()  # what MLflow mixes up
     assert [kind_of(model) for model in models * 2] == ["chatcmpl", "changed"] * 2
 

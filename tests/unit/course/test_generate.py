@@ -58,11 +58,11 @@ def cells(table, start):
 
 
 def test_a_table_shows_the_range_over_the_runs_and_what_missed_its_reach():
-    runs = [run(rows16=2.5, single_overhead=0.968), run("2026-01-03", 4, rows16=3.25, single_overhead=0.97)]
+    runs = [run(rows16=2.5, single_overhead=0.998), run("2026-01-03", 4, rows16=3.25, single_overhead=1.0)]
     runs[0]["missed"] = {"single_overhead": "Another program ran."}
     table = ratios_table(runs)
     assert cells(table, "16 rows")[2:] == ["2.500 to 3.250", "at least 1.8"]
-    assert cells(table, "one conversation")[2:] == ["0.968 to 0.970", "at least 0.97; missed on 2026-01-02"]
+    assert cells(table, "one conversation")[2:] == ["0.998 to 1.000", "at least 1.0; missed on 2026-01-02"]
     assert "Missed on 2026-01-02, one conversation through `predict`: Another program ran.\n" in table
     assert "one conversation 100; 16 rows 100;" in table
     twice = ratios_table([runs[0], runs[0]])  # two runs of a day, and one reason

@@ -24,7 +24,7 @@ from serving import chat as chat_model
 # The exercises of each page in the page's order.
 ORDER = {"TransformerPipeline": ("warm pipeline", "request", "alias"),
          "CustomPythonWrapper": ("warm engine", "signature", "alias"),
-         "ChatModel": ("seed", "pieces", "schema", "settings"),
+         "ChatModel": ("seed", "pieces", "schema", "steps", "settings"),
          "Operations": ("roll back", "scorer", "failed calls", "stream usage", "outside the band", "retry"),
          "Cloud": ("reasons", "estimate", "size", "copies")}
 CALLS = {}  # what the operations page knows of the calls that it traced
@@ -68,6 +68,7 @@ def page_names(page="TransformerPipeline", **more):
     """Return what a page has bound where its exercises stand."""
     signature = ModelSignature(CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA)
     return {"mlflow": mlflow, "prompt": "Hello", "max_tokens": 64, "chat_model": chat_model, "client": Registry(),
+            "lengths": [30, 5, 5, 20, 10, 10], "slots": 3,
             "model_info": SimpleNamespace(signature=signature),
             "version": SimpleNamespace(name=NAMES.get(page), version=2)} | CALLS | more
 
@@ -158,6 +159,10 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
     ("pieces", "def read_piece(chunk):\n    return chunk['choices'][0]['delta'].get('content')", "an empty text"),
     ("pieces", "def read_piece(chunk):\n    return str(chunk)", "the delta's content"),
     ("pieces", "read_piece = 'Ma'", "TypeError"),
+    ("steps", "static_steps = 80; joining_steps = 30", "takes as many steps as its longest"),
+    ("steps", "static_steps = 30; joining_steps = 30", "only then the next three begin"),
+    ("steps", "static_steps = 50; joining_steps = 50", "free first"),
+    ("steps", "static_steps = 50; joining_steps = 27", "free first"),
     ("schema", "pet = {'name': 'Tom', 'kind': 'cat', 'age': 3}", "a pet without name"),
     ("schema", "pet = {'type': 'objekt'}", "SchemaError"),
     ("schema", "pet = {'type': 'object', 'not': {}}", "can't keep this schema"),

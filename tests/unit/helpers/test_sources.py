@@ -23,6 +23,7 @@ from helpers.models.catalogue import TRACKS, find_entry, read_catalogue
 from helpers.models.folders import read_receipt, receipt_path
 from helpers.models.kit import MANIFEST
 from helpers.models.sources import (
+    BUILDER_OPTIONS,
     CONVERTER_VERSION,
     Export,
     GgufWheel,
@@ -87,7 +88,7 @@ def test_a_recipe_says_all_that_a_folder_depends_on_and_no_code():
 
     def exported(base):
         return {"export": base, "onnxruntime-genai": importlib.metadata.version("onnxruntime-genai"),
-                "precision": "int8"}
+                "precision": "int8", "options": BUILDER_OPTIONS}
 
     tiny, words = converted("Tiny-Phi3") | {"seed": 1}, converted("Words") | {
         "gguf": TABLES["words"]["wheel"]["member_sha256"]}
@@ -194,7 +195,7 @@ def test_long_steps_run_in_processes_of_their_own_behind_a_bar(home, monkeypatch
     assert export[:8] + export[9:14] + export[15:] == [
         sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i",
         str(home / "words" / "transformers"), "-o", "-p", "int8", "-e", "cpu", "-c",
-        "--extra_options", "windowed_kv_cache=false"]
+        "--extra_options", *BUILDER_OPTIONS]
     assert re.findall(bar, "Converting and de-quantizing GGUF tensors...:  11%|# | 30/272 [00:01") == [("30", "272")]
     assert re.findall(export_bar, "Saving initializers:  50%|##  | 5/10") == [("5", "10")]
 

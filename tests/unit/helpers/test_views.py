@@ -3,6 +3,7 @@
 Run: python -m helpers test tests/unit/helpers/test_views.py
 """
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,7 @@ from helpers import (
     show_folder,
     show_signature,
     show_table,
+    show_timeline,
     show_tokens,
 )
 from helpers.parameters import DEFAULTS
@@ -98,6 +100,31 @@ def test_a_speed_that_nobody_could_tell_is_said_to_be_none_and_no_number_has_a_b
     assert [row[1:3] for row in shown.rows] == [
         ("A", "0.01 s"), ("B", "0.02 s"), ("B", "40.0 tokens per second"), ("A", "the answer was too short to tell")]
     assert html_of(shown).select("td > div")[-1]["style"].startswith("width: 0.00%")
+
+
+# --- callers over time ----------------------------------------------------------------------
+
+
+def span(name, start, end):
+    return SimpleNamespace(name=name, start_time_ns=start, end_time_ns=end)
+
+
+def test_a_timeline_has_a_bar_for_each_stage_of_each_caller():
+    shown = show_timeline("<Two> callers", {
+        "<b>": [span("caller", 0, 2000), span("read", 990, 1000), span("decode", 1250, 1500),
+                span("wait", 1000, 1200), span("prefill", 1200, 1250)],
+        "later": [span("wait", 1500, 1500), span("prefill", 1500, 1750), span("decode", 1750, 2000)]})
+    page = html_of(shown)
+    assert [head.text for head in page.select("th")] == ["<b>", "later"]
+    assert page.caption.text.startswith("<Two> callers: ")
+    bars = [[(bar["title"], *re.findall(r"(?:left|width): ([\d.]+)%", bar["style"])) for bar in row.select("[title]")]
+            for row in page.select("tr")]
+    assert bars == [
+        [("waiting", "0.00", "20.00"), ("reading", "20.00", "5.00"), ("writing", "25.00", "25.00")],
+        [("waiting", "50.00", "0.00"), ("reading", "50.00", "25.00"), ("writing", "75.00", "25.00")]]
+    first, second = repr(shown).splitlines()[1:]
+    assert re.fullmatch(r"<b> {9}\.{12}r{3}w{15,16}", first)
+    assert re.fullmatch(r"later {37,38}r{14,15}w{15,16}", second)
 
 
 # --- tokens and folders -------------------------------------------------------------------------
