@@ -467,8 +467,8 @@ class ServedModel:
         """Yield the chunks of an answer. Closing the iterator ends the work of a model that streams.
 
         A model that streams is asked for a stream even where the answer goes out whole, if its stream tells the usage:
-        only a stream can be ended. ``"stream": False`` then tells it that nobody reads along, and that it may take its
-        time for company. Of any other model, the whole answer comes as one chunk.
+        only a stream can be ended. ``"stream": False`` then tells it that nobody reads along. Of any other model, the
+        whole answer comes as one chunk.
         """
         if not (self.streams if streamed else self._ends_whole):
             self._check_length(values)

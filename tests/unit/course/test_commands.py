@@ -234,7 +234,7 @@ def test_a_model_that_is_not_there_is_refused_with_those_that_are(monkeypatch, c
     monkeypatch.setattr("course.environment.differing_packages", lambda tests: {})
     with refuses("model-unknown") as refusal:
         run_command(["run", "--model", "gpt-5"])
-    names = "tiny-phi3, smollm2-135m, smollm2-135m-crowd, phi-3-mini-4k, phi-4-mini"
+    names = "tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini"
     assert f"Choose one of: {names}; or hub:" in refusal.value.fix
 
 

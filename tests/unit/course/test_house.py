@@ -17,7 +17,7 @@ FLOORS = {
     "helpers": (
         "errors", "strangers", "paths", "files", "requirements",
         "models.steps", "models.pip", "models.catalogue", "models.space", "models.folders", "models.kit",
-        "models.download", "models.usable", "models.hub", "models.convert", "models.crowd", "models.sources",
+        "models.download", "models.usable", "models.hub", "models.convert", "models.sources",
         "models.prepare",
         "stores.database", "stores.server",
         "devices", "parameters", "tracking", "states", "tables", "signatures", "views", "measurement",

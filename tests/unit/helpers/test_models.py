@@ -158,7 +158,7 @@ def test_an_unknown_model_is_refused_with_the_names(cache):
     with refuses("model-unknown") as refusal:
         prepare_model("phi-9")
     assert "'phi-9'" in refusal.value.what
-    assert "tiny-phi3, smollm2-135m, smollm2-135m-crowd, phi" in refusal.value.fix
+    assert "tiny-phi3, smollm2-135m, phi" in refusal.value.fix
     assert not cache.exists()
 
 
@@ -356,5 +356,5 @@ def test_what_the_disk_refuses_is_told_apart_from_other_errors():
 
 
 def test_the_catalogue_is_read_in_its_order():
-    assert list(read_catalogue()) == ["tiny-phi3", "smollm2-135m", "smollm2-135m-crowd", "phi-3-mini-4k", "phi-4-mini"]
+    assert list(read_catalogue()) == ["tiny-phi3", "smollm2-135m", "phi-3-mini-4k", "phi-4-mini"]
     assert find_entry("hub:Org/name@refs/pr/1").folder == "hub--Org--name@refs--pr--1"

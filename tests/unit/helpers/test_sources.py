@@ -168,21 +168,6 @@ def test_an_export_makes_what_it_needs_and_nothing_twice(home, monkeypatch, name
         assert ran == steps
 
 
-def test_a_precision_for_crowds_is_made_of_two_exports_and_the_recipe_says_so(home, monkeypatch):
-    ran = stand_in(monkeypatch)
-    source = source_of(entry_of("words", source=TABLES["words"] | {"precision": "int8-crowd"}), "onnx")
-    assert (source.recipe["precision"], source.origin({})[-23:]) == ("int8-crowd", "with int8-crowd weights")
-    (home / "onnx.partial").mkdir()
-    source.make(home / "onnx.partial", home / "onnx")
-    assert ran[-3:] == ["Exporting to ONNX", "Exporting to ONNX", "Rewriting it for crowds"]
-    exports, (rewriting, _) = stand_in.commands[-3:-1], stand_in.commands[-1]
-    assert [command[command.index("-p") + 1] for command, _ in exports] == ["fp32", "int8"]
-    assert rewriting[1:3] == ["-m", "helpers.models.crowd"]
-    assert rewriting[3:] == [*(str(command[command.index("-o") + 1]) for command, _ in exports),
-                             str(home / "onnx.partial")]
-    assert not list(home.rglob("builder-*"))
-
-
 def test_long_steps_run_in_processes_of_their_own_behind_a_bar(home, monkeypatch):
     stand_in(monkeypatch)
     for name in ("words", "tiny-phi3"):
