@@ -9,6 +9,8 @@ length make a step together, and an answer can begin or end between any two step
 This file knows tokens and slots. Which answer has which slot is for `engine` to decide.
 """
 
+import contextlib
+import math
 import mmap
 import os
 
@@ -18,7 +20,7 @@ import onnxruntime
 from .contract import Refusal
 from .folder import Config, unusable
 
-MOST_SLOTS = 16  # More rows make each step longer and hardly any token cheaper.
+MOST_SLOTS = 16  # More rows make steps longer, and hardly any token cheaper.
 TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
 
 
@@ -41,7 +43,7 @@ class Decoder:
     Raises
     ------
     Refusal
-        The graph is none that this cache fits, or the system has no memory for one slot.
+        The graph does not fit this cache, or the system has no memory for one slot.
     """
 
     def __init__(self, config: Config, threads: int, room: int):
@@ -56,7 +58,7 @@ class Decoder:
             raise unusable("onnxruntime can't load its ONNX file") from None
         self._names, self._vocab_size = config.names, config.vocab_size
         self._read_graph(config)
-        self._room = -(-room // 64) * 64  # a slot then has whole pages
+        self._room = self._round_up(room)
         self.slots = MOST_SLOTS
         while not self._reserve():
             self.slots //= 2
@@ -88,11 +90,9 @@ class Decoder:
         inputs = {tensor.name: tensor for tensor in self._session.get_inputs()}
         outputs = {tensor.name: tensor for tensor in self._session.get_outputs()}
         pasts = [past for past, _ in self._tensors]
-        if inputs.keys() != {
-            names["input_ids"],
-            names["attention_mask"],
-            *pasts,
-        } or outputs.keys() != {names["logits"], *(present for _, present in self._tensors)}:
+        presents = [present for _, present in self._tensors]
+        known_inputs = {names["input_ids"], names["attention_mask"], *pasts}
+        if inputs.keys() != known_inputs or outputs.keys() != {names["logits"], *presents}:
             raise unusable(
                 "its ONNX file has other inputs or outputs than tokens, a mask, logits and "
                 "the cache"
@@ -100,7 +100,8 @@ class Decoder:
         heads = {inputs[past].shape[1] for past in pasts}
         types = {inputs[past].type for past in pasts}
         logits = outputs[names["logits"]]
-        if len(heads | types) > 2 or not {*types, logits.type} <= TYPES.keys():
+        is_known = {*types, logits.type} <= TYPES.keys() and isinstance(min(heads, key=str), int)
+        if len(heads) > 1 or len(types) > 1 or not is_known:
             raise unusable(
                 "its layers have caches of different shapes, or of a type other than "
                 "float32 and float16"
@@ -109,11 +110,18 @@ class Decoder:
         self._type, self._logits_type = TYPES[types.pop()], TYPES[logits.type]
         self._last_only = logits.shape[1] == 1  # the graph gives logits for the last token alone
 
+    def _round_up(self, room):
+        """Return the room of a slot that has whole pages of memory."""
+        heads, head_size = self._shape
+        token_bytes = heads * head_size * np.dtype(self._type).itemsize
+        tokens = mmap.PAGESIZE // math.gcd(mmap.PAGESIZE, token_bytes)
+        return math.ceil(room / tokens) * tokens
+
     def _reserve(self):
         """Reserve memory for all slots. Return whether the system agreed."""
         heads, head_size = self._shape
         shape = self.slots, heads, self._room, head_size
-        size = int(np.prod(shape)) * np.dtype(self._type).itemsize
+        size = math.prod(shape) * np.dtype(self._type).itemsize
         try:
             self._memory = [_reserve_pages(size) for _ in self._tensors]
         except (OSError, MemoryError):
@@ -125,8 +133,8 @@ class Decoder:
     def read(self, slot: int, tokens: list[int], start: int) -> np.ndarray:
         """Read tokens of a prompt into a slot that holds the ``start`` tokens before them.
 
-        One token alone is rounded in another way than two or more together. So a prompt gets the
-        same logits in any pieces, as long as no piece is one token.
+        One token alone is rounded differently from two or more together. So a prompt gets the same
+        logits in any pieces, as long as no piece is one token.
 
         Returns
         -------
@@ -187,8 +195,8 @@ class Decoder:
     def swap(self, one: int, other: int, one_tokens: int, other_tokens: int, trim: bool) -> None:
         """Exchange the contents of two slots, ``one_tokens`` and ``other_tokens`` tokens.
 
-        Each slot then holds the memory of the longer one, unless ``trim`` asks to give back what it does
-        not need. That takes longer, because the system gives each page anew.
+        Each slot then holds the memory of the longer one, unless ``trim`` asks to give back what it
+        does not need. That takes longer, because the system gives each page anew.
         """
         for cache, pages in zip(self._caches, self._memory, strict=True):
             kept, moved = cache[one, :, :one_tokens].copy(), cache[other, :, :other_tokens].copy()
@@ -212,14 +220,14 @@ def _reserve_pages(size):
         return mmap.mmap(-1, size)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     if hasattr(mmap, "MADV_NOHUGEPAGE"):
-        # One token touches each head's part. With huge pages, which numpy.zeros asks for, each part
-        # takes 2 MB at once.
-        pages.madvise(mmap.MADV_NOHUGEPAGE)
+        # A token has a place in each head's part. With huge pages, each part takes 2 MB for it.
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            pages.madvise(mmap.MADV_NOHUGEPAGE)
     return pages
 
 
 def _release_pages(pages, slot, cache):
-    if hasattr(
-        mmap, "MADV_DONTNEED"
-    ):  # without it, on Windows, memory that was written stays with the model
-        pages.madvise(mmap.MADV_DONTNEED, slot * cache[slot].nbytes, cache[slot].nbytes)
+    # Windows has no such call, and macOS takes it as advice: memory that was written stays there.
+    if hasattr(mmap, "MADV_DONTNEED"):
+        size = cache[slot].nbytes
+        pages.madvise(mmap.MADV_DONTNEED, slot * size, size)

@@ -1,9 +1,9 @@
 """Runs the answers of many callers together, on one thread: continuous batching.
 
-Each round of the loop reads a part of the next prompts, then makes one step, in which every running
-answer gets its next token. An answer begins as soon as its prompt is read and leaves when it ends.
-None waits for another, unless all slots or the cache's memory are taken; then answers wait in the
-order in which they came.
+Each round of the loop reads some tokens of the next prompts, then makes one step, in which every
+running answer gets its next token. An answer begins as soon as its prompt is read and leaves when
+it ends. Prompts are read in the order in which they came. They wait while all slots are taken, or
+while the cache has no memory for them.
 
 When an answer has ended, its prompt stays in its slot until another answer needs the slot. A new
 prompt that begins like the prompt in any slot copies that part instead of reading it. So the next
@@ -31,7 +31,7 @@ from .folder import Config
 from .sampler import Sampler
 from .text import TextWriter
 
-# Tokens of prompts that are read between two steps. That takes about as long as four steps.
+# Prompt tokens that are read in a round. They take about as long as four steps.
 PIECE = 64
 LEAST_SHARED = 8  # Reading fewer tokens takes no longer than copying them.
 
@@ -73,7 +73,7 @@ class Row:
             sampler,
         )
         self.events, self.stream = events, stream
-        self.text, self.tokens, self.last_token = "", 0, None
+        self.text, self.token_count, self.last_token = "", 0, None
         self.reused_tokens = 0  # of the prompt, copied from another slot
         self.finish_reason, self.error, self.ended = None, None, False
         self.times = {"submitted": time.time_ns()}  # nanoseconds since 1970
@@ -83,13 +83,13 @@ class Row:
         if token in end_tokens:
             self._finish("stop")
             return
-        if not self.tokens:
+        if not self.token_count:
             self.times["first"] = time.time_ns()
-        self.tokens, self.last_token = self.tokens + 1, token
+        self.token_count, self.last_token = self.token_count + 1, token
         self._write(self.writer.write(token))
         if self.sampler and self.sampler.complete:
             self._finish("stop")
-        elif self.writer.stopped or self.tokens == self.max_tokens:
+        elif self.writer.stopped or self.token_count == self.max_tokens:
             self._finish("length")
 
     def _write(self, text):
@@ -104,9 +104,10 @@ class Row:
         self.end()
 
     def end(self, error: MlflowException | None = None) -> None:
-        """End the row: its answer is whole, its caller went away, or it failed with an error."""
+        """End the row: it is complete, cancelled by its caller, or failed with an error."""
         if not self.ended:
-            self.error, self.ended, self.times["ended"] = error, True, time.time_ns()
+            self.times["ended"] = time.time_ns()
+            self.error, self.ended = error, True
             self.events.put((self, None))
 
 
@@ -119,11 +120,10 @@ class Slot:
     row
         The answer that has the slot; None when it has ended.
     prompt
-        The tokens of a prompt that are in the slot. Behind them is the answer, which is never
-        shared: a step rounds in another way than reading does, and the same prompt has to get the
-        same answer wherever it is asked.
+        The tokens of a prompt that are in the slot. The answer follows them and is never shared:
+        a step rounds differently from reading, and the same prompt has to get the same answer.
     last_used
-        The number of the last row that had the slot.
+        A count that is higher for the slot that was used later.
     """
 
     row: Row | None = None
@@ -131,18 +131,18 @@ class Slot:
     last_used: int = 0
 
     @property
-    def tokens(self) -> int:
-        """The tokens in the slot that are needed. The next step adds an answer's last token."""
-        answer = self.row.tokens - 1 if self.row and self.row.tokens and not self.row.ended else 0
-        return len(self.prompt) + answer
+    def length(self) -> int:
+        """The number of tokens in the slot. An answer's newest token is not in it yet."""
+        is_writing = self.row and self.row.token_count and not self.row.ended
+        return len(self.prompt) + (self.row.token_count - 1 if is_writing else 0)
 
 
 def count_shared(one: list[int], other: list[int]) -> int:
     """Count the tokens with which both begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next(
-        (place for place, (left, right) in pairs if left != right), min(len(one), len(other))
-    )
+    for index, (left, right) in enumerate(zip(one, other, strict=False)):
+        if left != right:
+            return index
+    return min(len(one), len(other))
 
 
 def end_piece(start: int, stop: int, size: int) -> int:
@@ -155,7 +155,7 @@ def end_piece(start: int, stop: int, size: int) -> int:
 
 
 class Engine:
-    """Answers rows for callers on any thread, on a thread of its own that ends with ``close``.
+    """Runs rows from any thread on one thread of its own, which `close` ends.
 
     Parameters
     ----------
@@ -187,9 +187,9 @@ class Engine:
         self._waiting, self._changed, self._closed = deque(), threading.Condition(), False
         # The running answers have the first slots, because a step takes a range of slots.
         self._slots = [Slot() for _ in range(self._decoder.slots)]
-        self._running = 0  # the number of answers that are being written
-        self._reading = None  # the place of the slot whose prompt is being read
-        self._rows_begun = 0
+        self._running_count = 0  # the number of answers that are being written
+        self._reading_index = None  # the index of the slot whose prompt is being read
+        self._uses = 0
         self._done = dict.fromkeys(
             ("answers", "prompt_tokens", "reused_prompt_tokens", "completion_tokens"), 0
         )
@@ -201,23 +201,28 @@ class Engine:
         """Queue all of ``rows``, or none: then a Refusal says why."""
         with self._changed:
             if self._closed or not self._thread.is_alive():
-                raise _closed("This model is closed. Load it again.")
-            self._waiting = deque(row for row in self._waiting if not row.ended)
-            if len(self._waiting) + len(rows) > self._max_waiting:
+                raise _closed_error("This model is closed. Load it again.")
+            # Only the engine's thread takes rows out of the queue, cancelled ones too.
+            waiting = sum(not row.ended for row in self._waiting)
+            if waiting + len(rows) > self._max_waiting:
                 raise Refusal(
-                    f"The model is busy: {len(self._waiting)} answers wait, and "
-                    f"{self._max_waiting} may. Try again later.",
+                    f"The model is busy: {waiting} answers wait, and {self._max_waiting} may. "
+                    "Try again later.",
                     "busy",
                     error_code=RESOURCE_EXHAUSTED,
                 )
             self._waiting += rows
             self._changed.notify()
 
-    def close(self) -> None:
-        """End the thread, and each answer with an error. A closed engine stays closed."""
+    def stop(self) -> None:
+        """Let the thread end soon, and each answer with an error. A closed engine stays closed."""
         with self._changed:
             self._closed = True
             self._changed.notify()
+
+    def close(self) -> None:
+        """Do what `stop` does, and wait until the thread has ended and its memory is free."""
+        self.stop()
         if self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -232,15 +237,9 @@ class Engine:
                 for name, count in self._done.items()
             }
             held = self._count_held(range(len(self._slots)))
-        return (
-            {
-                "since": self._since,
-                "waiting": waiting,
-                "running": sum(not row.ended for row in rows),
-            }
-            | done
-            | {"cache_tokens": held, "kept_conversations": kept}
-        )
+        running = sum(not row.ended for row in rows)
+        now = {"since": self._since, "waiting": waiting, "running": running}
+        return now | done | {"cache_tokens": held, "kept_conversations": kept}
 
     def _run(self):
         try:
@@ -255,7 +254,7 @@ class Engine:
             left = [*self._waiting, *(slot.row for slot in self._slots if slot.row)]
             self._waiting = deque()
         for row in left:
-            row.end(_closed())
+            row.end(_closed_error())
         self._remove_ended()
         with self._changed:
             self._slots, self._decoder = [], None  # frees the model and its cache
@@ -263,46 +262,50 @@ class Engine:
     def _wait_for_work(self):
         """Wait until there is a row to work on. Return False when the engine is closed."""
         with self._changed:
-            while not (self._waiting or self._running or self._reading is not None or self._closed):
+            while not (self._closed or self._waiting or any(slot.row for slot in self._slots)):
                 self._changed.wait()
             return not self._closed
 
     def _remove_ended(self):
         """Take ended answers out of their slots. The last running answer fills the gap."""
-        for place in reversed(range(self._running)):
-            if self._slots[place].row.ended:
-                self._swap(place, self._running - 1)
-                self._running -= 1
-                self._empty(self._running)
-        if self._reading is not None and self._slots[self._reading].row.ended:
-            self._empty(self._reading)
-            self._reading = None
+        for index in reversed(range(self._running_count)):
+            if self._slots[index].row.ended:
+                self._swap(index, self._running_count - 1)
+                self._running_count -= 1
+                self._detach_row(self._running_count)
+        if self._reading_index is not None and self._slots[self._reading_index].row.ended:
+            self._detach_row(self._reading_index)
+            self._reading_index = None
 
-    def _empty(self, place):
-        slot = self._slots[place]
+    def _detach_row(self, index):
+        """Take the row out of a slot, count it, and keep its prompt there."""
+        slot = self._slots[index]
         with self._changed:
             for name, count in _count(slot.row).items():
                 self._done[name] += count
             slot.row = None
+            self._mark_used(slot)
+
+    def _mark_used(self, slot):
+        self._uses += 1
+        slot.last_used = self._uses
 
     def _swap(self, one, other):
-        if one != other:
-            slots, held = self._slots, self._decoder.held
-            more_held = self._count_held(range(len(slots))) + abs(held[one] - held[other])
-            self._decoder.swap(
-                one,
-                other,
-                slots[one].tokens,
-                slots[other].tokens,
-                trim=more_held > self._cache_tokens,
-            )
+        """Exchange two slots, and free memory where the cache would hold too much after it."""
+        if one == other:
+            return
+        slots, held = self._slots, self._decoder.held
+        held_after = self._count_held(range(len(slots))) + abs(held[one] - held[other])
+        trim = held_after > self._cache_tokens
+        self._decoder.swap(one, other, slots[one].length, slots[other].length, trim)
+        with self._changed:
             slots[one], slots[other] = slots[other], slots[one]
 
     def _read_prompts(self):
         """Read as many tokens of prompts as one piece has, row after row."""
         read = 0
-        while self._reading is not None or self._begin_next():
-            slot = self._slots[self._reading]
+        while self._reading_index is not None or self._begin_next():
+            slot = self._slots[self._reading_index]
             start = len(slot.prompt)
             end = end_piece(start, len(slot.row.prompt), self._piece)
             if read and read + end - start > self._piece:
@@ -314,35 +317,39 @@ class Engine:
         """Read a piece of a slot's prompt. Behind its last piece the answer begins."""
         row = slot.row
         try:
-            logits = self._decoder.read(self._reading, row.prompt[start:end], start)
+            logits = self._decoder.read(self._reading_index, row.prompt[start:end], start)
         except Exception:
             self._fail([row])
-            self._empty(self._reading)
-            self._reading = None
-            return
-        slot.prompt = row.prompt[:end]
-        if end == len(row.prompt):
-            self._take(row, logits)
-            self._swap(self._reading, self._running)
-            self._reading, self._running = None, self._running + 1
+        else:
+            slot.prompt = row.prompt[:end]
+            if end < len(row.prompt):
+                return
+            self._choose_token(row, logits)
+        if row.ended:  # it failed, or its first token is its last
+            self._detach_row(self._reading_index)
+        else:
+            self._swap(self._reading_index, self._running_count)
+            self._running_count += 1
+        self._reading_index = None
 
     def _step(self):
         """Give each running answer its next token."""
-        rows = [slot.row for slot in self._slots[: self._running]]
+        rows = [slot.row for slot in self._slots[: self._running_count]]
         if not rows or all(row.ended for row in rows):
             return
         try:
             logits = self._decoder.step(
-                [row.last_token for row in rows], [len(row.prompt) + row.tokens for row in rows]
+                [row.last_token for row in rows],
+                [len(row.prompt) + row.token_count for row in rows],
             )
         except Exception:
             self._fail(rows)
             return
         for row, row_logits in zip(rows, logits, strict=True):
             if not row.ended:
-                self._take(row, row_logits)
+                self._choose_token(row, row_logits)
 
-    def _take(self, row, logits):
+    def _choose_token(self, row, logits):
         """Choose a row's next token by its logits."""
         try:
             token = row.sampler.choose(logits) if row.sampler else int(logits.argmax())
@@ -366,45 +373,22 @@ class Engine:
             while self._waiting and self._waiting[0].ended:
                 self._waiting.popleft()
             row = self._waiting[0] if self._waiting else None
-        if row is None or self._running == len(self._slots) or not self._free_memory(row):
+        if row is None or self._running_count == len(self._slots):
+            return False
+        needed = len(row.prompt) + row.max_tokens
+        if self._count_held(range(self._running_count)) + needed > self._cache_tokens:
             return False
         target, source, shared = self._choose_slot(row)
-        if source != target:
+        target, source, shared = self._free_memory(needed, target, source, shared)
+        if source != target and shared:
             self._decoder.copy(source, target, shared)
         row.reused_tokens, row.times["started"] = shared, time.time_ns()
         with self._changed:
             self._waiting.popleft()
-            self._rows_begun += 1
-            self._slots[source].last_used = self._rows_begun
-            self._slots[target] = Slot(row, row.prompt[:shared], self._rows_begun)
-        self._reading = target
+            self._mark_used(self._slots[source])
+            self._slots[target] = Slot(row, row.prompt[:shared])
+        self._reading_index = target
         return True
-
-    def _unused(self):
-        """Return the places of the slots without an answer, the least recently used first."""
-        return sorted(
-            range(self._running, len(self._slots)), key=lambda place: self._slots[place].last_used
-        )
-
-    def _free_memory(self, row):
-        """Free memory of kept prompts for a row. Return False if running answers need too much."""
-        needed = len(row.prompt) + row.max_tokens
-        if self._count_held(range(self._running)) + needed > self._cache_tokens:
-            return False
-        for place in self._unused():
-            if self._count_held(range(len(self._slots))) + needed <= self._cache_tokens:
-                break
-            self._decoder.release(place)
-            self._slots[place] = Slot()
-        return True
-
-    def _count_held(self, places):
-        """Count the tokens for which slots hold memory or have promised it to their answers."""
-        rows = {place: self._slots[place].row for place in places}
-        return sum(
-            max(self._decoder.held[place], len(row.prompt) + row.max_tokens if row else 0)
-            for place, row in rows.items()
-        )
 
     def _choose_slot(self, row):
         """Choose a slot for a row, and a slot whose prompt begins in the same way.
@@ -412,29 +396,75 @@ class Engine:
         Returns
         -------
         tuple[int, int, int]
-            The place of the row's slot, the place of the other, which may be the same, and how many
-            tokens they share.
+            The index of the row's slot, that of the other, which may be the same, and the number of
+            tokens that they share.
         """
-        # Two tokens are left to read: the last one's logits are needed, and one alone would be
-        # rounded in another way.
-        counts = [
-            min(count_shared(slot.prompt, row.prompt), len(row.prompt) - 2) for slot in self._slots
-        ]
+        # Two tokens are left to read: the last one's logits are needed, and one token alone would
+        # be rounded differently.
+        most = len(row.prompt) - 2
+        counts = [min(count_shared(slot.prompt, row.prompt), most) for slot in self._slots]
         source = max(range(len(counts)), key=counts.__getitem__)
-        oldest, *others = self._unused()
-        if counts[source] < LEAST_SHARED:
+        shared = counts[source]
+        oldest, *others = self._unused_slots()
+        if shared < LEAST_SHARED:
             return oldest, oldest, 0
-        if source >= self._running and counts[source] >= len(self._slots[source].prompt) - 2:
-            return source, source, counts[source]  # it goes on with the conversation that is there
-        return others[0] if source == oldest and others else oldest, source, counts[source]
+        is_unused = source >= self._running_count
+        if is_unused and (shared >= len(self._slots[source].prompt) - 2 or not others):
+            return source, source, shared  # the row goes on in the slot of its conversation
+        return others[0] if source == oldest else oldest, source, shared
+
+    def _free_memory(self, needed, target, source, shared):
+        """Forget kept prompts until ``needed`` tokens fit, those of the chosen slots last.
+
+        Returns
+        -------
+        tuple[int, int, int]
+            What `_choose_slot` returned, changed where one of its slots had to be forgotten.
+        """
+        for index in self._unused_slots():
+            if index not in (target, source) and not self._fits(needed, target):
+                self._forget(index)
+        if target != source and not self._fits(needed, target):
+            self._forget(target)
+            if source >= self._running_count:
+                target = source
+        # A slot that once held a long answer would count as much again, though the row needs less.
+        is_large = self._decoder.held[target] > 2 * needed and (source != target or not shared)
+        if is_large or not self._fits(needed, target):
+            self._forget(target)
+            shared = shared if source != target else 0
+        return target, source, shared
+
+    def _fits(self, needed, target):
+        """Return whether a row of ``needed`` tokens fits in the cache, in the slot ``target``."""
+        others = [index for index in range(len(self._slots)) if index != target]
+        held = max(self._decoder.held[target], needed)
+        return self._count_held(others) + held <= self._cache_tokens
+
+    def _forget(self, index):
+        self._decoder.release(index)
+        self._slots[index] = Slot()
+
+    def _unused_slots(self):
+        """Return the indexes of the slots without a row, the least recently used first."""
+        unused = range(self._running_count, len(self._slots))
+        return sorted(unused, key=lambda index: self._slots[index].last_used)
+
+    def _count_held(self, indexes):
+        """Add up the tokens that slots have memory for, or that their rows may need."""
+        total = 0
+        for index in indexes:
+            row = self._slots[index].row
+            reserved = len(row.prompt) + row.max_tokens if row else 0
+            total += max(self._decoder.held[index], reserved)
+        return total
 
 
 def count_cores() -> int:
-    """Count the cores that this process may use: its affinity and its container's quota count."""
+    """Count the cores that this process may use by its affinity and its container's quota."""
     cores = joblib.cpu_count()
-    return min(
-        cores, psutil.cpu_count(logical=False) or cores
-    )  # some boards and containers report no physical cores
+    physical = psutil.cpu_count(logical=False) or cores  # some boards report no physical cores
+    return min(cores, physical)
 
 
 def _count(row):
@@ -442,9 +472,9 @@ def _count(row):
         "answers": int(row.ended),
         "prompt_tokens": len(row.prompt),
         "reused_prompt_tokens": row.reused_tokens,
-        "completion_tokens": row.tokens,
+        "completion_tokens": row.token_count,
     }
 
 
-def _closed(sentence="The model was closed before it had answered."):
+def _closed_error(sentence="The model was closed before it had answered."):
     return Refusal(sentence, "closed", error_code=INVALID_STATE)

@@ -110,8 +110,8 @@ def read_config(folder: Path) -> Config:
         raise unusable("genai_config.json names no ONNX file in its folder")
     window = _object(decoder, "sliding_window")
     if not window.get("layers"):
-        # Such an export sees all tokens in each layer, and its model was trained to see a window of
-        # them. Up to the window's size both are the same.
+        # Such an export sees all tokens, and its model was trained to see a window of them. Up to
+        # the window's size both are the same.
         context_length = min(context_length, _number(window, "window_size", 1) or context_length)
     if switch := ROPE_SWITCH.search((folder / name).read_bytes()):
         # Beyond the switch, the model would read all tokens anew with other rotary factors.
@@ -135,6 +135,6 @@ def _object(values, name):
 
 
 def _number(values, name, least):
-    """Return a whole number of at least so much, None for anything else."""
+    """Return a whole number that is at least ``least``, None for anything else."""
     value = as_whole_number(values.get(name))
     return value if type(value) is int and least <= value < 2**31 else None

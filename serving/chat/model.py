@@ -6,7 +6,6 @@ hands them to `engine`.
 
 import importlib
 import queue
-import sys
 import time
 import uuid
 import weakref
@@ -37,10 +36,10 @@ def check_folder(folder: Path) -> None:
 class ChatModel(mlflow.pyfunc.PythonModel):
     """The chat contract of ``llm/v1/chat`` on an ONNX model, for any number of threads.
 
-    Whatever is loaded belongs to the context that MLflow passes with each call, and not to this
-    object. MLflow's loader hands over the object of a model file in a global variable. So two
-    threads that load at the same moment may get one object for both, even where their models have
-    different code.
+    What is loaded belongs to the context that MLflow passes with each call. MLflow's loader hands
+    over the object of a model file in a global variable, so two threads that load at the same
+    moment may get one object for both models, even if their code differs. `stats` and `close` have
+    no context: they are for the model that this object loaded last.
     """
 
     def load_context(self, context: mlflow.pyfunc.PythonModelContext) -> None:
@@ -80,7 +79,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):
 
         Each choice begins with its role, goes on with text and ends with its finish reason. Closing
         the iterator ends the work. ``"stream": False`` changes nothing. Errors are those of
-        ``predict``.
+        ``predict``; that the model is busy or closed shows at the first chunk.
         """
         return getattr(context, "loaded", self._loaded).stream(model_input)
 
@@ -94,18 +93,19 @@ class ChatModel(mlflow.pyfunc.PythonModel):
         return self._loaded.engine.stats()
 
     def close(self) -> None:
-        """Free the engine and its thread. Answers in the making end with an error."""
+        """Free the engine and its thread. Running and waiting answers end with an error."""
         self._loaded.engine.close()
 
 
 def _find_code(folder):
     """Return this module as it was logged with a model, or this one if it was not logged."""
-    package = next((folder.parent.parent / "code").glob("chat_*"), None)
-    return importlib.import_module(f"{package.name}.model") if package else sys.modules[__name__]
+    logged = next((folder.parent.parent / "code").glob("chat_*/model.py"), None)
+    name = f"{logged.parent.name}.model" if logged else __name__
+    return importlib.import_module(name)
 
 
 class LoadedModel:
-    """A folder's model with its engine, by settings that change those of `Settings`."""
+    """The model of a folder, its engine and its settings."""
 
     def __init__(self, folder: Path, settings: dict):
         self._settings = read_settings(settings)
@@ -116,7 +116,7 @@ class LoadedModel:
         )
         # The engine's thread has no reference to this object, which can be freed, and then the
         # thread ends.
-        weakref.finalize(self, self.engine.close)
+        weakref.finalize(self, self.engine.stop)
 
     def answer(self, model_input: Any) -> list[dict]:
         """Do what ``ChatModel.predict`` says."""
@@ -293,7 +293,7 @@ def _trace(caller, rows, called):
             (
                 "decode",
                 "ended",
-                {"completion_tokens": row.tokens, "finish_reason": row.finish_reason},
+                {"completion_tokens": row.token_count, "finish_reason": row.finish_reason},
             ),
         ]
         began = called
@@ -307,7 +307,7 @@ def _trace(caller, rows, called):
 
 def usage(rows: list[Row]) -> dict[str, int]:
     """Count the tokens of a request's prompt and of its answers, end tokens left out."""
-    prompt, completion = len(rows[0].prompt), sum(row.tokens for row in rows)
+    prompt, completion = len(rows[0].prompt), sum(row.token_count for row in rows)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -2,7 +2,7 @@
 
 MLflow puts a model's ``code_paths`` on Python's search path, and does no more: two versions of a
 model with a package of the same name would share one of the two in a process that loads both. So
-the copy is named by its sources.
+the name of the copy is a hash of its sources.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 SOURCES = Path(__file__).parent
-MODEL_FILE = """import mlflow
+MODEL_FILE = "load_chat_model.py"
+MODEL_CODE = """import mlflow
 from {package}.model import ChatModel
 mlflow.models.set_model(ChatModel())
 """
@@ -36,22 +37,21 @@ def package_code(folder: Path) -> PackagedCode:
     digest = hashlib.sha256()
     for source in sources:
         digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    name = f"chat_{digest.hexdigest()[:8]}"
-    package, model_file = folder / name, folder / f"load_{name}.py"
-    if not (package.exists() and model_file.exists()):
-        folder.mkdir(parents=True, exist_ok=True)
-        # Another process may package the same sources now: each writes a folder of its own and
-        # renames it at the end.
-        with tempfile.TemporaryDirectory(dir=folder) as draft:
+    package = folder.resolve() / f"chat_{digest.hexdigest()[:8]}"
+    if not package.exists():
+        package.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=package.parent) as scratch:
+            draft = Path(scratch) / "package"
+            draft.mkdir()
             for source in sources:
-                (Path(draft) / name).mkdir(exist_ok=True)
-                shutil.copyfile(source, Path(draft) / name / source.name)
-            (Path(draft) / model_file.name).write_text(
-                MODEL_FILE.format(package=name), encoding="utf-8"
-            )
-            if not package.exists():
-                (Path(draft) / name).rename(package)
-            (Path(draft) / model_file.name).replace(model_file)
-    if str(folder) not in sys.path:
-        sys.path.append(str(folder))
-    return PackagedCode(str(model_file), [str(package)])
+                shutil.copyfile(source, draft / source.name)
+            code = MODEL_CODE.format(package=package.name)
+            (draft / MODEL_FILE).write_text(code, encoding="utf-8")
+            try:
+                draft.rename(package)
+            except OSError:
+                if not package.exists():  # otherwise another process was faster
+                    raise
+    if str(package.parent) not in sys.path:
+        sys.path.append(str(package.parent))
+    return PackagedCode(str(package / MODEL_FILE), [str(package)])

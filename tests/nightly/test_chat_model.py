@@ -117,7 +117,7 @@ def run(engine, prompts, seeds=(None, 5)):
 def engines(tiny):
     """Return an engine that reads each prompt whole, and one that shares what it has read."""
     pair = [Engine(read_config(tiny.onnx_dir), 40) for _ in range(2)]
-    pair[0]._choose_slot = lambda row: (pair[0]._unused()[0], pair[0]._unused()[0], 0)
+    pair[0]._choose_slot = lambda row: (pair[0]._unused_slots()[0], pair[0]._unused_slots()[0], 0)
     yield pair
     for engine in pair:
         engine.close()

@@ -22,7 +22,7 @@ def engine_threads():
 def share_nothing(model):
     """Let a model read each prompt whole, whatever its cache holds."""
     engine = engine_of(model)
-    engine._choose_slot = lambda row: (engine._unused()[0], engine._unused()[0], 0)
+    engine._choose_slot = lambda row: (engine._unused_slots()[0], engine._unused_slots()[0], 0)
     return model
 
 

@@ -279,4 +279,6 @@ def test_closing_and_forgetting_a_model_frees_its_thread(saved, before):
         forgotten.predict(AS_SHOWN)
     del forgotten, one
     gc.collect()
+    for thread in set(engine_threads()) - running:
+        thread.join(60)
     assert set(engine_threads()) <= running

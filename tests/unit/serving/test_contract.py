@@ -609,5 +609,5 @@ def test_a_setting_out_of_its_range_is_refused(setting, value, allowed):
 
 
 def test_usage_counts_the_prompt_once_and_adds_up_the_answers():
-    rows = [SimpleNamespace(prompt=[1, 2, 3], tokens=tokens) for tokens in (4, 5)]
+    rows = [SimpleNamespace(prompt=[1, 2, 3], token_count=tokens) for tokens in (4, 5)]
     assert usage(rows) == {"prompt_tokens": 3, "completion_tokens": 9, "total_tokens": 12}

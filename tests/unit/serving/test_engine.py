@@ -7,6 +7,7 @@ Run: python -m helpers test tests/unit/serving/test_engine.py
 """
 
 import itertools
+import os
 import queue
 import random
 import threading
@@ -110,7 +111,7 @@ def test_a_row_ends_where_its_answer_does(tokens, fields, text, count, reason, s
         assert one.finish_reason is None
         one.take(ord(token), CONFIG.end_tokens)
         assert one.ended == (place == len(tokens) - 1)
-    assert (one.text, one.tokens, one.finish_reason, one.error) == (text, count, reason, None)
+    assert (one.text, one.token_count, one.finish_reason, one.error) == (text, count, reason, None)
     assert events(one) == (streamed if stream else [None])
 
 
@@ -144,7 +145,7 @@ def test_a_row_ends_where_its_schema_is_complete(after, fields, text, reason):
     for token in "abc":
         assert not one.ended
         one.take(ord(token), CONFIG.end_tokens)
-    assert (one.text, one.finish_reason, one.ended, one.tokens) == (text, reason, True, 3)
+    assert (one.text, one.finish_reason, one.ended, one.token_count) == (text, reason, True, 3)
 
 
 def test_a_row_notes_the_times_of_its_stages(start):
@@ -374,6 +375,37 @@ def test_the_least_recently_used_prompts_are_given_up_first(start):
     assert prompts[1] not in kept
 
 
+def test_where_memory_is_short_a_conversation_goes_on_in_its_slot(start):
+    engine, decoder = start(cache_tokens=200)
+    prompt = prompt_of(100)
+    for size, reused in ((0, 0), (20, 100), (50, 120)):
+        one = row([*prompt, *prompt_of(size, 3)], 20)  # twice as many tokens would not fit
+        engine.submit([one])
+        check(one)
+        settle(engine)
+        assert one.reused_tokens == reused
+    other = row([*prompt[:40], *prompt_of(110, 4)], 45)  # there is no memory for a second slot
+    engine.submit([other])
+    check(other)
+    assert other.reused_tokens == 40
+    assert decoder.most_held <= 200
+
+
+def test_a_slot_that_held_a_long_answer_does_not_count_as_much_for_a_short_one(start):
+    engine, decoder = start(cache_tokens=256)
+    for size in (200, 10, 10):
+        one = row(prompt_of(size, size), 4)
+        engine.submit([one])
+        check(one)
+    settle(engine)
+    decoder.hold(calls=2)
+    rows = [row(prompt_of(60, seed), 40) for seed in (7, 8)]
+    engine.submit(rows)
+    decoder.go()
+    check(*rows)
+    assert ("step", 2) in decoder.calls  # there is memory for both
+
+
 # --- callers who go away, and the queue -------------------------------------------------------
 
 
@@ -390,7 +422,7 @@ def test_a_caller_who_leaves_frees_the_slot_at_once(start):
     decoder.go()
     check(after)
     settle(engine)
-    assert decoder.calls[41:] == [("read", 0, 20), *[("step", 1)] * 3]
+    assert [(kind, size) for kind, *_, size in decoder.calls[41:]] == [("read", 20), *[("step", 1)] * 3]
     stats = engine.stats()
     assert (stats["running"], stats["answers"]) == (0, 17)
 
@@ -421,7 +453,7 @@ def test_a_caller_who_leaves_while_waiting_is_never_run(start):
     gone.end()
     decoder.go()
     check(first, here)
-    assert (gone.tokens, "started" in gone.times) == (0, False)
+    assert (gone.token_count, "started" in gone.times) == (0, False)
 
 
 def test_the_caller_over_the_limit_gets_an_error_at_once_and_nothing_of_it_is_queued(start):
@@ -443,6 +475,23 @@ def test_the_caller_over_the_limit_gets_an_error_at_once_and_nothing_of_it_is_qu
     engine.submit(more[1:])
     decoder.go()
     check(first, *waiting[1:], *more)
+
+
+def test_a_row_that_is_cancelled_while_it_gets_a_slot_takes_no_other_along(start, monkeypatch):
+    engine, _ = start()
+    gone, here, choose = row(prompt_of(20, 1), 4), row(prompt_of(20, 2), 4), engine._choose_slot
+
+    def cancel(one):
+        if one is gone:
+            gone.end()
+            engine.submit([here])
+        return choose(one)
+
+    monkeypatch.setattr(engine, "_choose_slot", cancel)
+    engine.submit([gone])
+    check(here)
+    settle(engine)
+    assert engine.stats()["waiting"] == engine.stats()["running"] == 0
 
 
 # --- what it counts -------------------------------------------------------------------------
@@ -537,13 +586,37 @@ def test_a_step_that_fails_ends_its_answers_and_the_next_ones_are_answered(faili
     check(good)
 
 
+@pytest.mark.parametrize("ends", ["by an end token", "by its length", "by an error"])
+def test_an_answer_that_ends_with_its_first_token_takes_no_other_along(start, ends):
+    class Ends:
+        complete = False
+
+        def choose(self, logits):
+            if ends == "by an error":
+                raise ValueError
+            return 0 if ends == "by an end token" else int(logits.argmax())
+
+    engine, decoder = start()
+    decoder.hold(calls=3)
+    beside = row(prompt_of(10, 1), 40)
+    engine.submit([beside])
+    assert decoder.reached.wait(60)
+    short = row(prompt_of(10, 2), 1, sampler=Ends())
+    engine.submit([short])
+    decoder.go()
+    wait_for(short)
+    assert bool(short.error) == (ends == "by an error")
+    check(beside)
+    assert ("step", 2) not in decoder.calls  # it takes part in no step
+
+
 @pytest.mark.parametrize("error", [Refusal("The schema grew.", "invalid_value"), ValueError("a mistake of ours")])
 def test_an_answer_whose_sampler_fails_takes_no_other_along(start, error):
     class Fails:
         complete = False
 
         def choose(self, logits):
-            if failed.tokens == 3:
+            if failed.token_count == 3:
                 raise error
             return int(logits.argmax())
 
@@ -556,12 +629,12 @@ def test_an_answer_whose_sampler_fails_takes_no_other_along(start, error):
     wait_for(failed)
     says = error.message if isinstance(error, Refusal) else "The engine failed on this request."
     assert failed.error.message == says
-    assert failed.tokens == 3
+    assert failed.token_count == 3
 
 
 def test_where_the_engines_own_thread_fails_its_callers_are_told(start, monkeypatch, caplog):
     engine, _ = start()
-    monkeypatch.setattr(engine, "_free_memory", lambda row: 1 / 0)
+    monkeypatch.setattr(engine, "_choose_slot", lambda row: 1 / 0)
     one = row()
     engine.submit([one])
     wait_for(one)
@@ -600,6 +673,21 @@ def test_closing_ends_rows_in_every_state_with_an_error(start):
         engine.submit([row()])
     engine.close()  # a second time is no error
     assert engine._decoder is None  # its memory is free
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process")
+def test_a_forked_process_is_told_that_the_model_is_closed(start):
+    engine, _ = start()
+    settle(engine)
+    child = os.fork()
+    if not child:  # a fork leaves the engine's thread behind
+        try:
+            engine.submit([row()])
+        except Refusal as refusal:
+            os._exit(0 if refusal.code == "closed" else 1)
+        os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 @pytest.mark.parametrize(("logical", "physical", "cores"), [
