@@ -181,8 +181,8 @@ class Engine:
         self._cache_tokens = cache_tokens or 2 * config.context_length
         self.context_length = min(config.context_length, self._cache_tokens)
         self._decoder = Decoder(config, threads or count_cores(), self.context_length)
-        # The attention takes twice its head size of tokens at a time, and of a longer piece one
-        # could be left alone.
+        # Attention works in blocks of twice the head size. Of a longer piece, a block of one token
+        # could be left, which would be rounded differently.
         self._piece = min(PIECE, 2 * config.head_size)
         self._waiting, self._changed, self._closed = deque(), threading.Condition(), False
         # The running answers have the first slots, because a step takes a range of slots.

@@ -53,13 +53,8 @@ JSON_OPTIONS = {
     # llguidance takes for another one.
     "json_allowed_escapes": '"\\bfnrt',
 }
-# Without \u, llguidance can't write these in a string. WRITABLE has the others up to U+D7FF.
-CONTROLS = {chr(code) for code in range(32)}
-UNWRITABLE = CONTROLS - set("\b\t\n\f\r") | {"\x7f"}
-WRITABLE = "".join(chr(code) for code in range(0xD800) if chr(code) not in UNWRITABLE)
-# The parts of a regular expression that stand for one character, ordinary characters left out:
-# a class in brackets, an escape, a control character.
-REGEX_CHARACTER = r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\u\w{4}|\\x\w{2}|\\.|[\x00-\x1f\x7f]"
+# Without \u, llguidance can't write these characters in a string.
+UNWRITABLE = {chr(code) for code in range(32)} - set("\b\t\n\f\r") | {"\x7f"}
 
 
 class SchemaReader:
@@ -142,13 +137,11 @@ def find_broken_requirement(text: str) -> str | None:
         return f"with less or no {keyword}"
     if any(map(_counts_repeated_names, objects)):
         return "with less or no minProperties"
-    constants = _values(objects, "const", str | list | dict) + _values(objects, "enum", list)
-    for value in _walk(constants):
-        if isinstance(value, str) and UNWRITABLE.intersection(value):
-            return "without control characters in const and enum"  # they would be left out
-    for pattern in _values(objects, "pattern", str) + _pattern_properties(objects):
-        if requirement := _find_pattern_requirement(pattern):
-            return requirement
+    texts = _values(objects, "const", str | list | dict) + _values(objects, "enum", list)
+    texts += _values(objects, "pattern", str) + _pattern_properties(objects)
+    for value in _walk(texts):
+        if isinstance(value, str) and UNWRITABLE.intersection(value):  # they would be left out
+            return "without control characters in const, enum and patterns"
     return None
 
 
@@ -197,25 +190,6 @@ def _counts_repeated_names(item):
     least, required = item.get("minProperties"), item.get("required")
     count = len(required) if isinstance(required, list) else 0
     return isinstance(least, int) and least > count + 1
-
-
-def _find_pattern_requirement(pattern):
-    r"""Return what a regular expression has to be and is not, or None.
-
-    llguidance writes strings that don't match the expression in two cases. It leaves out a
-    character that can't be written: ``a\x01b`` gives ``ab``. And it adds the quote and the
-    backslash to a class of all control characters, or all but the line feed: ``[^"]`` gives ``"``.
-    """
-    for character in re.findall(REGEX_CHARACTER, pattern, re.DOTALL):
-        try:
-            matches = re.compile(character).fullmatch
-        except (re.error, FutureWarning):  # not Python's syntax: llguidance decides
-            continue
-        if any(map(matches, UNWRITABLE)) and not re.search(character, WRITABLE):
-            return "without control characters in patterns"
-        if all(map(matches, CONTROLS - {"\n"})) and not (matches('"') and matches("\\")):
-            return r'whose patterns exclude a control character too, as [^"\u0000] for [^"]'
-    return None
 
 
 def _pattern_properties(objects):

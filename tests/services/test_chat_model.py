@@ -4,21 +4,19 @@ Run: python -m helpers test tests/services/test_chat_model.py
 """
 
 import json
-import shutil
 import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import mlflow
 import pytest
 from mlflow.exceptions import MlflowException
 from support import ROOT
-from support.chat import AS_SHOWN, LONG, SECRET, ask, user
+from support.chat import AS_SHOWN, LONG, SECRET, ask, change_code, chat_model_for, user
 from support.conversations import TURNS, talk
 
-from serving.chat import package, package_code
+from serving.chat import package_code
 from serving.chat.contract import SETTINGS, SIGNATURE
 
 # --- what it tells MLflow's tracing -------------------------------------------------------------
@@ -117,18 +115,10 @@ def test_without_a_callers_span_none_is_made(fresh, traced, monkeypatch):
 @pytest.fixture
 def versions(tiny, tmp_path, monkeypatch):
     """Return the folders of two saved models with different code: the ids of their answers begin differently."""
-    sources, saved = package.SOURCES, []
-    changed = Path(shutil.copytree(sources, tmp_path / "changed"))
-    model_file = changed / "model.py"
-    text = model_file.read_text(encoding="utf-8")
-    model_file.write_text(text.replace('f"chatcmpl-', 'f"changed-'), encoding="utf-8")
-    for place, folder in enumerate((sources, changed)):
-        monkeypatch.setattr(package, "SOURCES", folder)
-        saved.append(tmp_path / f"version{place}")
-        mlflow.pyfunc.save_model(
-            saved[-1], **package_code(tmp_path / "code")._asdict(), signature=SIGNATURE, pip_requirements=["mlflow"],
-            artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS)
-    return saved
+    mlflow.pyfunc.save_model(tmp_path / "first", **chat_model_for(tiny))
+    change_code(monkeypatch, tmp_path)
+    mlflow.pyfunc.save_model(tmp_path / "second", **chat_model_for(tiny))
+    return tmp_path / "first", tmp_path / "second"
 
 
 def kind_of(model):

@@ -23,7 +23,7 @@ import mlflow
 import openai
 import pytest
 from support import clients, stand_ins
-from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, deltas, parts, schema, user
+from support.chat import AS_SHOWN, SECRET, change_code, chat_model_for, contents, deltas, parts, schema, user
 from support.served_program import URI
 from support.service import (
     body,
@@ -797,8 +797,8 @@ def test_a_store_in_the_temporary_folder_is_never_removed(registry, monkeypatch,
 
 
 @pytest.fixture
-def engines(registry, tiny):
-    """Register the chat model on the toy model; return how many engines' threads there are."""
+def engines(registry, tiny, tmp_path, monkeypatch):
+    """Register two versions of the chat model, the second with other code; return how many engines' threads run."""
     def log():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # there is no input example
@@ -807,11 +807,12 @@ def engines(registry, tiny):
 
     before = set(threading.enumerate())
     move_alias(log())
+    change_code(monkeypatch, tmp_path)
     log()
     return lambda: sum(thread.name == "chat-model-engine" for thread in set(threading.enumerate()) - before)
 
 
-def test_the_old_engine_ends_when_the_alias_moves(engines):
+def test_the_old_engine_ends_when_the_alias_moves_to_a_version_with_other_code(engines):
     with running(URI, poll=0.05) as server, ThreadPoolExecutor(8) as pool:
         old = weakref.ref(server.model)
         asked = [pool.submit(server.ask, "Hello", max_tokens=60, stream=number % 2 == 0) for number in range(8)]
@@ -819,6 +820,7 @@ def test_the_old_engine_ends_when_the_alias_moves(engines):
         move_alias("2")
         wait_for_version(server, "2")
         assert {answer.result().status_code for answer in asked} == {200}
+        assert server.ask("Hello", max_tokens=2).json()["id"].startswith("changed-")  # its own code answers
         wait_for(lambda: engines() == 1 and (gc.collect() or old() is None), "the old engine's end")
         assert server.ask("Hello", max_tokens=2).json()["system_fingerprint"] == "stand-in/2"
 

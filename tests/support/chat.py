@@ -1,5 +1,7 @@
 """What the tests of the chat model share: models, requests, and checks of answers."""
 
+import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 from helpers.paths import BUILD
@@ -36,6 +38,17 @@ def chat_model_for(prepared, **settings):
     return package_code(BUILD / "code")._asdict() | {
         "signature": SIGNATURE, "pip_requirements": ["mlflow"], "artifacts": {"model": prepared.onnx_dir.as_uri()},
         "model_config": SETTINGS | settings}
+
+
+def change_code(monkeypatch, folder):
+    """Give the chat model that is logged next other code: the ids of its answers begin with ``changed-``."""
+    from serving.chat import package
+
+    changed = Path(shutil.copytree(package.SOURCES, folder / "changed"))
+    source = (changed / "model.py").read_text(encoding="utf-8")
+    assert 'f"chatcmpl-' in source
+    (changed / "model.py").write_text(source.replace('f"chatcmpl-', 'f"changed-'), encoding="utf-8")
+    monkeypatch.setattr(package, "SOURCES", changed)
 
 
 def load_chat(folder, **settings):

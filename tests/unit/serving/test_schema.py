@@ -309,38 +309,26 @@ def test_a_schema_within_its_limits_is_compiled(schema, keyword):
     assert find_broken_requirement(json.dumps(nested)) == requirement
 
 
-IN_VALUES = "without control characters in const and enum"
-IN_PATTERNS = "without control characters in patterns"
-IN_CLASSES = r'whose patterns exclude a control character too, as [^"\u0000] for [^"]'
+CONTROLS = "without control characters in const, enum and patterns"
 
 
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize(
     ("schema", "requirement"),
     [
-        ({"const": "a\x01b"}, IN_VALUES),
-        ({"enum": [1, ["\x7f"]]}, IN_VALUES),
-        ({"const": {"a": "\x00"}}, IN_VALUES),
+        ({"const": "a\x01b"}, CONTROLS),
+        ({"enum": [1, ["\x7f"]]}, CONTROLS),
+        ({"const": {"a": "\x00"}}, CONTROLS),
         ({"const": {"a\x01": "\b\t\n\f\r\u2028\x80"}}, None),
         ({"const": "a\\u0001b"}, None),
         ({"description": "\x01", "properties": {"\x01": {}}, "required": ["\x01"]}, None),
-        ({"pattern": "a\x01b"}, IN_PATTERNS),
-        ({"pattern": "a\\x01b"}, IN_PATTERNS),
-        ({"pattern": "a\\u007Fb"}, IN_PATTERNS),
-        ({"pattern": "a[\\x0e-\\x1f]b"}, IN_PATTERNS),
-        ({"patternProperties": {"^\\u0001": NULL}}, IN_PATTERNS),
+        ({"pattern": "a\x01b"}, CONTROLS),
+        ({"patternProperties": {"^\u0001": NULL}}, CONTROLS),
         ({"pattern": "^[^\\u0000-\\u001f]*$"}, None),
         ({"pattern": "[\\x00-\\x7f]"}, None),
         ({"pattern": "[\\x01a][\\x7f\u0100][\\x00-\\x09]"}, None),
         ({"pattern": "\\n\\x09\t\\\\u0001.\\W\\D\\S\\b"}, None),
-        ({"pattern": '^[^"]*$'}, IN_CLASSES),
-        ({"pattern": '^[^]"]*$'}, IN_CLASSES),
-        ({"pattern": '^[^\\n"]*$'}, IN_CLASSES),
-        ({"pattern": "^[^\\\\]*$"}, IN_CLASSES),
-        ({"pattern": "^[\\x00-\\x1f]*$"}, IN_CLASSES),
-        ({"patternProperties": {'^[^"]': NULL}}, IN_CLASSES),
         ({"pattern": '^[^"\\u0000]*[^"\\t]*[^"\\s]*$'}, None),
-        # Not Python's syntax.
         ({"pattern": "\\p{Cc}[a&&[^b]]"}, None),
     ],
 )
@@ -353,8 +341,6 @@ def test_a_schema_for_which_llguidance_writes_other_texts_is_refused(schema, req
     [
         ({"const": "a\x01b"}, '"ab"'),
         ({"const": "a\x7fb"}, '"ab"'),
-        ({"type": "string", "pattern": "^a\\x01b$"}, '"ab"'),
-        ({"type": "string", "pattern": '^[^"]$'}, '"\\""'),
         (
             {"type": "object", "additionalProperties": NULL, "minProperties": 2},
             '{"a": null, "a": null}',
