@@ -134,31 +134,22 @@ def _callers(them):
 
 
 def _newcomer(them):
-    """Time the first token of a stream beside 7 callers who ask again as soon as they have an answer.
-
-    Its prompt has to be read, and it may come in the middle of a step or of another prompt.
-    """
-    few, stopped = min(8, them.tokens), threading.Event()
+    """Time the first token of a stream that comes while 7 other answers are being written."""
+    few, model, beside = min(8, them.tokens), them.chat.unwrap_python_model(), []
     alone = [them.ask_stream(them.story(), few)[0] for _ in range(them.repeats + 1)][1:]
-
-    def ask_again():
-        while not stopped.is_set():
-            them.ask_chat(them.story(), them.tokens)
-
-    others = [threading.Thread(target=ask_again) for _ in range(CALLERS - 1)]
-    for other in others:
-        other.start()
-    try:
-        beside = [them.ask_stream(them.story(), few) for _ in range(8 * them.repeats)]
-    finally:
-        stopped.set()
-        for other in others:
-            other.join()
+    for _ in range(them.repeats):
+        others = threading.Thread(target=them.ask_json, args=(them.story(), 8 * them.tokens), kwargs={"n": CALLERS - 1})
+        others.start()
+        time.sleep(4 * PAUSE)  # their prompts are read by then
+        beside.append(them.ask_stream(them.story(), few))
+        while model.stats()["running"] == CALLERS - 1:
+            beside.append(them.ask_stream(them.story(), few))
+        others.join()
     firsts, steps = zip(*((first, rest / max(few - 1, 1)) for first, rest in beside), strict=True)
     alone, step, p95 = statistics.median(alone), statistics.median(steps), percentile(firsts, 0.95)
     return ({"newcomer_ttft": p95 / (3 * step + alone)},
             {"newcomer_ttft": {"alone_seconds": alone, "step_seconds": step, "p95_seconds": p95,
-                               "median_seconds": statistics.median(firsts)}})
+                               "median_seconds": statistics.median(firsts), "streams": len(beside)}})
 
 
 def _conversation(them):

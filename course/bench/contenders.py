@@ -30,10 +30,10 @@ CALLERS = 8
 THREADS = psutil.cpu_count(logical=False)
 CHAT, PROMPT = "models:/slm-onnx@champion", "models:/slm-onnx-prompt@champion"
 CACHE_GB = 2  # what OpenVINO GenAI keeps for what it has read; llama.cpp's slots take less
-# Sixteen ships take more tokens than any answer here may have: a bound answer is as long as a free one.
+# So many ships take more tokens than any answer here may have: a bound answer is as long as a free one.
 SHIP = {"type": "object", "properties": {"name": {"type": "string"}, "masts": {"type": "integer"}},
         "required": ["name", "masts"], "additionalProperties": False}
-FLEET = {"type": "object", "properties": {"ships": {"type": "array", "items": SHIP, "minItems": 16}},
+FLEET = {"type": "object", "properties": {"ships": {"type": "array", "items": SHIP, "minItems": 64}},
          "required": ["ships"], "additionalProperties": False}
 
 
@@ -83,12 +83,12 @@ class Contenders:
     def ask_chat(self, messages: list[dict], max_tokens: int, **fields: Any) -> None:
         """Ask the chat model through ``predict``, with more ``fields`` of a request."""
         (answer,) = self.chat.predict({"messages": messages, "max_tokens": max_tokens} | fields)
-        expect(answer["usage"]["completion_tokens"], max_tokens)
+        expect(answer["usage"]["completion_tokens"], max_tokens * fields.get("n", 1))
 
-    def ask_json(self, messages: list[dict], max_tokens: int) -> None:
+    def ask_json(self, messages: list[dict], max_tokens: int, **fields: Any) -> None:
         """Ask the chat model for an answer that a schema binds."""
         self.ask_chat(messages, max_tokens, response_format={
-            "type": "json_schema", "json_schema": {"name": "fleet", "schema": FLEET}})
+            "type": "json_schema", "json_schema": {"name": "fleet", "schema": FLEET}}, **fields)
 
     def ask_stream(self, messages: list[dict], max_tokens: int) -> tuple[float, float]:
         """Ask for a stream. Return the seconds until the first chunk, and from there to the last."""
