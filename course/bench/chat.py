@@ -138,7 +138,8 @@ def _newcomer(them):
     few, model, beside = min(8, them.tokens), them.chat.unwrap_python_model(), []
     alone = [them.ask_stream(them.story(), few)[0] for _ in range(them.repeats + 1)][1:]
     for _ in range(them.repeats):
-        others = threading.Thread(target=them.ask_json, args=(them.story(), 8 * them.tokens), kwargs={"n": CALLERS - 1})
+        others = threading.Thread(
+            target=them.ask_json, args=(them.story(), 8 * them.tokens), kwargs={"n": CALLERS - 1})
         others.start()
         time.sleep(4 * PAUSE)  # their prompts are read by then
         beside.append(them.ask_stream(them.story(), few))
