@@ -236,7 +236,7 @@ def test_the_service_has_its_own_ratios_and_shows_how_the_last_run_that_measured
     assert service_table([unmeasured]) == "No run has measured it.\n"
     runs = [grown("2026-01-02", 1, service8_llamacpp=0.9), grown("2026-01-03", 10, service8_llamacpp=1.25), unmeasured]
     table, chat_models = service_table(runs), ratios_table(runs)
-    assert "| 0.900 to 1.250 | at least 1.0; missed on 2026-01-02 |" in table
+    assert "| 0.900 to 1.250 | at least 1.15; missed on 2026-01-02 |" in table
     assert "Missed on 2026-01-02, 8 HTTP clients, answers of mixed length, half of them streamed: no reason" in table
     assert "| 1 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n| 1 | llama.cpp's | 10.04 s |" in table
     assert table.endswith("| 64 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n")
