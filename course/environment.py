@@ -129,7 +129,7 @@ def _state():
 
 
 def _digest(*parts: str) -> str:
-    """Return a digest of these parts, and of what every installation depends on: the pins and this Python."""
+    """Return a digest of these parts, the pins and this Python, on which every installation depends."""
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     return hashlib.sha256("\0".join([*parts, pinned, sys.version]).encode()).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Shows rows as a table, folded or with bars: rows come in, HTML goes to a notebook and aligned text to a terminal."""
+"""Shows rows as a table, folded, with bars or over time, in HTML for a notebook and as text for a terminal."""
 
 import html
 import re
@@ -26,7 +26,10 @@ class Table:
 
     def _repr_html_(self) -> str:
         return (f'<table {NO_MATHEMATICS}><caption style="caption-side: top; white-space: nowrap; {_LEFT}">'
-                f"{html.escape(self.caption)}</caption>{self._head()}<tbody>{self._body()}</tbody></table>")
+                f"{self._title()}</caption>{self._head()}<tbody>{self._body()}</tbody></table>")
+
+    def _title(self):
+        return html.escape(self.caption)
 
     def _head(self):
         head = "".join(f'<th scope="col" style="{_LEFT}">{html.escape(column)}</th>' for column in self.columns)
@@ -77,6 +80,42 @@ class BarTable(Table):
     def __repr__(self) -> str:
         rows = tuple((*row[:-1], "#" * round(20 * float(row[-1]))) for row in self.rows)
         return repr(Table(self.caption, self.columns, rows))
+
+
+# The stages of an answer, by the name of their span: a word, a letter, and how dark their bar is.
+STAGES = {"wait": ("waiting", ".", 0.15), "prefill": ("reading", "r", 0.5), "decode": ("writing", "w", 1.0)}
+TEXT_WIDTH = 60  # characters
+
+
+class Timeline(Table):
+    """A table of callers, each with the stages of its answer: a name of STAGES, its begin and its end, from 0 to 1.
+
+    HTML shows bars, text a line of letters for each caller.
+    """
+
+    def _title(self):
+        legend = ", ".join(f'<span style="opacity: {shade}">&#9632;</span> {word}'
+                           for word, _, shade in STAGES.values())
+        return f"{super()._title()}: {legend}"
+
+    def _body(self):
+        bar = ('<div title="{}" style="position: absolute; left: {:.2%}; width: {:.2%}; height: 100%; opacity: {}; '
+               'background: currentColor"></div>')
+        lane = '<td style="width: 36em"><div style="position: relative; height: 0.9em">{}</div></td>'
+        return "".join(_row((name,), lane.format("".join(
+            bar.format(STAGES[stage][0], begin, end - begin, STAGES[stage][2]) for stage, begin, end in stages)))
+            for name, stages in self.rows)
+
+    def __repr__(self) -> str:
+        lines = [f"{self.caption}: {', '.join(f'{letter} {word}' for word, letter, _ in STAGES.values())}"]
+        for name, stages in self.rows:
+            line = [" "] * TEXT_WIDTH
+            for stage, begin, end in stages:
+                first = round(begin * (TEXT_WIDTH - 1))
+                last = round(end * (TEXT_WIDTH - 1))
+                line[first:last + 1] = STAGES[stage][1] * (last + 1 - first)
+            lines.append(f"{name:12}{''.join(line).rstrip()}")
+        return "\n".join(lines)
 
 
 _LEFT = "text-align: left; vertical-align: top"

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.tables import NO_MATHEMATICS, BarTable, Table
+from helpers.tables import NO_MATHEMATICS, STAGES, BarTable, Table, Timeline
 
 # What each file of a logged model is for, by the end of its name.
 FILES = {
@@ -105,45 +105,8 @@ def compare_figures(figures: dict[str, dict[str, float]]) -> BarTable:
     return BarTable("Side by side", ("figure", "page", "measured", "bar"), tuple(rows))
 
 
-STAGES = {"wait": ("waiting", ".", 0.15), "prefill": ("reading", "r", 0.5), "decode": ("writing", "w", 1.0)}
-TEXT_WIDTH = 60  # characters
-
-
-@dataclass(frozen=True)
-class Timeline:
-    """What each caller's answer did over time: ``rows`` of a name and of stages with their begin and end, from 0 to 1.
-
-    HTML shows bars, text a line of letters for each caller.
-    """
-
-    caption: str
-    rows: tuple[tuple[str, tuple[tuple[str, float, float], ...]], ...]
-
-    def _repr_html_(self) -> str:
-        part = ('<div title="{}" style="position: absolute; left: {:.2%}; width: {:.2%}; height: 100%; opacity: {}; '
-                'background: currentColor"></div>')
-        rows = "".join(
-            f'<tr><th scope="row" style="text-align: left">{html.escape(name)}</th><td style="width: 36em">'
-            '<div style="position: relative; height: 0.9em">'
-            + "".join(part.format(STAGES[stage][0], begin, end - begin, STAGES[stage][2])
-                      for stage, begin, end in stages) + "</div></td></tr>" for name, stages in self.rows)
-        legend = ", ".join(f'<span style="opacity: {shade}">&#9632;</span> {word}'
-                           for word, _, shade in STAGES.values())
-        return f"<table {NO_MATHEMATICS}><caption>{html.escape(self.caption)}: {legend}</caption>{rows}</table>"
-
-    def __repr__(self) -> str:
-        lines = [f"{self.caption}: {', '.join(f'{letter} {word}' for word, letter, _ in STAGES.values())}"]
-        for name, stages in self.rows:
-            line = [" "] * TEXT_WIDTH
-            for stage, begin, end in stages:
-                first, last = (round(moment * (TEXT_WIDTH - 1)) for moment in (begin, end))
-                line[first:last + 1] = STAGES[stage][1] * (last + 1 - first)
-            lines.append(f"{name:12}{''.join(line).rstrip()}")
-        return "\n".join(lines)
-
-
 def show_timeline(caption: str, traces: dict[str, list]) -> Timeline:
-    """Return a picture of what the chat model's answers spent their time on.
+    """Return a picture of how long the chat model's answers waited, were read and were written.
 
     Parameters
     ----------
@@ -155,7 +118,7 @@ def show_timeline(caption: str, traces: dict[str, list]) -> Timeline:
     shown = {name: [span for span in spans if span.name in STAGES] for name, spans in traces.items()}
     start = min(span.start_time_ns for spans in shown.values() for span in spans)
     whole = max(span.end_time_ns for spans in shown.values() for span in spans) - start or 1
-    return Timeline(caption, tuple(
+    return Timeline(caption, (), tuple(
         (name, tuple((span.name, (span.start_time_ns - start) / whole, (span.end_time_ns - start) / whole)
                      for span in sorted(spans, key=lambda span: span.start_time_ns)))
         for name, spans in shown.items()))

@@ -135,7 +135,9 @@ def _callers(them):
 
 def _newcomer(them):
     """Time the first token of a stream that comes while 7 other answers are being written."""
-    few, model, beside = min(8, them.tokens), them.chat.unwrap_python_model(), []
+    few = min(8, them.tokens)
+    model = them.chat.unwrap_python_model()
+    beside = []
     alone = [them.ask_stream(them.story(), few)[0] for _ in range(them.repeats + 1)][1:]
     for _ in range(them.repeats):
         others = threading.Thread(

@@ -50,13 +50,16 @@ class Decoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors reach the caller as exceptions
+        # Threads that spin while they wait gain nothing alone, and slow other processes down.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         try:
             self._session = onnxruntime.InferenceSession(
                 config.onnx_file, options, providers=["CPUExecutionProvider"]
             )
         except Exception:  # onnxruntime raises nothing narrower
             raise unusable("onnxruntime can't load its ONNX file") from None
-        self._names, self._vocab_size = config.names, config.vocab_size
+        self._names = config.names
+        self._vocab_size = config.vocab_size
         self._read_graph(config)
         self._room = self._round_up(room)
         self.slots = MOST_SLOTS
@@ -100,14 +103,15 @@ class Decoder:
         heads = {inputs[past].shape[1] for past in pasts}
         types = {inputs[past].type for past in pasts}
         logits = outputs[names["logits"]]
-        is_known = {*types, logits.type} <= TYPES.keys() and isinstance(min(heads, key=str), int)
+        is_known = {*types, logits.type} <= TYPES.keys() and all(isinstance(n, int) for n in heads)
         if len(heads) > 1 or len(types) > 1 or not is_known:
             raise unusable(
                 "its layers have caches of different shapes, or of a type other than "
                 "float32 and float16"
             )
         self._shape = heads.pop(), config.head_size
-        self._type, self._logits_type = TYPES[types.pop()], TYPES[logits.type]
+        self._type = TYPES[types.pop()]
+        self._logits_type = TYPES[logits.type]
         self._last_only = logits.shape[1] == 1  # the graph gives logits for the last token alone
 
     def _round_up(self, room):
@@ -199,11 +203,13 @@ class Decoder:
         does not need. That takes longer, because the system gives each page anew.
         """
         for cache, pages in zip(self._caches, self._memory, strict=True):
-            kept, moved = cache[one, :, :one_tokens].copy(), cache[other, :, :other_tokens].copy()
+            kept = cache[one, :, :one_tokens].copy()
+            moved = cache[other, :, :other_tokens].copy()
             if trim:
                 _release_pages(pages, one, cache)
                 _release_pages(pages, other, cache)
-            cache[one, :, :other_tokens], cache[other, :, :one_tokens] = moved, kept
+            cache[one, :, :other_tokens] = moved
+            cache[other, :, :one_tokens] = kept
         longer = max(self.held[one], self.held[other])
         self.held[one], self.held[other] = (other_tokens, one_tokens) if trim else (longer, longer)
 

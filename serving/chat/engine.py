@@ -66,16 +66,19 @@ class Row:
         events: queue.SimpleQueue,
         stream: bool,
     ):
-        self.prompt, self.max_tokens, self.writer, self.sampler = (
-            prompt,
-            max_tokens,
-            writer,
-            sampler,
-        )
-        self.events, self.stream = events, stream
-        self.text, self.token_count, self.last_token = "", 0, None
+        self.prompt = prompt
+        self.max_tokens = max_tokens
+        self.writer = writer
+        self.sampler = sampler
+        self.events = events
+        self.stream = stream
+        self.text = ""
+        self.token_count = 0
+        self.last_token = None
         self.reused_tokens = 0  # of the prompt, copied from another slot
-        self.finish_reason, self.error, self.ended = None, None, False
+        self.finish_reason = None
+        self.error = None
+        self.ended = False
         self.times = {"submitted": time.time_ns()}  # nanoseconds since 1970
 
     def take(self, token: int, end_tokens: Collection[int]) -> None:
@@ -85,7 +88,8 @@ class Row:
             return
         if not self.token_count:
             self.times["first"] = time.time_ns()
-        self.token_count, self.last_token = self.token_count + 1, token
+        self.token_count += 1
+        self.last_token = token
         self._write(self.writer.write(token))
         if self.sampler and self.sampler.complete:
             self._finish("stop")
@@ -107,7 +111,8 @@ class Row:
         """End the row: it is complete, cancelled by its caller, or failed with an error."""
         if not self.ended:
             self.times["ended"] = time.time_ns()
-            self.error, self.ended = error, True
+            self.error = error
+            self.ended = True
             self.events.put((self, None))
 
 
@@ -177,19 +182,22 @@ class Engine:
         threads: int | None = None,
         cache_tokens: int | None = None,
     ):
-        self._end_tokens, self._max_waiting = config.end_tokens, max_waiting
+        self._end_tokens = config.end_tokens
+        self._max_waiting = max_waiting
         self._cache_tokens = cache_tokens or 2 * config.context_length
         self.context_length = min(config.context_length, self._cache_tokens)
         self._decoder = Decoder(config, threads or count_cores(), self.context_length)
         # Attention works in blocks of twice the head size. Of a longer piece, a block of one token
         # could be left, which would be rounded differently.
         self._piece = min(PIECE, 2 * config.head_size)
-        self._waiting, self._changed, self._closed = deque(), threading.Condition(), False
+        self._waiting = deque()
+        self._changed = threading.Condition()
+        self._closed = False
         # The running answers have the first slots, because a step takes a range of slots.
         self._slots = [Slot() for _ in range(self._decoder.slots)]
         self._running_count = 0  # the number of answers that are being written
         self._reading_index = None  # the index of the slot whose prompt is being read
-        self._uses = 0
+        self._uses = 0  # counts how often a slot was used
         self._done = dict.fromkeys(
             ("answers", "prompt_tokens", "reused_prompt_tokens", "completion_tokens"), 0
         )
@@ -227,7 +235,7 @@ class Engine:
             self._thread.join()
 
     def stats(self) -> dict:
-        """Return what waits, runs and is kept now, and what was done since the model was loaded."""
+        """Return counts of answers and tokens, now and since the model was loaded."""
         with self._changed:
             waiting = sum(not row.ended for row in self._waiting)
             rows = [slot.row for slot in self._slots if slot.row]
@@ -257,7 +265,8 @@ class Engine:
             row.end(_closed_error())
         self._remove_ended()
         with self._changed:
-            self._slots, self._decoder = [], None  # frees the model and its cache
+            self._slots = []
+            self._decoder = None  # frees the model and its cache
 
     def _wait_for_work(self):
         """Wait until there is a row to work on. Return False when the engine is closed."""
@@ -294,7 +303,8 @@ class Engine:
         """Exchange two slots, and free memory where the cache would hold too much after it."""
         if one == other:
             return
-        slots, held = self._slots, self._decoder.held
+        slots = self._slots
+        held = self._decoder.held
         held_after = self._count_held(range(len(slots))) + abs(held[one] - held[other])
         trim = held_after > self._cache_tokens
         self._decoder.swap(one, other, slots[one].length, slots[other].length, trim)

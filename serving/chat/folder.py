@@ -84,25 +84,27 @@ def read_config(folder: Path) -> Config:
     Builders differ: one end token or a list of them; the model's context length, or the search's.
     """
     text = read_json(folder / "genai_config.json")
-    model, search = _object(text, "model"), _object(text, "search")
+    model = _object(text, "model")
+    search = _object(text, "search")
     decoder = model.get("decoder")
     if not isinstance(decoder, dict) or not OTHER_KINDS.isdisjoint(model):
         raise unusable("genai_config.json describes something else than a decoder of text")
     if "custom_ops_library" in json.dumps(text):
         raise unusable("genai_config.json asks for a library of its own, which is code")
-    context_length = _number(model, "context_length", 2) or _number(search, "max_length", 2)
+    context_length = _number(model.get("context_length"), 2) or _number(search.get("max_length"), 2)
     ends = model.get("eos_token_id")
     ends = tuple(
         token
         for token in (ends if isinstance(ends, list) else [ends])
-        if _number({"token": token}, "token", 0) is not None
+        if _number(token, 0) is not None
     )
-    vocab_size = _number(model, "vocab_size", 1)
+    vocab_size = _number(model.get("vocab_size"), 1)
     if not (context_length and ends and vocab_size and max(ends) < vocab_size):
         raise unusable(
             "genai_config.json lacks a context_length, eos_token_id or vocab_size that can be"
         )
-    head_size, layers = _number(decoder, "head_size", 1), _number(decoder, "num_hidden_layers", 1)
+    head_size = _number(decoder.get("head_size"), 1)
+    layers = _number(decoder.get("num_hidden_layers"), 1)
     if not (head_size and layers):
         raise unusable("genai_config.json lacks its decoder's head_size or num_hidden_layers")
     name = decoder.get("filename")
@@ -112,7 +114,9 @@ def read_config(folder: Path) -> Config:
     if not window.get("layers"):
         # Such an export sees all tokens, and its model was trained to see a window of them. Up to
         # the window's size both are the same.
-        context_length = min(context_length, _number(window, "window_size", 1) or context_length)
+        context_length = min(
+            context_length, _number(window.get("window_size"), 1) or context_length
+        )
     if switch := ROPE_SWITCH.search((folder / name).read_bytes()):
         # Beyond the switch, the model would read all tokens anew with other rotary factors.
         context_length = min(context_length, int(switch[1]))
@@ -134,7 +138,7 @@ def _object(values, name):
     return values[name] if isinstance(values.get(name), dict) else {}
 
 
-def _number(values, name, least):
+def _number(value, least):
     """Return a whole number that is at least ``least``, None for anything else."""
-    value = as_whole_number(values.get(name))
+    value = as_whole_number(value)
     return value if type(value) is int and least <= value < 2**31 else None

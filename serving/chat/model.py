@@ -17,6 +17,7 @@ import mlflow
 import pandas as pd
 
 from .contract import ChatRequest, Refusal, invalid, read_request, read_settings
+from .decoder import Decoder
 from .engine import Engine, Row
 from .folder import read_config
 from .prompt import PromptEncoder
@@ -30,7 +31,7 @@ def check_folder(folder: Path) -> None:
     """Raise a Refusal that says why a folder can't be served, before it is logged."""
     config = read_config(folder)
     PromptEncoder(folder)
-    Engine(config, max_waiting=1, cache_tokens=min(64, config.context_length)).close()
+    Decoder(config, threads=1, room=min(64, config.context_length))
 
 
 class ChatModel(mlflow.pyfunc.PythonModel):
@@ -45,12 +46,11 @@ class ChatModel(mlflow.pyfunc.PythonModel):
     def load_context(self, context: mlflow.pyfunc.PythonModelContext) -> None:
         """Load the artifact ``model``, a folder that onnxruntime-genai's builder wrote."""
         folder = Path(context.artifacts["model"])
-        context.loaded = self._loaded = _find_code(folder).LoadedModel(
-            folder, context.model_config or {}
-        )
-        mlflow.models.set_model(
-            ChatModel()
-        )  # MLflow keeps the last one that it was given; let that not be this one
+        self._loaded = _find_code(folder).LoadedModel(folder, context.model_config)
+        context.loaded = self._loaded
+        # MLflow keeps the last object that it was given. Give it an empty one, so that this one can
+        # be freed.
+        mlflow.models.set_model(ChatModel())
 
     def predict(
         self,
@@ -84,7 +84,7 @@ class ChatModel(mlflow.pyfunc.PythonModel):
         return getattr(context, "loaded", self._loaded).stream(model_input)
 
     def stats(self) -> dict:
-        """Return what waits, runs and is kept now, and what was done since the model was loaded.
+        """Return counts: of answers and cached tokens now, and of those since the model was loaded.
 
         ``since`` is in seconds since 1970. ``reused_prompt_tokens`` are those of ``prompt_tokens``
         that were copied from another prompt in the cache; ``cache_tokens`` are those for which the
@@ -107,9 +107,10 @@ def _find_code(folder):
 class LoadedModel:
     """The model of a folder, its engine and its settings."""
 
-    def __init__(self, folder: Path, settings: dict):
+    def __init__(self, folder: Path, settings: dict | None):
         self._settings = read_settings(settings)
-        self._encoder, config = PromptEncoder(folder), read_config(folder)
+        config = read_config(folder)
+        self._encoder = PromptEncoder(folder)
         self._schemas = SchemaReader(self._encoder.tokenizer, config)
         self.engine = Engine(
             config, self._settings.max_waiting, self._settings.threads, self._settings.cache_tokens
@@ -180,7 +181,8 @@ class LoadedModel:
         return self._chunks(request, rows, events, called)
 
     def _chunks(self, request, rows, events, called):
-        head, begun = self._head("chat.completion.chunk"), set()
+        head = self._head("chat.completion.chunk")
+        begun = set()
 
         def chunk(row, delta, finish_reason=None):
             return head | {
@@ -241,7 +243,8 @@ class LoadedModel:
 
     def _answers(self, rows, events, called):
         """Submit rows; yield ``(row, text)`` as it comes and ``(row, None)`` at a row's end."""
-        left, caller = len(rows), mlflow.get_current_active_span()
+        left = len(rows)
+        caller = mlflow.get_current_active_span()
         try:
             if rows:
                 self.engine.submit(rows)
@@ -251,10 +254,9 @@ class LoadedModel:
                 except queue.Empty:
                     continue
                 if row.error:
-                    error, row.error = (
-                        row.error,
-                        None,
-                    )  # a raised error holds its frames, and these the row
+                    # A raised error refers to its frames, and these to the row.
+                    error = row.error
+                    row.error = None
                     raise error
                 left -= text is None
                 yield row, text
@@ -307,7 +309,8 @@ def _trace(caller, rows, called):
 
 def usage(rows: list[Row]) -> dict[str, int]:
     """Count the tokens of a request's prompt and of its answers, end tokens left out."""
-    prompt, completion = len(rows[0].prompt), sum(row.token_count for row in rows)
+    prompt = len(rows[0].prompt)
+    completion = sum(row.token_count for row in rows)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,

@@ -6,6 +6,7 @@ Run: python -m helpers nightly tests/nightly/test_bench.py
 import json
 
 import mlflow
+from support.chat import chat_model_for
 
 from course.bench import chat, service, spark, turns
 from course.bench.contenders import llama_events, start_llama
@@ -15,7 +16,6 @@ from course.bench.figures import (
 )
 from course.bench.notebooks import bench_page, bench_prepare
 from helpers.models.prepare import prepare_model
-from serving.chat import SETTINGS, SIGNATURE, package_code
 
 
 def test_llama_cpp_does_not_know_a_story_that_comes_again():
@@ -51,8 +51,7 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     mlflow.set_tracking_uri(store)
     mlflow.set_experiment("CustomPythonWrapper")
     info = mlflow.pyfunc.log_model(
-        name="slm-onnx", **package_code(tmp_path / "code")._asdict(), artifacts={"model": str(tiny.onnx_dir)},
-        model_config=SETTINGS, signature=SIGNATURE, pip_requirements=["mlflow"])
+        name="slm-onnx", **chat_model_for(tiny))
     version = mlflow.register_model(info.model_uri, "slm-onnx")
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
     for module in (chat, turns):

@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from mlflow.exceptions import MlflowException
 from support.chat import ask, contents, load_chat, mixed_requests, user
 from support.chat_requests import OTHER_FIELDS, REQUESTS, check_answer_or_refusal, check_stream
-from support.conversations import WAYS, stats_of, talk, wait_for
+from support.conversations import WAYS, read_whole, stats_of, talk, wait_for
 from transformers import AutoTokenizer
 
 from serving.chat.contract import ChatRequest
@@ -117,7 +117,7 @@ def run(engine, prompts, seeds=(None, 5)):
 def engines(tiny):
     """Return an engine that reads each prompt whole, and one that shares what it has read."""
     pair = [Engine(read_config(tiny.onnx_dir), 40) for _ in range(2)]
-    pair[0]._choose_slot = lambda row: (pair[0]._unused_slots()[0], pair[0]._unused_slots()[0], 0)
+    read_whole(pair[0])
     yield pair
     for engine in pair:
         engine.close()

@@ -222,6 +222,16 @@ def pattern_properties(count, start=0):
     }
 
 
+def patterns_in_fields(count):
+    """Return a schema with 650 fields, to each of which two objects with ``count`` patterns apply."""
+    both = {"allOf": [{"$ref": "#/$defs/d0"}, {"$ref": "#/$defs/d1"}]}
+    return {
+        "$defs": definitions([pattern_properties(count), pattern_properties(count, count)]),
+        "type": "object",
+        "properties": {f"p{number}": both for number in range(650)},
+    }
+
+
 def beside_any_of(schemas):
     """Return a schema in which each of these applies to the same value, without allOf and $ref."""
     nested = {"type": "string"}
@@ -250,14 +260,7 @@ HARD = {
     "patterns of names that meet": {
         "allOf": [pattern_properties(1, number) for number in range(200)]
     },
-    "patterns of names that meet in many fields": {
-        "$defs": definitions([pattern_properties(25), pattern_properties(25, 25)]),
-        "type": "object",
-        "properties": {
-            f"p{number}": {"allOf": [{"$ref": "#/$defs/d0"}, {"$ref": "#/$defs/d1"}]}
-            for number in range(650)
-        },
-    },
+    "patterns of names that meet in many fields": patterns_in_fields(25),
     "multiples of a great prime": {"type": "integer", "multipleOf": 999_983},
     "multiples of many primes": {
         "allOf": [{"type": "integer", "multipleOf": step} for step in (7, 11, 13, 17, 19, 23)]
@@ -277,14 +280,7 @@ KEPT = {
         "allOf": [{"type": "string", "pattern": letter * 2} for letter in LETTERS[:8]]
     },
     "patterns of names": pattern_properties(20),
-    "patterns of names that meet in many fields": {
-        "$defs": definitions([pattern_properties(10), pattern_properties(10, 10)]),
-        "type": "object",
-        "properties": {
-            f"p{number}": {"allOf": [{"$ref": "#/$defs/d0"}, {"$ref": "#/$defs/d1"}]}
-            for number in range(650)
-        },
-    },
+    "patterns of names that meet in many fields": patterns_in_fields(10),
     "multiples of a prime": {"type": "number", "multipleOf": 99_991},
     "circles": {"$defs": {"node": {"anyOf": [CIRCLE] * 200}}, "$ref": "#/$defs/node"},
     "optional properties": {

@@ -16,9 +16,6 @@ from support import ROOT
 from support.chat import AS_SHOWN, LONG, SECRET, ask, change_code, chat_model_for, user
 from support.conversations import TURNS, talk
 
-from serving.chat import package_code
-from serving.chat.contract import SETTINGS, SIGNATURE
-
 # --- what it tells MLflow's tracing -------------------------------------------------------------
 
 
@@ -155,9 +152,7 @@ def test_two_versions_that_are_loaded_at_the_same_moment_answer_each_by_its_own_
 
 def test_it_loads_in_another_process_without_pickles_and_without_the_course(tiny, as_shown, python, tmp_path):
     saved = tmp_path / "störe 1" / "slm-onnx"
-    mlflow.pyfunc.save_model(
-        saved, **package_code(tmp_path / "code")._asdict(), signature=SIGNATURE, pip_requirements=["mlflow"],
-        artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS | {"model": "toy", "max_tokens": 16})
+    mlflow.pyfunc.save_model(saved, **chat_model_for(tiny, model="toy", max_tokens=16))
     code = ("import sys, json, mlflow; sys.modules |= dict.fromkeys(['helpers', 'course', 'serving']); "
             "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(json.loads(sys.argv[2]))))")
     result = python("-c", code, saved, json.dumps(AS_SHOWN), cwd=tmp_path, network=False,

@@ -18,7 +18,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, infer_signature
 from support import refuses
-from support.chat import user
+from support.chat import chat_model_for, user
 
 from helpers.playground import build_request, kind_of, pieces, show_playground
 
@@ -62,17 +62,13 @@ def uris(tiny, empty_database, tmp_path_factory):
     mlflow.set_experiment("playground")
 
     def log(kind):
-        artifacts = {"artifacts": {"model": str(tiny.onnx_dir)}, "pip_requirements": ["onnxruntime-genai"]}
         if kind == "stream":
-            from serving.chat import SETTINGS, SIGNATURE, package_code
-
-            return mlflow.pyfunc.log_model(
-                name=kind, **package_code(folder / "code")._asdict(), model_config=SETTINGS, signature=SIGNATURE,
-                **artifacts)
+            return mlflow.pyfunc.log_model(name=kind, **chat_model_for(tiny))
         (folder / "prompt_model.py").write_text(PROMPT_MODEL, encoding="utf-8")
         return mlflow.pyfunc.log_model(
             name=kind, python_model=str(folder / "prompt_model.py"),
-            signature=infer_signature({"prompt": "a"}, "b", params={"max_tokens": 16, "temperature": 0.0}), **artifacts)
+            signature=infer_signature({"prompt": "a"}, "b", params={"max_tokens": 16, "temperature": 0.0}),
+            artifacts={"model": str(tiny.onnx_dir)}, pip_requirements=["onnxruntime-genai"])
 
     def uri(kind):
         if kind not in logged:

@@ -21,9 +21,13 @@ def engine_threads():
 
 def share_nothing(model):
     """Let a model read each prompt whole, whatever its cache holds."""
-    engine = engine_of(model)
-    engine._choose_slot = lambda row: (engine._unused_slots()[0], engine._unused_slots()[0], 0)
+    read_whole(engine_of(model))
     return model
+
+
+def read_whole(engine):
+    """Let an engine read each prompt whole."""
+    engine._choose_slot = lambda row: (engine._unused_slots()[0], engine._unused_slots()[0], 0)
 
 
 def talk(model, opening="", turns=TURNS, **fields):

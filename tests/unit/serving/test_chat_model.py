@@ -23,6 +23,7 @@ from support.chat import (
     MESSAGES,
     SECRET,
     SENT_BACK,
+    chat_model_for,
     contents,
     deltas,
     mixed_requests,
@@ -32,8 +33,7 @@ from support.chat import (
 )
 from support.conversations import engine_threads
 
-from serving.chat import package_code
-from serving.chat.contract import SETTINGS, SIGNATURE, ChatRequest
+from serving.chat.contract import SIGNATURE, ChatRequest
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +41,7 @@ def saved(tiny, tmp_path_factory):
     """Return the folder of the model as MLflow keeps it, whose name is not plain."""
     folder = tmp_path_factory.mktemp("störe 1") / "slm-onnx"
     mlflow.pyfunc.save_model(
-        folder, **package_code(tmp_path_factory.mktemp("code"))._asdict(), signature=SIGNATURE,
-        artifacts={"model": str(tiny.onnx_dir)}, model_config=SETTINGS | {"model": "toy", "max_tokens": 16},
-        input_example={"messages": user("Hi")}, pip_requirements=["mlflow", "onnxruntime"])
+        folder, **chat_model_for(tiny, model="toy", max_tokens=16), input_example={"messages": user("Hi")})
     return str(folder)
 
 

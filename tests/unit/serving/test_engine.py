@@ -78,6 +78,13 @@ def prompt_of(size, seed=0, same=0):
         chance.randrange(2, 97) for _ in range(size - same - 1)]
 
 
+def submit_and_hold(engine, decoder, rows, calls=0):
+    """Submit rows to an idle engine, and return when it stands before the next call, after so many."""
+    decoder.hold(calls)
+    engine.submit(rows)
+    assert decoder.reached.wait(60)
+
+
 def check(*rows):
     """Wait for rows, and see that each has the answer that it would get alone."""
     for one in rows:
@@ -231,9 +238,7 @@ def test_callers_on_many_threads_share_steps(start):
 def test_a_row_joins_long_answers_at_work_and_leaves_before_they_end(start):
     engine, decoder = start(cache_tokens=4096)
     long = [row(prompt_of(20, seed), 200, stream=True) for seed in range(3)]
-    decoder.hold(calls=9)
-    engine.submit(long)
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, long, calls=9)
     short = row(prompt_of(30, 9), 3)
     engine.submit([short])
     decoder.go()
@@ -244,9 +249,7 @@ def test_a_row_joins_long_answers_at_work_and_leaves_before_they_end(start):
 
 def test_between_two_steps_no_more_than_a_piece_is_read(start):
     engine, decoder = start()
-    decoder.hold(calls=3)
-    engine.submit([row(prompt_of(10), 200)])
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, [row(prompt_of(10), 200)], calls=3)
     rows = [row(prompt_of(size, size), 2) for size in (200, 10, 12, 14, 30, 2)]
     engine.submit(rows)
     decoder.calls.clear()
@@ -412,9 +415,7 @@ def test_a_slot_that_held_a_long_answer_does_not_count_as_much_for_a_short_one(s
 def test_a_caller_who_leaves_frees_the_slot_at_once(start):
     engine, decoder = start(cache_tokens=4096)
     left = [row(prompt_of(20, seed), 230, stream=True) for seed in range(16)]
-    decoder.hold(calls=40)
-    engine.submit(left)
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, left, calls=40)
     for one in left:
         one.end()
     after = row(prompt_of(20, 99), 4)
@@ -429,10 +430,8 @@ def test_a_caller_who_leaves_frees_the_slot_at_once(start):
 
 def test_a_caller_who_leaves_while_the_prompt_is_read_stops_the_reading(start):
     engine, decoder = start()
-    decoder.hold()
     gone, beside = row(prompt_of(200, 1), 50), row(prompt_of(20, 2), 5)
-    engine.submit([gone, beside])
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, [gone, beside])
     gone.end()
     decoder.go()
     check(beside)
@@ -445,10 +444,8 @@ def test_a_caller_who_leaves_while_the_prompt_is_read_stops_the_reading(start):
 
 def test_a_caller_who_leaves_while_waiting_is_never_run(start):
     engine, decoder = start()
-    decoder.hold()
     first, gone, here = (row(prompt_of(20, seed), 4) for seed in range(3))
-    engine.submit([first])
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, [first])
     engine.submit([gone, here])
     gone.end()
     decoder.go()
@@ -458,10 +455,8 @@ def test_a_caller_who_leaves_while_waiting_is_never_run(start):
 
 def test_the_caller_over_the_limit_gets_an_error_at_once_and_nothing_of_it_is_queued(start):
     engine, decoder = start(max_waiting=40)
-    decoder.hold()
     first = row(max_tokens=4)
-    engine.submit([first])
-    assert decoder.reached.wait(60)  # it is read; the next ones wait
+    submit_and_hold(engine, decoder, [first])  # it is read; the next ones wait
     waiting, more = [row(max_tokens=4) for _ in range(39)], [row(max_tokens=4) for _ in range(2)]
     engine.submit(waiting)
     with pytest.raises(Refusal) as refusal:
@@ -508,10 +503,8 @@ def test_stats_count_what_waits_and_runs_and_was_done(start):
     nothing = {"waiting": 0, "running": 0, "answers": 0, "prompt_tokens": 0, "reused_prompt_tokens": 0,
                "completion_tokens": 0, "cache_tokens": 0, "kept_conversations": 0}
     assert stats() == nothing
-    decoder.hold()
     first, *later = (row(prompt_of(3, seed), 4) for seed in range(3))
-    engine.submit([first])
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, [first])
     running = {"running": 1, "prompt_tokens": 3, "cache_tokens": 3 + 4}
     assert stats() == nothing | running
     engine.submit(later)
@@ -597,10 +590,8 @@ def test_an_answer_that_ends_with_its_first_token_takes_no_other_along(start, en
             return 0 if ends == "by an end token" else int(logits.argmax())
 
     engine, decoder = start()
-    decoder.hold(calls=3)
     beside = row(prompt_of(10, 1), 40)
-    engine.submit([beside])
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, [beside], calls=3)
     short = row(prompt_of(10, 2), 1, sampler=Ends())
     engine.submit([short])
     decoder.go()
@@ -651,9 +642,7 @@ def test_closing_ends_rows_in_every_state_with_an_error(start):
     engine, decoder = start()
     running, reading = row(prompt_of(10, 1), 200, stream=True), row(prompt_of(200, 2), 4)
     waiting, gone = [row(prompt_of(10, seed), 4) for seed in range(3, 40)], row(prompt_of(10, 50), 4)
-    decoder.hold(calls=3)
-    engine.submit([running])
-    assert decoder.reached.wait(60)
+    submit_and_hold(engine, decoder, [running], calls=3)
     engine.submit([reading, gone, *waiting])
     gone.end()
     decoder.hold(calls=2)  # the step that it stands before, and a first piece of the long prompt
