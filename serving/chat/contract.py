@@ -56,7 +56,7 @@ class RequestObject(StrictModel):
     @model_validator(mode="before")
     @classmethod
     def _check_names(cls, values: Any) -> Any:
-        """Leave out nulls, and check that the class has the names of all other fields."""
+        """Leave out nulls, and refuse names that the class lacks."""
         if not isinstance(values, dict):
             return values  # pydantic refuses it next
         given = {name: value for name, value in values.items() if value is not None}
@@ -89,7 +89,7 @@ class Message(RequestObject):
         "without NUL and without half a surrogate pair"
     )
     name: Text = Field("", description=TEXT)  # passed to the chat template
-    # Ignored: clients that send an answer back send these fields with it.
+    # Unused: clients that send an answer back send these fields with it.
     tool_calls: Empty | None = Field(
         None, description="empty or left out: this model calls no tools"
     )
@@ -124,7 +124,7 @@ class ResponseFormat(RequestObject):
 class UnusedFields(RequestObject):
     """Fields that OpenAI's clients send and that change no answer here."""
 
-    # Ignored.
+    # Checked, and then unused.
     model: str | None = Field(None, description="a text")
     user: str | None = Field(None, description="a text")
     safety_identifier: str | None = Field(None, description="a text")
@@ -187,6 +187,7 @@ class ChatRequest(UnusedFields):
     )
 
 
+# The fields that an answer depends on.
 SERVED = [name for name in ChatRequest.model_fields if name not in UnusedFields.model_fields]
 # The fields that hold objects, or lists of them, with fields of their own.
 _OBJECTS = {
@@ -233,7 +234,7 @@ SETTINGS = Settings().model_dump()
 
 
 class Refusal(MlflowException):
-    """An error whose facts are data: MLflow's server sends them beside the sentence.
+    """Any error of the chat model, with fields that MLflow's server sends beside the sentence.
 
     Parameters
     ----------
@@ -323,7 +324,7 @@ def read_request(values: Any, where: str = "") -> ChatRequest:
     Raises
     ------
     Refusal
-        For the first field that is unknown or out of its range.
+        For the first thing that is wrong in the request.
     """
     if not isinstance(values, dict):
         raise invalid("A request", "an object with messages", where)
@@ -360,8 +361,8 @@ def to_python(value: Any, depth: int = 5) -> Any:
 
 
 def _to_refusal(error: ValidationError, where: str) -> Refusal:
-    """Return the first problem that pydantic found, by the field's name and its description."""
-    problem = error.errors()[0]  # its other entries quote the request
+    """Turn pydantic's first problem into a Refusal, by the field's name and its description."""
+    problem = error.errors()[0]  # its input quotes the request
     name, allowed, kind = "", "", ChatRequest
     for step in problem["loc"]:
         if kind is None:
@@ -372,7 +373,7 @@ def _to_refusal(error: ValidationError, where: str) -> Refusal:
             name = f"{name}.{step}" if name else step
             allowed = _fields(kind)[step].description
             kind = _OBJECTS.get(step)
-    if problem["type"] != "value_error":
+    if problem["type"] != "value_error":  # which only an unknown field's name raises
         return invalid(name, allowed, where)
     names = SERVED if kind is ChatRequest else _fields(kind)
     return Refusal(
@@ -404,11 +405,11 @@ def _check_combinations(request: ChatRequest, where: str) -> None:
 # --- the signature --------------------------------------------------------------------------
 
 # MLflow checks types before the model sees a request. It refuses a temperature of 2 where the
-# signature says double, and an integer column with gaps, and its errors quote the whole request.
-# So in the signature every field is optional and of any type, and ChatRequest checks it.
-# `stream_options` is an object: without one, MLflow makes a row of each message. A server sets
-# MLFLOW_DISABLE_SCHEMA_DETAILS=true, because of what MLflow still refuses: stream_options that
-# are no object, and a list of requests with another value in it.
+# signature says double, and an integer column with gaps, and its errors quote the whole request. So
+# in the signature every field is optional and of any type, and ChatRequest checks it.
+# `stream_options` is an object: without a column that is one, MLflow makes a row of each message. A
+# server sets MLFLOW_DISABLE_SCHEMA_DETAILS=true, because of what MLflow still refuses:
+# stream_options that are no object, and a list of requests with another value in it.
 _INPUT_TYPES = dict.fromkeys([*SERVED, *UnusedFields.model_fields], AnyType()) | {
     "stream_options": Object(
         [Property(name, AnyType(), required=False) for name in StreamOptions.model_fields]

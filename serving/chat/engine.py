@@ -31,7 +31,7 @@ from .folder import Config
 from .sampler import Sampler
 from .text import TextWriter
 
-# Prompt tokens that are read in a round. They take about as long as four steps.
+# The most prompt tokens that are read in a round. They take about as long as four steps.
 PIECE = 64
 LEAST_SHARED = 8  # Reading fewer tokens takes no longer than copying them.
 
@@ -52,7 +52,7 @@ class Row:
     sampler
         Chooses the tokens; None takes the likeliest.
     events
-        Gets ``(row, text)`` for each token of a stream, and ``(row, None)`` at the end.
+        Gets ``(row, text)`` for each piece of a stream, and ``(row, None)`` at the end.
     stream
         Whether somebody reads the text as it comes.
     """
@@ -75,7 +75,7 @@ class Row:
         self.text = ""
         self.token_count = 0
         self.last_token = None
-        self.reused_tokens = 0  # of the prompt, copied from another slot
+        self.reused_tokens = 0  # of the prompt, which did not have to be read
         self.finish_reason = None
         self.error = None
         self.ended = False
@@ -123,12 +123,13 @@ class Slot:
     Attributes
     ----------
     row
-        The answer that has the slot; None when it has ended.
+        The answer that has the slot, or None.
     prompt
-        The tokens of a prompt that are in the slot. The answer follows them and is never shared:
-        a step rounds differently from reading, and the same prompt has to get the same answer.
+        The tokens of a prompt that have been read into the slot. The answer follows them and is
+        never shared: the values that a step computes differ slightly from those of reading, and
+        the same prompt has to get the same answer.
     last_used
-        A count that is higher for the slot that was used later.
+        A number that is higher for the slot that was used later.
     """
 
     row: Row | None = None
@@ -160,7 +161,7 @@ def end_piece(start: int, stop: int, size: int) -> int:
 
 
 class Engine:
-    """Runs rows from any thread on one thread of its own, which `close` ends.
+    """Runs all rows on its own thread, until `close`. Any thread may submit rows.
 
     Parameters
     ----------
@@ -187,17 +188,17 @@ class Engine:
         self._cache_tokens = cache_tokens or 2 * config.context_length
         self.context_length = min(config.context_length, self._cache_tokens)
         self._decoder = Decoder(config, threads or count_cores(), self.context_length)
-        # Attention works in blocks of twice the head size. Of a longer piece, a block of one token
-        # could be left, which would be rounded differently.
+        # Attention works in blocks of twice the head size. A longer piece could leave a block of
+        # one token, which would be rounded differently.
         self._piece = min(PIECE, 2 * config.head_size)
         self._waiting = deque()
-        self._changed = threading.Condition()
+        self._condition = threading.Condition()
         self._closed = False
         # The running answers have the first slots, because a step takes a range of slots.
         self._slots = [Slot() for _ in range(self._decoder.slots)]
         self._running_count = 0  # the number of answers that are being written
         self._reading_index = None  # the index of the slot whose prompt is being read
-        self._uses = 0  # counts how often a slot was used
+        self._uses = 0  # counts the uses of all slots, and so orders them
         self._done = dict.fromkeys(
             ("answers", "prompt_tokens", "reused_prompt_tokens", "completion_tokens"), 0
         )
@@ -207,7 +208,7 @@ class Engine:
 
     def submit(self, rows: list[Row]) -> None:
         """Queue all of ``rows``, or none: then a Refusal says why."""
-        with self._changed:
+        with self._condition:
             if self._closed or not self._thread.is_alive():
                 raise _closed_error("This model is closed. Load it again.")
             # Only the engine's thread takes rows out of the queue, cancelled ones too.
@@ -220,13 +221,13 @@ class Engine:
                     error_code=RESOURCE_EXHAUSTED,
                 )
             self._waiting += rows
-            self._changed.notify()
+            self._condition.notify()
 
     def stop(self) -> None:
-        """Let the thread end soon, and each answer with an error. A closed engine stays closed."""
-        with self._changed:
+        """Ask the thread to end. Answers get an error, and a closed engine stays closed."""
+        with self._condition:
             self._closed = True
-            self._changed.notify()
+            self._condition.notify()
 
     def close(self) -> None:
         """Do what `stop` does, and wait until the thread has ended and its memory is free."""
@@ -236,7 +237,7 @@ class Engine:
 
     def stats(self) -> dict:
         """Return counts of answers and tokens, now and since the model was loaded."""
-        with self._changed:
+        with self._condition:
             waiting = sum(not row.ended for row in self._waiting)
             rows = [slot.row for slot in self._slots if slot.row]
             kept = sum(bool(slot.prompt) and not slot.row for slot in self._slots)
@@ -244,7 +245,7 @@ class Engine:
                 name: count + sum(_count(row)[name] for row in rows)
                 for name, count in self._done.items()
             }
-            held = self._count_held(range(len(self._slots)))
+            held = self._count_claimed(range(len(self._slots)))
         running = sum(not row.ended for row in rows)
         now = {"since": self._since, "waiting": waiting, "running": running}
         return now | done | {"cache_tokens": held, "kept_conversations": kept}
@@ -257,22 +258,24 @@ class Engine:
                 self._step()
         except Exception:
             _logger.exception("The engine ended.")
-        with self._changed:
+        with self._condition:
             self._closed = True
             left = [*self._waiting, *(slot.row for slot in self._slots if slot.row)]
             self._waiting = deque()
         for row in left:
             row.end(_closed_error())
-        self._remove_ended()
-        with self._changed:
+        for index, slot in enumerate(self._slots):
+            if slot.row:
+                self._detach_row(index)
+        with self._condition:
             self._slots = []
             self._decoder = None  # frees the model and its cache
 
     def _wait_for_work(self):
         """Wait until there is a row to work on. Return False when the engine is closed."""
-        with self._changed:
+        with self._condition:
             while not (self._closed or self._waiting or any(slot.row for slot in self._slots)):
-                self._changed.wait()
+                self._condition.wait()
             return not self._closed
 
     def _remove_ended(self):
@@ -289,7 +292,7 @@ class Engine:
     def _detach_row(self, index):
         """Take the row out of a slot, count it, and keep its prompt there."""
         slot = self._slots[index]
-        with self._changed:
+        with self._condition:
             for name, count in _count(slot.row).items():
                 self._done[name] += count
             slot.row = None
@@ -305,14 +308,14 @@ class Engine:
             return
         slots = self._slots
         held = self._decoder.held
-        held_after = self._count_held(range(len(slots))) + abs(held[one] - held[other])
+        held_after = self._count_claimed(range(len(slots))) + abs(held[one] - held[other])
         trim = held_after > self._cache_tokens
         self._decoder.swap(one, other, slots[one].length, slots[other].length, trim)
-        with self._changed:
+        with self._condition:
             slots[one], slots[other] = slots[other], slots[one]
 
     def _read_prompts(self):
-        """Read as many tokens of prompts as one piece has, row after row."""
+        """Read prompts, row after row, up to the tokens of one piece."""
         read = 0
         while self._reading_index is not None or self._begin_next():
             slot = self._slots[self._reading_index]
@@ -324,7 +327,7 @@ class Engine:
             self._read(slot, start, end)
 
     def _read(self, slot, start, end):
-        """Read a piece of a slot's prompt. Behind its last piece the answer begins."""
+        """Read a piece of a slot's prompt. After the last piece the answer begins."""
         row = slot.row
         try:
             logits = self._decoder.read(self._reading_index, row.prompt[start:end], start)
@@ -345,7 +348,7 @@ class Engine:
     def _step(self):
         """Give each running answer its next token."""
         rows = [slot.row for slot in self._slots[: self._running_count]]
-        if not rows or all(row.ended for row in rows):
+        if all(row.ended for row in rows):
             return
         try:
             logits = self._decoder.step(
@@ -379,21 +382,21 @@ class Engine:
 
     def _begin_next(self):
         """Give the first waiting row a slot. Return whether there was a row, a slot and memory."""
-        with self._changed:
+        with self._condition:
             while self._waiting and self._waiting[0].ended:
                 self._waiting.popleft()
             row = self._waiting[0] if self._waiting else None
         if row is None or self._running_count == len(self._slots):
             return False
         needed = len(row.prompt) + row.max_tokens
-        if self._count_held(range(self._running_count)) + needed > self._cache_tokens:
+        if self._count_claimed(range(self._running_count)) + needed > self._cache_tokens:
             return False
         target, source, shared = self._choose_slot(row)
         target, source, shared = self._free_memory(needed, target, source, shared)
-        if source != target and shared:
+        if source != target:
             self._decoder.copy(source, target, shared)
         row.reused_tokens, row.times["started"] = shared, time.time_ns()
-        with self._changed:
+        with self._condition:
             self._waiting.popleft()
             self._mark_used(self._slots[source])
             self._slots[target] = Slot(row, row.prompt[:shared])
@@ -438,7 +441,7 @@ class Engine:
             self._forget(target)
             if source >= self._running_count:
                 target = source
-        # A slot that once held a long answer would count as much again, though the row needs less.
+        # Memory from a long answer would count in full, even if the row needs little.
         is_large = self._decoder.held[target] > 2 * needed and (source != target or not shared)
         if is_large or not self._fits(needed, target):
             self._forget(target)
@@ -449,7 +452,7 @@ class Engine:
         """Return whether a row of ``needed`` tokens fits in the cache, in the slot ``target``."""
         others = [index for index in range(len(self._slots)) if index != target]
         held = max(self._decoder.held[target], needed)
-        return self._count_held(others) + held <= self._cache_tokens
+        return self._count_claimed(others) + held <= self._cache_tokens
 
     def _forget(self, index):
         self._decoder.release(index)
@@ -460,8 +463,8 @@ class Engine:
         unused = range(self._running_count, len(self._slots))
         return sorted(unused, key=lambda index: self._slots[index].last_used)
 
-    def _count_held(self, indexes):
-        """Add up the tokens that slots have memory for, or that their rows may need."""
+    def _count_claimed(self, indexes):
+        """Add up the tokens that slots hold memory for, or that rows may need if that is more."""
         total = 0
         for index in indexes:
             row = self._slots[index].row
@@ -471,7 +474,7 @@ class Engine:
 
 
 def count_cores() -> int:
-    """Count the cores that this process may use by its affinity and its container's quota."""
+    """Count the physical cores that affinity and the container's quota allow."""
     cores = joblib.cpu_count()
     physical = psutil.cpu_count(logical=False) or cores  # some boards report no physical cores
     return min(cores, physical)

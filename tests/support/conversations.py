@@ -51,7 +51,7 @@ def wait_for(row):
 def settle(engine):
     """Wait until an engine has nothing to do: a caller has its answer a moment before the row has left its slot."""
     deadline = time.monotonic() + 60
-    while not engine._changed._waiters:
+    while not engine._condition._waiters:
         assert time.monotonic() < deadline
         time.sleep(0.001)
 
