@@ -50,8 +50,9 @@ class Decoder:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors reach the caller as exceptions
-        # Threads that spin while they wait gain nothing alone, and slow other processes down.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # A waiting thread looks for work for so many microseconds, and then sleeps. By default it
+        # looks for longer, and slows other processes down.
+        options.add_session_config_entry("session.intra_op.spin_duration_us", "50")
         try:
             self._session = onnxruntime.InferenceSession(
                 config.onnx_file, options, providers=["CPUExecutionProvider"]
