@@ -24,6 +24,7 @@ from helpers.paths import BUILD, ROOT, VENV_PYTHON
 TEMPLATES = ROOT / "deploy" / "azureml"
 TARGET = BUILD / "azureml"
 PARTS = ("online", "batch", "job")
+SHARED = ("__init__.py", "errors.py", "request.py", "served_model.py")  # what score.py imports of serving/
 PRICES = "https://azure.microsoft.com/pricing/details/machine-learning/"
 QUOTAS = "https://ml.azure.com/quota"
 # Cores and GiB of memory. The names are from Azure's list for online endpoints:
@@ -161,6 +162,9 @@ def make_folder(uri: str, endpoint: str | None = None, instance_type: str | None
         shutil.copyfile(part / "model" / "serving_input_example.json", part / "request.json")
         (part / "code").mkdir()
         shutil.copyfile(ROOT / "serving" / "score.py", part / "code" / "score.py")
+        (part / "code" / "serving").mkdir()
+        for shared in SHARED:
+            shutil.copyfile(ROOT / "serving" / shared, part / "code" / "serving" / shared)
         for file in course_files():
             copy = part / "course" / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)

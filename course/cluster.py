@@ -15,9 +15,9 @@ import psutil
 
 from helpers.operations.programs import Program, start_program
 from helpers.paths import ROOT
-from serving.spark_batch import DAEMONS
+from serving.batch import DAEMON_JAVA_OPTIONS
 
-BATCH = [sys.executable, str(ROOT / "serving" / "spark_batch.py")]
+BATCH = [sys.executable, "-m", "serving.batch"]
 
 
 class Cluster:
@@ -30,7 +30,7 @@ class Cluster:
         self.folder, self.workers = folder, []
         self._spark = str(site / "pyspark" / "bin" / "spark-class")
         self._variables = {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_LOCAL_DIRS": str(folder / "scratch"),
-                           "SPARK_DAEMON_JAVA_OPTS": DAEMONS, "PYTHONPATH": str(site)}
+                           "SPARK_DAEMON_JAVA_OPTS": DAEMON_JAVA_OPTIONS, "PYTHONPATH": str(site)}
         self.master = self._start("master", "master.Master", r"Starting Spark master at (spark://\S+)", "--port", 0)
         self.address = self.master.address
 
@@ -62,8 +62,10 @@ class Cluster:
 
     def batch(self, *words: str | Path, **variables: str) -> subprocess.Popen:
         """Start the batch program on this cluster."""
+        environment = self.environment(**variables)
+        environment["PYTHONPATH"] += os.pathsep + str(ROOT)
         return subprocess.Popen([*BATCH, "--master", self.address, *map(str, words)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, env=self.environment(**variables))
+                                stderr=subprocess.PIPE, text=True, env=environment)
 
     def environment(self, **variables: str) -> dict:
         """Return the environment variables of a program that uses it."""

@@ -307,7 +307,7 @@ def _serving(program, doing, options):
     """Turn this process into a program of serving/, which reads the words itself, on the course's store."""
     from helpers.tracking import tracking_store
 
-    command = [sys.executable, str(ROOT / "serving" / program), *options.words]
+    command = [sys.executable, "-m", program, *options.words]
     if {"-h", "--help"} & set(options.words):
         return _serve(command)
     check_variables()
@@ -393,10 +393,10 @@ COMMANDS = {
     "changed": Command("print the pages that a change touches", _changed, (_changed_options,), needs="nothing"),
     "lab": Command("open JupyterLab on the course", _lab, (_model_option, _lab_options)),
     "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
-    "serve": Command("serve a registered model to OpenAI's clients", partial(_serving, "openai_server.py", "serve"),
+    "serve": Command("serve a registered model to OpenAI's clients", partial(_serving, "serving.service", "serve"),
                      takes_words=True, has_help=True),
     "batch": Command("let a registered model answer a Parquet file on a Spark cluster",
-                     partial(_serving, "spark_batch.py", "ask"), takes_words=True, has_help=True),
+                     partial(_serving, "serving.batch", "ask"), takes_words=True, has_help=True),
     "deploy": Command("fill the files for a cloud from a registered model, and send them there", _deploy,
                       (_deploy_options,)),
     "bench": Command("measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="nightly"),

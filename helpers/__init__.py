@@ -57,7 +57,7 @@ for _name in left_out:
     del os.environ[_name]
 if "PYTHONWARNINGS" in left_out:  # this process has read it
     warnings.filters[:] = [row for row in warnings.filters if row[0] != "error"]
-# Where Spark is installed, MLflow meets it, and it says so each time; serving/spark_batch.py is tried on this pandas.
+# Where Spark is installed, MLflow meets it, and it says so each time; serving/batch.py is tried on this pandas.
 warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
 _told = [name for name in left_out if name not in LEFT_OUT[:2]]
 if _told:

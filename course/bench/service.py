@@ -19,9 +19,9 @@ from course.bench.clients import Clients
 from course.bench.contenders import CALLERS, CHAT, PROMPT, Contenders, expect, start_llama
 from course.bench.turns import mix, percentile, take_turns, timed
 from helpers.operations.programs import Program, free_port, start_program
-from helpers.paths import BUILD, ROOT
+from helpers.paths import BUILD
 
-SERVER = ROOT / "serving" / "openai_server.py"
+SERVICE = "serving.service"
 LOGS = BUILD / "bench"
 CROWDS = (CALLERS, 32)
 ROUNDS = 4  # requests of each client
@@ -61,7 +61,7 @@ def _running(command: list, ready: str, log: str) -> Iterator[Program]:
 
 def _ours():
     """Serve the chat model with the server of this course."""
-    return _running([sys.executable, str(SERVER), "--model", CHAT, "--port", "0"], r" at (http://\S+)$", "serve.log")
+    return _running([sys.executable, "-m", SERVICE, "--model", CHAT, "--port", "0"], r" at (http://\S+)$", "serve.log")
 
 
 def _mlflow():
@@ -214,7 +214,7 @@ def _growth(them, rivals, repeats):
 
 def _soak(greeter):
     """Send very many short requests, and compare what the server holds then with what it held after the first part."""
-    (server,) = [child for child in psutil.Process().children() if str(SERVER) in child.cmdline()]
+    (server,) = [child for child in psutil.Process().children() if SERVICE in child.cmdline()]
     part = SOAK // SETTLED
     for number in range(SETTLED):
         greeter.ask([1] * part, CALLERS, halves(part, 2))

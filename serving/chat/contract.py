@@ -124,12 +124,13 @@ class ResponseFormat(RequestObject):
 class UnusedFields(RequestObject):
     """Fields that OpenAI's clients send and that change no answer here."""
 
+    # Requests share what their prompts have in common if they have the same key, which saves time.
+    prompt_cache_key: str | None = Field(None, description="a text")
     # Checked, and then unused.
     model: str | None = Field(None, description="a text")
     user: str | None = Field(None, description="a text")
     safety_identifier: str | None = Field(None, description="a text")
     service_tier: str | None = Field(None, description="a text")
-    prompt_cache_key: str | None = Field(None, description="a text")
     metadata: dict | None = Field(None, description="an object")
     prediction: dict | None = Field(None, description="an object")
     store: bool | None = Field(None, description="true or false")

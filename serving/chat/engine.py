@@ -55,6 +55,8 @@ class Row:
         Gets ``(row, text)`` for each piece of a stream, and ``(row, None)`` at the end.
     stream
         Whether somebody reads the text as it comes.
+    cache_key
+        Rows share prompts only with rows of the same key.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Row:
         sampler: Sampler | None,
         events: queue.SimpleQueue,
         stream: bool,
+        cache_key: str | None = None,
     ):
         self.prompt = prompt
         self.max_tokens = max_tokens
@@ -72,6 +75,7 @@ class Row:
         self.sampler = sampler
         self.events = events
         self.stream = stream
+        self.cache_key = cache_key
         self.text = ""
         self.token_count = 0
         self.last_token = None
@@ -128,12 +132,15 @@ class Slot:
         The tokens of a prompt that have been read into the slot. The answer follows them and is
         never shared: the values that a step computes differ slightly from those of reading, and
         the same prompt has to get the same answer.
+    cache_key
+        The key of the row that the prompt is from.
     last_used
         A number that is higher for the slot that was used later.
     """
 
     row: Row | None = None
     prompt: list[int] = field(default_factory=list)
+    cache_key: str | None = None
     last_used: int = 0
 
     @property
@@ -247,7 +254,12 @@ class Engine:
             }
             held = self._count_claimed(range(len(self._slots)))
         running = sum(not row.ended for row in rows)
-        now = {"since": self._since, "waiting": waiting, "running": running}
+        now = {
+            "since": self._since,
+            "closed": self._closed,
+            "waiting": waiting,
+            "running": running,
+        }
         return now | done | {"cache_tokens": held, "kept_conversations": kept}
 
     def _run(self):
@@ -399,7 +411,7 @@ class Engine:
         with self._condition:
             self._waiting.popleft()
             self._mark_used(self._slots[source])
-            self._slots[target] = Slot(row, row.prompt[:shared])
+            self._slots[target] = Slot(row, row.prompt[:shared], row.cache_key)
         self._reading_index = target
         return True
 
@@ -415,7 +427,12 @@ class Engine:
         # Two tokens are left to read: the last one's logits are needed, and one token alone would
         # be rounded differently.
         most = len(row.prompt) - 2
-        counts = [min(count_shared(slot.prompt, row.prompt), most) for slot in self._slots]
+        counts = [
+            min(count_shared(slot.prompt, row.prompt), most)
+            if slot.cache_key == row.cache_key
+            else 0
+            for slot in self._slots
+        ]
         source = max(range(len(counts)), key=counts.__getitem__)
         shared = counts[source]
         oldest, *others = self._unused_slots()

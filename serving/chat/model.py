@@ -237,6 +237,7 @@ class LoadedModel:
                 None if greedy else Sampler(request, index, matcher and matcher.deep_copy()),
                 events,
                 stream,
+                request.prompt_cache_key,
             )
             for index in range(request.n)
         ]

@@ -20,7 +20,7 @@ from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, user
 from support.score import load_score
 from support.service import wait_for
 
-from course.azure import TEMPLATES, fill, service_requirements
+from course.azure import SHARED, TEMPLATES, fill, service_requirements
 from helpers import pinned
 from serving import score
 
@@ -125,7 +125,11 @@ def serve(environment, tmp_path):
     def start(folder):
         code = tmp_path / "code"
         code.mkdir()
-        shutil.copyfile(ROOT / "serving" / "score.py", code / "score.py")  # alone, as it is uploaded
+        # Without the course, as it is uploaded.
+        shutil.copyfile(ROOT / "serving" / "score.py", code / "score.py")
+        (code / "serving").mkdir()
+        for name in SHARED:
+            shutil.copyfile(ROOT / "serving" / name, code / "serving" / name)
         settings = yaml.safe_load((TEMPLATES / "online-deployment.yaml").read_text(encoding="utf-8"))
         variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         variables |= settings["environment_variables"] | {

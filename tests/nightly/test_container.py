@@ -31,7 +31,7 @@ from support.jupyter import server
 from support.namespaces import DEVICES, WRITABLE, Image, answers, lacking
 from support.service import body, wait_for
 
-from serving import openai_server
+from serving.service import command_line
 
 CALLER = {"Host": "slm:80", "Authorization": f"Bearer {TOKEN}"}
 
@@ -69,7 +69,7 @@ def contained(namespaces, environment):
     def image(folder, **variables):
         copied = [[word for word in value.split() if not word.startswith("--")] for value in IMAGE.all("COPY")]
         files = {target: environment if source == target else ROOT / source for source, target in copied}
-        variables = IMAGE.variables() | {openai_server.TOKEN: TOKEN} | variables
+        variables = IMAGE.variables() | {command_line.TOKEN: TOKEN} | variables
         return Image(files | {options_of().model: folder}, variables, IMAGE.one("USER"), IMAGE.one("WORKDIR"))
 
     return image
@@ -164,7 +164,7 @@ def test_a_pod_that_loads_its_model_lives_and_is_not_ready(contained, tmp_path):
 
 
 @pytest.mark.parametrize(("variables", "says"), [
-    ({openai_server.TOKEN: OPTIONS["secret.yaml"]["stringData"]["token"]}, "the service has no token"),
+    ({command_line.TOKEN: OPTIONS["secret.yaml"]["stringData"]["token"]}, "the service has no token"),
     ({}, "does not load")])
 def test_what_the_program_says_where_it_cannot_begin(variables, says, contained, tmp_path):
     (tmp_path / "empty").mkdir()
@@ -193,10 +193,10 @@ def test_the_images_packages_serve_a_model_of_a_tracking_server(environment, tin
         finally:
             mlflow.set_tracking_uri(before)
         _, *words = IMAGE.words("ENTRYPOINT")
-        words = [str(environment / "bin" / "python"), str(ROOT / "serving" / "openai_server.py"), *words[1:],
+        words = [str(environment / "bin" / "python"), *words,
                  "--model", "models:/slm-onnx@champion", "--host", "127.0.0.1", "--port", "0"]
         variables = IMAGE.variables() | local | {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": tracking,
-                                                 openai_server.TOKEN: TOKEN}
+                                                 command_line.TOKEN: TOKEN}
         with server(words, variables, tmp_path / "program.log", LISTENS) as address:
             answer = httpx.post(f"{address}/v1/chat/completions", content=body("The sky is", max_tokens=5),
                                 headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60, trust_env=False)

@@ -24,7 +24,7 @@ from support.served_program import URI, ask, get
 from support.service import body, raw, running, wait_for, wait_for_version
 from support.stand_ins import move_alias
 
-from serving import openai_server
+from serving.service import command_line
 
 
 @pytest.fixture(scope="module")
@@ -75,14 +75,15 @@ def test_the_store_is_locked_by_another_writer(registry, store, record_property)
         file.execute("UPDATE registered_model_aliases SET version = 2")
         file.execute("BEGIN EXCLUSIVE")
         looks = []
-        find = server.service.desk.address.find_version
-        server.service.desk.address.find_version = lambda: looks.append(1) or find()
+        find = server.service.active.address.find_version
+        server.service.active.address.find_version = lambda: looks.append(1) or find()
         answers = 0
         while len(looks) < 2:
             assert server.ask("words 2").status_code == 200
             answers += 1
         record_property("answers while the store was locked", answers)
-        assert server.readiness() == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": None}
+        assert server.readiness() == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": None,
+                                      "retry_seconds": None}
         file.execute("ROLLBACK")
         file.execute("UPDATE registered_model_aliases SET version = 2")
         file.close()
@@ -94,7 +95,7 @@ def test_a_store_that_is_locked_when_the_program_starts(registry, store, monkeyp
     registry("Streams")
     with contextlib.closing(sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None)) as file:
         file.execute("BEGIN EXCLUSIVE")
-        code = openai_server.main(["--model", URI, "--port", "0"])
+        code = command_line.main(["--model", URI, "--port", "0"])
         file.execute("ROLLBACK")
     what, fix = capsys.readouterr().err.splitlines()[-2:]  # MLflow has its say, too
     assert code == 1 and what.startswith("error: ") and "locked" in what and fix.endswith("--model.")
@@ -105,12 +106,13 @@ def test_200_clients_that_leave_free_the_engine(tiny, tmp_path, record_property)
     with running(tmp_path / "model", concurrent=200) as server:
         threads = threading.active_count()
         clients = [server.connect(raw(body(f"{number}", stream=number % 2 == 0, **LONG))) for number in range(200)]
-        wait_for(lambda: server.requests() == (200, 0) and server.service.desk.current.rows(), "200 requests")
+        model = server.service.active.current.model
+        wait_for(lambda: server.requests() == (200, 0) and model.stats()["running"], "200 requests")
         for client in clients:
             client.close()
         wait_for(lambda: server.count("slm_requests_total", outcome="cancelled") == 200)
         made = server.model.stats()["completion_tokens"]
-        wait_for(lambda: server.requests() == (0, 0) and server.service.desk.current.rows() == 0)
+        wait_for(lambda: server.requests() == (0, 0) and model.stats()["running"] == 0)
         made = server.model.stats()["completion_tokens"] - made
         record_property("tokens per answer that the engine made for clients that had left", made / 200)
         assert server.model.stats()["waiting"] == 0

@@ -71,8 +71,8 @@ def test_mlflow_run_makes_of_no_rows_a_whole_output_with_its_columns(cluster, re
                          timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "\n0 rows in " in "\n" + ran.stdout
-    assert list(read(tmp_path).columns) == ["prompt", "row", "answer", "status", "reason", "prompt_tokens",
-                                            "completion_tokens"]
+    assert list(read(tmp_path).columns) == ["prompt", "row", "row_hash", "answer", "status", "reason",
+                                            "finish_reason", "prompt_tokens", "completion_tokens"]
 
 
 def start(cluster, store, prompts, out, *words):
@@ -82,7 +82,11 @@ def start(cluster, store, prompts, out, *words):
 
 def finished(out):
     """Return how many tasks have left their rows, and nothing else."""
-    return len(list(Path(f"{out}.unfinished/rows").glob("part-*")))
+    return len(list(out.glob("part-*")))
+
+
+def lock_of(out):
+    return out.with_name(f"{out.name}.lock")
 
 
 def whole(tmp_path, out, count):
@@ -118,12 +122,18 @@ def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(cluster, stor
         child.kill()
     process.kill()
     process.communicate()
-    assert not out.exists()
+    assert not (out / "_SUCCESS").exists()
     other = start(cluster, store, prompts, out, "--max-tokens", "3")
-    assert "of a run with another max_tokens" in other.communicate(timeout=600)[1] and other.returncode == 1
+    assert "is of a run with another max_tokens (None)" in other.communicate(timeout=600)[1] and other.returncode == 1
     process = start(cluster, store, prompts, out)
+    wait_for(lambda: lock_of(out).exists() or process.poll() is not None, "the lock", 180)
+    second = start(cluster, store, prompts, out)
+    _, complained = second.communicate(timeout=600)
+    assert second.returncode == 1
+    assert f"Another run writes to this output: process {process.pid} on " in complained
     said, complained = process.communicate(timeout=600)
     assert (process.returncode, complained) == (0, ""), complained
+    assert not lock_of(out).exists()
     whole(tmp_path, "out.parquet", 2000)
     kept = int(re.search(r"kept from a run before: (\d+)", said)[1])
     assert 300 <= kept < 2000
@@ -139,7 +149,7 @@ def test_a_lost_master_loses_nothing(store, registry, site, tmp_path):
         cluster.stop()
         said, complained = process.communicate(timeout=600)
         assert process.returncode == 1 and "The cluster's master is lost." in complained, complained
-        assert complained.count("\n") == 2 and not out.exists()
+        assert complained.count("\n") == 2 and not (out / "_SUCCESS").exists()
     with running(tmp_path / "another", site) as cluster:
         process = start(cluster, store, prompts, out)
         said, complained = process.communicate(timeout=600)
@@ -155,7 +165,7 @@ def test_a_worker_without_memory_is_told_with_its_settings(batch, tiny, registry
     assert code == 1 and re.search("A worker ran out of memory|for want of memory", complained), complained
     for name in ("spark.executor.memory ", "spark.executor.memoryOverhead", "spark.executor.pyspark.memory"):
         assert name in complained
-    assert not (tmp_path / "öut 1.parquet").exists()
+    assert not (tmp_path / "öut 1.parquet" / "_SUCCESS").exists()
 
 
 def test_a_full_disk_leaves_nothing_half_written(store, registry, site, mounted, tmp_path, monkeypatch):
@@ -168,8 +178,7 @@ def test_a_full_disk_leaves_nothing_half_written(store, registry, site, mounted,
     # The disk is gone with the command: what is on it is listed before.
     result = mounted("size=200k", ["sh", "-c", f'"$@"; code=$?; find "{out.parent}"; exit $code', "sh", *command])
     assert result.returncode == 1 and "A disk is full." in result.stderr, result.stderr
-    assert f"{out}.unfinished/plan.json" in result.stdout.split("\n")
-    assert not [line for line in result.stdout.split("\n") if f"{line}/".startswith(f"{out}/")]
+    assert f"{out}/_SUCCESS" not in result.stdout.split("\n")
 
 
 def test_200_000_rows_go_through_without_growing_memory(cluster, store, registry, tmp_path, record_property):

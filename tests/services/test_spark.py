@@ -9,7 +9,6 @@ import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import mlflow
 import pandas as pd
@@ -24,16 +23,17 @@ MODEL = "models:/stand-in@champion"
 DRIVER = """
 import json, sys
 from pathlib import Path
-from serving import spark_batch
+from serving import batch
 master, folder = sys.argv[1], Path(sys.argv[2])
-spark = spark_batch.start_spark(master)
+spark = batch.start_spark(master)
 for number, line in enumerate(sys.stdin):
     (folder / str(number)).mkdir()
     try:
-        options = spark_batch.read_options([*json.loads(line), "--master", master])
-        report = spark_batch.run(spark, options, folder / str(number))
+        options = batch.read_options([*json.loads(line), "--master", master])
+        report = batch.run(spark, options, folder / str(number))
         print(json.dumps(report._asdict()), flush=True)
-    except spark_batch.BatchError as error:
+    except Exception as error:  # as the program does
+        error = error if isinstance(error, batch.BatchError) else batch.to_batch_error(error)
         print(json.dumps([error.what, error.fix]), flush=True)
 spark.stop()
 """
@@ -109,7 +109,8 @@ def test_every_row_is_answered_and_a_bad_one_says_why(cluster, driver, chat_uri,
     prompts = [*(f"Tell me about the number {number}." for number in range(20)), None, "", "word " * 5000, "a\x00b"]
     out = tmp_path / "öut 1.parquet"
     report = driver.run(write(tmp_path / "prömpts 1.parquet", prompts), out, "--model", chat_uri)
-    assert (report["rows"], report["kept"], sum(report["errors"].values())) == (24, 0, 4)
+    assert (report["rows"], report["kept"], report["failed"], report["cut"]) == (24, 0, 4, 20)
+    assert sum(report["errors"].values()) == 4
     assert list(cluster.folder.glob("work-*/**/MLmodel"))  # what a worker unpacks goes with its folder
     rows = read(out)
     assert list(rows["row"]) == list(range(24)) and list(rows["id"]) == [f"id {number}" for number in range(24)]
@@ -119,6 +120,7 @@ def test_every_row_is_answered_and_a_bad_one_says_why(cluster, driver, chat_uri,
     alone = mlflow.pyfunc.load_model(chat_uri).predict({"messages": user(prompts[7])})[0]
     assert rows["answer"][7] == alone["choices"][0]["message"]["content"]
     assert rows["completion_tokens"][7] == alone["usage"]["completion_tokens"] == 4
+    assert set(rows["finish_reason"]) == {"length", ""}
     assert [path.name for path in tmp_path.iterdir() if ".parquet." in path.name] == []
 
 
@@ -139,8 +141,8 @@ def test_an_output_is_replaced_only_when_told_and_no_rows_are_an_output(driver, 
     out = tmp_path / "out.parquet"
     pd.DataFrame({"prompt": pd.Series([], dtype="str")}).to_parquet(none)
     assert driver.run(none, out, "--model", MODEL)["rows"] == 0
-    assert list(read(out).columns) == ["prompt", "row", "answer", "status", "reason", "prompt_tokens",
-                                       "completion_tokens"]
+    assert list(read(out).columns) == ["prompt", "row", "row_hash", "answer", "status", "reason", "finish_reason",
+                                       "prompt_tokens", "completion_tokens"]
     what, fix = driver.run(one, out, "--model", MODEL)
     assert "is there already" in what and "--overwrite" in fix and len(read(out)) == 0
     assert driver.run(one, out, "--model", MODEL, "--overwrite")["rows"] == 1
@@ -150,20 +152,85 @@ def test_an_output_is_replaced_only_when_told_and_no_rows_are_an_output(driver, 
 
 def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tmp_path):
     good = write(tmp_path / "good.parquet", ["word 1"])
-    pd.DataFrame({"text": ["a"], "answer": ["b"], "number": [1]}).to_parquet(other := tmp_path / "other.parquet")
+    pd.DataFrame({"text": ["a"], "Answer": ["b"], "number": [1]}).to_parquet(other := tmp_path / "other.parquet")
     (text := tmp_path / "text.parquet").write_text("no Parquet", encoding="utf-8")
     for path, words, says in (
-            (other, (), "has no column prompt: it has text, answer, number"),
-            (other, ("--column", "text"), "has columns that the answers would have: answer"),
+            (other, (), "has no column prompt: it has text, Answer, number"),
+            (other, ("--column", "text"), "has columns that the answers would have: Answer"),
             (other, ("--column", "number"), "its type is bigint"),
             (tmp_path / "nowhere.parquet", (), "is not there"),
-            (text, (), "holds no Parquet"),
+            (text, (), "text.parquet"),
             (good, ("--model", "models:/nobody@champion"), "There is no model nobody whose alias champion"),
             (good, ("--model", "models:/stand-in@nobody"), "There is no model stand-in whose alias nobody"),
-            (good, ("--model", "models:/stand-in/9"), "The model models:/stand-in/9 cannot be had")):
+            (good, ("--model", "models:/stand-in/9"), "Could not load the model models:/stand-in/9")):
         refusal = driver.run(path, tmp_path / "out.parquet", "--model", MODEL, *words)
         assert says in refusal[0] and all(sentence.endswith(".") for sentence in refusal), refusal
     assert not list(tmp_path.glob("out*"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").touch()
+    for words in ((), ("--overwrite",)):
+        what, _ = driver.run(good, tmp_path / "mine", "--model", MODEL, *words)
+        assert "is no output of this program" in what
+    assert (tmp_path / "mine" / "letter.txt").exists()
+
+
+def test_columns_come_out_as_they_went_in(driver, tmp_path):
+    times = pd.to_datetime(["2026-01-02", None]).astype("datetime64[us]")
+    times = pd.to_datetime(["2026-01-02", None]).astype("datetime64[us]")
+    table = pd.DataFrame({"user.id": [1, 2], "a `b` *": ["x", None], "prompt": ["word 1", "word 2"],
+                          "Prompt": [[1], []], "when": times})
+    table.to_parquet(tmp_path / "in.parquet")
+    assert driver.run(tmp_path / "in.parquet", tmp_path / "out.parquet", "--model", MODEL)["failed"] == 0
+    rows = read(tmp_path / "out.parquet")
+    assert list(rows.columns)[:5] == list(table.columns)
+    for name in ("user.id", "prompt", "when"):
+        pd.testing.assert_series_equal(rows[name], table[name], check_dtype=False)
+    assert rows["a `b` *"][0] == "x" and pd.isna(rows["a `b` *"][1])
+    assert [list(value) for value in rows["Prompt"]] == [[1], []]
+    assert list(rows["answer"]) == ["word ", "word word "]
+
+
+def test_a_file_that_spark_cannot_read_is_named(driver, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.parquet", ["word 1"] * 100)
+    (folder / "README.md").write_text("no Parquet", encoding="utf-8")
+    what, fix = driver.run(folder, tmp_path / "out", "--model", MODEL)
+    assert "README.md" in what and "take it out" in fix
+    (folder / "README.md").unlink()
+    half = (folder / "a.parquet").read_bytes()[:-200]
+    (folder / "b.parquet").write_bytes(half)
+    assert "b.parquet" in driver.run(folder, tmp_path / "out", "--model", MODEL)[0]
+    (folder / "b.parquet").unlink()
+    times = pd.to_datetime(["2026-01-02"]).astype("datetime64[ns]")
+    pd.DataFrame({"prompt": ["a"], "when": times}).to_parquet(tmp_path / "ns.parquet", version="2.6")
+    assert "TIMESTAMP(NANOS" in driver.run(tmp_path / "ns.parquet", tmp_path / "out", "--model", MODEL)[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_interrupted_run_goes_on_with_the_same_content_alone(driver, tmp_path):
+    prompts, out = [f"word {number % 3 + 1}" for number in range(40)], tmp_path / "out.parquet"
+    whole = write(tmp_path / "in.parquet", prompts)
+    driver.run(whole, out, "--model", MODEL, "--rows-per-task", 10)
+    # As a killed driver leaves it: some tasks' files, and no _SUCCESS.
+    parts = sorted(out.glob("part-*"))
+    (out / "_SUCCESS").unlink()
+    for part in parts[1:]:
+        part.unlink()
+    for words in (["--max-tokens", 3], ["--system", "Be brief."]):
+        what, fix = driver.run(whole, out, "--model", MODEL, *words)
+        assert f"is of a run with another {words[0][2:].replace('-', '_')} (" in what and "--overwrite" in fix
+    write(whole, ["another " + prompt for prompt in prompts])
+    assert "is of a run with another input" in driver.run(whole, out, "--model", MODEL)[0]
+    write(whole, prompts)
+    kept = len(pd.read_parquet(parts[0]))
+    # With --overwrite, too, an unfinished run goes on.
+    report = driver.run(whole, out, "--model", MODEL, "--overwrite")
+    assert (report["rows"], report["kept"]) == (40, kept) and 0 < kept < 40
+    assert list(read(out)["answer"]) == ["word " * (number % 3 + 1) for number in range(40)]
+    write(whole, prompts[:4])
+    assert driver.run(whole, out, "--model", MODEL, "--overwrite")["kept"] == 0
+    assert len(read(out)) == 4
 
 
 def test_a_driver_and_a_worker_that_are_killed_cost_no_row(cluster, driver, registered, tmp_path):
@@ -173,18 +240,19 @@ def test_a_driver_and_a_worker_that_are_killed_cost_no_row(cluster, driver, regi
                MODEL, "--rows-per-task", 25]
 
     def finished():
-        return len(list(Path(f"{out}.unfinished/rows").glob("part-*")))
+        return len(list(out.glob("part-*")))
 
     driver.begin(*command)
     wait_for(lambda: finished() >= 4 or driver.process.poll() is not None, "four tasks", 180)
     driver.kill()
-    assert not out.exists() and finished() < 24
+    assert not (out / "_SUCCESS").exists() and finished() < 24
     process = cluster.batch(*command, MLFLOW_TRACKING_URI=registered, TMPDIR=str(tmp_path))
     kept = finished()
     wait_for(lambda: finished() >= kept + 3 or process.poll() is not None, "three tasks more", 180)
     cluster.workers[0].kill()
     said, complained = process.communicate(timeout=600)
     assert (process.returncode, complained) == (0, ""), complained
+    assert (out / "_SUCCESS").exists()
     rows = read(out)
     assert list(rows["row"]) == list(range(count)) and set(rows["status"]) == {"ok"}
     assert list(rows["answer"]) == ["word " * (number % 3 + 1) for number in range(count)]

@@ -118,7 +118,7 @@ A_TOOL = {"type": "function", "function": {"name": SECRET, "parameters": {}}}
 # The fields that change no answer: the name, the range, values that are accepted, values that are refused.
 HABITS = [
     *((name, "a text", ["", "a text", "gpt-4.1", "日本語"], [5, [SECRET]])
-      for name in ("model", "user", "safety_identifier", "service_tier", "prompt_cache_key")),
+      for name in ("prompt_cache_key", "model", "user", "safety_identifier", "service_tier")),
     ("metadata", "an object", [{}, {"a label": "x"}, {"a": {"b": [1, None]}}], [SECRET, []]),
     ("prediction", "an object", [{}, {"type": "content", "content": "x"}], [SECRET, []]),
     *((name, "true or false", [True, False], [SECRET, 1]) for name in ("store", "parallel_tool_calls")),

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 import yaml
 
-from serving.openai_server import read_options
+from serving.service.command_line import read_options
 from support import ROOT
 
 CONTAINER = ROOT / "deploy" / "container"
@@ -83,5 +83,5 @@ def manifest_args():
 
 def options_of(*args):
     """Return the program's options as ENTRYPOINT and these words have it read them."""
-    _, _, *words = IMAGE.words("ENTRYPOINT")
+    _, _, _, *words = IMAGE.words("ENTRYPOINT")  # Python, -m, and the package
     return read_options([*words, *args])

@@ -25,5 +25,5 @@ def load_score(folder: Path) -> Iterator[mlflow.pyfunc.PyFuncModel]:
     with undo_init() as patch:
         patch.setenv("AZUREML_MODEL_DIR", str(folder))
         score.init()
-        yield score._model
-        score._model.unwrap_python_model().close()
+        yield score._model._model
+        score._model.close()

@@ -20,7 +20,7 @@ class Program:
         self.log = log
         with log.open("w", encoding="utf-8") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "serving/openai_server.py", "--model", URI, *map(str, words)], cwd=ROOT,
+                [sys.executable, "-m", "serving.service", "--model", URI, *map(str, words)], cwd=ROOT,
                 stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL,
                 # Where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))

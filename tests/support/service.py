@@ -1,4 +1,4 @@
-"""Runs the server of ``serving/openai_server.py`` in a test: in this process, on a port of its own."""
+"""Runs the service of ``serving/service`` in a test: in this process, on a port of its own."""
 
 import contextlib
 import json
@@ -15,7 +15,10 @@ import psutil
 import transformers
 from huggingface_hub import ModelCard
 
-from serving.openai_server import Address, Limits, Server, Service, check_reach, listen
+from serving.service.active_version import ModelAddress
+from serving.service.app import Limits, Service
+from serving.service.command_line import check_reach
+from serving.service.http_server import Server, listen
 
 
 class Running:
@@ -32,7 +35,7 @@ class Running:
     @property
     def model(self):
         """Return the Python model that serves."""
-        return self.service.desk.current._python_model
+        return self.service.active.current.model._python_model
 
     def ask(self, text: str, **fields) -> httpx.Response:
         """Ask for a chat completion."""
@@ -44,7 +47,7 @@ class Running:
 
     def count(self, name: str, **labels) -> float:
         """Return a figure of ``/metrics``; 0 where there is none yet."""
-        return self.service.figures.registry.get_sample_value(name, labels) or 0
+        return self.service.metrics.registry.get_sample_value(name, labels) or 0
 
     def connect(self, sent: bytes = b"") -> socket.socket:
         """Return a connection on which this has been sent."""
@@ -55,7 +58,7 @@ class Running:
 
     def requests(self) -> tuple[int, int]:
         """Return how many requests the model works on, and how many wait."""
-        return self.service.turns.running, self.service.turns.waiting
+        return self.service.queue.running, self.service.queue.waiting
 
 
 def body(text: str, **fields) -> bytes:
@@ -106,10 +109,12 @@ def handles() -> int:
 
 
 @contextlib.contextmanager
-def running(uri: str, token: str | None = None, host: str = "127.0.0.1", traces: str | None = None,
-            trace_texts: bool = False, **limits) -> Iterator[Running]:
+def running(uri: str, token: str | None = None, host: str = "127.0.0.1", name: str | None = None,
+            traces: str | None = None, trace_texts: bool = False, caller_header: str | None = None,
+            separates_addresses: bool = False, **limits) -> Iterator[Running]:
     """Serve a model while the block runs, and see that the server ends with it."""
-    service = Service(Address(str(uri)), Limits(**limits), traces, trace_texts)
+    service = Service(ModelAddress(str(uri)), Limits(**limits), name, traces, trace_texts=trace_texts,
+                      caller_header=caller_header, separates_addresses=separates_addresses)
     server = Server(service, listen(host, 0), token, check_reach(host, token, []))
     failures = []
 
@@ -121,7 +126,7 @@ def running(uri: str, token: str | None = None, host: str = "127.0.0.1", traces:
 
     thread = threading.Thread(target=run, name="server", daemon=True)
     thread.start()
-    wait_for(lambda: service.desk.current or not thread.is_alive(), "the server")
+    wait_for(lambda: service.active.current or not thread.is_alive(), "the server")
     if failures:
         raise failures[0]
     server_side = Running(server, service, token)

@@ -173,7 +173,8 @@ def test_the_folder_has_the_model_the_script_and_files_that_name_both(registered
     assert plan.instance_type == "Standard_D2as_v4" and "messages" in plan.fields
     assert plan.requirements == ("mlflow",) and plan.python == f"{sys.version_info.major}.{sys.version_info.minor}"
     files = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    assert {"model/MLmodel", "code/score.py", "course/README.md", "course/helpers/errors.py", "request.json"} <= files
+    assert {"model/MLmodel", "code/score.py", "code/serving/errors.py", "course/README.md", "course/helpers/errors.py",
+            "request.json"} <= files
     assert (folder / "code" / "score.py").read_bytes() == (ROOT / "serving" / "score.py").read_bytes()
     assert json.loads((folder / "request.json").read_text(encoding="utf-8")) == AS_SHOWN
     read = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in folder.glob("*.yaml")}

@@ -143,6 +143,6 @@ def test_the_pages_of_the_course_use_what_they_are_known_to_use():
     files = {path.relative_to(ROOT).as_posix() for folder in ("course", "deploy", "helpers", "serving")
              for path in (ROOT / folder).rglob("*") if path.is_file()} | {"data/page.css", "notebooks/Cloud.ipynb"}
     used = Uses(ROOT, files).find("notebooks/Cloud.ipynb")
-    assert {"serving/spark_batch.py", "helpers/cloud/simulation.py", "course/azure.py", "deploy/azureml/job.yaml",
+    assert {"serving/batch.py", "helpers/cloud/simulation.py", "course/azure.py", "deploy/azureml/job.yaml",
             "helpers/stores/database.py", "data/page.css"} <= used
     assert not used & {"helpers/playground.py", "helpers/operations/drift.py", "course/kit/serve.py"}

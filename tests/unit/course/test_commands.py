@@ -134,7 +134,7 @@ def test_every_command_has_help_and_stands_in_the_list(capsys):
         assert command.help in " ".join(capsys.readouterr().out.split())
 
 
-@pytest.mark.parametrize(("command", "program"), [("serve", "openai_server.py"), ("batch", "spark_batch.py")])
+@pytest.mark.parametrize(("command", "program"), [("serve", "serving.service"), ("batch", "serving.batch")])
 def test_a_program_of_serving_starts_on_the_courses_store_with_its_words(
         command, program, done, store, tmp_path, monkeypatch):
     monkeypatch.setattr("course.commands._serve", lambda command, **variables: done.append((command, variables)) or 0)
@@ -142,9 +142,9 @@ def test_a_program_of_serving_starts_on_the_courses_store_with_its_words(
     assert run_command([command, "--model", "models:/x@y", "a", "b"]) == 0
     assert run_command([command, "--help"]) == 0
     (served, variables), (helped, _) = done
-    assert served[1:] == [str(ROOT / "serving" / program), "--model", "models:/x@y", "a", "b"]
+    assert served[1:] == ["-m", program, "--model", "models:/x@y", "a", "b"]
     assert variables == {"MLFLOW_TRACKING_URI": tracking_store(store).uri}
-    assert helped[2:] == ["--help"]
+    assert helped[3:] == ["--help"]
     monkeypatch.setenv("COURSE_TRACKING_URI", "sqlite:///" + (tmp_path / "none.db").as_posix())
     with refuses("store-empty"):
         run_command([command])

@@ -7,6 +7,7 @@ Run: python -m helpers test tests/unit/course/test_container.py
 
 import ast
 import importlib.metadata
+import itertools
 import json
 import re
 import shlex
@@ -37,7 +38,7 @@ from support.container import (
 )
 from support.service import running
 
-from serving import openai_server
+from serving.service import command_line, metrics
 
 MANIFESTS = APPLIED | OPTIONS
 LABELS = POD["metadata"]["labels"].items()
@@ -128,8 +129,9 @@ def test_a_build_sends_what_the_dockerfile_copies_and_no_more():
     sent = {line.removeprefix("!") for line in (CONTAINER / "Dockerfile.dockerignore").read_text().splitlines()
             if line.startswith("!")}
     copied = [value.split() for stage in IMAGE.stages for value in IMAGE.all("COPY", stage)]
-    assert sent == {words[-2] for words in copied if not any(word.startswith("--from") for word in words)}
-    assert all((ROOT / path).is_file() for path in sent)
+    assert sent == {path for words in copied if not any(word.startswith("--from") for word in words)
+                    for path in words[:-1] if not path.startswith("--")}
+    assert all(list(ROOT.glob(path)) for path in sent)
 
 
 def test_every_option_is_one_of_the_programs():
@@ -210,10 +212,10 @@ def test_the_token_comes_from_the_secret_and_stands_in_no_file():
     secret = OPTIONS["secret.yaml"]
     place = {"name": secret["metadata"]["name"], "key": "token"}
     assert secret["stringData"] == {"token": ""}
-    assert VARIABLES[openai_server.TOKEN]["secretKeyRef"] == place
+    assert VARIABLES[command_line.TOKEN]["secretKeyRef"] == place
     assert OPTIONS["pod-monitor.yaml"]["spec"]["podMetricsEndpoints"][0]["authorization"]["credentials"] == place
     assert f"kubectl create secret generic {place['name']} --from-file={place['key']}=" in DOCUMENT
-    assert docker_run()[0]["--env"] == [openai_server.TOKEN]
+    assert docker_run()[0]["--env"] == [command_line.TOKEN]
 
 
 def test_all_that_select_pods_select_these():
@@ -235,7 +237,7 @@ def test_all_that_select_pods_select_these():
 
 
 def test_the_autoscaler_goes_by_figures_that_the_program_has_and_prometheus_hands_on():
-    figures = {metric.name for metric in openai_server.Figures().registry.collect() if metric.type == "gauge"}
+    figures = {metric.name for metric in metrics.Metrics().registry.collect() if metric.type == "gauge"}
     (rule,) = OPTIONS["prometheus-adapter.yaml"]["rules"]["custom"]
     (names,) = re.findall(r'__name__=~"(.*?)"', rule["seriesQuery"])
     assert set(re.findall(r'(\w+)!=""', rule["seriesQuery"])) == set(rule["resources"]["overrides"])
@@ -301,7 +303,10 @@ def test_the_requirements_are_all_that_the_image_needs_and_no_more():
 def test_the_image_has_what_the_program_and_the_logged_model_import():
     wanted = {one.name for one in read_requirements(CONTAINER / "requirements.in")}
     packages, used = importlib.metadata.packages_distributions(), set()
-    for file in (ROOT / "serving" / "openai_server.py", *(ROOT / "serving" / "chat").glob("*.py")):
+    sent = re.findall(r"^!(serving/\S+)$", (CONTAINER / "Dockerfile.dockerignore").read_text("utf-8"), re.MULTILINE)
+    assert len(sent) > 4
+    files = itertools.chain((ROOT / "serving" / "chat").glob("*.py"), *map(ROOT.glob, sent))
+    for file in files:
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else (
                 [node.module] if isinstance(node, ast.ImportFrom) and not node.level else [])

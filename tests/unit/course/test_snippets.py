@@ -18,7 +18,8 @@ from support.commands import find_commands, find_fault, read_helpers, read_setti
 from support.markdown import DOCUMENTS, read_html
 
 from course.commands import COMMANDS
-from serving import openai_server, spark_batch
+from serving import batch
+from serving.service import command_line
 
 PROJECT = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"]
 COMMAND_LINES = find_commands()
@@ -41,7 +42,7 @@ def help_of(name):
 
 
 def test_the_options_that_the_texts_name_are_there(capsys):
-    for program in (openai_server, spark_batch):
+    for program in (command_line, batch):
         with pytest.raises(SystemExit):
             program.read_options(["--help"])
     helps = "\n".join([capsys.readouterr().out, *map(help_of, COMMANDS)])

@@ -38,8 +38,9 @@ class Letters:
         return "".join(map(chr, tokens))
 
 
-def row(prompt=(5, 6, 7), max_tokens=10, stop=(), stream=False, sampler=None):
-    return Row(list(prompt), max_tokens, TextWriter(Letters(), list(stop)), sampler, queue.SimpleQueue(), stream)
+def row(prompt=(5, 6, 7), max_tokens=10, stop=(), stream=False, sampler=None, cache_key=None):
+    writer = TextWriter(Letters(), list(stop))
+    return Row(list(prompt), max_tokens, writer, sampler, queue.SimpleQueue(), stream, cache_key)
 
 
 def events(one):
@@ -353,6 +354,17 @@ def test_a_prompt_copies_what_another_one_begins_with(start, same, reused):
     assert third.reused_tokens == reused
 
 
+def test_prompts_of_different_keys_are_not_shared(start):
+    engine, _ = start()
+    reused = []
+    for key in ("a", "a", "b", None, "b"):
+        one = row(prompt_of(50), 4, cache_key=key)
+        engine.submit([one])
+        check(one)
+        reused.append(one.reused_tokens)
+    assert reused == [0, 48, 0, 0, 48]
+
+
 def test_an_answer_is_never_shared(start):
     engine, _ = start()
     first = row(prompt_of(20), 30)
@@ -500,7 +512,7 @@ def test_stats_count_what_waits_and_runs_and_was_done(start):
 
     before = time.time()
     engine, decoder = start()
-    nothing = {"waiting": 0, "running": 0, "answers": 0, "prompt_tokens": 0, "reused_prompt_tokens": 0,
+    nothing = {"closed": False, "waiting": 0, "running": 0, "answers": 0, "prompt_tokens": 0, "reused_prompt_tokens": 0,
                "completion_tokens": 0, "cache_tokens": 0, "kept_conversations": 0}
     assert stats() == nothing
     first, *later = (row(prompt_of(3, seed), 4) for seed in range(3))
@@ -518,7 +530,7 @@ def test_stats_count_what_waits_and_runs_and_was_done(start):
     # The last token of an answer is never in the cache.
     assert stats() == nothing | done | {"cache_tokens": 2 * (3 + 3), "kept_conversations": 2}
     engine.close()
-    assert stats() == nothing | done
+    assert stats() == nothing | done | {"closed": True}
 
 
 # --- what breaks ----------------------------------------------------------------------------

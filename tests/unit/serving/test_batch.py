@@ -1,19 +1,21 @@
 """The rules of a batch on Spark: which row is at fault, what a failure means, and which command is refused.
 
-Run: python -m helpers test tests/unit/serving/test_spark_batch.py
+Run: python -m helpers test tests/unit/serving/test_batch.py
 """
 
-import json
+import os
 import sys
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
-from serving import spark_batch
-from serving.spark_batch import answer_rows, explain, read_java, read_messages, read_options
+from serving import batch
+from serving.batch import answer_rows, read_java_version, read_messages, read_options, to_batch_error
+from serving.errors import ServiceError
 
-# --- the rows -------------------------------------------------------------------------------
+# --- rows -------------------------------------------------------------------------------
 
 
 def user(text):
@@ -21,7 +23,7 @@ def user(text):
 
 
 def completion(text):
-    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}}],
+    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}],
             "usage": {"prompt_tokens": 3, "completion_tokens": len(text)}}
 
 
@@ -31,7 +33,7 @@ class Model:
     def __init__(self, works=True):
         self.asked, self._works = [], works
 
-    def ask(self, conversations):
+    def complete(self, conversations):
         texts = [messages[-1]["content"] for messages in conversations]
         self.asked.append(texts)
         if "refused" in texts:
@@ -42,7 +44,7 @@ class Model:
             raise MlflowException("too many", error_code=8)
         return [completion(text.upper()) for text in texts]
 
-    def works(self):
+    def check(self):
         if not self._works:
             raise RuntimeError("the engine is gone")
 
@@ -61,6 +63,13 @@ def test_a_cell_is_a_text_or_a_list_of_messages(cell, asked):
     assert read_messages(cell, "Be brief.") == (asked and before + asked)
 
 
+def test_a_list_with_a_null_in_it_is_that_rows_error():
+    with pytest.raises(ServiceError, match="A message is null"):
+        read_messages([None, {"role": "user", "content": "Hello"}])
+    rows = answer_rows([[None], "text"], "", (model := Model()).complete, model.check)
+    assert [(row["status"], row["reason"]) for row in rows] == [("error", "A message is null."), ("ok", "")]
+
+
 BAD = {
     None: "There is nothing to ask: the cell is empty or null.",
     "refused": "messages has to be something else.",
@@ -74,50 +83,51 @@ BAD = {
 def test_a_bad_row_is_the_only_one_that_changes(bad, places, at_once):
     reason = BAD[bad]
     texts = [bad if place in places else f"text {place}" for place in range(5)]
-    rows = answer_rows([text and user(text) for text in texts], (model := Model()).ask, model.works, at_once)
+    rows = answer_rows(texts, "", (model := Model()).complete, model.check, at_once)
     for place, row in enumerate(rows):
-        assert row == ({"answer": "", "status": "error", "reason": reason, "prompt_tokens": 0, "completion_tokens": 0}
+        assert row == ({"answer": "", "status": "error", "reason": reason, "finish_reason": "", "prompt_tokens": 0,
+                        "completion_tokens": 0}
                        if place in places else
-                       {"answer": f"TEXT {place}", "status": "ok", "reason": "", "prompt_tokens": 3,
-                        "completion_tokens": 6})
+                       {"answer": f"TEXT {place}", "status": "ok", "reason": "", "finish_reason": "length",
+                        "prompt_tokens": 3, "completion_tokens": 6})
 
 
 def test_rows_of_similar_length_go_together():
     texts = [word * size for size in (1, 30, 2, 31, 3, 32) for word in ("ab",)]
     model = Model()
-    rows = answer_rows([user(text) for text in texts], model.ask, model.works, 3)
+    rows = answer_rows(texts, "", model.complete, model.check, 3)
     assert sorted(sorted(map(len, asked)) for asked in model.asked) == [[2, 4, 6], [60, 62, 64]]
     assert [row["answer"] for row in rows] == [text.upper() for text in texts]
 
 
 def test_one_bad_row_of_many_costs_few_calls():
     model = Model()
-    answer_rows([user("refused" if place == 40 else "text") for place in range(64)], model.ask, model.works, 64)
+    answer_rows(["refused" if place == 40 else "text" for place in range(64)], "", model.complete, model.check, 64)
     assert len(model.asked) == 13  # it, and at each of six halvings two
 
 
 def test_a_model_that_does_not_work_puts_no_row_at_fault():
     with pytest.raises(RuntimeError, match="the engine is gone"):
-        answer_rows([user("text"), user("breaks")], (model := Model(works=False)).ask, model.works)
+        answer_rows(["text", "breaks"], "", (model := Model(works=False)).complete, model.check)
 
 
 def test_no_rows_are_no_call():
-    assert answer_rows([], (model := Model()).ask, model.works) == model.asked == []
+    assert answer_rows([], "", (model := Model()).complete, model.check) == model.asked == []
 
 
 def test_a_model_that_answers_too_few_is_no_answer():
     model = Model()
-    rows = answer_rows([user("a"), user("b")], lambda asked: model.ask(asked)[1:], model.works)
+    rows = answer_rows(["a", "b"], "", lambda asked: model.complete(asked)[1:], model.check)
     assert {row["reason"] for row in rows} == {"The model failed on this row: ValueError."}
 
 
-# --- the words ------------------------------------------------------------------------------
+# --- errors ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error, what, named", [
     ("java.io.IOException: No space left on device\n at x", "A disk is full.", "Make room"),
     ("OSError: [Errno 122] Disk quota exceeded", "A disk is full.", "Make room"),
-    ("ExecutorLostFailure: Command exited with code 137 ... exit code 137", "A worker ran out of memory.",
+    ("ExecutorLostFailure: Command exited with code 137", "A worker ran out of memory.",
      "spark.executor.memoryOverhead"),
     ("numpy ... MemoryError: Unable to allocate", "A worker ran out of memory.", "spark.executor.pyspark.memory"),
     ("ImportError: core.so: failed to map segment from shared object", "A worker ran out of memory.",
@@ -130,10 +140,27 @@ def test_a_model_that_answers_too_few_is_no_answer():
     ("Cannot call methods on a stopped SparkContext.", "The cluster's master is lost.", "Start the master"),
     ("ModuleNotFoundError: No module named 'mlflow'", "A worker's Python lacks", "what the model requires"),
     ("[PYTHON_VERSION_MISMATCH] Python in worker", "The workers' Python is of another", "same version"),
+    ("Connection refused: the artifact store", "The job failed: Connection refused", "logs of the executors"),
+    ("An error occurred while calling o1.parquet.\n: org.x.Wrapper: y\n at z\nCaused by: java.a: The reason.\n at q",
+     "The job failed: java.a: The reason.", "logs of the executors"),
+    ("[JAVA_GATEWAY_EXITED] Java gateway process exited", "Spark's Java program did not start.", "--conf"),
+    ("Py4JNetworkError: Answer from Java side is empty", "Spark's Java program on this machine has ended",
+     "spark.driver.memory"),
+    ("Container killed by YARN for exceeding physical memory limits", "A worker ran out of memory.",
+     "spark.executor.memoryOverhead"),
+    ("[FAILED_READ_FILE.CANNOT_READ_FILE_FOOTER] Encountered error while reading file file:///a/README.md. Could not",
+     "Spark can't read the file file:///a/README.md.", "take it out"),
+    ("[FAILED_READ_FILE.PARQUET_COLUMN_DATA_TYPE_MISMATCH] Encountered error while reading file file:///a/b.parquet. "
+     "Data type mismatches when reading Parquet column [prompt]. Expected", "The column prompt has another type", "one "
+     "type"),
+    ("Caused by: java.lang.RuntimeException: file:/a b/c.parquet is not a Parquet file. Expected magic number",
+     "Spark can't read the file file:/a b/c.parquet.", "take it out"),
+    ("[PARQUET_TYPE_ILLEGAL] Illegal Parquet type: INT64 (TIMESTAMP(NANOS,false)). SQLSTATE: 42846",
+     "The input has a column of a type that Spark can't read: INT64 (TIMESTAMP(NANOS,false)).", "microseconds"),
     ("\nSomething else.\n at y", "The job failed: Something else.", "goes on with the rows that are missing"),
-    ("", "The job failed: it says nothing.", "goes on")])
+    ("", "The job failed: Spark gives no reason.", "goes on")])
 def test_a_failure_of_spark_is_two_sentences(error, what, named):
-    told = explain(error)
+    told = to_batch_error(Exception(error))
     assert told.what.startswith(what) and named in told.fix
     for sentence in (told.what, told.fix):
         assert sentence[0].isupper() and sentence.endswith(".")
@@ -143,7 +170,7 @@ def test_a_failure_of_spark_is_two_sentences(error, what, named):
     ('openjdk version "17.0.15" 2025-04-15\nOpenJDK Runtime', 17), ('java version "1.8.0_381"', 8),
     ('openjdk version "21" 2023-09-19', 21), ('openjdk version "25-ea"', 25), ("sh: no such thing", 0), ("", 0)])
 def test_a_java_says_its_number(said, number):
-    assert read_java(said) == number
+    assert read_java_version(said) == number
 
 
 def java(folder, said):
@@ -162,40 +189,40 @@ def test_a_java_that_is_too_old_is_refused(version, what, tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("JAVA_HOME", java(tmp_path, version))
     if what:
-        with pytest.raises(spark_batch.BatchError, match=what):
-            spark_batch.check_spark()
+        with pytest.raises(batch.BatchError, match=what):
+            batch.check_spark()
     else:
-        spark_batch.check_spark()
+        batch.check_spark()
 
 
 def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspark", None)  # as if it were not installed
-    with pytest.raises(spark_batch.BatchError, match="This Python has no Spark"):
-        spark_batch.check_spark()
+    with pytest.raises(batch.BatchError, match="This Python has no Spark"):
+        batch.check_spark()
     monkeypatch.delitem(sys.modules, "pyspark")
     (tmp_path / "pyspark").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    with pytest.raises(spark_batch.BatchError, match="none where JAVA_HOME points"):
-        spark_batch.check_spark()
+    with pytest.raises(batch.BatchError, match="none where JAVA_HOME points"):
+        batch.check_spark()
     monkeypatch.delenv("JAVA_HOME")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(spark_batch.BatchError, match="there is none"):
-        spark_batch.check_spark()
+    with pytest.raises(batch.BatchError, match="there is none"):
+        batch.check_spark()
 
 
 @pytest.mark.parametrize("master, what", [
-    ("local[2]", "no cluster"), ("local-cluster[2,1,1024]", "no cluster"), ("", "no cluster"),
-    ("yarn-ish", "no cluster"),
+    ("local[2]", "not the address of"), ("local-cluster[2,1,1024]", "not the address of"), ("", "not the address of"),
+    ("yarn-ish", "not the address of a cluster"),
     ("spark://127.0.0.1:1", "No Spark master answers"), ("spark://127.0.0.1", "No Spark master answers"),
     ("spark://:x", "No Spark master answers"), ("spark://127.0.0.1:1,127.0.0.1:2", "No Spark master answers"),
     ("yarn", None), ("k8s://https://127.0.0.1:1", None)])
 def test_a_master_is_a_cluster_that_answers(master, what):
     if what:
-        with pytest.raises(spark_batch.BatchError, match=what):
-            spark_batch.check_master(master)
+        with pytest.raises(batch.BatchError, match=what):
+            batch.check_master(master)
     else:
-        spark_batch.check_master(master)
+        batch.check_master(master)
 
 
 @pytest.mark.parametrize(("looks", "lost"), [
@@ -203,7 +230,7 @@ def test_a_master_is_a_cluster_that_answers(master, what):
     ([(True, 0)] * 9, False), ([(False, 1)] * 9, False), ([(False, 0)] * 4 + [(True, 0)], False),
     ([(False, 0), (False, 0), (False, 1), (False, 0)], False)])
 def test_a_cluster_is_lost_when_nobody_was_there_for_a_while(looks, lost):
-    assert spark_batch.is_lost(looks) is lost
+    assert batch.is_lost(looks) is lost
 
 
 @pytest.mark.parametrize("words", [
@@ -216,48 +243,95 @@ def test_words_that_are_no_command_are_refused(words, capsys):
 
 
 def test_settings_have_a_name_and_a_value():
-    with pytest.raises(spark_batch.BatchError, match="no NAME=VALUE"):
-        spark_batch.read_settings("spark://127.0.0.1:1", ["spark.executor.memory"])
+    with pytest.raises(batch.BatchError, match="no NAME=VALUE"):
+        batch.read_settings("spark://127.0.0.1:1", ["spark.executor.memory"])
 
 
 @pytest.mark.parametrize("master, host", [
     ("spark://127.0.0.1:7077", "127.0.0.1"), ("spark://localhost:7077", "127.0.0.1"), ("spark://master:7077", None),
     ("yarn", None)])
 def test_a_driver_listens_on_loopback_where_its_master_does(master, host):
-    settings = spark_batch.read_settings(master, ["spark.log.level=WARN", "a=b=c"])
+    settings = batch.read_settings(master, ["spark.log.level=WARN", "a=b=c"])
     assert settings.get("spark.driver.host") == settings.get("spark.driver.bindAddress") == host
     assert (settings["spark.log.level"], settings["a"]) == ("WARN", "b=c")
 
 
-# --- the run that goes on -------------------------------------------------------------------
+# --- the lock -------------------------------------------------------------------------------
 
 
-class Disk(dict):
-    """Stands for the cluster's files: a text by its path."""
+class Files:
+    """Hadoop's file system, as far as `DriverLock` needs it, and a Spark session that has it."""
 
-    exists = dict.__contains__
-    read = dict.get
-    write = dict.__setitem__
+    def __init__(self):
+        self.texts = {}
+        self.org = self.apache = self.hadoop = self.fs = self._jvm = self._jsc = self
 
-    def remove(self, path):
-        for name in [name for name in self if name.startswith(path)]:
-            del self[name]
+    def Path(self, path):  # noqa: N802
+        return SimpleNamespace(
+            name=path, getFileSystem=lambda configuration: self, suffix=lambda end: self.Path(path + end))
+
+    def hadoopConfiguration(self):  # noqa: N802
+        return None
+
+    def exists(self, path):
+        return path.name in self.texts
+
+    def create(self, path, overwrite):
+        if path.name in self.texts and not overwrite:
+            raise FileExistsError(path.name)
+        self.texts[path.name] = b""
+
+        def write(data):
+            self.texts[path.name] += bytes(data)
+
+        return SimpleNamespace(write=write, close=lambda: None)
+
+    def open(self, path):
+        return SimpleNamespace(readAllBytes=lambda: self.texts[path.name], close=lambda: None)
+
+    def delete(self, path, recursive):
+        del self.texts[path.name]
 
 
-PLAN = {"input": "in", "rows": 9, "max_tokens": 4, "model": "models:/slm/1"}
+def test_a_second_driver_is_refused_while_the_first_gives_signs_of_life(monkeypatch, capsys):
+    files = Files()
+    first, second = (batch.DriverLock(files, "out") for _ in range(2))
+    first.acquire()
+    monkeypatch.setattr(batch.time, "sleep", lambda seconds: first.beat())
+    with pytest.raises(batch.BatchError, match=f"Another run writes to this output: process {os.getpid()} on"):
+        second.acquire()
+    second.release()
+    assert first.beat()
+    first.release()
+    assert files.texts == {}
+    second.acquire()
+    assert "Waiting 20 seconds to see whether that still runs." in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("plan", "anew", "says"), [
-    (PLAN, False, None), (PLAN | {"max_tokens": 3}, False, "is of a run with another max_tokens."),
-    (PLAN | {"model": "models:/slm/2", "rows": 8}, False, "another rows and another model."),
-    (PLAN | {"max_tokens": 3}, True, None)])
-def test_a_run_goes_on_with_its_own_plan_alone(plan, anew, says):
-    disk = Disk()
-    assert spark_batch._go_on(disk, "out.unfinished", PLAN, False, "table", None) == ("table", 0)
-    if says:
-        with pytest.raises(spark_batch.BatchError, match=says):
-            spark_batch._go_on(disk, "out.unfinished", plan, anew, "table", None)
-        assert json.loads(disk["out.unfinished/plan.json"]) == PLAN
-    else:
-        assert spark_batch._go_on(disk, "out.unfinished", plan, anew, "table", None) == ("table", 0)
-        assert json.loads(disk["out.unfinished/plan.json"]) == plan
+def test_a_driver_takes_over_from_one_that_gives_no_sign(monkeypatch):
+    files, slept = Files(), []
+    first, second = (batch.DriverLock(files, "out") for _ in range(2))
+    first.acquire()
+    monkeypatch.setattr(batch.time, "sleep", slept.append)
+    second.acquire()
+    assert slept == [batch.SILENT_BEATS * batch.BEAT_SECONDS, batch.BEAT_SECONDS]
+    assert second.beat() and not first.beat()  # the first was only stopped, and has to end now
+    first.release()
+    assert second.beat()
+
+
+def test_of_two_drivers_that_take_over_at_once_one_is_refused(monkeypatch):
+    files = Files()
+    dead, second, third = (batch.DriverLock(files, "out") for _ in range(3))
+    dead.acquire()
+    waits = []
+
+    def sleep(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:  # the second has just written its name
+            third._write()
+
+    monkeypatch.setattr(batch.time, "sleep", sleep)
+    with pytest.raises(batch.BatchError, match="Another run"):
+        second.acquire()
+    assert third.beat()

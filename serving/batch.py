@@ -1,0 +1,1077 @@
+"""Answers the prompts in Parquet files on a Spark cluster, and writes the rows with their answers.
+
+The model is any MLflow model of the chat contract, ``llm/v1/chat``. Spark ships it to the workers,
+and each of their Python processes loads it once:
+``python -m serving.batch IN.parquet OUT.parquet --master spark://HOST:PORT``.
+
+From top to bottom: rows (what runs on a worker), errors (what a failure of Spark's means), the
+cluster, input and output (which rows are missing), and the program.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+import mlflow
+import numpy as np
+import pandas as pd
+from mlflow.exceptions import MlflowException
+
+from .errors import ProgramError, ServiceError, to_service_error
+from .served_model import ServedModel
+
+ROWS_AT_ONCE = 64  # the most rows in one call of a model that runs them together
+TEST_REQUEST = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+ANSWER = {
+    "answer": "string",
+    "status": "string",
+    "reason": "string",
+    "finish_reason": "string",
+    "prompt_tokens": "long",
+    "completion_tokens": "long",
+}
+# Columns that the program adds to the input's, and the names that it and Spark use in between.
+KEYS = ["row", "row_hash"]
+ADDED = (*KEYS, *ANSWER)
+RESERVED = ("_metadata", "_file", "_answer")
+SHIPPED_FILES = ("__init__.py", "errors.py", "request.py", "served_model.py", "batch.py")
+LOADER_CODE = """import mlflow
+from {package}.batch import BatchModel
+mlflow.models.set_model(BatchModel())
+"""
+OLDEST_JAVA = 17
+QUICK_START = (
+    "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # for a Java with few cores and little work
+)
+# For a master and its workers on one machine: workers soon remove the folders of programs that
+# have ended.
+DAEMON_JAVA_OPTIONS = (
+    f"{QUICK_START} -Dspark.worker.cleanup.enabled=true -Dspark.worker.cleanup.interval=30 "
+    "-Dspark.worker.cleanup.appDataTtl=30"
+)
+BEAT_SECONDS = 5.0  # between two checks of the cluster, each with a sign of life in the lock
+LOST_CHECKS = 4  # a cluster is lost when so many checks in a row find nobody
+SILENT_BEATS = 4  # after so many without a change, the lock's driver counts as dead
+LONELY_CHECKS = 12  # after so many without an executor, the user is told
+
+# --- rows -----------------------------------------------------------------------------------
+
+
+def error_row(reason: str) -> dict:
+    """Return the fields of ``ANSWER`` for a row without an answer."""
+    empty = {name: "" if kind == "string" else 0 for name, kind in ANSWER.items()}
+    return empty | {"status": "error", "reason": reason}
+
+
+def answer_row(completion: dict) -> dict:
+    """Return the fields of ``ANSWER`` for a chat completion."""
+    choice = completion["choices"][0]
+    usage = completion.get("usage") or {}
+    return {
+        "answer": choice["message"]["content"] or "",
+        "status": "ok",
+        "reason": "",
+        "finish_reason": choice.get("finish_reason") or "",
+        "prompt_tokens": usage.get("prompt_tokens") or 0,
+        "completion_tokens": usage.get("completion_tokens") or 0,
+    }
+
+
+def read_messages(cell: Any, system: str = "") -> list[dict] | None:
+    """Return the messages in a cell: a text, or a list of messages.
+
+    Returns None where the cell is empty.
+
+    Raises
+    ------
+    ServiceError
+        A message of the list is null.
+    """
+    before = [{"role": "system", "content": system}] if system else []
+    if isinstance(cell, str) and cell.strip():
+        return [*before, {"role": "user", "content": cell}]
+    if isinstance(cell, list | np.ndarray) and len(cell):
+        if any(message is None for message in cell):
+            raise ServiceError(400, "A message is null.", "invalid_value", "messages")
+        messages = [{"role": message["role"], "content": message["content"]} for message in cell]
+        return [*before, *messages]
+    return None
+
+
+def answer_rows(
+    cells: Sequence[Any],
+    system: str,
+    complete: Callable[[list[list[dict]]], list[dict]],
+    check_model: Callable[[], Any],
+    at_once: int = ROWS_AT_ONCE,
+) -> list[dict]:
+    """Answer the conversation in each cell. A row that fails changes no other.
+
+    Parameters
+    ----------
+    cells : sequence
+        What `read_messages` takes.
+    system : str
+        A system prompt for each row, or an empty text.
+    complete : callable
+        Returns the chat completions of several conversations. It raises if one of them is wrong.
+    check_model : callable
+        Asks the model something that it can answer. It raises if the model does not work.
+    at_once : int
+        The most conversations that ``complete`` gets. Those of similar length go together.
+
+    Returns
+    -------
+    list of dict
+        The fields of ``ANSWER``, in the order of ``cells``.
+
+    Raises
+    ------
+    Exception
+        What ``check_model`` raises: then no row is at fault.
+    """
+    rows, conversations = [], []
+    for cell in cells:
+        row, messages = None, None
+        try:
+            messages = read_messages(cell, system)
+            if messages is None:
+                row = error_row("There is nothing to ask: the cell is empty or null.")
+        except ServiceError as error:
+            row = error_row(error.message)
+        rows.append(row)
+        conversations.append(messages)
+    asked = [index for index, row in enumerate(rows) if row is None]
+    asked.sort(key=lambda index: sum(len(one["content"] or "") for one in conversations[index]))
+    groups = [asked[start : start + at_once] for start in range(0, len(asked), at_once)]
+    while groups:
+        group = groups.pop()
+        try:
+            completions = complete([conversations[index] for index in group])
+            for index, completion in zip(group, completions, strict=True):
+                rows[index] = answer_row(completion)
+        except Exception as error:
+            if len(group) > 1:  # halve the group, until the row at fault is alone
+                middle = len(group) // 2
+                groups += [group[:middle], group[middle:]]
+            else:
+                rows[group[0]] = error_row(_reason(error, check_model))
+    return rows
+
+
+def _reason(error, check_model):
+    """Return why a row has no answer, unless the model has stopped working."""
+    if to_service_error(error).status == 400:
+        is_mlflows = isinstance(error, MlflowException)
+        message = error.message if is_mlflows else to_service_error(error).message
+        return message.partition("\n")[0][:500]
+    check_model()  # if this raises, Spark tries the task again
+    return f"The model failed on this row: {type(error).__name__}."
+
+
+class BatchModel(mlflow.pyfunc.PythonModel):
+    """A chat model as Spark calls it: a column of cells becomes a table with ``ANSWER``'s fields.
+
+    The artifact ``model`` is the chat model's folder. ``model_config`` has ``fields``, which each
+    request gets beside its messages; ``system``, a system prompt or an empty text; and
+    ``threads``, the number of threads that one process may use.
+    """
+
+    def load_context(self, context: mlflow.pyfunc.PythonModelContext) -> None:
+        """Load the chat model, once for each Python process of a worker."""
+        folder = Path(context.artifacts["model"])
+        self._config = context.model_config
+        flavor = mlflow.models.Model.load(folder).flavors["python_function"]
+        has_threads = "threads" in (flavor.get("config") or {})
+        config = {"threads": self._config["threads"]} if has_threads else None
+        self._model = ServedModel(mlflow.pyfunc.load_model(folder.as_uri(), model_config=config))
+        self._check_model()
+
+    def predict(
+        self,
+        context: mlflow.pyfunc.PythonModelContext,
+        model_input: pd.DataFrame,
+        params: dict | None = None,
+    ) -> pd.DataFrame:
+        """Answer the cells of the first column. ``params`` is not used."""
+        rows = answer_rows(
+            list(model_input.iloc[:, 0]),
+            self._config["system"],
+            self._complete,
+            self._check_model,
+            1 if self._model.is_pipeline else ROWS_AT_ONCE,
+        )
+        return pd.DataFrame(rows, columns=list(ANSWER))
+
+    def _check_model(self):
+        self._model.complete_all([TEST_REQUEST])
+
+    def _complete(self, conversations):
+        fields = self._config["fields"]
+        return self._model.complete_all([{"messages": one} | fields for one in conversations])
+
+
+# --- errors ---------------------------------------------------------------------------------
+
+
+class BatchError(ProgramError):
+    """A failure that whoever runs a batch can mend."""
+
+
+CONTINUE = "Run the same command again: it goes on with the rows that are missing."
+MORE_MEMORY = (
+    "Give its executors more, with --conf: spark.executor.memory is for Java, "
+    "spark.executor.memoryOverhead for the Python processes and their models, and "
+    f"spark.executor.pyspark.memory bounds these. {CONTINUE}"
+)
+START_CLUSTER = f"Start the master and its workers. {CONTINUE}"
+# Patterns in Spark's long messages, and what each means. The first that matches counts. A group in
+# a pattern is named in the sentence.
+MEANINGS = (
+    (
+        r"No space left on device|Disk quota exceeded",
+        "A disk is full.",
+        f"Make room where the rows are written, and where the workers keep their files. {CONTINUE}",
+    ),
+    (
+        r"MemoryError|bad_alloc|Cannot allocate memory|DefaultCPUAllocator|"
+        r"exit(?:ed with)? (?:code|status):? 137|killed by YARN for exceeding|"
+        r"OutOfMemoryError|[Ff]ailed to allocate memory|failed to map segment",
+        "A worker ran out of memory.",
+        MORE_MEMORY,
+    ),
+    (
+        r"Python worker exited unexpectedly",
+        "A worker's Python was ended, most likely for want of memory.",
+        MORE_MEMORY,
+    ),
+    (
+        r"cancelled as part of cancellation of all jobs|All masters are unresponsive|"
+        r"Could not connect to .*master|Master removed our application|"
+        r"SparkContext was shut down|Cannot call methods on a stopped SparkContext",
+        "The cluster's master is lost.",
+        START_CLUSTER,
+    ),
+    (
+        r"Answer from Java side is empty|Py4JNetworkError|ConnectionRefusedError",
+        "Spark's Java program on this machine has ended, most likely for want of memory.",
+        f"Give it more: --conf spark.driver.memory=2g. {CONTINUE}",
+    ),
+    (
+        r"JAVA_GATEWAY_EXITED",
+        "Spark's Java program did not start.",
+        "Correct the settings of --conf, and JAVA_HOME.",
+    ),
+    (
+        r"ModuleNotFoundError|No module named",
+        "A worker's Python lacks a package that the model needs.",
+        "Install what the model requires on every worker, or name another Python: "
+        "--conf spark.pyspark.python=PATH.",
+    ),
+    (
+        r"PYTHON_VERSION_MISMATCH|Python in worker has different version",
+        "The workers' Python is of another version than this one.",
+        "Name a Python of the same version there: --conf spark.pyspark.python=PATH.",
+    ),
+    (
+        r"reading Parquet column \[?([^\s,\]]+)",
+        "The column {} has another type in one of the input's files.",
+        "Write all files with one type for it.",
+    ),
+    (
+        r"reading file ([^\n]+?)\.(?:\s|$)|RuntimeException: ([^\n]+?) is not a Parquet file",
+        "Spark can't read the file {}.",
+        "Write it anew as Parquet, or take it out of the input's folder.",
+    ),
+    (
+        r"(?:Illegal Parquet type|Parquet type not yet supported|Unrecognized Parquet type): "
+        r"([^\n]+?)\.?(?:\s*SQLSTATE|\n|$)",
+        "The input has a column of a type that Spark can't read: {}.",
+        "Write the column in another type, such as times in microseconds.",
+    ),
+)
+
+
+def to_batch_error(error: BaseException) -> BatchError:
+    """Say what a failure of Spark's means, by its long message."""
+    text = f"{type(error).__name__}: {error}"
+    for pattern, what, fix in MEANINGS:
+        if match := re.search(pattern, text):
+            return BatchError(what.format(*filter(None, match.groups())), fix)
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
+    others = [line for line in lines if not line.startswith("An error occurred while calling")]
+    reason = [*causes[-1:], *others, "Spark gives no reason"][0]
+    return BatchError(
+        f"The job failed: {reason[:300].rstrip('.')}.",
+        f"The logs of the executors have more. {CONTINUE}",
+    )
+
+
+# --- the cluster ----------------------------------------------------------------------------
+
+
+def read_java_version(text: str) -> int:
+    """Return the number in what ``java -version`` prints: 17, and 8 for 1.8; 0 where there is none."""
+    match = re.search(r'version "(?:1\.)?(\d+)', text)
+    return int(match[1]) if match else 0
+
+
+def check_spark() -> None:
+    """Raise a BatchError if this Python has no Spark, or the machine no Java that Spark runs on."""
+    if importlib.util.find_spec("pyspark") is None:
+        raise BatchError(
+            "This Python has no Spark.",
+            "Install pyspark; in the course's folder: "
+            'python -m pip install --editable ".[spark]".',
+        )
+    home = os.environ.get("JAVA_HOME")
+    java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
+    fix = (
+        f"Install Java {OLDEST_JAVA} or newer, such as Debian's openjdk-17-jre-headless or "
+        "Temurin's, and let JAVA_HOME be its folder."
+    )
+    try:
+        result = subprocess.run(
+            [java or "java", "-version"], capture_output=True, text=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        place = " where JAVA_HOME points" if home else ""
+        raise BatchError(f"Spark needs Java, and there is none{place}.", fix) from None
+    version = read_java_version(result.stderr)
+    if version < OLDEST_JAVA:
+        found = version or "of no known version"
+        raise BatchError(f"Spark needs Java {OLDEST_JAVA} or newer, and this one is {found}.", fix)
+
+
+def check_master(master: str) -> None:
+    """Raise a BatchError if ``master`` names no cluster, or a standalone master does not answer."""
+    if not re.match(r"spark://|k8s://|yarn$", master):
+        raise BatchError(
+            f"{master} is not the address of a cluster.",
+            "Give --master spark://HOST:PORT, yarn or k8s://HOST:PORT.",
+        )
+    if master.startswith("spark://") and not _answers(master):
+        raise BatchError(f"No Spark master answers at {master}.", "Start it, or correct --master.")
+
+
+def _answers(master):
+    for address in master.removeprefix("spark://").split(","):  # with masters in reserve
+        place = urlsplit(f"//{address}")
+        try:
+            with socket.create_connection((place.hostname, place.port), timeout=3):
+                return True
+        except (OSError, TypeError, ValueError):
+            continue
+    return False
+
+
+def is_lost(checks: Sequence[tuple[bool, int]]) -> bool:
+    """Tell whether a cluster is lost.
+
+    Each check has whether a master answers, and the number of executors. Executors go on without a
+    master, and another master may come.
+    """
+    last = checks[-LOST_CHECKS:]
+    return len(last) == LOST_CHECKS and not any(answers or count for answers, count in last)
+
+
+class DriverLock:
+    """Keeps a second driver from writing to the same output.
+
+    The lock is a file beside the output. While its driver works, it writes a growing number into
+    the file. Where a lock is there already, the next driver waits to see whether it changes.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        Its Hadoop reads and writes the file, wherever the output is.
+    output : str
+        The output's path.
+    """
+
+    def __init__(self, spark: Any, output: str):
+        path, self._files = open_path(spark, output)
+        self._path = path.suffix(".lock")
+        self._owner = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex[:8]})"
+        self._beats = 0
+
+    def acquire(self) -> None:
+        """Take the lock. Raises a BatchError if another driver works on the output."""
+        try:
+            self._write(overwrite=False)
+            return
+        except Exception:  # Java's: the file is there, or its folder can't be written
+            text = self._read()
+            if text is None:
+                raise
+        seconds = SILENT_BEATS * BEAT_SECONDS
+        owner = text.partition(",")[0]
+        print(
+            f"The lock of this output is held by {owner}. Waiting {seconds:g} seconds to see "
+            "whether that still runs.",
+            file=sys.stderr,
+        )
+        time.sleep(seconds)
+        if self._read() not in (text, None):
+            raise self._refusal(text)
+        self._write()
+        time.sleep(BEAT_SECONDS)
+        if not self.beat():  # another driver waited, too, and took it at the same moment
+            raise self._refusal(self._read())
+
+    def _refusal(self, text):
+        return BatchError(
+            f"Another run writes to this output: {str(text).partition(',')[0]}.",
+            "Wait until it has ended, or end it, and run the same command again.",
+        )
+
+    def beat(self) -> bool:
+        """Give a sign of life. Return whether the lock is still this driver's."""
+        if not (self._read() or "").startswith(self._owner):
+            return False
+        self._write()
+        return True
+
+    def release(self) -> None:
+        """Remove the lock, if it is still this driver's."""
+        if (self._read() or "").startswith(self._owner):
+            self._files.delete(self._path, False)
+
+    def _write(self, overwrite=True):
+        self._beats += 1
+        write_file(self._files, self._path, f"{self._owner}, beat {self._beats}", overwrite)
+
+    def _read(self):
+        return read_file(self._files, self._path)
+
+
+@contextlib.contextmanager
+def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callable[[], None]]:
+    """Hold the lock while the block runs, and cancel its jobs if the lock or the cluster is lost.
+
+    Without that, Spark would wait for ever for a standalone cluster that is lost. Yields a function
+    that raises a BatchError if one of them is lost.
+    """
+    ended = threading.Event()
+    loss = []
+
+    def check():
+        if loss:
+            raise loss[0]
+
+    def watch():
+        checks = []
+        while not ended.wait(BEAT_SECONDS):
+            try:
+                loss.extend(_find_loss(spark, master, lock, checks))
+                if loss:
+                    spark.sparkContext.cancelAllJobs()
+            except Exception as error:  # Java's: one failed look is no loss, and several are
+                checks.append((False, 0))
+                if is_lost(checks):
+                    loss.append(to_batch_error(error))
+
+    lock.acquire()
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield check
+    except Exception:
+        check()  # the reason for a job that was cancelled
+        raise
+    finally:
+        ended.set()
+        watcher.join()
+        with contextlib.suppress(Exception):  # Java's, if it has ended
+            lock.release()
+
+
+def _find_loss(spark, master, lock, checks):
+    """Look once whether the lock and the cluster are there. Return the error, or nothing."""
+    if not lock.beat():
+        return [
+            BatchError(
+                "Another run has taken over this output, because this one gave no sign of life.",
+                "Wait until that one has ended.",
+            )
+        ]
+    if not master.startswith("spark://"):
+        return []
+    count = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 1  # the driver is one
+    checks.append((_answers(master), count))
+    if len(checks) == LONELY_CHECKS and not any(count for _, count in checks):
+        print(
+            "The cluster has given no executor yet. Perhaps no worker is free, or none has the "
+            "memory that spark.executor.memory asks for.",
+            file=sys.stderr,
+        )
+    return [BatchError("The cluster's master is lost.", START_CLUSTER)] if is_lost(checks) else []
+
+
+def open_path(spark: Any, path: str) -> tuple[Any, Any]:
+    """Return Hadoop's Path and the FileSystem that it is in."""
+    path = spark._jvm.org.apache.hadoop.fs.Path(path)
+    return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
+
+
+def read_file(files: Any, path: Any) -> str | None:
+    """Return a small file's text, None where there is no file."""
+    if not files.exists(path):
+        return None
+    stream = files.open(path)
+    try:
+        return bytes(stream.readAllBytes()).decode()
+    finally:
+        stream.close()
+
+
+def write_file(files: Any, path: Any, text: str, overwrite: bool = True) -> None:
+    """Write a small file."""
+    stream = files.create(path, overwrite)
+    try:
+        stream.write(bytearray(text.encode()))
+    finally:
+        stream.close()
+
+
+# --- input and output -----------------------------------------------------------------------
+
+
+class Report(NamedTuple):
+    """What came of a run.
+
+    ``rows`` are those of the input, ``kept`` those that an earlier run had answered, ``failed``
+    those with an error, and ``errors`` the numbers of the 20 most frequent errors by reason. ``cut``
+    counts the answers that max_tokens ended, and ``retried`` tasks that Spark tried again.
+    """
+
+    rows: int
+    kept: int
+    failed: int
+    errors: dict[str, int]
+    cut: int
+    retried: int
+
+
+def find_version(uri: str) -> str:
+    """Return a model's URI with its version in place of an alias, so that a run keeps its model."""
+    name, at, alias = uri.removeprefix("models:/").partition("@")
+    if not uri.startswith("models:/") or not at:
+        _, _, number = name.partition("/")
+        if uri.startswith("models:/") and number and not number.isdigit():
+            raise BatchError(
+                f"{uri} may be another version tomorrow.", "Give a number or an alias: --model."
+            )
+        return uri
+    try:
+        version = mlflow.MlflowClient().get_model_version_by_alias(name, alias).version
+    except MlflowException as error:
+        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise BatchError(
+                f"The registry at MLFLOW_TRACKING_URI does not answer: {error.error_code}.",
+                "Start it, or correct the variable.",
+            ) from None
+        raise BatchError(
+            f"There is no model {name} whose alias {alias} points to a version.",
+            "Register one and set its alias, or correct --model and MLFLOW_TRACKING_URI.",
+        ) from None
+    return f"models:/{name}/{version}"
+
+
+def wrap_model(uri: str, folder: Path, config: dict) -> Path:
+    """Save a `BatchModel` around a model, with the code that it needs on a worker.
+
+    The code has a package name of its own, as the model may have brought a package ``serving``.
+    """
+    digest = hashlib.sha256()
+    for name in SHIPPED_FILES:
+        digest.update(Path(__file__).with_name(name).read_bytes())
+    package = folder.with_name("code") / f"batch_{digest.hexdigest()[:8]}"
+    package.mkdir(parents=True, exist_ok=True)
+    for name in SHIPPED_FILES:
+        shutil.copy(Path(__file__).with_name(name), package / name)
+    loader = package / "load_batch_model.py"
+    loader.write_text(LOADER_CODE.format(package=package.name), encoding="utf-8")
+    sys.path.append(str(package.parent))  # MLflow runs the loader when it saves it
+    try:
+        signature = mlflow.models.get_model_info(uri).signature
+        if signature and "messages" not in signature.inputs.input_names():
+            raise BatchError(
+                f"{uri} does not take the chat contract: it has no messages.",
+                "Take a model that does: slm-onnx or slm-transformers, by their addresses.",
+            )
+        with warnings.catch_warnings():
+            # The model has no type hints and no input example, because only Spark calls it.
+            warnings.simplefilter("ignore", UserWarning)
+            mlflow.pyfunc.save_model(
+                folder,
+                python_model=str(loader),
+                code_paths=[str(package)],
+                artifacts={"model": uri},
+                model_config=config,
+                pip_requirements=["mlflow"],
+            )
+    except (MlflowException, OSError) as error:
+        if getattr(error, "errno", None) == errno.ENOSPC:
+            raise to_batch_error(error) from None
+        first = str(error).partition("\n")[0].rstrip(".")
+        raise BatchError(
+            f"Could not load the model {uri}: {first}.", "Correct --model and MLFLOW_TRACKING_URI."
+        ) from None
+    return folder
+
+
+def column(name: str) -> Any:
+    """Return the Spark column of this name, whatever characters it has."""
+    from pyspark.sql import functions
+
+    quoted = name.replace("`", "``")
+    return functions.col(f"`{quoted}`")
+
+
+def read_input(spark: Any, path: str, prompts: str) -> tuple[Any, int]:
+    """Read the input.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        A session.
+    path : str
+        A Parquet file, or a folder of them.
+    prompts : str
+        The name of the column with prompts.
+
+    Returns
+    -------
+    tuple
+        A Spark DataFrame with a further column ``row``, which counts the rows from 0 in the order
+        of the files, and the number of rows.
+
+    Raises
+    ------
+    BatchError
+        The path or one of its columns can't be used.
+    """
+    from pyspark.sql import functions
+
+    try:
+        table = spark.read.parquet(path)
+    except Exception as error:  # Java's own, where the file is something else
+        if "PATH_NOT_FOUND" in str(error):
+            raise BatchError(f"{path} is not there.", "Correct the first path.") from None
+        told = to_batch_error(error)
+        if told.what.startswith("The job failed"):
+            told = BatchError(f"{path} holds no Parquet that Spark can read.", "Correct the path.")
+        raise told from None
+    names = table.columns
+    if prompts not in names:
+        raise BatchError(
+            f"{path} has no column {prompts}: it has {', '.join(names)}.",
+            "Name the column of prompts: --column NAME.",
+        )
+    kind = table.schema[prompts].dataType
+    if not _can_hold_prompts(kind):
+        raise BatchError(
+            f"The column {prompts} holds neither texts nor messages: its type is "
+            f"{kind.simpleString()}.",
+            "Name another one: --column NAME.",
+        )
+    # Most programs that read Parquet do not tell "Answer" from "answer".
+    taken = [name for name in names if name.lower() in (*ADDED, *RESERVED)]
+    if taken:
+        raise BatchError(
+            f"{path} has columns that the answers would have: {', '.join(taken)}.", "Rename them."
+        )
+    place = functions.col("_metadata")
+    table = table.select("*", place.file_path.alias("_file"), place.row_index.alias("row"))
+    starts, total = {}, 0
+    for file, count in sorted(tuple(row) for row in table.groupBy("_file").count().collect()):
+        starts[file] = total
+        total += count
+    if not starts:
+        return table.drop("_file"), 0
+    pairs = [functions.lit(value) for pair in starts.items() for value in pair]
+    start = functions.create_map(*pairs)[functions.col("_file")]
+    return table.withColumn("row", functions.col("row") + start).drop("_file"), total
+
+
+def _can_hold_prompts(kind):
+    """Tell whether a column of this type can hold texts, or lists of messages."""
+    if kind.typeName() == "string":
+        return True
+    if kind.typeName() != "array" or kind.elementType.typeName() != "struct":
+        return False
+    fields = {field.name: field.dataType.typeName() for field in kind.elementType.fields}
+    return fields.get("role") == fields.get("content") == "string"
+
+
+# Nothing of a row's content is left out, and the driver's time zone does not matter.
+JSON_OPTIONS = {
+    "ignoreNullFields": "false",
+    "timeZone": "UTC",
+    "timestampFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSSXXX",
+    "timestampNTZFormat": "yyyy-MM-dd'T'HH:mm:ss.SSSSSS",
+}
+
+
+def add_hash(table: Any, settings: dict) -> Any:
+    """Add the column ``row_hash``: of a row's content, and of all that its answer depends on."""
+    from pyspark.sql import functions
+
+    names = [name for name in table.columns if name != "row"]
+    content = functions.to_json(functions.struct(*map(column, names)), JSON_OPTIONS)
+    salt = functions.lit(repr(sorted(settings.items())))
+    return table.withColumn("row_hash", functions.sha2(functions.concat(salt, content), 256))
+
+
+def run(
+    spark: Any,
+    options: argparse.Namespace,
+    folder: Path,
+    check_lock: Callable[[], None] = lambda: None,
+) -> Report:
+    """Answer the rows of the input that have no answer in the output yet.
+
+    Parameters
+    ----------
+    spark : pyspark.sql.SparkSession
+        A session.
+    options : argparse.Namespace
+        What `read_options` returned.
+    folder : Path
+        A temporary folder.
+    check_lock : callable
+        Raises if this driver may no longer write to the output.
+
+    Raises
+    ------
+    BatchError
+        The output is complete already, or its rows belong to another input or other options.
+    """
+    from pyspark.sql import functions
+
+    version = find_version(options.model)
+    table, total = read_input(spark, options.input, options.column)
+    settings = {
+        "model": version,
+        "column": options.column,
+        "system": options.system,
+        "max_tokens": options.max_tokens,
+        "temperature": options.temperature,
+    }
+    table = add_hash(table, settings)
+    output = Output(spark, options.output)
+    output.check(options.overwrite)
+    names = ("max_tokens", "temperature")
+    config = {
+        "fields": {name: settings[name] for name in names if settings[name] is not None},
+        "system": options.system,
+        "threads": int(spark.conf.get("spark.task.cpus", "1")),
+    }
+    wrapped = wrap_model(version, folder / "model", config)
+    check_lock()
+    missing, kept = output.begin(table, total, settings, options.overwrite)
+    kinds = ", ".join(f"{name}: {kind}" for name, kind in ANSWER.items())
+    answer = mlflow.pyfunc.spark_udf(
+        spark, wrapped.as_uri(), result_type=f"struct<{kinds}>", env_manager="local"
+    )
+    # Rows of similar length follow each other, so that few rows of a call wait for a long one.
+    parts = max(-(-(total - kept) // options.rows_per_task), 1)
+    length = functions.length(column(options.column).cast("string"))
+    ordered = missing.repartition(parts, "row").sortWithinPartitions(length, "row")
+    answered = ordered.withColumn("_answer", answer(column(options.column)))
+    answered.select(*map(column, missing.columns), "_answer.*").write.mode("append").parquet(
+        options.output
+    )
+    check_lock()
+    report = _report(spark, options.output, total, kept)
+    output.mark_complete()
+    return report
+
+
+class Output:
+    """The folder of the answers.
+
+    Finished tasks leave their rows in it. ``_settings.json`` has what the answers depend on, and
+    ``_SUCCESS`` says that all rows are there. Spark reads no file whose name begins with ``_``.
+    """
+
+    def __init__(self, spark: Any, path: str):
+        self._spark = spark
+        self._name = path
+        self._path, self._files = open_path(spark, path)
+        self._settings = self._path.suffix("/_settings.json")
+        self._success = self._path.suffix("/_SUCCESS")
+
+    def check(self, overwrite: bool) -> None:
+        """Raise a BatchError if the folder is complete, or no output of this program."""
+        if not self._files.exists(self._path):
+            return
+        if not self._files.exists(self._settings) and self._files.listStatus(self._path):
+            raise BatchError(
+                f"{self._name} is there already, and is no output of this program.",
+                "Take another path.",
+            )
+        if self._files.exists(self._success) and not overwrite:
+            raise BatchError(
+                f"{self._name} is there already.", "Take another path, or replace it: --overwrite."
+            )
+
+    def begin(self, table: Any, total: int, settings: dict, overwrite: bool) -> tuple[Any, int]:
+        """Prepare the folder. Return the rows that it lacks, and how many it already has."""
+        before = json.loads(read_file(self._files, self._settings) or "null")
+        is_complete = self._files.exists(self._success)
+        if before is None or is_complete:
+            return self._begin_anew(table, settings)
+        change = self._find_change(before, settings)
+        done = None if change else self._read_rows()
+        if done is not None and done.join(table, KEYS, "left_anti").count():
+            change = "another input"
+        if change and not overwrite:
+            raise BatchError(
+                f"{self._name} is of a run with {change}.",
+                "Finish that run with its own input and options, or begin anew: --overwrite.",
+            )
+        if change or done is None:
+            return self._begin_anew(table, settings)
+        missing = table.join(done, KEYS, "left_anti")
+        return missing, total - missing.count()
+
+    def _begin_anew(self, table, settings):
+        self._files.delete(self._path, True)
+        write_file(self._files, self._settings, json.dumps(settings))
+        return table, 0
+
+    def _find_change(self, before, settings):
+        """Return what is different from an earlier run's settings, or an empty text."""
+        return " and ".join(
+            f"another {name} ({before.get(name)})"
+            for name in settings
+            if before.get(name) != settings[name]
+        )
+
+    def _read_rows(self):
+        """Return the finished rows' numbers and hashes, None where no task has ended."""
+        try:
+            return self._spark.read.parquet(self._name).select(*KEYS)
+        except Exception as error:  # Java's own
+            if "UNABLE_TO_INFER_SCHEMA" in str(error):
+                return None
+            raise
+
+    def mark_complete(self) -> None:
+        """Write ``_SUCCESS``."""
+        write_file(self._files, self._success, "")
+
+
+def _report(spark, output, total, kept):
+    """Count what is in the output: each row of the input, once."""
+    from pyspark.sql import functions
+
+    rows = spark.read.parquet(output)
+    count, different = rows.agg(functions.count("*"), functions.countDistinct("row")).first()
+    if (count, different) != (total, total):
+        raise BatchError(
+            f"{output} should have {total} rows, each once. It has {different} different ones, and "
+            f"{count - different} repeats.",
+            "Begin anew: --overwrite.",
+        )
+    errors = rows.where("status = 'error'").groupBy("reason").count()
+    errors = errors.orderBy("count", ascending=False).limit(20).collect()
+    tracker = spark.sparkContext.statusTracker()
+    stages = [
+        tracker.getStageInfo(stage)
+        for job in tracker.getJobIdsForGroup()
+        for stage in getattr(tracker.getJobInfo(job), "stageIds", ())
+    ]
+    return Report(
+        total,
+        kept,
+        rows.where("status = 'error'").count(),
+        {row["reason"]: row["count"] for row in errors},
+        rows.where("finish_reason = 'length'").count(),
+        sum(stage.numFailedTasks for stage in stages if stage),
+    )
+
+
+# --- the program ----------------------------------------------------------------------------
+
+
+def read_options(words: list[str]) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(
+        prog="batch",
+        allow_abbrev=False,
+        description="Answer the prompts of a Parquet file on a Spark cluster.",
+    )
+    add = parser.add_argument
+    add("input", help="a Parquet file, or a folder of them, where each worker can read it")
+    add("output", help="a folder for the answers, where each worker can write it")
+    add(
+        "--model",
+        default="models:/slm-onnx@champion",
+        help="models:/NAME@ALIAS or models:/NAME/VERSION",
+    )
+    add("--master", required=True, help="spark://HOST:PORT, yarn or k8s://HOST:PORT")
+    add("--column", default="prompt", help="the column of prompts, or of lists of messages")
+    add("--system", default="", help="a system prompt for each row")
+    add("--max-tokens", type=_positive, help="the most tokens of an answer; left out: the model's")
+    add("--temperature", type=float, help="left out: the model's")
+    add(
+        "--rows-per-task",
+        type=_positive,
+        default=200,
+        help="rows that are answered again if a worker is lost",
+    )
+    add("--overwrite", action="store_true", help="replace a complete output, or another run's")
+    add("--conf", action="append", default=[], metavar="NAME=VALUE", help="a setting of Spark")
+    return parser.parse_args(words)
+
+
+def _positive(text):
+    number = int(text)
+    if not 0 < number < 2**31:
+        raise ValueError
+    return number
+
+
+def read_settings(master: str, settings: Sequence[str]) -> dict[str, str]:
+    """Return Spark's settings for a cluster. ``settings`` are ``NAME=VALUE`` and take precedence."""
+    chosen = {
+        "spark.log.level": "ERROR",
+        "spark.ui.enabled": "false",
+        "spark.ui.showConsoleProgress": "false",
+        "spark.sql.caseSensitive": "true",  # as Parquet is
+        # Rows that Spark hands to Python at a time.
+        "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
+        # A task's files are there when the task ends, not when all have: a later run goes on.
+        "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
+        # The program itself writes _SUCCESS, once it has counted the rows.
+        "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
+        # MLflow unpacks the model in the executor's own folder, and leaves it there.
+        "spark.executorEnv.TMPDIR": ".",
+    }
+    if re.match(r"spark://(127\.|localhost)", master):
+        chosen |= {
+            "spark.driver.host": "127.0.0.1",
+            "spark.driver.bindAddress": "127.0.0.1",
+            "spark.driver.extraJavaOptions": QUICK_START,
+            "spark.executor.extraJavaOptions": QUICK_START,
+        }
+    for setting in settings:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise BatchError(
+                f"--conf {setting} is no NAME=VALUE.", "Such as --conf spark.executor.memory=2g."
+            )
+        chosen[name] = value
+    return chosen
+
+
+def start_spark(master: str, settings: Sequence[str] = ()) -> Any:
+    """Return a Spark session on a cluster.
+
+    From then on this process does not compress zip files: Spark ships a model as MLflow's zip file
+    of it, and weights do not get smaller.
+    """
+    from pyspark.sql import SparkSession
+
+    builder = SparkSession.builder.master(master).appName("batch")
+    for name, value in read_settings(master, settings).items():
+        builder = builder.config(name, value)
+    # PySpark says so of each function. What this file uses of it is tested.
+    warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
+    shutil.register_archive_format("zip", _make_zip, description="ZIP file, not compressed")
+    with _quiet_java():
+        return builder.getOrCreate()
+
+
+def _make_zip(base_name, base_dir, **_):
+    """Write a zip file, as ``shutil.make_archive`` asks for one."""
+    with zipfile.ZipFile(f"{base_name}.zip", "w", zipfile.ZIP_STORED) as archive:
+        for path in sorted(Path(base_dir).rglob("*")):
+            archive.write(path)
+    return f"{base_name}.zip"
+
+
+@contextlib.contextmanager
+def _quiet_java():
+    """Drop the warnings with which a Java starts, and which no setting turns off."""
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def main(words: list[str]) -> int:
+    """Answer the rows of a file. Return the exit code."""
+    options = read_options(words)
+    logging.getLogger("mlflow").setLevel(logging.ERROR)
+    try:
+        report = _run_on_cluster(options)
+    except ProgramError as error:
+        print(f"error: {error.what}\n       {error.fix}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(CONTINUE, file=sys.stderr)
+        return 130
+    print(
+        f"{report.rows} rows in {options.output}: {report.rows - report.failed} answered, "
+        f"{report.failed} errors "
+        f"(kept from a run before: {report.kept}; cut by max_tokens: {report.cut}; "
+        f"tasks tried again: {report.retried})"
+    )
+    for reason, count in report.errors.items():
+        print(f"{count:>8}  {reason}")
+    return 0
+
+
+def _run_on_cluster(options):
+    check_spark()
+    check_master(options.master)
+    os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
+    folder = tempfile.TemporaryDirectory(prefix="spark-batch-", ignore_cleanup_errors=True)
+    with folder as tempfile.tempdir:  # MLflow leaves the zip file there that Spark ships
+        try:
+            spark = start_spark(options.master, options.conf)
+            try:
+                lock = DriverLock(spark, options.output)
+                with watch_cluster(spark, options.master, lock) as check_lock:
+                    return run(spark, options, Path(tempfile.tempdir), check_lock)
+            finally:
+                with contextlib.suppress(Exception):  # Java's, if it has ended
+                    spark.stop()
+        except ProgramError:
+            raise
+        except Exception as error:
+            raise to_batch_error(error) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

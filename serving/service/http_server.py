@@ -1,0 +1,210 @@
+"""Runs the application in uvicorn, and bounds what uvicorn leaves without a limit.
+
+uvicorn waits for ever for a caller that sends a byte now and then or does not read its answer. It
+answers a request that is not HTTP with plain text instead of JSON, and takes a body in any number
+of pieces.
+"""
+
+import asyncio
+import contextlib
+import errno
+import math
+import socket
+
+import h11
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from ..errors import ProgramError, ServiceError
+from .answer import to_response
+from .app import Service, build_app
+from .threads import in_thread
+
+HEADER_SECONDS = 10.0  # for a request's headers, from its first byte or from the connection
+HEADER_BYTES = 1 << 16
+# Each piece of a body costs about 13 microseconds, even if it has one byte.
+MAX_PIECES = 20_000
+
+
+def make_protocol(answer_seconds: float) -> type[H11Protocol]:
+    """Return uvicorn's connection with limits.
+
+    A connection is cut when a request's headers take longer than ``HEADER_SECONDS``, or when its
+    body and its answer take longer than ``answer_seconds``.
+    """
+
+    class Protocol(H11Protocol):
+        timer = None
+
+        def connection_made(self, transport):
+            super().connection_made(transport)
+            # asyncio sets this option only where the listening socket names its protocol. Without
+            # it, the end of each answer waits 40 ms for the caller to confirm the beginning.
+            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            self._set_timer(HEADER_SECONDS)
+            self._pieces = 0
+            next_event = self.conn.next_event
+
+            def count_pieces():
+                event = next_event()
+                if isinstance(event, h11.Request):
+                    self._pieces = 0
+                elif isinstance(event, h11.Data):
+                    self._pieces += 1
+                if self._pieces > MAX_PIECES:
+                    raise h11.RemoteProtocolError("too many pieces")  # uvicorn answers 400
+                return event
+
+            self.conn.next_event = count_pieces
+
+        def data_received(self, data):
+            if self.timer is None:
+                self._set_timer(HEADER_SECONDS)
+            super().data_received(data)
+
+        def handle_events(self):
+            before = self.cycle
+            super().handle_events()
+            if self.cycle is not before:
+                self._set_timer(answer_seconds)
+
+        def on_response_complete(self):
+            if not self.transport.get_write_buffer_size():  # else the caller has to read it in time
+                self._set_timer(None)
+            super().on_response_complete()
+
+        def connection_lost(self, exc):
+            self._set_timer(None)
+            super().connection_lost(exc)
+
+        def shutdown(self):
+            super().shutdown()
+            if self.cycle:
+                self.cycle.message_event.set()  # wakes `read_body`, which then sees the closing
+
+        def send_400_response(self, msg):
+            if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+                self.transport.abort()  # the answer has begun
+                return
+            response = to_response(ServiceError(400, msg, "invalid_request"))
+            headers = [*response.raw_headers, (b"connection", b"close")]
+            for event in (
+                h11.Response(status_code=400, headers=headers),
+                h11.Data(data=response.body),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event))
+            self.transport.close()
+
+        def _set_timer(self, limit):
+            if self.timer:
+                self.timer.cancel()
+            self.timer = self.loop.call_later(limit, self.transport.abort) if limit else None
+
+    return Protocol
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens.
+
+    Raises
+    ------
+    ProgramError
+        The port is taken, or the host is none of this machine.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, OverflowError) as error:
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            raise ProgramError(
+                f"Port {port} is taken.", f"Choose another one: --port {port + 1}."
+            ) from None
+        raise ProgramError(
+            f"Nothing can listen at {host}, port {port}: {error}.",
+            "Choose another --host or --port.",
+        ) from None
+
+
+class Server(uvicorn.Server):
+    """A uvicorn server that listens, loads its model, and prints one line when it is ready.
+
+    Parameters
+    ----------
+    service : Service
+        What it serves.
+    listener : socket.socket
+        What `listen` returned.
+    token, hosts
+        See `app.CallerCheck`.
+
+    Attributes
+    ----------
+    address : str
+        Its URL, without a path.
+    """
+
+    def __init__(
+        self, service: Service, listener: socket.socket, token: str | None, hosts: set[str]
+    ):
+        limits = service.limits
+        super().__init__(
+            uvicorn.Config(
+                build_app(service, token, hosts),
+                http=make_protocol(limits.timeout + 5),
+                ws="none",
+                lifespan="off",
+                log_config=None,
+                log_level="critical",
+                access_log=False,
+                proxy_headers=False,
+                server_header=False,
+                h11_max_incomplete_event_size=HEADER_BYTES,
+                timeout_keep_alive=limits.keep_alive,
+                timeout_graceful_shutdown=math.ceil(limits.drain),
+            )
+        )
+        self._service = service
+        self._listener = listener
+        self._failure = None
+        host, port, *_ = listener.getsockname()
+        self.address = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self) -> None:
+        """Serve until a signal comes.
+
+        Raises
+        ------
+        ProgramError
+            The model did not load, or ended by an error.
+        """
+        super().run([self._listener])
+        if self._failure:
+            raise self._failure
+
+    async def main_loop(self):
+        """Load the model, and run until a signal comes."""
+        model_task = asyncio.create_task(self._run_model())
+        try:
+            await super().main_loop()
+        finally:
+            model_task.cancel()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let requests end that the model has, for a bounded time, and close the model."""
+        self._service.is_closing = True
+        await super().shutdown(sockets)
+        if version := self._service.active.current:
+            with contextlib.suppress(TimeoutError):  # the program ends, even if the model does not
+                await asyncio.wait_for(in_thread(version.close), 5)
+
+    async def _run_model(self):
+        active = self._service.active
+        try:
+            await self._service.start()
+            ready = f"Serving {active.name}, version {active.current.number}, at {self.address}/v1"
+            print(ready, flush=True)
+            await active.watch(self._service.limits.poll)
+        except ProgramError as error:
+            self._failure = error
+            self.should_exit = True
