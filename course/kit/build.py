@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import shutil
+import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -222,12 +223,26 @@ def _add_model(site, name, home):
 
 
 def course_files() -> list[Path]:
-    """Return the course's own files, sorted: what a user put beside them stays where it is."""
-    files = []
-    for name in COURSE_PARTS:
-        files += [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*")
+    """Return the course's own files, sorted.
+
+    In a git checkout these are the files that git tracks: what a user put beside them stays where it is. A course that
+    was unpacked from a kit has no git. There all files in the course's folders count, but for what a run leaves.
+    """
+    files = _tracked_files()
+    if not files:
+        for name in COURSE_PARTS:
+            files += [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*")
     return sorted(path for path in files if path.is_file() and not NOT_OURS & set(path.relative_to(ROOT).parts)
                   and not path.is_relative_to(DATA / "models"))
+
+
+def _tracked_files():
+    """Return the course's files that git tracks; none where there is no git, or no checkout."""
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return []
+    listed = subprocess.run(["git", "ls-files", "-z", "--", *COURSE_PARTS], cwd=ROOT, capture_output=True, text=True,
+                            encoding="utf-8")
+    return [ROOT / name for name in listed.stdout.split("\0") if name]
 
 
 def _write_course(draft):

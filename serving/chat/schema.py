@@ -53,6 +53,17 @@ JSON_OPTIONS = {
     # llguidance takes for another one.
     "json_allowed_escapes": '"\\bfnrt',
 }
+# llguidance's own formats let through what readers refuse: seconds of 60, and 29 February of any
+# year. These patterns are narrower: no leap second, no 29 February, years from 1000.
+DATE = (
+    r"[1-9][0-9]{3}-((0[13578]|1[02])-(0[1-9]|[12][0-9]|3[01])"
+    r"|(0[469]|11)-(0[1-9]|[12][0-9]|30)|02-(0[1-9]|1[0-9]|2[0-8]))"
+)
+TIME = (
+    r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?"
+    r"(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+)
+FORMATS = {"date": f"^{DATE}$", "time": f"^{TIME}$", "date-time": f"^{DATE}T{TIME}$"}
 # Without \u, llguidance can't write these characters in a string.
 UNWRITABLE = {chr(code) for code in range(32)} - set("\b\t\n\f\r") | {"\x7f"}
 
@@ -95,6 +106,7 @@ class SchemaReader:
         try:
             text = json.dumps(schema)
             requirement = find_broken_requirement(text)
+            text = json.dumps(narrow_formats(json.loads(text)))
             grammar = LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)
         except (TypeError, ValueError, RecursionError):
             requirement = "that is JSON, and not too deep"
@@ -118,6 +130,15 @@ class SchemaReader:
                 requirement += f", without {' or '.join(keywords)}"
             raise invalid(field, f"a JSON schema {requirement}", where)
         return matcher
+
+
+def narrow_formats(schema: dict) -> dict:
+    """Replace the formats date, time and date-time in a schema by patterns. Changes the schema."""
+    for item in _walk(schema):
+        is_string = isinstance(item, dict) and item.get("type") in ("string", ["string", "null"])
+        if is_string and "pattern" not in item and str(item.get("format")) in FORMATS:
+            item["pattern"] = FORMATS[item.pop("format")]
+    return schema
 
 
 def find_broken_requirement(text: str) -> str | None:

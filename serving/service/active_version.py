@@ -26,6 +26,14 @@ FIRST_PAUSE, LONGEST_PAUSE = 10.0, 900.0  # seconds between two tries to load a 
 _logger = logging.getLogger("serving")
 
 
+class NoAnswerError(Exception):
+    """A version was loaded and does not answer.
+
+    The thread that asks it goes on, because nothing can end it. Another try would add one more, so
+    the version is not tried again until the alias moves.
+    """
+
+
 class LoadedVersion:
     """A version that is loaded, and how many use it: the requests in it, and `ActiveModel`."""
 
@@ -250,9 +258,7 @@ class ActiveModel:
                 _logger.warning("Version %s answers now.", number)
             except Exception as error:  # whatever it is, the version before goes on
                 self._note_failure(number)
-                # A version that does not answer in time still has a thread at work, which nothing
-                # can end. Another try would add one more.
-                pause = math.inf if isinstance(error, TimeoutError) else self._pause
+                pause = math.inf if isinstance(error, NoAnswerError) else self._pause
                 self._next_try = time.monotonic() + pause
                 _logger.error(
                     "Version %s did not load (%s); version %s goes on. Next try in %g seconds.",
@@ -273,9 +279,12 @@ class ActiveModel:
         """Load a version, try it with one request, and let it take over."""
         version = await in_thread(self.address.load, number)
         try:
-            await asyncio.wait_for(in_thread(version.model.try_once), self._patience)
+            async with asyncio.timeout(self._patience) as patience:
+                await in_thread(version.model.try_once)
         except BaseException:
             self.release(version)
+            if patience.expired():
+                raise NoAnswerError(f"It gave no answer in {self._patience:g} seconds.") from None
             raise
         before, self.current = self.current, version
         self._metrics.version.clear()

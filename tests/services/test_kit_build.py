@@ -157,8 +157,17 @@ def test_the_course_in_a_kit_is_all_of_it_and_nothing_else():
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     if listed.returncode:
         pytest.skip("not a git checkout")
-    assert {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()} <= ours
+    assert {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()} == ours
     assert not [name for name in ours if name.startswith(("data/models/", "build/", ".venv/"))]
+
+
+def test_what_a_user_put_beside_the_courses_data_stays_there(request):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    own = ROOT / "data" / "customers of a test.csv"
+    request.addfinalizer(lambda: own.unlink(missing_ok=True))
+    own.write_text("secret", encoding="utf-8")
+    assert own not in course_files()
 
 
 def test_a_model_that_is_not_in_the_catalogue_is_refused_before_anything_is_made(tmp_path):

@@ -31,7 +31,9 @@ class StandInVersion:
         self._is_broken = is_broken
 
     def _try_once(self):
-        if self._is_broken:
+        if self._is_broken == "slow":
+            self.closed.wait(30)
+        elif self._is_broken:
             raise ValueError("This model is broken.")
 
     def close(self):
@@ -45,9 +47,10 @@ class StandInAddress:
     registered_name = "stand-in"
     has_alias = True
 
-    def __init__(self, number="1", broken=()):
+    def __init__(self, number="1", broken=(), slow=()):
         self.number = number
         self.broken = set(broken)
+        self._slow = slow
         self.loaded = []
 
     def find_version(self):
@@ -56,7 +59,8 @@ class StandInAddress:
         return self.number
 
     def load(self, number):
-        self.loaded.append(StandInVersion(number, number in self.broken))
+        is_broken = "slow" if number in self._slow else number in self.broken
+        self.loaded.append(StandInVersion(number, is_broken))
         return self.loaded[-1]
 
 
@@ -135,6 +139,28 @@ def test_a_failed_version_is_tried_at_once_when_the_alias_comes_back_to_it():
         assert (active.current.number, active.failed_version) == ("2", None)
 
     run(scenario, broken=["2", "3"])
+
+
+def test_a_version_that_gives_no_answer_is_not_tried_again_until_the_alias_moves(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(active_version.time, "monotonic", lambda: now)
+
+    async def scenario(address, active, metric):
+        nonlocal now
+        active._patience = 0.01
+        address.number = "2"
+        for _ in range(3):
+            await active.poll_alias()
+            now += 10_000
+        assert (active.current.number, active.failed_version) == ("1", "2")
+        assert (len(address.loaded), active.retry_seconds) == (2, None)
+        address.number = "1"
+        await active.poll_alias()
+        address.number = "2"
+        await active.poll_alias()
+        assert len(address.loaded) == 3
+
+    run(scenario, slow=["2"])
 
 
 def test_a_registry_that_does_not_answer_changes_nothing():
