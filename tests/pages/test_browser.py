@@ -216,12 +216,13 @@ def test_each_cell_runs_again_by_itself_and_says_the_same(walk):
 
 
 def comparable(source, text):
-    """Return what a cell says without what differs each time: ids, figures and lengths that were measured, chance."""
+    """Return what a cell says without what differs each time: ids, figures, lengths and times that were measured, chance."""
     if BY_CHANCE in source:
         text = text.splitlines()[0]
     text = re.sub(r"\b[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}\b", "ID", text)
     text = re.sub(r"(champion until now\s+)\S+", r"\1", text).replace("Overwriting", "Writing")
     text = re.sub(r"#+|-{2,}", " ", re.sub(r"\d[\d.,]*", "0", text))
+    text = re.sub(r"(?m)^(caller 0) [ .rw]+$", r"\1", text)  # the bars of a timeline
     return re.sub(r"[ \t]+", " ", text)
 
 

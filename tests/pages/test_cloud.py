@@ -26,7 +26,7 @@ def test_a_plain_call_is_refused_and_in_the_batch_bad_rows_say_why(executed):
 
 
 def test_a_stopped_run_and_a_dead_worker_cost_no_row(executed):
-    assert re.search(r"there is an output +False", executed.shown("Stopped\n"))
+    assert re.search(r"the output is whole +False", executed.shown("Stopped\n"))
     table = executed.shown("After both losses\n")
     count = int(re.search(r"rows that went in +(\d+)", table)[1])
     assert [int(number) for number in re.findall(r"(?:came out|different ones) +(\d+)", table)] == [count, count]
