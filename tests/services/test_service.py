@@ -11,6 +11,7 @@ import socket
 import sqlite3
 import tempfile
 import threading
+import time
 import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
@@ -38,7 +39,7 @@ from support.service import (
 )
 from support.stand_ins import move_alias
 
-from serving.service import active_version, http_server
+from serving.service import active_version, app, http_server
 
 TOKEN = "geheim-ß"
 TOKEN_HEADER = f"Authorization: Bearer {TOKEN}"
@@ -623,6 +624,27 @@ def test_an_engine_that_has_ended_is_neither_healthy_nor_ready(tiny, tmp_path):
         for path in ("/health", "/ready"):
             answer = server.client.get(path)
             assert (answer.status_code, answer.json()["error"]["code"]) == (503, "closed")
+
+
+def test_the_time_to_the_first_token_is_not_that_to_the_last(streams):
+    with running(streams) as server, ThreadPoolExecutor(1) as pool:
+        steps = server.model.steps
+        answer = pool.submit(server.ask, "gated 2", stream=True)
+        server.model.gate.release()
+        wait_for(lambda: server.model.steps == steps + 1)
+        time.sleep(0.3)
+        server.model.gate.release()
+        assert answer.result().status_code == 200
+        first = server.count("slm_first_token_seconds_sum")
+        assert 0 < first <= server.count("slm_request_seconds_sum") - 0.3
+
+
+def test_a_token_is_compared_in_the_same_time_wherever_it_differs(guarded, monkeypatch):
+    compared = []
+    monkeypatch.setattr(app.hmac, "compare_digest", lambda one, other: compared.append((one, other)) or one == other)
+    assert guarded.client.get("/v1/models").status_code == 200
+    assert guarded.client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
+    assert compared == [(TOKEN.encode(), TOKEN.encode()), (b"x", TOKEN.encode())]
 
 
 # --- slow callers ---------------------------------------------------------------------------
