@@ -216,7 +216,7 @@ def test_each_cell_runs_again_by_itself_and_says_the_same(walk):
 
 
 def comparable(source, text):
-    """Return what a cell says without what differs each time: ids, figures, lengths, times, and what is left to chance."""
+    """Return what a cell says without what differs each time: ids, measured figures, lengths and times, chance."""
     if BY_CHANCE in source:
         text = text.splitlines()[0]
     text = re.sub(r"\b[0-9a-f]{8}-?(?:[0-9a-f]{4}-?){3}[0-9a-f]{12}\b", "ID", text)

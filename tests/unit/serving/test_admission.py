@@ -39,7 +39,7 @@ def test_requests_are_admitted_in_order_and_a_cancelled_one_is_left_out():
         await asyncio.sleep(0)
         assert (queue.running, queue.waiting, came) == (1, 4, [0])
         with pytest.raises(ServiceError) as refusal:
-            await queue.acquire()
+            await asyncio.wait_for(queue.acquire(), 5)
         assert (refusal.value.status, refusal.value.code, refusal.value.retry_after) == (
             429,
             "busy",

@@ -43,6 +43,7 @@ class Refusal(MlflowException):
 def test_what_a_caller_reads_of_an_error(error, status, code, param, told):
     said = to_service_error(error)
     assert (said.status, said.code, said.param) == (status, code, param)
+    assert said.retry_after == (1 if status == 429 else None)
     assert told == (said.message == getattr(error, "message", None))
     assert SECRET not in said.message
 
