@@ -448,9 +448,10 @@ class DriverLock:
 
     def beat(self) -> bool:
         """Give a sign of life. Return whether the lock is still this driver's."""
-        if not (self._read() or "").startswith(self._owner):
+        text = self._read()
+        if text and not text.startswith(self._owner):
             return False
-        self._write()
+        self._write()  # also where a full disk has left the file empty
         return True
 
     def release(self) -> None:
