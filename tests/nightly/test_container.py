@@ -62,13 +62,19 @@ def namespaces():
         pytest.skip(f"2026-11-28: {reason}")
 
 
+def program_files():
+    """Return the course's files in the image, by where they are there."""
+    copied = [[word for word in value.split() if not word.startswith("--")] for value in IMAGE.all("COPY")]
+    return {f"{target}{file.name}": file for *sources, target in copied if sources != [target]
+            for source in sources for file in ROOT.glob(source)}
+
+
 @pytest.fixture(scope="module")
 def contained(namespaces, environment):
     """Return a function that makes the image with a model's folder mounted."""
 
     def image(folder, **variables):
-        copied = [[word for word in value.split() if not word.startswith("--")] for value in IMAGE.all("COPY")]
-        files = {target: environment if source == target else ROOT / source for source, target in copied}
+        files = {"/opt/venv": environment} | program_files()
         variables = IMAGE.variables() | {command_line.TOKEN: TOKEN} | variables
         return Image(files | {options_of().model: folder}, variables, IMAGE.one("USER"), IMAGE.one("WORKDIR"))
 
@@ -112,7 +118,7 @@ def test_it_serves_without_rights_on_a_root_that_is_read_only(contained, model, 
         writable = {mount[4] for mount in mounts if "rw" in mount[5].split(",")}
         assert {place for place in writable if not place.startswith(("/proc", "/sys", *DEVICES))} == set(WRITABLE)
         said = program.said()
-        assert said.splitlines() == [f"Serving model, version 1, at http://0.0.0.0:{PORT}/v1"], said
+        assert said.splitlines() == [f"Serving slm-onnx, version 1, at http://0.0.0.0:{PORT}/v1"], said
 
 
 def test_what_the_program_may_not_do_there(contained, model, tmp_path):
@@ -195,8 +201,12 @@ def test_the_images_packages_serve_a_model_of_a_tracking_server(environment, tin
         _, *words = IMAGE.words("ENTRYPOINT")
         words = [str(environment / "bin" / "python"), *words,
                  "--model", "models:/slm-onnx@champion", "--host", "127.0.0.1", "--port", "0"]
+        for place, file in program_files().items():
+            copy = tmp_path / place.lstrip("/")
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, copy)
         variables = IMAGE.variables() | local | {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": tracking,
-                                                 command_line.TOKEN: TOKEN}
+                                                 "PYTHONPATH": str(tmp_path / "app"), command_line.TOKEN: TOKEN}
         with server(words, variables, tmp_path / "program.log", LISTENS) as address:
             answer = httpx.post(f"{address}/v1/chat/completions", content=body("The sky is", max_tokens=5),
                                 headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60, trust_env=False)
