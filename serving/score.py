@@ -46,7 +46,6 @@ def init() -> None:
     os.environ.setdefault("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
     folder = find_model(Path(os.environ["AZUREML_MODEL_DIR"]))
     _model = ServedModel(mlflow.pyfunc.load_model(str(folder)))
-    _model.try_once()
 
 
 def find_model(folder: Path) -> Path:

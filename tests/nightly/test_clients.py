@@ -20,7 +20,7 @@ def servers(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clients")
     mlflow.pyfunc.save_model(folder / "onnx", **chat_model_for(tiny))
     save_pipeline(tiny, folder / "transformers", max_new_tokens=8, do_sample=False)
-    with (running(folder / "onnx", token=clients.TOKEN) as onnx,
+    with (running(folder / "onnx", token=clients.TOKEN, name="model") as onnx,
           running(folder / "transformers", token=clients.TOKEN) as transformers):
         yield onnx, transformers
 

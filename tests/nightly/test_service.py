@@ -50,8 +50,8 @@ def test_requests_made_from_the_description_get_an_answer_or_a_refusal(server, m
         statuses[case.operation.path, case.call_and_validate(checks=rules).status_code] += 1
 
     operations = [found.ok() for found in description.get_all_operations()]
-    assert {operation.path for operation in operations} == {"/v1/chat/completions", "/v1/models", "/health", "/ready",
-                                                            "/metrics"}
+    assert {operation.path for operation in operations} == {
+        "/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics"}
     for operation in operations:
         if mode is GenerationMode.POSITIVE or operation.method == "post":  # the others take nothing that may be wrong
             examples = settings(max_examples=40 if operation.method == "post" else 1,

@@ -16,7 +16,6 @@ from werkzeug.test import EnvironBuilder
 from werkzeug.wrappers import Request
 
 from serving import score
-from serving.errors import ServiceError
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -47,9 +46,7 @@ def stand_in(tmp_path, monkeypatch):
         monkeypatch.setenv("AZUREML_MODEL_DIR", str(stand_ins.save(tmp_path / kind, kind)))
         monkeypatch.setattr(score, "_model", None)
         score.init()
-        model = score._model._python_model
-        model.steps = 0  # that it took to be tried
-        return model
+        return score._model._python_model
 
     return load
 
@@ -182,9 +179,9 @@ def test_what_a_model_raises_is_told_in_one_sentence_and_logged_without_the_requ
     assert "ValueError" in caplog.text and SECRET not in caplog.text
 
 
-def test_a_model_whose_answer_is_no_chat_completion_does_not_start(stand_in):
-    with pytest.raises(ServiceError, match="The model's answer is no chat completion"):
-        stand_in("NoChat")
+def test_an_answer_that_is_no_chat_completion_is_an_error(stand_in):
+    stand_in("NoChat")
+    assert read(post({"messages": user("a")}))["error"]["code"] == "unusable_model"
 
 
 def test_a_folder_without_a_model_says_what_to_register(tmp_path, monkeypatch):
