@@ -57,10 +57,13 @@ class Meeting(mlflow.pyfunc.PythonModel):
         self.all = threading.Barrier(8, (FOLDER / "met").touch)
 
     def predict(self, context, model_input, params=None):
+        raise NotImplementedError("It streams, so that several callers may ask at once.")
+
+    def predict_stream(self, context, model_input, params=None):
         self.all.wait(60)
         while not (FOLDER / "go").exists():
             time.sleep(0.01)
-        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": "met"}, "finish_reason": "stop"}]}
+        yield {"choices": [{"index": 0, "delta": {"content": "met"}, "finish_reason": "stop"}]}
 
 mlflow.models.set_model(Meeting())
 """
@@ -74,13 +77,15 @@ class Waiting(mlflow.pyfunc.PythonModel):
         self.asked = threading.Event()
 
     def predict(self, context, model_input, params=None):
-        self.asked.set()
-        return {"choices": []}
+        raise NotImplementedError("It streams.")
 
     def predict_stream(self, context, model_input, params=None):
-        yield {"choices": [], "id": "first"}
+        choices = [{"index": 0, "delta": {}, "finish_reason": None}]
+        if not model_input["stream"]:
+            self.asked.set()
+        yield {"choices": choices, "id": "first"}
         assert self.asked.wait(60)
-        yield {"choices": [], "id": "last"}
+        yield {"choices": choices, "id": "last"}
 
 mlflow.models.set_model(Waiting())
 """
