@@ -20,11 +20,11 @@ from helpers.files import folder_bytes
 from helpers.models.catalogue import find_entry
 from helpers.models.space import memory_needed
 from helpers.paths import BUILD, ROOT, VENV_PYTHON
+from serving.package import SHARED_FILES
 
 TEMPLATES = ROOT / "deploy" / "azureml"
 TARGET = BUILD / "azureml"
 PARTS = ("online", "batch", "job")
-SHARED = ("__init__.py", "errors.py", "request.py", "served_model.py")  # what score.py imports of serving/
 PRICES = "https://azure.microsoft.com/pricing/details/machine-learning/"
 QUOTAS = "https://ml.azure.com/quota"
 # Cores and GiB of memory. The names are from Azure's list for online endpoints:
@@ -163,7 +163,7 @@ def make_folder(uri: str, endpoint: str | None = None, instance_type: str | None
         (part / "code").mkdir()
         shutil.copyfile(ROOT / "serving" / "score.py", part / "code" / "score.py")
         (part / "code" / "serving").mkdir()
-        for shared in SHARED:
+        for shared in SHARED_FILES:
             shutil.copyfile(ROOT / "serving" / shared, part / "code" / "serving" / shared)
         for file in course_files():
             copy = part / "course" / file.relative_to(ROOT)

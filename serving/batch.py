@@ -11,7 +11,6 @@ cluster, input and output (which rows are missing), and the program.
 import argparse
 import contextlib
 import errno
-import hashlib
 import importlib.util
 import json
 import logging
@@ -38,6 +37,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 
 from .errors import ProgramError, ServiceError, to_service_error
+from .package import SHARED_FILES, copy_package
 from .served_model import ServedModel
 
 ROWS_AT_ONCE = 64  # the most rows in one call of a model that runs them together
@@ -54,11 +54,7 @@ ANSWER = {
 KEYS = ["row", "row_hash"]
 ADDED = (*KEYS, *ANSWER)
 RESERVED = ("_metadata", "_file", "_answer")
-SHIPPED_FILES = ("__init__.py", "errors.py", "request.py", "served_model.py", "batch.py")
-LOADER_CODE = """import mlflow
-from {package}.batch import BatchModel
-mlflow.models.set_model(BatchModel())
-"""
+SHIPPED_FILES = (*SHARED_FILES, "package.py", "batch.py")
 OLDEST_JAVA = 17
 QUICK_START = (
     "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # for a Java with few cores and little work
@@ -150,9 +146,11 @@ def answer_rows(
     Exception
         What ``check_model`` raises: then no row is at fault.
     """
-    rows, conversations = [], []
+    rows = []
+    conversations = []
     for cell in cells:
-        row, messages = None, None
+        row = None
+        messages = None
         try:
             messages = read_messages(cell, system)
             if messages is None:
@@ -605,16 +603,8 @@ def wrap_model(uri: str, folder: Path, config: dict) -> Path:
 
     The code has a package name of its own, as the model may have brought a package ``serving``.
     """
-    digest = hashlib.sha256()
-    for name in SHIPPED_FILES:
-        digest.update(Path(__file__).with_name(name).read_bytes())
-    package = folder.with_name("code") / f"batch_{digest.hexdigest()[:8]}"
-    package.mkdir(parents=True, exist_ok=True)
-    for name in SHIPPED_FILES:
-        shutil.copy(Path(__file__).with_name(name), package / name)
-    loader = package / "load_batch_model.py"
-    loader.write_text(LOADER_CODE.format(package=package.name), encoding="utf-8")
-    sys.path.append(str(package.parent))  # MLflow runs the loader when it saves it
+    sources = [Path(__file__).with_name(name) for name in SHIPPED_FILES]
+    code = copy_package(sources, folder.with_name("code"), "batch", "batch", "BatchModel")
     try:
         signature = mlflow.models.get_model_info(uri).signature
         if signature and "messages" not in signature.inputs.input_names():
@@ -627,8 +617,8 @@ def wrap_model(uri: str, folder: Path, config: dict) -> Path:
             warnings.simplefilter("ignore", UserWarning)
             mlflow.pyfunc.save_model(
                 folder,
-                python_model=str(loader),
-                code_paths=[str(package)],
+                python_model=code.python_model,
+                code_paths=code.code_paths,
                 artifacts={"model": uri},
                 model_config=config,
                 pip_requirements=["mlflow"],
@@ -681,10 +671,12 @@ def read_input(spark: Any, path: str, prompts: str) -> tuple[Any, int]:
     except Exception as error:  # Java's own, where the file is something else
         if "PATH_NOT_FOUND" in str(error):
             raise BatchError(f"{path} is not there.", "Correct the first path.") from None
-        told = to_batch_error(error)
-        if told.what.startswith("The job failed"):
-            told = BatchError(f"{path} holds no Parquet that Spark can read.", "Correct the path.")
-        raise told from None
+        reason = to_batch_error(error)
+        if reason.what.startswith("The job failed"):
+            reason = BatchError(
+                f"{path} holds no Parquet that Spark can read.", "Correct the path."
+            )
+        raise reason from None
     names = table.columns
     if prompts not in names:
         raise BatchError(
@@ -706,7 +698,8 @@ def read_input(spark: Any, path: str, prompts: str) -> tuple[Any, int]:
         )
     place = functions.col("_metadata")
     table = table.select("*", place.file_path.alias("_file"), place.row_index.alias("row"))
-    starts, total = {}, 0
+    starts = {}
+    total = 0
     for file, count in sorted(tuple(row) for row in table.groupBy("_file").count().collect()):
         starts[file] = total
         total += count
@@ -845,7 +838,7 @@ class Output:
         is_complete = self._files.exists(self._success)
         if before is None or is_complete:
             return self._begin_anew(table, settings)
-        change = self._find_change(before, settings)
+        change = _find_change(before, settings)
         done = None if change else self._read_rows()
         if done is not None and done.join(table, KEYS, "left_anti").count():
             change = "another input"
@@ -864,14 +857,6 @@ class Output:
         write_file(self._files, self._settings, json.dumps(settings))
         return table, 0
 
-    def _find_change(self, before, settings):
-        """Return what is different from an earlier run's settings, or an empty text."""
-        return " and ".join(
-            f"another {name} ({before.get(name)})"
-            for name in settings
-            if before.get(name) != settings[name]
-        )
-
     def _read_rows(self):
         """Return the finished rows' numbers and hashes, None where no task has ended."""
         try:
@@ -886,19 +871,37 @@ class Output:
         write_file(self._files, self._success, "")
 
 
+def _find_change(before, settings):
+    """Return what is different from an earlier run's settings, or an empty text."""
+    return " and ".join(
+        f"another {name} ({before.get(name)})"
+        for name in settings
+        if before.get(name) != settings[name]
+    )
+
+
 def _report(spark, output, total, kept):
     """Count what is in the output: each row of the input, once."""
     from pyspark.sql import functions
 
     rows = spark.read.parquet(output)
-    count, different = rows.agg(functions.count("*"), functions.countDistinct("row")).first()
+    is_error, is_cut = (
+        functions.expr("status = 'error'"),
+        functions.expr("finish_reason = 'length'"),
+    )
+    count, different, failed, cut = rows.agg(
+        functions.count("*"),
+        functions.countDistinct("row"),
+        functions.count_if(is_error),
+        functions.count_if(is_cut),
+    ).first()
     if (count, different) != (total, total):
         raise BatchError(
             f"{output} should have {total} rows, each once. It has {different} different ones, and "
             f"{count - different} repeats.",
             "Begin anew: --overwrite.",
         )
-    errors = rows.where("status = 'error'").groupBy("reason").count()
+    errors = rows.where(is_error).groupBy("reason").count()
     errors = errors.orderBy("count", ascending=False).limit(20).collect()
     tracker = spark.sparkContext.statusTracker()
     stages = [
@@ -909,9 +912,9 @@ def _report(spark, output, total, kept):
     return Report(
         total,
         kept,
-        rows.where("status = 'error'").count(),
+        failed,
         {row["reason"]: row["count"] for row in errors},
-        rows.where("finish_reason = 'length'").count(),
+        cut,
         sum(stage.numFailedTasks for stage in stages if stage),
     )
 

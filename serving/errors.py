@@ -1,4 +1,4 @@
-"""What a caller may read of an error: OpenAI's error object, made of whatever was raised.
+"""Turns exceptions into errors that a caller may read: OpenAI's error object.
 
 The service, the batch program and Azure's scoring script share it.
 """

@@ -170,13 +170,17 @@ def _description(name):
 
 def _field_at(loc: tuple) -> tuple[str, str]:
     """Return the name of the field at pydantic's ``loc``, and what it may hold."""
-    name, allowed, fields = "", "", ChatCompletionRequest.model_fields
+    name = ""
+    allowed = ""
+    fields = ChatCompletionRequest.model_fields
     for step in loc:
         if name == "messages" and isinstance(step, int):
-            name, allowed = f"messages[{step}]", "an object with role and content"
+            name = f"messages[{step}]"
+            allowed = "an object with role and content"
             fields = ChatMessage.model_fields
         elif step in fields:
-            name, allowed = f"{name}.{step}".lstrip("."), fields[step].description
+            name = f"{name}.{step}".lstrip(".")
+            allowed = fields[step].description
             fields = {}
     return name, allowed
 

@@ -216,7 +216,8 @@ def _for_pipeline(request):
 
 def _to_plain_message(number, message):
     """Return a message with role, content and name, all of them text."""
-    content, name = message["content"], f"messages[{number}]"
+    content = message["content"]
+    name = f"messages[{number}]"
     if isinstance(content, list):
         is_parts_of_text = all(
             part.get("type") == "text" and is_text(part.get("text")) for part in content
@@ -257,10 +258,11 @@ def _to_chunks(completion):
         "object": "chat.completion.chunk",
         "created": completion.get("created") or int(time.time()),
     }
-    texts, ends = [], []
+    texts = []
+    ends = []
     for choice in completion["choices"]:
-        index, content = choice["index"], choice["message"]["content"]
-        delta = {"role": "assistant", "content": content}
+        index = choice["index"]
+        delta = {"role": "assistant", "content": choice["message"]["content"]}
         texts.append({"index": index, "delta": delta, "finish_reason": None})
         ends.append({"index": index, "delta": {}, "finish_reason": choice["finish_reason"]})
     yield head | {"choices": texts}
@@ -270,7 +272,9 @@ def _to_chunks(completion):
 
 def join_chunks(chunks: Iterable[dict]) -> dict:
     """Return the whole chat completion that a stream's chunks make."""
-    head, usage, choices = {}, None, {}
+    head = {}
+    usage = None
+    choices = {}
     for chunk in chunks:
         head = head or chunk
         usage = chunk.get("usage") or usage

@@ -37,7 +37,7 @@ class NoAnswerError(Exception):
 class LoadedVersion:
     """A version that is loaded, and how many use it: the requests in it, and `ActiveModel`."""
 
-    def __init__(self, number: str, model: mlflow.pyfunc.PyFuncModel, copy: Path | None):
+    def __init__(self, number: str, model: mlflow.pyfunc.PyFuncModel, copy: Path):
         self.number = number
         self.model = ServedModel(model)
         config = model.metadata.flavors["python_function"].get("config") or {}
@@ -46,12 +46,11 @@ class LoadedVersion:
         self.users = 1  # `ActiveModel` itself
 
     def close(self) -> None:
-        """Free the model's memory and remove its copy."""
+        """Free the model's memory, and remove the folder that MLflow may have copied it to."""
         try:
             self.model.close()
         finally:
-            if self._copy:
-                shutil.rmtree(self._copy, ignore_errors=True)
+            shutil.rmtree(self._copy, ignore_errors=True)
 
 
 class ModelAddress:
@@ -90,37 +89,23 @@ class ModelAddress:
         return str(client.get_model_version_by_alias(self.registered_name, self._alias).version)
 
     def load(self, number: str) -> LoadedVersion:
-        """Load the version of this number. Raises whatever MLflow or the model raises."""
-        uri = f"models:/{self.registered_name}/{number}" if self.has_alias else self.uri
-        folder, copy = self._fetch(uri)
-        try:
-            return LoadedVersion(number, mlflow.pyfunc.load_model(str(folder)), copy)
-        except BaseException:
-            if copy:
-                shutil.rmtree(copy, ignore_errors=True)
-            raise
+        """Load the version of this number. Raises whatever MLflow or the model raises.
 
-    def _fetch(self, uri):
-        """Return a model's folder, and the folder to remove when it is no longer used, if any.
-
-        MLflow copies a model from a tracking server to a temporary folder. A copy that fails is
-        removed.
+        A model in the store's own folder is loaded from there. MLflow copies one from a tracking
+        server to a temporary folder, which is the version's own.
         """
-        if self._copies is None:
-            return Path(mlflow.artifacts.download_artifacts(uri)), None
+        uri = f"models:/{self.registered_name}/{number}" if self.has_alias else self.uri
         copy = Path(tempfile.mkdtemp(dir=self._copies))
-        before, tempfile.tempdir = tempfile.tempdir, str(copy)
         try:
-            folder = Path(mlflow.artifacts.download_artifacts(uri))
+            before, tempfile.tempdir = tempfile.tempdir, str(copy)
+            try:
+                folder = mlflow.artifacts.download_artifacts(uri)
+            finally:
+                tempfile.tempdir = before
+            return LoadedVersion(number, mlflow.pyfunc.load_model(folder), copy)
         except BaseException:
             shutil.rmtree(copy, ignore_errors=True)
             raise
-        finally:
-            tempfile.tempdir = before
-        if folder.is_relative_to(copy):
-            return folder, copy
-        shutil.rmtree(copy, ignore_errors=True)
-        return folder, None
 
 
 class ActiveModel:

@@ -211,8 +211,8 @@ class Answer(Response):
 
     def _describe(self, span, error):
         """Add sizes and times to a trace, and texts only where the operator asked for them."""
-        cancelled = "cancelled" if self._ended.is_set() else "ok"
-        span.set_attribute("outcome", error.code if error else cancelled)
+        outcome = "cancelled" if self._ended.is_set() else "ok"
+        span.set_attribute("outcome", error.code if error else outcome)
         if error:
             span.set_status("ERROR")
         if self._first_token_seconds is not None:

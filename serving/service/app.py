@@ -18,7 +18,7 @@ from ..errors import ProgramError, ServiceError, first_line, to_service_error
 from ..request import ChatCompletionRequest, check_request, is_text, read_json
 from .active_version import ActiveModel, LoadedVersion, ModelAddress
 from .admission import AdmissionQueue
-from .answer import Answer, to_response
+from .answer import Answer, to_json, to_response
 from .metrics import Metrics
 from .threads import in_thread
 
@@ -211,9 +211,8 @@ class ClosingResponse(Response):
     """
 
     def __init__(self, error: ServiceError):
-        response = to_response(error)
-        super().__init__(response.body, error.status, dict(response.headers))
-        self.headers["connection"] = "close"
+        headers = error.headers() | {"connection": "close"}
+        super().__init__(to_json(error.body()), error.status, headers, "application/json")
 
     async def __call__(self, scope, receive, send):
         """Send the error, as an ASGI application does."""

@@ -20,9 +20,10 @@ from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, user
 from support.score import load_score
 from support.service import wait_for
 
-from course.azure import SHARED, TEMPLATES, fill, service_requirements
+from course.azure import TEMPLATES, fill, service_requirements
 from helpers import pinned
 from serving import score
+from serving.package import SHARED_FILES
 
 # What the chat page logs, by the names that its cell has.
 LOGGED = ("jinja2", "joblib", "llguidance", "mlflow", "numpy", "onnxruntime-genai", "pandas", "psutil", "pydantic",
@@ -133,7 +134,7 @@ def serve(environment, tmp_path):
         # Without the course, as it is uploaded.
         shutil.copyfile(ROOT / "serving" / "score.py", code / "score.py")
         (code / "serving").mkdir()
-        for name in SHARED:
+        for name in SHARED_FILES:
             shutil.copyfile(ROOT / "serving" / name, code / "serving" / name)
         settings = yaml.safe_load((TEMPLATES / "online-deployment.yaml").read_text(encoding="utf-8"))
         variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}

@@ -159,7 +159,7 @@ def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tm
             (other, ("--column", "text"), "has columns that the answers would have: Answer"),
             (other, ("--column", "number"), "its type is bigint"),
             (tmp_path / "nowhere.parquet", (), "is not there"),
-            (text, (), "text.parquet"),
+            (text, (), f"Spark can't read the file file:{text}."),
             (good, ("--model", "models:/nobody@champion"), "There is no model nobody whose alias champion"),
             (good, ("--model", "models:/stand-in@nobody"), "There is no model stand-in whose alias nobody"),
             (good, ("--model", "models:/stand-in/9"), "Could not load the model models:/stand-in/9")):

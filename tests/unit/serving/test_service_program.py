@@ -17,14 +17,14 @@ from support import ROOT
 from support.chat import SECRET
 
 import serving
-from serving import errors, request, served_model
+from serving import errors
 from serving.errors import ProgramError
+from serving.package import SHARED_FILES
 from serving.service import command_line
 from serving.service.app import host_name
 from serving.service.command_line import check_reach
 from serving.service.metrics import Metrics
 
-SHARED = [errors.__file__, request.__file__, served_model.__file__]
 # The codes of the chat model's refusals.
 REFUSALS = ["invalid_value", "unknown_field", "context_length_exceeded", "busy", "closed", "failed"]
 REFUSALS += ["unusable_model"]
@@ -192,7 +192,8 @@ def test_the_document_has_the_metrics():
 
 
 def test_the_document_has_every_error_of_the_service_and_the_model():
-    files = [*Path(serving.__file__).parent.glob("service/*.py"), *map(Path, SHARED)]
+    folder = Path(serving.__file__).parent
+    files = [*folder.glob("service/*.py"), *map(folder.joinpath, SHARED_FILES)]
     calls = [
         node
         for file in files
