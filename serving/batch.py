@@ -42,7 +42,8 @@ from .served_model import ServedModel
 
 ROWS_AT_ONCE = 64  # the most rows in one call of a model that runs them together
 TEST_REQUEST = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
-ANSWER = {
+# The output's columns with an answer, and their Spark types.
+ANSWER_COLUMNS = {
     "answer": "string",
     "status": "string",
     "reason": "string",
@@ -50,37 +51,36 @@ ANSWER = {
     "prompt_tokens": "long",
     "completion_tokens": "long",
 }
-# Columns that the program adds to the input's, and the names that it and Spark use in between.
-KEYS = ["row", "row_hash"]
-ADDED = (*KEYS, *ANSWER)
-RESERVED = ("_metadata", "_file", "_answer")
+# Names that the input must not use: columns of the output, and temporary columns.
+ROW_ID_COLUMNS = ["row", "row_hash"]
+ADDED_COLUMNS = (*ROW_ID_COLUMNS, *ANSWER_COLUMNS)
+TEMPORARY_COLUMNS = ("_metadata", "_file", "_answer")
 SHIPPED_FILES = (*SHARED_FILES, "package.py", "batch.py")
 OLDEST_JAVA = 17
-QUICK_START = (
-    "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"  # for a Java with few cores and little work
-)
-# For a master and its workers on one machine: workers soon remove the folders of programs that
-# have ended.
+# For a Java with few cores and little work.
+FAST_START_JAVA_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
+# SPARK_DAEMON_JAVA_OPTS for a master and its workers on one machine. A worker removes a program's
+# folder 30 seconds after the program has ended.
 DAEMON_JAVA_OPTIONS = (
-    f"{QUICK_START} -Dspark.worker.cleanup.enabled=true -Dspark.worker.cleanup.interval=30 "
+    f"{FAST_START_JAVA_OPTIONS} -Dspark.worker.cleanup.enabled=true -Dspark.worker.cleanup.interval=30 "
     "-Dspark.worker.cleanup.appDataTtl=30"
 )
 BEAT_SECONDS = 5.0  # between two checks of the cluster, each with a sign of life in the lock
-LOST_CHECKS = 4  # a cluster is lost when so many checks in a row find nobody
+LOST_CHECKS = 4  # after so many in a row that find no master and no executor, a cluster is lost
 SILENT_BEATS = 4  # after so many without a change, the lock's driver counts as dead
-LONELY_CHECKS = 12  # after so many without an executor, the user is told
+NO_EXECUTOR_CHECKS = 12  # after so many without an executor, warn once
 
 # --- rows -----------------------------------------------------------------------------------
 
 
 def error_row(reason: str) -> dict:
-    """Return the fields of ``ANSWER`` for a row without an answer."""
-    empty = {name: "" if kind == "string" else 0 for name, kind in ANSWER.items()}
+    """Return the fields of ``ANSWER_COLUMNS`` for a row without an answer."""
+    empty = {name: "" if kind == "string" else 0 for name, kind in ANSWER_COLUMNS.items()}
     return empty | {"status": "error", "reason": reason}
 
 
 def answer_row(completion: dict) -> dict:
-    """Return the fields of ``ANSWER`` for a chat completion."""
+    """Return the fields of ``ANSWER_COLUMNS`` for a chat completion."""
     choice = completion["choices"][0]
     usage = completion.get("usage") or {}
     return {
@@ -94,9 +94,10 @@ def answer_row(completion: dict) -> dict:
 
 
 def read_messages(cell: Any, system: str = "") -> list[dict] | None:
-    """Return the messages in a cell: a text, or a list of messages.
+    """Return a cell's messages, after the system prompt if there is one.
 
-    Returns None where the cell is empty.
+    The cell holds a text or a list of messages. Returns None if it is blank, null or of another
+    type.
 
     Raises
     ------
@@ -139,7 +140,7 @@ def answer_rows(
     Returns
     -------
     list of dict
-        The fields of ``ANSWER``, in the order of ``cells``.
+        The fields of ``ANSWER_COLUMNS``, in the order of ``cells``.
 
     Raises
     ------
@@ -173,22 +174,25 @@ def answer_rows(
                 middle = len(group) // 2
                 groups += [group[:middle], group[middle:]]
             else:
-                rows[group[0]] = error_row(_reason(error, check_model))
+                rows[group[0]] = error_row(_explain_or_raise(error, check_model))
     return rows
 
 
-def _reason(error, check_model):
-    """Return why a row has no answer, unless the model has stopped working."""
+def _explain_or_raise(error, check_model):
+    """Return the reason to store for a row that failed.
+
+    If the error is not the row's fault, test the model first, and raise what the test raises.
+    """
     if to_service_error(error).status == 400:
-        is_mlflows = isinstance(error, MlflowException)
-        message = error.message if is_mlflows else to_service_error(error).message
+        is_mlflow_error = isinstance(error, MlflowException)
+        message = error.message if is_mlflow_error else to_service_error(error).message
         return message.partition("\n")[0][:500]
-    check_model()  # if this raises, Spark tries the task again
+    check_model()  # Spark tries the task again if this raises
     return f"The model failed on this row: {type(error).__name__}."
 
 
 class BatchModel(mlflow.pyfunc.PythonModel):
-    """A chat model as Spark calls it: a column of cells becomes a table with ``ANSWER``'s fields.
+    """A chat model as Spark calls it: a column of cells becomes a table with ``ANSWER_COLUMNS``'s fields.
 
     The artifact ``model`` is the chat model's folder. ``model_config`` has ``fields``, which each
     request gets beside its messages; ``system``, a system prompt or an empty text; and
@@ -219,7 +223,7 @@ class BatchModel(mlflow.pyfunc.PythonModel):
             self._check_model,
             1 if self._model.is_pipeline else ROWS_AT_ONCE,
         )
-        return pd.DataFrame(rows, columns=list(ANSWER))
+        return pd.DataFrame(rows, columns=list(ANSWER_COLUMNS))
 
     def _check_model(self):
         self._model.complete_all([TEST_REQUEST])
@@ -233,47 +237,47 @@ class BatchModel(mlflow.pyfunc.PythonModel):
 
 
 class BatchError(ProgramError):
-    """A failure that whoever runs a batch can mend."""
+    """A failure that the user of the batch program can fix."""
 
 
-CONTINUE = "Run the same command again: it goes on with the rows that are missing."
-MORE_MEMORY = (
+ADVICE_RUN_AGAIN = "Run the same command again: it goes on with the rows that are missing."
+ADVICE_MORE_MEMORY = (
     "Give its executors more, with --conf: spark.executor.memory is for Java, "
     "spark.executor.memoryOverhead for the Python processes and their models, and "
-    f"spark.executor.pyspark.memory bounds these. {CONTINUE}"
+    f"spark.executor.pyspark.memory bounds these. {ADVICE_RUN_AGAIN}"
 )
-START_CLUSTER = f"Start the master and its workers. {CONTINUE}"
-# Patterns in Spark's long messages, and what each means. The first that matches counts. A group in
-# a pattern is named in the sentence.
+ADVICE_START_CLUSTER = f"Start the master and its workers. {ADVICE_RUN_AGAIN}"
+# Patterns in Spark's long messages, and what each means. The first that matches counts. The text
+# that a group captures replaces {} in the sentence.
 MEANINGS = (
     (
         r"No space left on device|Disk quota exceeded",
         "A disk is full.",
-        f"Make room where the rows are written, and where the workers keep their files. {CONTINUE}",
+        f"Make room where the rows are written, and where the workers keep their files. {ADVICE_RUN_AGAIN}",
     ),
     (
         r"MemoryError|bad_alloc|Cannot allocate memory|DefaultCPUAllocator|"
         r"exit(?:ed with)? (?:code|status):? 137|killed by YARN for exceeding|"
         r"OutOfMemoryError|[Ff]ailed to allocate memory|failed to map segment",
         "A worker ran out of memory.",
-        MORE_MEMORY,
+        ADVICE_MORE_MEMORY,
     ),
     (
         r"Python worker exited unexpectedly",
         "A worker's Python was ended, most likely for want of memory.",
-        MORE_MEMORY,
+        ADVICE_MORE_MEMORY,
     ),
     (
         r"cancelled as part of cancellation of all jobs|All masters are unresponsive|"
         r"Could not connect to .*master|Master removed our application|"
         r"SparkContext was shut down|Cannot call methods on a stopped SparkContext",
         "The cluster's master is lost.",
-        START_CLUSTER,
+        ADVICE_START_CLUSTER,
     ),
     (
         r"Answer from Java side is empty|Py4JNetworkError|ConnectionRefusedError",
         "Spark's Java program on this machine has ended, most likely for want of memory.",
-        f"Give it more: --conf spark.driver.memory=2g. {CONTINUE}",
+        f"Give it more: --conf spark.driver.memory=2g. {ADVICE_RUN_AGAIN}",
     ),
     (
         r"JAVA_GATEWAY_EXITED",
@@ -283,13 +287,13 @@ MEANINGS = (
     (
         r"ModuleNotFoundError|No module named",
         "A worker's Python lacks a package that the model needs.",
-        "Install what the model requires on every worker, or name another Python: "
-        "--conf spark.pyspark.python=PATH.",
+        "Install what the model requires on every worker, or name another Python there: set the "
+        "variable PYSPARK_PYTHON to its path.",
     ),
     (
         r"PYTHON_VERSION_MISMATCH|Python in worker has different version",
         "The workers' Python is of another version than this one.",
-        "Name a Python of the same version there: --conf spark.pyspark.python=PATH.",
+        "Set the variable PYSPARK_PYTHON to the path, on the workers, of a Python of the same version.",
     ),
     (
         r"reading Parquet column \[?([^\s,\]]+)",
@@ -311,7 +315,7 @@ MEANINGS = (
 
 
 def to_batch_error(error: BaseException) -> BatchError:
-    """Say what a failure of Spark's means, by its long message."""
+    """Translate an exception, mostly one of Spark's, into two sentences, by its text."""
     text = f"{type(error).__name__}: {error}"
     for pattern, what, fix in MEANINGS:
         if match := re.search(pattern, text):
@@ -322,7 +326,7 @@ def to_batch_error(error: BaseException) -> BatchError:
     reason = [*causes[-1:], *others, "Spark gives no reason"][0]
     return BatchError(
         f"The job failed: {reason[:300].rstrip('.')}.",
-        f"The logs of the executors have more. {CONTINUE}",
+        f"If it failed on a worker, the logs of the executors have more. {ADVICE_RUN_AGAIN}",
     )
 
 
@@ -330,13 +334,13 @@ def to_batch_error(error: BaseException) -> BatchError:
 
 
 def read_java_version(text: str) -> int:
-    """Return the number in what ``java -version`` prints: 17, and 8 for 1.8; 0 where there is none."""
+    """Return Java's version from the output of ``java -version`` (8 for 1.8), or 0."""
     match = re.search(r'version "(?:1\.)?(\d+)', text)
     return int(match[1]) if match else 0
 
 
-def check_spark() -> None:
-    """Raise a BatchError if this Python has no Spark, or the machine no Java that Spark runs on."""
+def check_installation() -> None:
+    """Raise a BatchError unless this machine has pyspark and a Java that Spark runs on."""
     if importlib.util.find_spec("pyspark") is None:
         raise BatchError(
             "This Python has no Spark.",
@@ -347,7 +351,7 @@ def check_spark() -> None:
     java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
     fix = (
         f"Install Java {OLDEST_JAVA} or newer, such as Debian's openjdk-17-jre-headless or "
-        "Temurin's, and let JAVA_HOME be its folder."
+        "Temurin's, and set JAVA_HOME to its folder."
     )
     try:
         result = subprocess.run(
@@ -369,12 +373,12 @@ def check_master(master: str) -> None:
             f"{master} is not the address of a cluster.",
             "Give --master spark://HOST:PORT, yarn or k8s://HOST:PORT.",
         )
-    if master.startswith("spark://") and not _answers(master):
+    if master.startswith("spark://") and not _master_is_reachable(master):
         raise BatchError(f"No Spark master answers at {master}.", "Start it, or correct --master.")
 
 
-def _answers(master):
-    for address in master.removeprefix("spark://").split(","):  # with masters in reserve
+def _master_is_reachable(master):
+    for address in master.removeprefix("spark://").split(","):  # there may be standby masters
         place = urlsplit(f"//{address}")
         try:
             with socket.create_connection((place.hostname, place.port), timeout=3):
@@ -387,11 +391,11 @@ def _answers(master):
 def is_lost(checks: Sequence[tuple[bool, int]]) -> bool:
     """Tell whether a cluster is lost.
 
-    Each check has whether a master answers, and the number of executors. Executors go on without a
-    master, and another master may come.
+    Each check has whether a master answers, and the number of executors. Executors keep working
+    without a master, and a standby may take over, so both have to be missing.
     """
     last = checks[-LOST_CHECKS:]
-    return len(last) == LOST_CHECKS and not any(answers or count for answers, count in last)
+    return len(last) == LOST_CHECKS and not any(has_master or count for has_master, count in last)
 
 
 class DriverLock:
@@ -409,7 +413,7 @@ class DriverLock:
     """
 
     def __init__(self, spark: Any, output: str):
-        path, self._files = open_path(spark, output)
+        path, self._file_system = hadoop_path(spark, output)
         self._path = path.suffix(".lock")
         self._owner = f"process {os.getpid()} on {socket.gethostname()} ({uuid.uuid4().hex[:8]})"
         self._beats = 0
@@ -419,7 +423,7 @@ class DriverLock:
         try:
             self._write(overwrite=False)
             return
-        except Exception:  # Java's: the file is there, or its folder can't be written
+        except Exception:  # from Java: the file is there, or its folder can't be written
             text = self._read()
             if text is None:
                 raise
@@ -455,22 +459,22 @@ class DriverLock:
     def release(self) -> None:
         """Remove the lock, if it is still this driver's."""
         if (self._read() or "").startswith(self._owner):
-            self._files.delete(self._path, False)
+            self._file_system.delete(self._path, False)
 
     def _write(self, overwrite=True):
         self._beats += 1
-        write_file(self._files, self._path, f"{self._owner}, beat {self._beats}", overwrite)
+        write_file(self._file_system, self._path, f"{self._owner}, beat {self._beats}", overwrite)
 
     def _read(self):
-        return read_file(self._files, self._path)
+        return read_file(self._file_system, self._path)
 
 
 @contextlib.contextmanager
 def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callable[[], None]]:
     """Hold the lock while the block runs, and cancel its jobs if the lock or the cluster is lost.
 
-    Without that, Spark would wait for ever for a standalone cluster that is lost. Yields a function
-    that raises a BatchError if one of them is lost.
+    Spark would wait for ever for a standalone cluster that is lost; YARN and Kubernetes tell it.
+    Yields a function that raises a BatchError if one of them is lost.
     """
     ended = threading.Event()
     loss = []
@@ -483,13 +487,14 @@ def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callabl
         checks = []
         while not ended.wait(BEAT_SECONDS):
             try:
-                loss.extend(_find_loss(spark, master, lock, checks))
-                if loss:
-                    spark.sparkContext.cancelAllJobs()
-            except Exception as error:  # Java's: one failed look is no loss, and several are
+                loss.extend(_check_once(spark, master, lock, checks))
+            except Exception as error:  # from Java: one failed check is tolerated
                 checks.append((False, 0))
                 if is_lost(checks):
                     loss.append(to_batch_error(error))
+            if loss:
+                with contextlib.suppress(Exception):  # from Java, if it has ended
+                    spark.sparkContext.cancelAllJobs()
 
     lock.acquire()
     watcher = threading.Thread(target=watch, daemon=True)
@@ -502,52 +507,63 @@ def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callabl
     finally:
         ended.set()
         watcher.join()
-        with contextlib.suppress(Exception):  # Java's, if it has ended
+        with contextlib.suppress(Exception):  # from Java, if it has ended
             lock.release()
 
 
-def _find_loss(spark, master, lock, checks):
-    """Look once whether the lock and the cluster are there. Return the error, or nothing."""
+def _check_once(spark, master, lock, checks):
+    """Renew the lock, and add a check of the cluster to ``checks``.
+
+    Returns
+    -------
+    list of BatchError
+        Why the lock or the cluster is lost, empty if both are there.
+    """
     if not lock.beat():
         return [
             BatchError(
                 "Another run has taken over this output, because this one gave no sign of life.",
-                "Wait until that one has ended.",
+                "Wait until that one has ended, and run the same command again.",
             )
         ]
     if not master.startswith("spark://"):
+        checks.append((True, 0))
         return []
     count = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 1  # the driver is one
-    checks.append((_answers(master), count))
-    if len(checks) == LONELY_CHECKS and not any(count for _, count in checks):
+    checks.append((_master_is_reachable(master), count))
+    if len(checks) == NO_EXECUTOR_CHECKS and not any(count for _, count in checks):
         print(
-            "The cluster has given no executor yet. Perhaps no worker is free, or none has the "
-            "memory that spark.executor.memory asks for.",
+            "The cluster has given no executor yet. Free a worker, or ask for less memory: "
+            "--conf spark.executor.memory=1g. Still waiting.",
             file=sys.stderr,
         )
-    return [BatchError("The cluster's master is lost.", START_CLUSTER)] if is_lost(checks) else []
+    return (
+        [BatchError("The cluster's master is lost.", ADVICE_START_CLUSTER)]
+        if is_lost(checks)
+        else []
+    )
 
 
-def open_path(spark: Any, path: str) -> tuple[Any, Any]:
+def hadoop_path(spark: Any, path: str) -> tuple[Any, Any]:
     """Return Hadoop's Path and the FileSystem that it is in."""
     path = spark._jvm.org.apache.hadoop.fs.Path(path)
     return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
 
 
-def read_file(files: Any, path: Any) -> str | None:
+def read_file(file_system: Any, path: Any) -> str | None:
     """Return a small file's text, None where there is no file."""
-    if not files.exists(path):
+    if not file_system.exists(path):
         return None
-    stream = files.open(path)
+    stream = file_system.open(path)
     try:
         return bytes(stream.readAllBytes()).decode()
     finally:
         stream.close()
 
 
-def write_file(files: Any, path: Any, text: str, overwrite: bool = True) -> None:
+def write_file(file_system: Any, path: Any, text: str, overwrite: bool = True) -> None:
     """Write a small file."""
-    stream = files.create(path, overwrite)
+    stream = file_system.create(path, overwrite)
     try:
         stream.write(bytearray(text.encode()))
     finally:
@@ -560,9 +576,10 @@ def write_file(files: Any, path: Any, text: str, overwrite: bool = True) -> None
 class Report(NamedTuple):
     """What came of a run.
 
-    ``rows`` are those of the input, ``kept`` those that an earlier run had answered, ``failed``
-    those with an error, and ``errors`` the numbers of the 20 most frequent errors by reason. ``cut``
-    counts the answers that max_tokens ended, and ``retried`` tasks that Spark tried again.
+    ``rows`` are those of the input, ``kept`` those that an earlier run had left, errors included.
+    ``failed`` counts the rows with an error, and ``errors`` how often each of the 20 most frequent
+    reasons occurred. ``cut`` counts the answers that max_tokens ended, ``retried`` the tasks that
+    failed and that Spark tried again.
     """
 
     rows: int
@@ -573,14 +590,18 @@ class Report(NamedTuple):
     retried: int
 
 
-def find_version(uri: str) -> str:
-    """Return a model's URI with its version in place of an alias, so that a run keeps its model."""
+def resolve_alias(uri: str) -> str:
+    """Replace the alias in a model's URI by the version that it points to now.
+
+    So a later run of the same command knows whether it has the same model.
+    """
     name, at, alias = uri.removeprefix("models:/").partition("@")
     if not uri.startswith("models:/") or not at:
         _, _, number = name.partition("/")
         if uri.startswith("models:/") and number and not number.isdigit():
             raise BatchError(
-                f"{uri} may be another version tomorrow.", "Give a number or an alias: --model."
+                f"{uri} has neither a version's number nor an alias.",
+                "Use models:/NAME/3 or models:/NAME@ALIAS: --model.",
             )
         return uri
     try:
@@ -610,7 +631,7 @@ def wrap_model(uri: str, folder: Path, config: dict) -> Path:
         if signature and "messages" not in signature.inputs.input_names():
             raise BatchError(
                 f"{uri} does not take the chat contract: it has no messages.",
-                "Take a model that does: slm-onnx or slm-transformers, by their addresses.",
+                "Take a model that does, for example --model models:/slm-onnx@champion.",
             )
         with warnings.catch_warnings():
             # The model has no type hints and no input example, because only Spark calls it.
@@ -641,7 +662,7 @@ def column(name: str) -> Any:
     return functions.col(f"`{quoted}`")
 
 
-def read_input(spark: Any, path: str, prompts: str) -> tuple[Any, int]:
+def read_input(spark: Any, path: str, prompt_column: str) -> tuple[Any, int]:
     """Read the input.
 
     Parameters
@@ -650,14 +671,14 @@ def read_input(spark: Any, path: str, prompts: str) -> tuple[Any, int]:
         A session.
     path : str
         A Parquet file, or a folder of them.
-    prompts : str
+    prompt_column : str
         The name of the column with prompts.
 
     Returns
     -------
     tuple
-        A Spark DataFrame with a further column ``row``, which counts the rows from 0 in the order
-        of the files, and the number of rows.
+        The table as a Spark DataFrame, with a column ``row`` that counts from 0 through the files,
+        sorted by path; then the number of rows.
 
     Raises
     ------
@@ -668,9 +689,11 @@ def read_input(spark: Any, path: str, prompts: str) -> tuple[Any, int]:
 
     try:
         table = spark.read.parquet(path)
-    except Exception as error:  # Java's own, where the file is something else
+    except Exception as error:  # from Java
         if "PATH_NOT_FOUND" in str(error):
-            raise BatchError(f"{path} is not there.", "Correct the first path.") from None
+            raise BatchError(
+                f"{path} is not there.", "Correct the first argument, the input."
+            ) from None
         reason = to_batch_error(error)
         if reason.what.startswith("The job failed"):
             reason = BatchError(
@@ -678,26 +701,26 @@ def read_input(spark: Any, path: str, prompts: str) -> tuple[Any, int]:
             )
         raise reason from None
     names = table.columns
-    if prompts not in names:
+    if prompt_column not in names:
         raise BatchError(
-            f"{path} has no column {prompts}: it has {', '.join(names)}.",
+            f"{path} has no column {prompt_column}: it has {', '.join(names)}.",
             "Name the column of prompts: --column NAME.",
         )
-    kind = table.schema[prompts].dataType
+    kind = table.schema[prompt_column].dataType
     if not _can_hold_prompts(kind):
         raise BatchError(
-            f"The column {prompts} holds neither texts nor messages: its type is "
+            f"The column {prompt_column} holds neither texts nor messages: its type is "
             f"{kind.simpleString()}.",
             "Name another one: --column NAME.",
         )
     # Most programs that read Parquet do not tell "Answer" from "answer".
-    taken = [name for name in names if name.lower() in (*ADDED, *RESERVED)]
+    taken = [name for name in names if name.lower() in (*ADDED_COLUMNS, *TEMPORARY_COLUMNS)]
     if taken:
         raise BatchError(
             f"{path} has columns that the answers would have: {', '.join(taken)}.", "Rename them."
         )
-    place = functions.col("_metadata")
-    table = table.select("*", place.file_path.alias("_file"), place.row_index.alias("row"))
+    metadata = functions.col("_metadata")
+    table = table.select("*", metadata.file_path.alias("_file"), metadata.row_index.alias("row"))
     starts = {}
     total = 0
     for file, count in sorted(tuple(row) for row in table.groupBy("_file").count().collect()):
@@ -720,7 +743,7 @@ def _can_hold_prompts(kind):
     return fields.get("role") == fields.get("content") == "string"
 
 
-# Nothing of a row's content is left out, and the driver's time zone does not matter.
+# How `to_json` writes a row for its hash: nothing is left out, in any time zone of the driver.
 JSON_OPTIONS = {
     "ignoreNullFields": "false",
     "timeZone": "UTC",
@@ -730,22 +753,26 @@ JSON_OPTIONS = {
 
 
 def add_hash(table: Any, settings: dict) -> Any:
-    """Add the column ``row_hash``: of a row's content, and of all that its answer depends on."""
+    """Add ``row_hash``, a hash of the row's content and of the settings its answer depends on."""
     from pyspark.sql import functions
 
     names = [name for name in table.columns if name != "row"]
     content = functions.to_json(functions.struct(*map(column, names)), JSON_OPTIONS)
-    salt = functions.lit(repr(sorted(settings.items())))
-    return table.withColumn("row_hash", functions.sha2(functions.concat(salt, content), 256))
+    settings_text = functions.lit(repr(sorted(settings.items())))
+    return table.withColumn(
+        "row_hash", functions.sha2(functions.concat(settings_text, content), 256)
+    )
 
 
 def run(
     spark: Any,
     options: argparse.Namespace,
     folder: Path,
-    check_lock: Callable[[], None] = lambda: None,
+    raise_if_lost: Callable[[], None] = lambda: None,
 ) -> Report:
-    """Answer the rows of the input that have no answer in the output yet.
+    """Process the rows of the input that are not in the output yet.
+
+    A row that ended in an error is in the output, and is not tried again.
 
     Parameters
     ----------
@@ -755,20 +782,20 @@ def run(
         What `read_options` returned.
     folder : Path
         A temporary folder.
-    check_lock : callable
-        Raises if this driver may no longer write to the output.
+    raise_if_lost : callable
+        Raises if the lock or the cluster has been lost.
 
     Raises
     ------
     BatchError
-        The output is complete already, or its rows belong to another input or other options.
+        The model, the input or the output can't be used, or the lock or the cluster is lost.
     """
     from pyspark.sql import functions
 
-    version = find_version(options.model)
+    model_uri = resolve_alias(options.model)
     table, total = read_input(spark, options.input, options.column)
     settings = {
-        "model": version,
+        "model": model_uri,
         "column": options.column,
         "system": options.system,
         "max_tokens": options.max_tokens,
@@ -783,10 +810,10 @@ def run(
         "system": options.system,
         "threads": int(spark.conf.get("spark.task.cpus", "1")),
     }
-    wrapped = wrap_model(version, folder / "model", config)
-    check_lock()
+    wrapped = wrap_model(model_uri, folder / "model", config)
+    raise_if_lost()
     missing, kept = output.begin(table, total, settings, options.overwrite)
-    kinds = ", ".join(f"{name}: {kind}" for name, kind in ANSWER.items())
+    kinds = ", ".join(f"{name}: {kind}" for name, kind in ANSWER_COLUMNS.items())
     answer = mlflow.pyfunc.spark_udf(
         spark, wrapped.as_uri(), result_type=f"struct<{kinds}>", env_manager="local"
     )
@@ -798,7 +825,7 @@ def run(
     answered.select(*map(column, missing.columns), "_answer.*").write.mode("append").parquet(
         options.output
     )
-    check_lock()
+    raise_if_lost()
     report = _report(spark, options.output, total, kept)
     output.mark_complete()
     return report
@@ -814,33 +841,41 @@ class Output:
     def __init__(self, spark: Any, path: str):
         self._spark = spark
         self._name = path
-        self._path, self._files = open_path(spark, path)
+        self._path, self._file_system = hadoop_path(spark, path)
         self._settings = self._path.suffix("/_settings.json")
         self._success = self._path.suffix("/_SUCCESS")
 
     def check(self, overwrite: bool) -> None:
-        """Raise a BatchError if the folder is complete, or no output of this program."""
-        if not self._files.exists(self._path):
+        """Raise a BatchError if the folder is not an output of this program, or may not be replaced.
+
+        A complete output may be replaced if ``overwrite`` is set.
+        """
+        if not self._file_system.exists(self._path):
             return
-        if not self._files.exists(self._settings) and self._files.listStatus(self._path):
+        if not self._file_system.exists(self._settings) and self._file_system.listStatus(
+            self._path
+        ):
             raise BatchError(
                 f"{self._name} is there already, and is no output of this program.",
                 "Take another path.",
             )
-        if self._files.exists(self._success) and not overwrite:
+        if self._file_system.exists(self._success) and not overwrite:
             raise BatchError(
                 f"{self._name} is there already.", "Take another path, or replace it: --overwrite."
             )
 
     def begin(self, table: Any, total: int, settings: dict, overwrite: bool) -> tuple[Any, int]:
-        """Prepare the folder. Return the rows that it lacks, and how many it already has."""
-        before = json.loads(read_file(self._files, self._settings) or "null")
-        is_complete = self._files.exists(self._success)
+        """Return the rows that are still to be answered, and how many are done.
+
+        Deletes a folder that is complete or belongs to another run: call `check` first.
+        """
+        before = json.loads(read_file(self._file_system, self._settings) or "null")
+        is_complete = self._file_system.exists(self._success)
         if before is None or is_complete:
             return self._begin_anew(table, settings)
         change = _find_change(before, settings)
         done = None if change else self._read_rows()
-        if done is not None and done.join(table, KEYS, "left_anti").count():
+        if done is not None and done.join(table, ROW_ID_COLUMNS, "left_anti").count():
             change = "another input"
         if change and not overwrite:
             raise BatchError(
@@ -849,26 +884,26 @@ class Output:
             )
         if change or done is None:
             return self._begin_anew(table, settings)
-        missing = table.join(done, KEYS, "left_anti")
+        missing = table.join(done, ROW_ID_COLUMNS, "left_anti")
         return missing, total - missing.count()
 
     def _begin_anew(self, table, settings):
-        self._files.delete(self._path, True)
-        write_file(self._files, self._settings, json.dumps(settings))
+        self._file_system.delete(self._path, True)
+        write_file(self._file_system, self._settings, json.dumps(settings))
         return table, 0
 
     def _read_rows(self):
         """Return the finished rows' numbers and hashes, None where no task has ended."""
         try:
-            return self._spark.read.parquet(self._name).select(*KEYS)
-        except Exception as error:  # Java's own
+            return self._spark.read.parquet(self._name).select(*ROW_ID_COLUMNS)
+        except Exception as error:  # from Java
             if "UNABLE_TO_INFER_SCHEMA" in str(error):
                 return None
             raise
 
     def mark_complete(self) -> None:
         """Write ``_SUCCESS``."""
-        write_file(self._files, self._success, "")
+        write_file(self._file_system, self._success, "")
 
 
 def _find_change(before, settings):
@@ -881,7 +916,7 @@ def _find_change(before, settings):
 
 
 def _report(spark, output, total, kept):
-    """Count what is in the output: each row of the input, once."""
+    """Check that each input row is in the output exactly once, and count the results."""
     from pyspark.sql import functions
 
     rows = spark.read.parquet(output)
@@ -899,7 +934,7 @@ def _report(spark, output, total, kept):
         raise BatchError(
             f"{output} should have {total} rows, each once. It has {different} different ones, and "
             f"{count - different} repeats.",
-            "Begin anew: --overwrite.",
+            f"Remove {output}, and run the same command again.",
         )
     errors = rows.where(is_error).groupBy("reason").count()
     errors = errors.orderBy("count", ascending=False).limit(20).collect()
@@ -940,15 +975,19 @@ def read_options(words: list[str]) -> argparse.Namespace:
     add("--master", required=True, help="spark://HOST:PORT, yarn or k8s://HOST:PORT")
     add("--column", default="prompt", help="the column of prompts, or of lists of messages")
     add("--system", default="", help="a system prompt for each row")
-    add("--max-tokens", type=_positive, help="the most tokens of an answer; left out: the model's")
-    add("--temperature", type=float, help="left out: the model's")
+    add("--max-tokens", type=_positive, help="the most tokens of an answer; default: the model's")
+    add("--temperature", type=float, help="default: the model's")
     add(
         "--rows-per-task",
         type=_positive,
         default=200,
-        help="rows that are answered again if a worker is lost",
+        help="rows in one task of Spark; a lost worker's tasks start again",
     )
-    add("--overwrite", action="store_true", help="replace a complete output, or another run's")
+    add(
+        "--overwrite",
+        action="store_true",
+        help="replace an output that is complete or of another run",
+    )
     add("--conf", action="append", default=[], metavar="NAME=VALUE", help="a setting of Spark")
     return parser.parse_args(words)
 
@@ -960,8 +999,8 @@ def _positive(text):
     return number
 
 
-def read_settings(master: str, settings: Sequence[str]) -> dict[str, str]:
-    """Return Spark's settings for a cluster. ``settings`` are ``NAME=VALUE`` and take precedence."""
+def spark_config(master: str, conf: Sequence[str]) -> dict[str, str]:
+    """Return Spark's configuration for a cluster. ``conf``, each NAME=VALUE, takes precedence."""
     chosen = {
         "spark.log.level": "ERROR",
         "spark.ui.enabled": "false",
@@ -969,7 +1008,7 @@ def read_settings(master: str, settings: Sequence[str]) -> dict[str, str]:
         "spark.sql.caseSensitive": "true",  # as Parquet is
         # Rows that Spark hands to Python at a time.
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
-        # A task's files are there when the task ends, not when all have: a later run goes on.
+        # Each task's files appear when that task ends, so that a later run can go on.
         "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
         # The program itself writes _SUCCESS, once it has counted the rows.
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
@@ -980,10 +1019,10 @@ def read_settings(master: str, settings: Sequence[str]) -> dict[str, str]:
         chosen |= {
             "spark.driver.host": "127.0.0.1",
             "spark.driver.bindAddress": "127.0.0.1",
-            "spark.driver.extraJavaOptions": QUICK_START,
-            "spark.executor.extraJavaOptions": QUICK_START,
+            "spark.driver.extraJavaOptions": FAST_START_JAVA_OPTIONS,
+            "spark.executor.extraJavaOptions": FAST_START_JAVA_OPTIONS,
         }
-    for setting in settings:
+    for setting in conf:
         name, equals, value = setting.partition("=")
         if not equals:
             raise BatchError(
@@ -996,15 +1035,15 @@ def read_settings(master: str, settings: Sequence[str]) -> dict[str, str]:
 def start_spark(master: str, settings: Sequence[str] = ()) -> Any:
     """Return a Spark session on a cluster.
 
-    From then on this process does not compress zip files: Spark ships a model as MLflow's zip file
-    of it, and weights do not get smaller.
+    From then on, zip files of this process are not compressed: MLflow zips the model for Spark, and
+    weights hardly get smaller.
     """
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder.master(master).appName("batch")
-    for name, value in read_settings(master, settings).items():
+    for name, value in spark_config(master, settings).items():
         builder = builder.config(name, value)
-    # PySpark says so of each function. What this file uses of it is tested.
+    # PySpark warns about this pandas at every function. The functions used here are tested.
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
     shutil.register_archive_format("zip", _make_zip, description="ZIP file, not compressed")
     with _quiet_java():
@@ -1021,7 +1060,7 @@ def _make_zip(base_name, base_dir, **_):
 
 @contextlib.contextmanager
 def _quiet_java():
-    """Drop the warnings with which a Java starts, and which no setting turns off."""
+    """Discard what Java writes to stderr, for as long as it runs: no setting turns its start off."""
     sys.stderr.flush()
     kept = os.dup(2)
     with Path(os.devnull).open("w") as nowhere:
@@ -1043,7 +1082,7 @@ def main(words: list[str]) -> int:
         print(f"error: {error.what}\n       {error.fix}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(CONTINUE, file=sys.stderr)
+        print(ADVICE_RUN_AGAIN, file=sys.stderr)
         return 130
     print(
         f"{report.rows} rows in {options.output}: {report.rows - report.failed} answered, "
@@ -1057,19 +1096,19 @@ def main(words: list[str]) -> int:
 
 
 def _run_on_cluster(options):
-    check_spark()
+    check_installation()
     check_master(options.master)
     os.environ.setdefault("PYSPARK_PYTHON", sys.executable)
     folder = tempfile.TemporaryDirectory(prefix="spark-batch-", ignore_cleanup_errors=True)
-    with folder as tempfile.tempdir:  # MLflow leaves the zip file there that Spark ships
+    with folder as tempfile.tempdir:  # MLflow writes the zip file for Spark there
         try:
             spark = start_spark(options.master, options.conf)
             try:
                 lock = DriverLock(spark, options.output)
-                with watch_cluster(spark, options.master, lock) as check_lock:
-                    return run(spark, options, Path(tempfile.tempdir), check_lock)
+                with watch_cluster(spark, options.master, lock) as raise_if_lost:
+                    return run(spark, options, Path(tempfile.tempdir), raise_if_lost)
             finally:
-                with contextlib.suppress(Exception):  # Java's, if it has ended
+                with contextlib.suppress(Exception):  # from Java, if it has ended
                     spark.stop()
         except ProgramError:
             raise

@@ -22,7 +22,7 @@ from .answer import Answer, to_json, to_response
 from .metrics import Metrics
 from .threads import in_thread
 
-DRAIN_SECONDS = 1.0  # in which a refused request's body is read and dropped
+DISCARD_SECONDS = 1.0  # in which the body of a refused request is read and discarded
 MOST_CONCURRENT = 64  # requests in a model that streams, unless the operator says otherwise
 
 
@@ -59,7 +59,8 @@ class Service:
         The request's header that names the caller. Callers of different names share no prompts in
         the model's cache.
     separates_addresses : bool
-        Whether callers of different addresses share none, where no header names them.
+        Whether callers of different addresses share none if no ``caller_header`` is set. If one is
+        set, requests without it are always kept apart by address.
     """
 
     def __init__(
@@ -85,13 +86,13 @@ class Service:
         self.metrics.waiting.set_function(lambda: self.queue.waiting)
 
     def _most_concurrent(self):
-        # Nothing says that a model without predict_stream may be asked by several threads.
+        # A model without predict_stream may not be thread-safe, so it gets one request at a time.
         return self.limits.concurrent or (
             MOST_CONCURRENT if self.active.current.model.streams else 1
         )
 
     async def start(self) -> None:
-        """Load the model.
+        """Select the experiment for traces, and load the model.
 
         Raises
         ------
@@ -104,7 +105,7 @@ class Service:
             except Exception as error:  # MLflow's, or its database's
                 raise ProgramError(
                     f"No traces can be written to {self.traces}: {first_line(error)}.",
-                    "Name another experiment: --traces.",
+                    "Start the tracking server, or name another experiment: --traces.",
                 ) from None
         await self.active.start()
 
@@ -120,10 +121,10 @@ class Service:
         return mlflow.start_span("chat_completion", SpanType.CHAT_MODEL, attributes=attributes)
 
     def separate_callers(self, request: Request, values: dict) -> None:
-        """Let a request share prompts in the model's cache with its own caller's alone.
+        """Replace ``prompt_cache_key`` by a hash of the caller and that key.
 
-        A shared prompt is read faster. So who can share prompts with another caller can find out,
-        word by word, what that caller has asked.
+        So callers never share cached prompts. Otherwise a caller could guess another's prompt, word
+        by word, by how soon the answer comes.
         """
         if not (self._caller_header or self._separates_addresses):
             return
@@ -177,12 +178,12 @@ class CallerCheck:
         if scope["type"] == "http" and scope["path"] not in self.OPEN_PATHS:
             error = self._find_error(Request(scope))
         if error:
-            await ClosingResponse(error)(scope, receive, send)
+            await ClosingErrorResponse(error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     def _find_error(self, request):
-        # Starlette's TrustedHostMiddleware answers in plain text, and 400.
+        # Not Starlette's TrustedHostMiddleware: it answers in plain text, with status 400.
         if host_name(request.headers.get("host", "")) not in self._hosts:
             return ServiceError(421, "This service does not answer for this host.", "unknown_host")
         if self._token is None:
@@ -203,11 +204,11 @@ def host_name(header: str) -> str:
     return header.partition(":")[0].lower().rstrip(".")
 
 
-class ClosingResponse(Response):
-    """An error that ends the connection, because the request's body has not been read.
+class ClosingErrorResponse(Response):
+    """An error that closes the connection, because the request's body has not been read.
 
-    Before the end, what the caller still sends is read for a moment. Otherwise the system would
-    reset the connection, and the caller might lose the answer.
+    Before that, what the caller still sends is read for a moment. Otherwise the operating system
+    would reset the connection, and the caller might lose the answer.
     """
 
     def __init__(self, error: ServiceError):
@@ -220,7 +221,7 @@ class ClosingResponse(Response):
         await send(start | {"headers": self.raw_headers})
         await send({"type": "http.response.body", "body": self.body, "more_body": True})
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_SECONDS):
+            async with asyncio.timeout(DISCARD_SECONDS):
                 while (await receive()).get("more_body"):
                     pass
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -272,7 +273,7 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
     @app.head("/health", include_in_schema=False)
     @app.get("/health", responses=errors)
     async def health() -> dict:
-        """Say that the program works."""
+        """Return ok, or an error if the model has stopped working. A model that still loads is ok."""
         if service.active.current:
             service.active.require_current()
         return {"status": "ok"}
@@ -299,14 +300,16 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
     async def refuse(request: Request, error: ServiceError) -> Response:
         if request.url.path == "/v1/chat/completions":
             service.metrics.requests.labels(error.code).inc()
-        return ClosingResponse(error) if error.status in (408, 413) else to_response(error)
+        # With these, the rest of the body has not come.
+        is_unread = error.status in (408, 413)
+        return ClosingErrorResponse(error) if is_unread else to_response(error)
 
     @app.exception_handler(HTTPException)
     async def refuse_path(request: Request, error: HTTPException) -> Response:
         code = {404: "not_found", 405: "method_not_allowed"}.get(
             error.status_code, "invalid_request"
         )
-        response = ClosingResponse(ServiceError(error.status_code, f"{error.detail}.", code))
+        response = ClosingErrorResponse(ServiceError(error.status_code, f"{error.detail}.", code))
         response.headers.update(error.headers or {})
         return response
 

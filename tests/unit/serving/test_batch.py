@@ -190,25 +190,25 @@ def test_a_java_that_is_too_old_is_refused(version, what, tmp_path, monkeypatch)
     monkeypatch.setenv("JAVA_HOME", java(tmp_path, version))
     if what:
         with pytest.raises(batch.BatchError, match=what):
-            batch.check_spark()
+            batch.check_installation()
     else:
-        batch.check_spark()
+        batch.check_installation()
 
 
 def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspark", None)  # as if it were not installed
     with pytest.raises(batch.BatchError, match="This Python has no Spark"):
-        batch.check_spark()
+        batch.check_installation()
     monkeypatch.delitem(sys.modules, "pyspark")
     (tmp_path / "pyspark").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
     with pytest.raises(batch.BatchError, match="none where JAVA_HOME points"):
-        batch.check_spark()
+        batch.check_installation()
     monkeypatch.delenv("JAVA_HOME")
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(batch.BatchError, match="there is none"):
-        batch.check_spark()
+        batch.check_installation()
 
 
 @pytest.mark.parametrize("master, what", [
@@ -244,14 +244,14 @@ def test_words_that_are_no_command_are_refused(words, capsys):
 
 def test_settings_have_a_name_and_a_value():
     with pytest.raises(batch.BatchError, match="no NAME=VALUE"):
-        batch.read_settings("spark://127.0.0.1:1", ["spark.executor.memory"])
+        batch.spark_config("spark://127.0.0.1:1", ["spark.executor.memory"])
 
 
 @pytest.mark.parametrize("master, host", [
     ("spark://127.0.0.1:7077", "127.0.0.1"), ("spark://localhost:7077", "127.0.0.1"), ("spark://master:7077", None),
     ("yarn", None)])
 def test_a_driver_listens_on_loopback_where_its_master_does(master, host):
-    settings = batch.read_settings(master, ["spark.log.level=WARN", "a=b=c"])
+    settings = batch.spark_config(master, ["spark.log.level=WARN", "a=b=c"])
     assert settings.get("spark.driver.host") == settings.get("spark.driver.bindAddress") == host
     assert (settings["spark.log.level"], settings["a"]) == ("WARN", "b=c")
 
