@@ -1,18 +1,24 @@
 """Ships a registered model to Azure Machine Learning.
 
-The address of a model comes in. ``build/azureml`` goes out: the files of ``deploy/azureml``, filled, beside the model
-and ``score.py``; then the ``az ml`` commands, in order, or what azure-ai-ml makes of the same files in your workspace.
+The address of a model comes in. ``build/azureml`` goes out: the files of ``deploy/azureml`` beside the model and
+``score.py``. Then come the steps: printed as ``az ml`` commands, or made in your workspace by azure-ai-ml. Both read
+the same files with the same settings, those of ``steps``.
 """
 
-import json
+import getpass
+import hashlib
 import logging
-import math
+import platform
 import re
+import shlex
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import yaml
+from packaging.utils import canonicalize_name
 
 from course.kit.build import course_files
 from helpers.errors import CourseError
@@ -22,61 +28,58 @@ from helpers.models.space import memory_needed
 from helpers.paths import BUILD, ROOT, VENV_PYTHON
 from serving.package import SHARED_FILES
 
-TEMPLATES = ROOT / "deploy" / "azureml"
+FILES = ROOT / "deploy" / "azureml"
 TARGET = BUILD / "azureml"
 PARTS = ("online", "batch", "job")
+DOCUMENTS = "https://learn.microsoft.com/azure/machine-learning"
+MACHINES = f"{DOCUMENTS}/reference-managed-online-endpoints-vm-sku-list"
 PRICES = "https://azure.microsoft.com/pricing/details/machine-learning/"
 QUOTAS = "https://ml.azure.com/quota"
-# Cores and GiB of memory. The names are from Azure's list for online endpoints:
-# https://learn.microsoft.com/azure/machine-learning/reference-managed-online-endpoints-vm-sku-list
-INSTANCES = {"Standard_D2as_v4": (2, 8), "Standard_D4as_v4": (4, 16), "Standard_D8as_v4": (8, 32),
-             "Standard_D16as_v4": (16, 64), "Standard_D32as_v4": (32, 128)}
-SHARE = 0.75  # of a machine's memory for the model and its server; the rest is the system's
+INSTANCE_TYPE = "Standard_D2as_v4"
+INSTANCE_MEMORY = 6_400  # megabytes that this machine's 8 GiB leave for a model, with a quarter for the system
+REQUEST_SECONDS = 180  # as in online-deployment.yaml; Azure gives a request no more
 # Packages that the inference server pins by itself: its version counts, whatever the model was logged with.
-OF_THE_SERVER = {"flask", "flask-cors", "gunicorn", "pydantic", "opentelemetry-api", "opentelemetry-sdk"}
+PINNED_BY_SERVER = {"flask", "flask-cors", "gunicorn", "pydantic", "opentelemetry-api", "opentelemetry-sdk"}
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SCOPE = "https://management.azure.com/.default"
 
-# --- what is decided ------------------------------------------------------------------------
+# --- what is shipped ------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What the files are filled with."""
+    """What is shipped, and under which name."""
 
-    model: str
-    version: str
+    name: str  # of all that is made in the workspace
+    version: str  # of the model, in the course's registry and in the workspace
     course_model: str  # a name of the catalogue, or "unknown"
     megabytes: float
-    fields: tuple[str, ...]  # of a request, as the model's signature has them
-    python: str  # such as 3.12
-    requirements: tuple[str, ...]
-    endpoint: str
     instance_type: str
+    max_tokens: int | None = None  # the most that a request may ask for
+    tokens_per_second: float | None = None  # for one caller, as the run that logged the model measured it
 
     @property
     def batch_endpoint(self) -> str:
         """Return the name of the second endpoint: no two of a region may have one."""
-        return f"{self.endpoint}-batch"
+        return f"{self.name}-batch"
 
 
-def check_endpoint_name(name: str) -> None:
-    """Raise CourseError for a name that Azure would refuse, alone or with the ``-batch`` of the second endpoint.
+def default_name(model: str) -> str:
+    """Return a name that differs from those of the others in a shared workspace, and is the same at each run."""
+    me = f"{getpass.getuser()} {platform.node()} {ROOT}"
+    return f"{model}-" + "".join(chr(ord("a") + byte % 26) for byte in hashlib.sha256(me.encode()).digest()[:5])
 
-    https://learn.microsoft.com/azure/machine-learning/how-to-manage-quotas has the rules.
+
+def check_name(name: str) -> None:
+    """Raise CourseError for a name that Azure would refuse for an endpoint or a cluster, after the model's upload.
+
+    The rules are in https://learn.microsoft.com/azure/machine-learning/how-to-manage-quotas and, for a cluster,
+    https://learn.microsoft.com/azure/machine-learning/how-to-create-attach-compute-cluster.
     """
-    if not re.fullmatch(r"(?=.{3,26}\Z)[A-Za-z][A-Za-z0-9]*(-[A-Za-z0-9]+)*", name, re.ASCII):
-        raise CourseError("endpoint-name", f"Azure takes no endpoints called {name!r} and {f'{name}-batch'!r}.",
-                          "Choose 3 to 26 letters, digits and single hyphens, the first a letter: --endpoint NAME.")
-
-
-def choose_instance(megabytes: float) -> str:
-    """Return the smallest machine of which ``megabytes`` of memory leave the system its share."""
-    for name, (_, gibibytes) in INSTANCES.items():
-        if megabytes <= SHARE * gibibytes * 2**30 / 1e6:
-            return name
-    raise CourseError("model-too-large", f"The model takes {math.ceil(megabytes):,} MB of memory, more than any "
-                      "machine that the course knows.", "Choose one of Azure's list: --instance-type NAME.")
+    if not re.fullmatch(r"(?=.{3,24}\Z)(?!.*-\d+\Z)[A-Za-z][A-Za-z0-9]*(-[A-Za-z0-9]+)*", name, re.ASCII):
+        raise CourseError("endpoint-name", f"Azure takes no endpoint and no cluster called {name!r}.",
+                          "Choose 3 to 24 letters, digits and single hyphens, the first a letter, and a letter after "
+                          "the last hyphen: --endpoint NAME.")
 
 
 def model_memory(course_model: str | None, size: int) -> float:
@@ -88,57 +91,24 @@ def model_memory(course_model: str | None, size: int) -> float:
     return known or memory_needed(size)
 
 
-def quota_cores(instance_type: str, count: int = 1) -> int | None:
-    """Return the cores that a quota has to have free: Azure holds 20 % more machines ready, for upgrades."""
-    return math.ceil(count * 1.2) * INSTANCES[instance_type][0] if instance_type in INSTANCES else None
-
-
-def service_requirements(logged: Sequence[str]) -> tuple[str, ...]:
+def service_requirements(logged: Sequence[str]) -> list[str]:
     """Return what the service installs for a model: its requirements, without the pins that are the server's matter.
 
     On Linux the torch of the package index is the build for a GPU, 3 GB: where torch is asked for, PyTorch's own index
     of builds for a CPU comes first.
     """
-    kept = []
-    for requirement in logged:
-        name = re.split(r"[=<>~!\[; ]", requirement, maxsplit=1)[0].lower().replace("_", "-")
-        kept.append(name if name in OF_THE_SERVER else requirement)
-    if any(re.match(r"torch\b(?!-)", requirement) for requirement in kept):
-        kept.insert(0, f"--extra-index-url {TORCH_CPU_INDEX}")
-    return tuple(kept)
+    names = [canonicalize_name(re.match(r"[\w.-]*", requirement)[0]) for requirement in logged]
+    index = [f"--extra-index-url {TORCH_CPU_INDEX}"] if "torch" in names else []
+    return index + [name if name in PINNED_BY_SERVER else requirement
+                    for name, requirement in zip(names, logged, strict=True)]
 
 
-# --- the files ------------------------------------------------------------------------------
+# --- the folder -----------------------------------------------------------------------------
 
 
-def values(plan: Plan) -> dict[str, Any]:
-    """Return what stands for each ``# filled:`` of the files."""
-    return {
-        "model": plan.model, "version": plan.version, "course_model": plan.course_model,
-        "megabytes": f"{plan.megabytes:.0f}", "description": f"Version {plan.version} of the course's {plan.model}. "
-        f"A request is a JSON object with messages. Its fields: {', '.join(plan.fields)}.",
-        "environment": f"{plan.model}-serving", "model_version": f"azureml:{plan.model}:{plan.version}",
-        "environment_version": f"azureml:{plan.model}-serving:{plan.version}", "endpoint": plan.endpoint,
-        "batch_endpoint": plan.batch_endpoint, "instance_type": plan.instance_type, "code": "code", "course": "course",
-        "python": f"python={plan.python}", "requirements": plan.requirements}
-
-
-def fill(text: str, filled: dict[str, Any]) -> str:
-    """Return a file with its values: a line that ends with ``# filled: NAME`` gets the one of that name.
-
-    A list makes a line for each of its items. Comments stay where they are.
-    """
-    def replace(line):
-        found = filled[line["name"]]
-        lines = found if isinstance(found, tuple) else [found]
-        return "\n".join(f"{line['head']}{json.dumps(one, ensure_ascii=False)}" for one in lines)
-
-    return re.sub(r"^(?P<head> *(?:[\w$]+: |- )).*?  # filled: (?P<name>\w+)$", replace, text, flags=re.MULTILINE)
-
-
-def make_folder(uri: str, endpoint: str | None = None, instance_type: str | None = None,
+def make_folder(uri: str, name: str | None = None, instance_type: str | None = None,
                 folder: Path | None = None) -> Plan:
-    """Fill ``folder`` for the model at an address of the registry, and return what it was filled with.
+    """Fill ``folder`` for the model at an address of the registry, and return the plan.
 
     The folder, ``build/azureml`` unless another is named, is there when it is whole: until then, and after an error,
     the former one is.
@@ -146,25 +116,24 @@ def make_folder(uri: str, endpoint: str | None = None, instance_type: str | None
     Raises
     ------
     CourseError
-        A name that Azure refuses, no model at that address, one of another contract, or one too large.
+        A name that Azure refuses, no model at that address, one of another contract, or one that needs more memory
+        than the machine has that nobody chose.
     """
     folder = folder or TARGET
-    name, version, tags = _find_model(uri)
-    endpoint = endpoint or name
-    check_endpoint_name(endpoint)
+    version = _find_version(uri)
+    name = name or default_name(version.name)
+    check_name(name)
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        plan = _fetch(name, version, tags, endpoint, instance_type, part)
-        for template in TEMPLATES.glob("*.yaml"):
-            text = fill(template.read_text(encoding="utf-8"), values(plan))
-            (part / template.name).write_text(text, encoding="utf-8")
+        shutil.copytree(FILES, part)
+        plan = _fetch(version, name, instance_type, part)
         shutil.copyfile(part / "model" / "serving_input_example.json", part / "request.json")
-        (part / "code").mkdir()
-        shutil.copyfile(ROOT / "serving" / "score.py", part / "code" / "score.py")
-        (part / "code" / "serving").mkdir()
-        for shared in SHARED_FILES:
-            shutil.copyfile(ROOT / "serving" / shared, part / "code" / "serving" / shared)
+        for file in ("score.py", *SHARED_FILES):
+            # The script stands at the top, where Azure looks for it, and finds the others as `serving`.
+            copy = part / "code" / file if file == "score.py" else part / "code" / "serving" / file
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / "serving" / file, copy)
         for file in course_files():
             copy = part / "course" / file.relative_to(ROOT)
             copy.parent.mkdir(parents=True, exist_ok=True)
@@ -176,8 +145,8 @@ def make_folder(uri: str, endpoint: str | None = None, instance_type: str | None
     return plan
 
 
-def _find_model(uri):
-    """Return the name, the version and the tags of a registered model."""
+def _find_version(uri):
+    """Return the registered version at an address."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
@@ -192,37 +161,61 @@ def _find_model(uri):
     name, alias, number = address.groups()
     client = mlflow.MlflowClient(store)
     try:
-        found = client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
+        return client.get_model_version_by_alias(name, alias) if alias else client.get_model_version(name, number)
     except MlflowException:
         raise CourseError("model-unregistered", f"The registry of {store} has no model at {uri}.",
                           "Run the page that registers it, such as ChatModel, or name another with --model.") from None
-    return name, str(found.version), found.tags
 
 
-def _fetch(name, version, tags, endpoint, instance_type, part):
-    """Copy a model's folder to ``part``, and return the plan that it makes."""
+def _fetch(version, name, instance_type, part):
+    """Copy a model's folder to ``part``, write its conda.yaml, and return the plan."""
     import mlflow
     from mlflow.exceptions import MlflowException
 
-    part.mkdir(parents=True)
     try:
-        folder = Path(mlflow.artifacts.download_artifacts(f"models:/{name}/{version}", dst_path=str(part / "model")))
+        folder = Path(mlflow.artifacts.download_artifacts(
+            f"models:/{version.name}/{version.version}", dst_path=str(part / "model")))
         logged = mlflow.models.Model.load(str(folder))
     except (MlflowException, FileNotFoundError):
-        raise CourseError("model-gone", f"The registry names version {version} of {name}, and its files are gone.",
+        raise CourseError("model-gone", f"The registry names version {version.version} of {version.name}, and its "
+                          "files are gone.",
                           "Log and register it again, or name another version: --model models:/NAME/VERSION.") from None
     schema = logged.get_input_schema()
-    fields = tuple(schema.input_names()) if schema and schema.has_input_names() else ()
+    fields = schema.input_names() if schema and schema.has_input_names() else ()
     if "messages" not in fields or not (folder / "serving_input_example.json").exists():
-        raise CourseError("model-other-contract", f"{name} is no chat model with an example: its requests have no "
-                          "messages.", "Name one that takes them, such as models:/slm-onnx@champion.")
-    size = folder_bytes(folder)
-    requirements = (folder / "requirements.txt").read_text(encoding="utf-8").split("\n")
-    python = ".".join(logged.flavors["python_function"]["python_version"].split(".")[:2])
-    return Plan(
-        name, version, tags.get("model", "unknown"), size / 1e6, fields, python,
-        service_requirements([line.strip() for line in requirements if line.strip()]), endpoint,
-        instance_type or choose_instance(model_memory(tags.get("model"), size)))
+        raise CourseError("model-other-contract", f"{version.name} is no chat model with an example: its requests have "
+                          "no messages.", "Name one that takes them, such as models:/slm-onnx@champion.")
+    course_model, size = version.tags.get("model"), folder_bytes(folder)
+    needed = model_memory(course_model, size)
+    if instance_type is None and needed > INSTANCE_MEMORY:
+        raise CourseError("model-too-large", f"The model takes {needed:,.0f} MB of memory, and a machine that you do "
+                          f"not choose, {INSTANCE_TYPE}, leaves it {INSTANCE_MEMORY:,} MB.",
+                          f"Choose a larger one, --instance-type NAME, from {MACHINES}.")
+    python = logged.flavors["python_function"]
+    write_conda(part / "conda.yaml", python["python_version"], folder / "requirements.txt")
+    return Plan(name, str(version.version), course_model or "unknown", size / 1e6, instance_type or INSTANCE_TYPE,
+                python.get("config", {}).get("max_tokens_limit"), _measured_speed(version.run_id))
+
+
+def write_conda(file: Path, python: str, requirements: Path) -> None:
+    """Add a model's Python, such as 3.12.4, and its file of requirements to conda.yaml, which has the server's."""
+    environment = yaml.safe_load(file.read_text(encoding="utf-8"))
+    _, pip, packages = environment["dependencies"]
+    logged = [line.strip() for line in requirements.read_text(encoding="utf-8").split("\n") if line.strip()]
+    packages["pip"] += service_requirements(logged)
+    environment["dependencies"] = [f"python={'.'.join(python.split('.')[:2])}", pip, packages]
+    file.write_text(yaml.safe_dump(environment, sort_keys=False), encoding="utf-8")
+
+
+def _measured_speed(run_id):
+    """Return the tokens per second that the run of a model measured; None where the run or the figure is gone."""
+    import mlflow
+    from mlflow.exceptions import MlflowException
+
+    try:
+        return mlflow.MlflowClient().get_run(run_id).data.metrics.get("tokens_per_second") if run_id else None
+    except MlflowException:
+        return None
 
 
 # --- the steps ------------------------------------------------------------------------------
@@ -230,72 +223,119 @@ def _fetch(name, version, tags, endpoint, instance_type, part):
 
 @dataclass(frozen=True)
 class Step:
-    """One thing that is made in the workspace."""
+    """One thing that is made in the workspace: the settings go into its file, by ``--set`` or by azure-ai-ml."""
 
     kind: str  # as in the command, with underscores
-    command: str
+    settings: dict[str, str]  # what differs from the file; a dot leads into a part
     cost: str
-    remove: str = ""  # the command that takes it away; empty where that of another step does
+    documents: str  # the page of DOCUMENTS on what Azure refuses
+    switch: str = ""  # of the command, for what the SDK does by a call of its own
+    delete: str = ""  # the command that takes it away
+    archive: str = ""  # the command that hides it, where there is none to take it away
 
     @property
     def file(self) -> str:
         """Return the name of its file."""
         return f"{self.kind.replace('_', '-')}.yaml"
 
+    @property
+    def command(self) -> str:
+        """Return the ``az ml`` command that makes it."""
+        words = ["az", "ml", self.kind.replace("_", "-"), "create", "--file", self.file]
+        words += [self.switch] if self.switch else []
+        words += ["--set", *(f"{name}={value}" for name, value in self.settings.items())] if self.settings else []
+        return shlex.join(words)
+
 
 def steps(plan: Plan, parts: Sequence[str] = PARTS) -> list[Step]:
-    """Return what is made, in order, and with which ``az ml`` command."""
+    """Return what is made, in order."""
+    name, version, batch = plan.name, plan.version, plan.batch_endpoint
     hour = f"1 x {plan.instance_type}, by the hour"
+    registered = {"name": name, "version": version}
+    deployed = {"model": f"azureml:{name}:{version}", "environment": f"azureml:{name}:{version}"}
     made = [
-        Step("model", "az ml model create --file model.yaml", "the storage of its files",
-             f"az ml model archive --name {plan.model} --version {plan.version}"),
-        Step("environment", "az ml environment create --file environment.yaml", "the storage of its image",
-             f"az ml environment archive --name {plan.model}-serving --version {plan.version}"),
+        Step("model", registered | {"tags.course_model": plan.course_model}, "the storage of its files",
+             "how-to-manage-models", archive=f"az ml model archive --name {name} --version {version}"),
+        Step("environment", registered, "the storage of its image", "how-to-manage-environments-v2",
+             archive=f"az ml environment archive --name {name} --version {version}"),
     ] if set(parts) & {"online", "batch"} else []
     if "online" in parts:
+        refused = "how-to-troubleshoot-online-endpoints"
         made += [
-            Step("online_endpoint", "az ml online-endpoint create --file online-endpoint.yaml", "nothing yet",
-                 f"az ml online-endpoint delete --name {plan.endpoint} --yes"),
-            Step("online_deployment", "az ml online-deployment create --file online-deployment.yaml --all-traffic",
-                 f"{hour}, asked or not, until it is deleted"),
+            Step("online_endpoint", {"name": name}, "nothing yet", refused,
+                 delete=f"az ml online-endpoint delete --name {name} --yes"),
+            Step("online_deployment", {"endpoint_name": name, **deployed, "instance_type": plan.instance_type},
+                 f"{hour}, asked or not, until it is deleted", refused, switch="--all-traffic"),
         ]
     if "batch" in parts:
+        refused = "how-to-troubleshoot-batch-endpoints"
         made += [
-            Step("compute", "az ml compute create --file compute.yaml", f"nothing yet; {hour}, while a batch runs",
-                 "az ml compute delete --name slm-batch --yes"),
-            Step("batch_endpoint", "az ml batch-endpoint create --file batch-endpoint.yaml", "nothing",
-                 f"az ml batch-endpoint delete --name {plan.batch_endpoint} --yes"),
-            Step("batch_deployment", "az ml batch-deployment create --file batch-deployment.yaml --set-default",
-                 "nothing until a batch runs"),
+            Step("compute", {"name": name, "size": plan.instance_type}, f"nothing yet; {hour}, while a batch runs",
+                 "how-to-create-attach-compute-cluster", delete=f"az ml compute delete --name {name} --yes"),
+            Step("batch_endpoint", {"name": batch}, "nothing", refused,
+                 delete=f"az ml batch-endpoint delete --name {batch} --yes"),
+            Step("batch_deployment", {"endpoint_name": batch, **deployed, "compute": f"azureml:{name}"},
+                 "nothing until a batch runs", refused, switch="--set-default"),
         ]
     if "job" in parts:
-        made.append(Step("job", "az ml job create --file job.yaml", "1 x Standard_D4as_v4, by the hour, until it ends"))
+        made.append(Step("job", {}, "1 x Standard_D4as_v4, by the hour, until it ends", "how-to-train-model"))
     return made
 
 
 def print_commands(plan: Plan, made: Sequence[Step], folder: Path | None = None) -> None:
     """Print the commands, what each begins to cost, and how to ask and to remove what was made."""
-    cores, gibibytes = INSTANCES.get(plan.instance_type, ("?", "?"))
-    print(f"{folder or TARGET} has version {plan.version} of {plan.model}: {plan.megabytes:,.1f} MB, for a "
-          f"{plan.instance_type} ({cores} cores, {gibibytes} GiB).\nSign in, set your workspace, and run there:\n")
+    print(f"{folder or TARGET} has version {plan.version} of the model: {plan.megabytes:,.1f} MB, for a "
+          f"{plan.instance_type}.\nAll that is made is called {plan.name}, or {plan.batch_endpoint}.\n"
+          "Sign in, set your workspace, and run there:\n")
     print("  az login\n  az configure --defaults group=YOUR-GROUP workspace=YOUR-WORKSPACE")
     for step in made:
         print(f"  {step.command}\n      # costs: {step.cost}")
     print(f"\nWhat an hour of a machine costs in your region: {PRICES}")
+    print(f"How many cores you may have: {QUOTAS}")
+    if any(step.kind == "online_deployment" for step in made):
+        print(describe_timeout(plan))
+    _print_use(plan, made, "request.json")
+
+
+def describe_timeout(plan: Plan) -> str:
+    """Return how long the longest answer takes, against the most that Azure gives a request."""
+    limit = f"Azure ends a request after {REQUEST_SECONDS} seconds (request_timeout_ms)."
+    if not plan.max_tokens:
+        return f"{limit} A request that asks for max_tokens N needs a machine of N / {REQUEST_SECONDS} tokens a second."
+    if not plan.tokens_per_second:
+        return (f"{limit} An answer of {plan.max_tokens:,} tokens, the most that the model writes, needs "
+                f"{plan.max_tokens / REQUEST_SECONDS:.1f} tokens a second. Nobody has measured this model.")
+    seconds = plan.max_tokens / plan.tokens_per_second
+    told = (f"{limit} The run that logged the model measured {plan.tokens_per_second:,.1f} tokens a second for one "
+            f"caller: there an answer of {plan.max_tokens:,} tokens, the most that the model writes, takes "
+            f"{seconds:,.0f} seconds.")
+    if seconds <= REQUEST_SECONDS:
+        return told
+    return f"{told} Callers have to ask for max_tokens {int(plan.tokens_per_second * REQUEST_SECONDS):,} or less."
+
+
+def _print_use(plan, made, request):
+    """Print how to ask what was made, and how to remove it."""
     kinds = {step.kind for step in made}
     if "online_deployment" in kinds:
-        if needed := quota_cores(plan.instance_type):
-            print(f"The deployment asks for {needed} free cores of your quota: {QUOTAS}")
-        print(f"Ask it: az ml online-endpoint invoke --name {plan.endpoint} --request-file request.json")
+        print(f"Ask it: az ml online-endpoint invoke --name {plan.name} --request-file {request}")
     if "batch_deployment" in kinds:
         print(f"Send it a batch: az ml batch-endpoint invoke --name {plan.batch_endpoint} --input FOLDER")
-    _print_removal("When you are done, remove what was made:", made)
+    _print_removal("When you are done:", made)
 
 
 def _print_removal(title, made):
-    removals = [step.remove for step in reversed(made) if step.remove]
-    if removals:
-        print("\n".join([title, *(f"  {command}" for command in removals)]), flush=True)
+    deleted = [step.delete for step in reversed(made) if step.delete]
+    archived = [step.archive for step in reversed(made) if step.archive]
+    if deleted or archived:
+        print(title)
+    if deleted:
+        print("\n".join(["Delete what costs by the hour, or can:", *(f"  {command}" for command in deleted)]))
+    if archived:
+        print("\n".join(["Hide the rest from the workspace's lists:", *(f"  {command}" for command in archived)]))
+        print("Azure's command line deletes no model and no environment. The model's files stay in the workspace's "
+              "storage account, and the image in its container registry: you pay for that storage until you delete "
+              "them there.", flush=True)
 
 
 # --- the workspace --------------------------------------------------------------------------
@@ -334,7 +374,7 @@ def sign_in(folder: Path = ROOT) -> Any:
     return client
 
 
-def send(plan: Plan, made: Sequence[Step], client: Any, folder: Path | None = None) -> None:
+def send(made: Sequence[Step], client: Any, folder: Path | None = None) -> None:
     """Make each step in the workspace, and wait for it.
 
     A CourseError tells what the service refused. What was begun by then is printed, with the commands that remove it.
@@ -349,97 +389,54 @@ def send(plan: Plan, made: Sequence[Step], client: Any, folder: Path | None = No
             begun.append(step)
             _make(step, client, folder or TARGET)
     except BaseException as error:
-        _print_removal("What this run has begun is still there. It is removed by:", begun)
+        _print_removal("What this run has begun is still there.", begun)
         if isinstance(error, AzureError | MlException):
-            raise explain(error, plan) from None
+            raise explain(error, step) from None
         raise
 
 
-def load(step: Step, folder: Path) -> Any:
-    """Return what azure-ai-ml makes of a step's file."""
+def load(kind: str, folder: Path, settings: dict[str, Any]) -> Any:
+    """Return what azure-ai-ml makes of a step's file with its settings, as ``--set`` does."""
     from azure.ai import ml
     from azure.ai.ml.entities._load_functions import load_model_batch_deployment
 
-    if step.kind == "batch_deployment":  # load_batch_deployment, which is public, knows no settings
-        return load_model_batch_deployment(folder / step.file)
-    return getattr(ml, f"load_{step.kind}")(folder / step.file)
+    # load_batch_deployment, which is public, does not know the `settings` of a model's deployment.
+    loader = load_model_batch_deployment if kind == "batch_deployment" else getattr(ml, f"load_{kind}")
+    return loader(folder / f"{kind.replace('_', '-')}.yaml", params_override=[settings])
 
 
 def _make(step, client, folder):
     """Create what a step's file says, and wait for the service."""
-    from azure.ai import ml
-
-    entity = load(step, folder)
+    entity = load(step.kind, folder, step.settings)
     if step.kind in ("model", "environment", "job"):
         client.create_or_update(entity)
         return
     client.begin_create_or_update(entity).result()
-    if step.kind == "online_deployment":  # as --all-traffic does
-        endpoint = ml.load_online_endpoint(
-            folder / "online-endpoint.yaml", params_override=[{"traffic": {entity.name: 100}}])
-        client.begin_create_or_update(endpoint).result()
-    if step.kind == "batch_deployment":  # as --set-default does
-        endpoint = ml.load_batch_endpoint(
-            folder / "batch-endpoint.yaml", params_override=[{"defaults": {"deployment_name": entity.name}}])
-        client.begin_create_or_update(endpoint).result()
+    endpoint = {"name": step.settings.get("endpoint_name")}
+    if step.switch == "--all-traffic":
+        client.begin_create_or_update(
+            load("online_endpoint", folder, endpoint | {"traffic": {entity.name: 100}})).result()
+    if step.switch == "--set-default":
+        client.begin_create_or_update(
+            load("batch_endpoint", folder, endpoint | {"defaults": {"deployment_name": entity.name}})).result()
 
 
-AGAIN = "and this again; what is made stays"
-MORE_QUOTA = f"Ask for more at {QUOTAS}, or choose a smaller machine: --instance-type NAME."
+def explain(error: Exception, step: Step) -> CourseError:
+    """Return the sentences for what stopped a step, with Azure's own words and the page of its documents."""
+    from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
+
+    words = " ".join(str(error).split()).rstrip(".")
+    if isinstance(error, ClientAuthenticationError):
+        return CourseError("azure-sign-in", f"Azure does not take your sign-in: {words}.",
+                           "Run `az login`, and this again; what is made stays.")
+    if isinstance(error, AzureError) and not isinstance(error, HttpResponseError):
+        return CourseError("azure-unreachable", f"Azure did not answer: {words}.",
+                           "Check the network and the proxy (HTTPS_PROXY), and this again; what is made stays.")
+    return CourseError("azure-refused", f"Azure refused {step.file}: {words}.",
+                       f"Read {DOCUMENTS}/{step.documents}, and run this again; what is made stays.")
 
 
-def judge(status: int | None, code: str, text: str, plan: Plan) -> CourseError:
-    """Return the sentences for an answer of the service: its HTTP status, its error's code, and all of its words.
-
-    A quota comes as 400, 403 or 409, deep inside the words, so these are read before the status is.
-    """
-    quota = re.search(r"Not enough quota available for (\S+) in .*?usage/limit: (\d+)/(\d+)\. Additional needed: (\d+)",
-                      text, re.DOTALL)
-    if quota:
-        name, used, limit, needed = quota.groups()
-        return CourseError("azure-quota", f"Your quota has no room for a {name}: it takes {needed} cores, and of "
-                           f"{limit} there are {used} in use.", MORE_QUOTA)
-    if re.search(r"OutOfQuota|QuotaExceeded|exceed.{0,40}quota|vCPU quota of", text):
-        return CourseError("azure-quota", f"Your quota has no room for a {plan.instance_type}.", MORE_QUOTA)
-    if "already an endpoint with this name" in text:
-        return CourseError("endpoint-taken", f"Somebody in your region has an endpoint called {plan.endpoint}.",
-                           "Choose another name: --endpoint NAME.")
-    if "container has crashed" in text:
-        return CourseError("azure-crashed", "Azure built the service, and its program ended before it was ready.",
-                           "Read why: az ml online-deployment get-logs --endpoint-name "
-                           f"{plan.endpoint} --name blue --lines 100.")
-    if status == 401 or code in ("ExpiredAuthenticationToken", "InvalidAuthenticationToken"):
-        return CourseError("azure-token", "Your sign-in to Azure has expired.", f"Run `az login`, {AGAIN}.")
-    if status == 403:
-        return CourseError("azure-forbidden", "Your account may not do that in this workspace.",
-                           "Ask its owner for the role AzureML Data Scientist, or let config.json name another.")
-    if status == 404:
-        return CourseError("azure-not-found", "Azure does not find the workspace of config.json, or a part of it.",
-                           "Download config.json again from https://ml.azure.com.")
-    if status is None:
-        return CourseError("azure-unreachable", "Azure did not answer.",
-                           f"Check the network and the proxy (HTTPS_PROXY), {AGAIN}.")
-    return CourseError("azure-refused", f"Azure refused this, {code or status}: {_shorten(text)}.",
-                       "Its documentation has this code: https://aka.ms/oe-tsg.")
-
-
-def _shorten(text):
-    return re.sub(r"\s+", " ", text)[:200].rstrip(" .")
-
-
-def explain(error: Exception, plan: Plan) -> CourseError:
-    """Return the sentences for an error of azure-ai-ml."""
-    from azure.core.exceptions import HttpResponseError
-
-    if isinstance(error, HttpResponseError):
-        return judge(error.status_code, getattr(error.error, "code", None) or "", str(error), plan)
-    if type(error).__module__.startswith("azure.ai.ml"):
-        return CourseError("azure-file", f"azure-ai-ml does not take a file: {_shorten(str(error))}.",
-                           f"Compare {TEMPLATES.relative_to(ROOT)} with what the course has.")
-    return judge(None, "", str(error), plan)
-
-
-def deploy(uri: str, endpoint: str | None = None, instance_type: str | None = None, parts: Sequence[str] = PARTS,
+def deploy(uri: str, name: str | None = None, instance_type: str | None = None, parts: Sequence[str] = PARTS,
            dry_run: bool = False) -> int:
     """Fill ``build/azureml`` and print the commands, or do in the workspace what they would. Return the exit code.
 
@@ -447,24 +444,22 @@ def deploy(uri: str, endpoint: str | None = None, instance_type: str | None = No
     ----------
     uri : str
         Such as ``models:/slm-onnx@champion``, in the course's store.
-    endpoint : str, optional
-        The model's name unless you choose one.
+    name : str, optional
+        Of all that is made; unless you choose one, the model's with five letters that are yours.
     instance_type : str, optional
-        Azure's name of a machine; unless you choose one, the smallest that has the memory.
+        Azure's name of a machine.
     parts : sequence of str, optional
         Some of ``online``, ``batch`` and ``job``.
     """
-    if endpoint is not None:
-        check_endpoint_name(endpoint)
+    if name is not None:
+        check_name(name)
     client = None if dry_run else sign_in()  # refused here, before anything is copied
-    plan = make_folder(uri, endpoint, instance_type)
+    plan = make_folder(uri, name, instance_type)
     made = steps(plan, parts)
     if dry_run:
         print_commands(plan, made)
         return 0
-    send(plan, made, client)
-    if "online" in parts:
-        print(f"\nAsk it: az ml online-endpoint invoke --name {plan.endpoint} --request-file "
-              f"{TARGET.relative_to(ROOT).as_posix()}/request.json")
-    _print_removal("When you are done, remove what was made:", made)
+    send(made, client)
+    print()
+    _print_use(plan, made, f"{TARGET.relative_to(ROOT).as_posix()}/request.json")
     return 0

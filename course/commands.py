@@ -167,8 +167,8 @@ def _kit_options(parser):
 def _deploy_options(parser):
     parser.add_argument("cloud", choices=["azureml"], help="Azure Machine Learning")
     parser.add_argument("--model", dest="address", default="models:/slm-onnx@champion", metavar="URI")
-    parser.add_argument("--endpoint", metavar="NAME", help="left out: the model's name")
-    parser.add_argument("--instance-type", metavar="NAME", help="left out: the smallest that has the memory")
+    parser.add_argument("--endpoint", metavar="NAME", help="of all that is made; left out: the model's and letters")
+    parser.add_argument("--instance-type", metavar="NAME", help="left out: a machine of 8 GiB")
     parser.add_argument("--part", action="append", choices=["online", "batch", "job"], help="left out: all three")
     parser.add_argument("--dry-run", action="store_true", help="fill the files, print the commands, and send nothing")
 

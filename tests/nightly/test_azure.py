@@ -7,6 +7,7 @@ import http.server
 import io
 import json
 import re
+import shutil
 import sys
 import threading
 from functools import partialmethod
@@ -21,16 +22,7 @@ from support import ROOT, refuses
 from support.chat import AS_SHOWN, SECRET, chat_model_for
 
 from course import azure
-from course.azure import (
-    PARTS,
-    TEMPLATES,
-    Plan,
-    fill,
-    load,
-    send,
-    steps,
-    values,
-)
+from course.azure import FILES, PARTS, Plan, load, send, steps
 from course.environment import install_extra
 
 # The SDK's own warnings: the process that gathers the results has no such classes, and ends when it is sent one.
@@ -40,8 +32,7 @@ ANSWERS = json.loads((HERE / "answers.json").read_text(encoding="utf-8"))
 WHO = {"createdBy": "somebody", "createdAt": "2026-11-28T12:00:00Z", "lastModifiedAt": "2026-11-28T12:00:00Z"}
 WORKSPACE = {"subscription_id": "00000000-0000-0000-0000-000000000000", "resource_group_name": "group",
              "workspace_name": "space"}
-PLAN = Plan("slm-onnx", "3", "tiny-phi3", 0.6, ("messages", "max_tokens"), "3.12", ("mlflow==3.17.2",), "slm-onnx",
-            "Standard_D2as_v4")
+PLAN = Plan("slm-onnx-abcde", "3", "tiny-phi3", 0.6, "Standard_D2as_v4")
 
 
 @pytest.fixture
@@ -89,17 +80,16 @@ def filled(tmp_path):
     (tmp_path / "model" / "MLmodel").write_text("flavors: {}\n", encoding="utf-8")
     (tmp_path / "code" / "score.py").write_text("def init(): ...\n\n\ndef run(request): ...\n", encoding="utf-8")
     (tmp_path / "course" / "README.md").write_text("# The course\n", encoding="utf-8")
-    for template in TEMPLATES.glob("*.yaml"):
-        text = fill(template.read_text(encoding="utf-8"), values(PLAN))
-        (tmp_path / template.name).write_text(text, encoding="utf-8")
+    for file in FILES.glob("*.yaml"):
+        shutil.copyfile(file, tmp_path / file.name)
     return tmp_path
 
 
 @with_sdk
 @pytest.mark.parametrize("kind", STEPS)
-def test_azure_ai_ml_loads_each_file_as_it_stands_and_filled(kind, filled):
-    for folder in (TEMPLATES, filled):
-        assert load(STEPS[kind], folder)
+def test_azure_ai_ml_loads_each_file_with_its_settings(kind, filled):
+    settings = STEPS[kind].settings
+    assert getattr(load(kind, filled, settings), "name", None) == settings.get("name", "blue" if settings else None)
 
 
 @with_sdk
@@ -127,7 +117,7 @@ def test_azure_ai_ml_refuses_a_wrong_field(kind, line, wrong, filled):
     assert line in text
     path.write_text(text.replace(line, wrong), encoding="utf-8")
     with pytest.raises((ValidationException, ValidationError)):
-        load(STEPS[kind], filled)
+        load(kind, filled, STEPS[kind].settings)
 
 
 class Service(requests.adapters.BaseAdapter):
@@ -261,7 +251,7 @@ def see_in_file(name, service):
 @pytest.mark.parametrize("part", PARTS)
 def test_the_requests_of_a_part_are_those_on_file(part, connect, filled, capsys):
     service, client = connect()
-    send(PLAN, steps(PLAN, [part]), client, filled)
+    send(steps(PLAN, [part]), client, filled)
     see_in_file(part, service)
     said = capsys.readouterr().out
     assert re.findall("^az ml .*", said, re.MULTILINE) == [step.command for step in steps(PLAN, [part])]
@@ -269,22 +259,28 @@ def test_the_requests_of_a_part_are_those_on_file(part, connect, filled, capsys)
 
 
 @with_sdk
-@pytest.mark.parametrize(("place", "answer", "code", "left"), [
-    ("/deployments/blue", "quota", "azure-quota", ["online-endpoint", "environment", "model"]),
-    ("/deployments/blue", "forbidden quota", "azure-quota", ["online-endpoint", "environment", "model"]),
-    ("deployments:blue", "crashed", "azure-crashed", ["online-endpoint", "environment", "model"]),
-    ("/onlineEndpoints/slm-onnx", "taken", "endpoint-taken", ["online-endpoint", "environment", "model"]),
-    ("/environments/slm-onnx-serving/versions/3", "expired", "azure-token", ["environment", "model"]),
-    ("/models/slm-onnx/versions/3", "forbidden", "azure-forbidden", ["model"]),
-    ("/datastores/workspaceblobstore", "no workspace", "azure-not-found", ["model"]),
+@pytest.mark.parametrize(("place", "answer", "code", "words", "left"), [
+    ("/deployments/blue", "quota", "azure-refused", "Additional needed: 8",
+     ["online-endpoint", "environment", "model"]),
+    ("/deployments/blue", "forbidden quota", "azure-refused", "exceeds the quota of cores",
+     ["online-endpoint", "environment", "model"]),
+    ("deployments:blue", "crashed", "azure-refused", "User container has crashed",
+     ["online-endpoint", "environment", "model"]),
+    ("/onlineEndpoints/slm-onnx-abcde", "taken", "azure-refused", "There is already an endpoint with this name",
+     ["online-endpoint", "environment", "model"]),
+    ("/environments/slm-onnx-abcde/versions/3", "expired", "azure-sign-in", "The access token expiry UTC time",
+     ["environment", "model"]),
+    ("/models/slm-onnx-abcde/versions/3", "forbidden", "azure-refused", "does not have authorization", ["model"]),
+    ("/datastores/workspaceblobstore", "no workspace", "azure-refused", "was not found", ["model"]),
 ])
-def test_a_refusal_is_two_sentences_and_says_what_is_left_and_how_it_goes(
-        place, answer, code, left, connect, filled, capsys):
+def test_a_refusal_has_azures_words_and_what_is_left_and_how_it_goes(
+        place, answer, code, words, left, connect, filled, capsys):
     _, client = connect(**{place: answer})
     with refuses(code) as refusal:
-        send(PLAN, steps(PLAN, ["online"]), client, filled)
+        send(steps(PLAN, ["online"]), client, filled)
     said = capsys.readouterr().out
     told = said[said.index("still there"):]
+    assert words in refusal.value.what
     assert re.findall(r"^  az ml (\S+) (?:delete|archive) ", told, re.MULTILINE) == left
     assert SECRET not in said + str(refusal.value) and refusal.value.__suppress_context__
 
@@ -294,8 +290,8 @@ def test_a_run_that_is_interrupted_says_what_is_left(connect, filled, capsys, mo
     _, client = connect()
     monkeypatch.setattr(client, "begin_create_or_update", lambda entity: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        send(PLAN, steps(PLAN, ["online"]), client, filled)
-    assert "az ml online-endpoint delete --name slm-onnx --yes" in capsys.readouterr().out
+        send(steps(PLAN, ["online"]), client, filled)
+    assert "az ml online-endpoint delete --name slm-onnx-abcde --yes" in capsys.readouterr().out
 
 
 @with_sdk
@@ -303,7 +299,7 @@ def test_the_same_deployment_again_asks_the_same(connect, filled):
     service, client = connect()
     for _ in range(2):
         service.asked.clear()
-        send(PLAN, steps(PLAN, ["online"]), client, filled)
+        send(steps(PLAN, ["online"]), client, filled)
     puts = [asked for asked in service.asked if asked["method"] == "PUT"]
     golden = json.loads((HERE / "online.json").read_text(encoding="utf-8"))["asked"]
     assert puts == [asked for asked in golden if asked["method"] == "PUT"]
@@ -333,7 +329,7 @@ def test_a_proxy_is_asked_for_the_way_and_its_refusal_is_told(filled, monkeypatc
         credential = SimpleNamespace(get_token=lambda *scopes, **more: AccessToken(SECRET, 2**33))
         client = MLClient(credential, **WORKSPACE, enable_telemetry=False, show_progress=False, retry_total=0)
         with refuses("azure-unreachable"):
-            send(PLAN, steps(PLAN, ["online"])[:1], client, filled)
+            send(steps(PLAN, ["online"])[:1], client, filled)
         proxy.shutdown()
     assert set(asked) == {"management.azure.com:443"}
 
@@ -369,5 +365,5 @@ def test_nothing_is_copied_before_somebody_is_signed_in(registered, nobody, tmp_
     with refuses("azure-workspace"):
         azure.deploy("models:/slm-onnx@champion")
     with refuses("endpoint-name"):
-        azure.deploy("models:/slm-onnx@champion", endpoint="1st")
+        azure.deploy("models:/slm-onnx@champion", "1st")
     assert not (tmp_path / "azureml").exists()

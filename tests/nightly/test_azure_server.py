@@ -5,6 +5,7 @@ Run: python -m helpers test tests/nightly/test_azure_server.py
 
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, user
 from support.score import load_score
 from support.service import wait_for
 
-from course.azure import TEMPLATES, fill, service_requirements
+from course.azure import FILES, write_conda
 from helpers import pinned
 from serving import score
 from serving.package import SHARED_FILES
@@ -111,10 +112,10 @@ def environment(tmp_path_factory):
     """Make an environment of what conda.yaml has the service install; return its Python."""
     folder = tmp_path_factory.mktemp("service")
     uv = [sys.executable, "-m", "uv"]
-    conda = yaml.safe_load(fill((TEMPLATES / "conda.yaml").read_text(encoding="utf-8"), {
-        "python": f"python={sys.version_info.major}.{sys.version_info.minor}",
-        "requirements": service_requirements(pinned(*LOGGED))}))
-    version, (_, _, pip) = conda["dependencies"][0], conda["dependencies"]
+    shutil.copyfile(FILES / "conda.yaml", folder / "conda.yaml")
+    (folder / "logged.txt").write_text("\n".join(pinned(*LOGGED)), encoding="utf-8")
+    write_conda(folder / "conda.yaml", platform.python_version(), folder / "logged.txt")
+    version, _, pip = yaml.safe_load((folder / "conda.yaml").read_text(encoding="utf-8"))["dependencies"]
     (folder / "requirements.txt").write_text("\n".join(pip["pip"]), encoding="utf-8")
     subprocess.run([*uv, "venv", "--quiet", "--python", version.removeprefix("python="), folder / "venv"], check=True)
     python = folder / "venv" / "bin" / "python"
@@ -136,7 +137,7 @@ def serve(environment, tmp_path):
         (code / "serving").mkdir()
         for name in SHARED_FILES:
             shutil.copyfile(ROOT / "serving" / name, code / "serving" / name)
-        settings = yaml.safe_load((TEMPLATES / "online-deployment.yaml").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((FILES / "online-deployment.yaml").read_text(encoding="utf-8"))
         variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         variables |= settings["environment_variables"] | {
             "AZUREML_MODEL_DIR": str(folder), "AZUREML_ENTRY_SCRIPT": str(code / "score.py"), "AML_APP_ROOT": str(code),
