@@ -14,7 +14,9 @@ from starlette.routing import Route
 
 from helpers.errors import CourseError
 from helpers.models.kit import INDEX, MANIFEST, WHEELS_INDEX, Kit, as_word, build_command, read_kit
+from serving.service.connection import make_protocol
 
+DOWNLOAD_SECONDS = 3_600  # for one file: a model of 2.6 GB at 6 Mbit a second
 PAGES = {"": INDEX, "wheels/": WHEELS_INDEX}
 
 
@@ -40,13 +42,18 @@ def serve(folder: Path, host: str, port: int) -> int:
             says = ("This machine alone can read it. To offer it to everybody in the network: "
                     f"python -m helpers kit serve {as_word(folder)} --host 0.0.0.0")
         print(says, flush=True)
-        config = uvicorn.Config(application(kit), log_level="error", access_log=False, server_header=False,
-                                lifespan="off", timeout_graceful_shutdown=1)
         try:
-            uvicorn.Server(config).run(sockets=[listener])
+            make_server(kit).run(sockets=[listener])
         except KeyboardInterrupt:  # uvicorn raises the signal again once it has closed its connections
             print("Ended.")
     return 0
+
+
+def make_server(kit: Kit) -> uvicorn.Server:
+    """Return the server of a kit, which ends connections that never send a whole request."""
+    return uvicorn.Server(uvicorn.Config(
+        application(kit), http=make_protocol(DOWNLOAD_SECONDS), log_level="error", access_log=False,
+        server_header=False, lifespan="off", timeout_graceful_shutdown=1))
 
 
 def application(kit: Kit) -> Starlette:

@@ -1,9 +1,4 @@
-"""Runs the application in uvicorn, and bounds what uvicorn leaves without a limit.
-
-uvicorn waits for ever for a caller that sends a byte now and then or does not read its answer. It
-answers a request that is not HTTP with plain text instead of JSON, and takes a body in any number
-of pieces.
-"""
+"""Runs the application in uvicorn, with limits, and errors in JSON where uvicorn answers in text."""
 
 import asyncio
 import contextlib
@@ -18,65 +13,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from ..errors import ProgramError, ServiceError
 from .answer import to_response
 from .app import Service, build_app
+from .connection import make_protocol
 from .threads import in_thread
 
-HEADER_SECONDS = 10.0  # for a request's headers, from its first byte or from the connection
 HEADER_BYTES = 1 << 16
-# Each piece of a body costs about 13 microseconds, even if it has one byte.
-MAX_PIECES = 20_000
 
 
-def make_protocol(answer_seconds: float) -> type[H11Protocol]:
-    """Return uvicorn's connection with limits.
+def make_json_protocol(answer_seconds: float) -> type[H11Protocol]:
+    """Return `make_protocol`'s connection, with refusals in JSON, and half bodies that end with us."""
 
-    A connection is cut when a request's headers take longer than ``HEADER_SECONDS``, or when its
-    body and its answer take longer than ``answer_seconds``.
-    """
-
-    class Protocol(H11Protocol):
-        timer = None
-
-        def connection_made(self, transport):
-            super().connection_made(transport)
-            # asyncio sets this option only where the listening socket names its protocol. Without
-            # it, the end of each answer waits 40 ms for the caller to confirm the beginning.
-            transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._set_timer(HEADER_SECONDS)
-            self._pieces = 0
-            next_event = self.conn.next_event
-
-            def count_pieces():
-                event = next_event()
-                if isinstance(event, h11.Request):
-                    self._pieces = 0
-                elif isinstance(event, h11.Data):
-                    self._pieces += 1
-                if self._pieces > MAX_PIECES:
-                    raise h11.RemoteProtocolError("too many pieces")  # uvicorn answers 400
-                return event
-
-            self.conn.next_event = count_pieces
-
-        def data_received(self, data):
-            if self.timer is None:
-                self._set_timer(HEADER_SECONDS)
-            super().data_received(data)
-
-        def handle_events(self):
-            before = self.cycle
-            super().handle_events()
-            if self.cycle is not before:
-                self._set_timer(answer_seconds)
-
-        def on_response_complete(self):
-            if not self.transport.get_write_buffer_size():  # else the caller has to read it in time
-                self._set_timer(None)
-            super().on_response_complete()
-
-        def connection_lost(self, exc):
-            self._set_timer(None)
-            super().connection_lost(exc)
-
+    class Protocol(make_protocol(answer_seconds)):
         def shutdown(self):
             super().shutdown()
             if self.cycle:
@@ -95,11 +41,6 @@ def make_protocol(answer_seconds: float) -> type[H11Protocol]:
             ):
                 self.transport.write(self.conn.send(event))
             self.transport.close()
-
-        def _set_timer(self, limit):
-            if self.timer:
-                self.timer.cancel()
-            self.timer = self.loop.call_later(limit, self.transport.abort) if limit else None
 
     return Protocol
 
@@ -151,7 +92,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build_app(service, token, hosts),
-                http=make_protocol(limits.timeout + 5),
+                http=make_json_protocol(limits.timeout + 5),
                 ws="none",
                 lifespan="off",
                 log_config=None,

@@ -20,8 +20,10 @@ from support.web_server import web_server
 
 from course.kit.build import build
 from course.kit.check import check
-from course.kit.serve import serve
+from course.kit.serve import make_server, serve
 from helpers.files import sha256
+from helpers.models.kit import read_kit
+from serving.service import connection as service_connection
 
 
 @pytest.fixture(scope="module")
@@ -148,6 +150,22 @@ def test_many_participants_read_at_once(small):
         for thread in threads:
             thread.join()
     assert found == [good] * 40
+
+
+def test_a_participant_who_sends_half_a_head_is_cut_off(small, monkeypatch):
+    monkeypatch.setattr(service_connection, "HEADER_SECONDS", 0.3)
+    server = make_server(read_kit(str(small)))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=server.run, args=[[listener]])
+        thread.start()
+        try:
+            for begin in (b"", b"GET /course.z", b"GET /course.zip HTTP/1.1\r\nHost: a\r\n"):
+                with socket.create_connection(listener.getsockname(), 30) as slow:
+                    slow.sendall(begin)
+                    assert slow.recv(1) == b""
+        finally:
+            server.should_exit = True
+            thread.join()
 
 
 def test_serve_says_when_its_port_is_taken_and_when_a_file_is_missing(small):

@@ -39,7 +39,8 @@ from support.service import (
 )
 from support.stand_ins import move_alias
 
-from serving.service import active_version, app, http_server
+from serving.service import active_version, app
+from serving.service import connection as service_connection
 
 TOKEN = "geheim-ß"
 TOKEN_HEADER = f"Authorization: Bearer {TOKEN}"
@@ -651,7 +652,7 @@ def test_a_token_is_compared_in_the_same_time_wherever_it_differs(guarded, monke
 
 
 def test_a_body_in_very_many_pieces_is_refused(guarded, monkeypatch):
-    monkeypatch.setattr(http_server, "MAX_PIECES", 100)
+    monkeypatch.setattr(service_connection, "MAX_PIECES", 100)
     with guarded.connect(raw(b"", TOKEN_HEADER, "Transfer-Encoding: chunked", length=False)) as connection:
         with contextlib.suppress(ConnectionError):
             for _ in range(101):
@@ -670,7 +671,7 @@ def test_a_body_that_is_half_here_does_not_hold_up_the_end(streams):
 
 
 def test_a_head_that_never_ends_is_cut_off(streams, monkeypatch, record_property):
-    monkeypatch.setattr(http_server, "HEADER_SECONDS", 0.3)
+    monkeypatch.setattr(service_connection, "HEADER_SECONDS", 0.3)
     with running(streams) as server:
         for begin in (b"", b"POST /v1/chat/comp", raw(b"")[:-2]):
             with server.connect(begin) as connection:

@@ -35,9 +35,9 @@ FLOORS = {
     ),
     "serving": ("package", "chat.contract", "chat.table", "chat.folder", "chat.prompt", "chat.schema", "chat.sampler",
                 "chat.text", "chat.decoder", "chat.engine", "chat.model", "chat.package", "errors", "request",
-                "served_model", "service.threads", "service.metrics", "service.admission", "service.active_version",
-                "service.answer", "service.app", "service.http_server", "service.command_line", "service.__main__",
-                "batch", "score"),
+                "served_model", "service.threads", "service.connection", "service.metrics", "service.admission",
+                "service.active_version", "service.answer", "service.app", "service.http_server",
+                "service.command_line", "service.__main__", "batch", "score"),
 }
 # The packages' own names, and the door that starts `course` as a program.
 NO_FLOOR = {"helpers": {"", "cloud", "models", "operations", "stores", "__main__"},
