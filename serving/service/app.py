@@ -174,15 +174,19 @@ class CallerCheck:
 
     async def __call__(self, scope, receive, send):
         """Answer with an error, or hand the request on."""
-        error = None
-        if scope["type"] == "http" and scope["path"] not in self.OPEN_PATHS:
-            error = self._find_error(Request(scope))
+        error = self._find_error(Request(scope)) if scope["type"] == "http" else None
         if error:
             await ClosingErrorResponse(error)(scope, receive, send)
         else:
             await self._app(scope, receive, send)
 
     def _find_error(self, request):
+        if {"content-length", "transfer-encoding"} <= set(request.headers.keys()):
+            # A proxy may believe the one and we the other, about where the next request begins.
+            message = "Send either Content-Length or Transfer-Encoding, not both."
+            return ServiceError(400, message, "invalid_request")
+        if request.scope["path"] in self.OPEN_PATHS:
+            return None
         # Not Starlette's TrustedHostMiddleware: it answers in plain text, with status 400.
         if host_name(request.headers.get("host", "")) not in self._hosts:
             return ServiceError(421, "This service does not answer for this host.", "unknown_host")

@@ -660,6 +660,13 @@ def test_a_body_in_very_many_pieces_is_refused(guarded, monkeypatch):
         assert refused(read_all(connection)) == (400, "invalid_request")
 
 
+def test_a_request_with_two_lengths_is_refused_and_its_connection_closed(guarded):
+    begin = raw(b"0\r\n\r\n", TOKEN_HEADER, "Transfer-Encoding: chunked")
+    for request in (begin, begin.replace(b"POST /v1/chat/completions", b"POST /health")):
+        with guarded.connect(request) as connection:
+            assert refused(read_all(connection)) == (400, "invalid_request")
+
+
 def test_a_body_that_is_half_here_does_not_hold_up_the_end(streams):
     with running(streams, drain=600) as server:
         connection = server.connect(raw(b"{", "Content-Length: 100", length=False))
