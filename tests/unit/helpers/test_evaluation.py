@@ -60,6 +60,8 @@ def rows(**families):
     ({"f": "++++"}, {"f": "----"}, False, ["f-0", "f-1", "f-2", "f-3"]),
     ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "--++++++++"}, False, ["g-0", "g-1"]),  # a fifth of g
     ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "-+++++++++"}, True, [f"f-{n}" for n in range(5)]),  # a tenth
+    # A tenth of the family's ten rows, although a fifth of those that were met.
+    ({"f": "-----", "g": "+++++-----"}, {"f": "+++++", "g": "-++++-----"}, True, [f"f-{n}" for n in range(5)]),
     ({"f": "+" * 10, "g": "-"}, {"f": "-+++++++++", "g": "+"}, False, ["f-0"]),  # no family too much, no gain in all
     ({"f": "+" * 10, "g": "++"}, {"f": "-+++++++++", "g": "--"}, False, ["g-0", "g-1"]),  # f lost no more than it may
     ({}, {}, False, []),
