@@ -24,7 +24,7 @@ class ServiceError(Exception):
     status : int
         The HTTP status.
     message : str
-        One sentence, which quotes nothing of the request.
+        What is wrong, and what to do where that does not say it. It quotes nothing of the request.
     code : str
         A word for programs, such as ``invalid_value``.
     param : str, optional
@@ -93,7 +93,7 @@ def to_service_error(error: BaseException) -> ServiceError:
             400, "The model's signature does not allow this request.", "invalid_value"
         )
     _logger.error("The model raised %s:\n%s", type(error).__name__, frames)
-    return ServiceError(500, "The model failed on this request.", "failed")
+    return ServiceError(500, "The model failed on this request. The log tells where.", "failed")
 
 
 class ProgramError(Exception):

@@ -85,7 +85,7 @@ def _to_response(value, status, headers=None):
 def read_request(body: bytes) -> dict:
     """Return the fields of a request. Raises a ServiceError if no model could answer it."""
     if len(body) > MAX_BODY:
-        message = f"The body may have at most {MAX_BODY} bytes."
+        message = f"The body may have at most {MAX_BODY} bytes. Send less."
         raise ServiceError(413, message, "request_too_large")
     values = read_json(body)
     check_request(values)

@@ -163,9 +163,11 @@ class ActiveModel:
             No version is loaded yet, or the model's engine has ended by an error.
         """
         if self.current is None:
-            raise ServiceError(503, "The model is not loaded yet.", "loading", retry_after=1)
+            raise ServiceError(
+                503, "The model is not loaded yet. Try again soon.", "loading", retry_after=1
+            )
         if self.current.model.stats()["closed"]:
-            raise ServiceError(503, "The model has ended by an error.", "closed")
+            raise ServiceError(503, "The model has ended by an error. Try again later.", "closed")
         return self.current
 
     def acquire(self) -> LoadedVersion:

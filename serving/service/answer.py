@@ -105,9 +105,13 @@ class Answer(Response):
     def _to_service_error(self, error):
         if isinstance(error, TimeoutError):
             seconds = self._service.limits.timeout
-            return ServiceError(504, f"The answer took longer than {seconds:g} seconds.", "timeout")
+            return ServiceError(
+                504,
+                f"The answer took longer than {seconds:g} seconds. Ask for less: max_tokens.",
+                "timeout",
+            )
         if isinstance(error, asyncio.CancelledError):  # uvicorn's, when the time to drain is over
-            return ServiceError(503, "The service is closing.", "closed")
+            return ServiceError(503, "The service is closing. Try again later.", "closed")
         return to_service_error(error)
 
     async def _answer(self, scope, receive, send):

@@ -23,6 +23,10 @@ from .metrics import Metrics
 from .threads import in_thread
 
 DISCARD_SECONDS = 1.0  # in which the body of a refused request is read and discarded
+PATH_ERRORS = {
+    404: ("not_found", "There is nothing at this path. GET /openapi.json lists what there is."),
+    405: ("method_not_allowed", "This path takes another method. GET /openapi.json tells which."),
+}
 MOST_CONCURRENT = 64  # requests in a model that streams, unless the operator says otherwise
 
 
@@ -189,7 +193,11 @@ class CallerCheck:
             return None
         # Not Starlette's TrustedHostMiddleware: it answers in plain text, with status 400.
         if host_name(request.headers.get("host", "")) not in self._hosts:
-            return ServiceError(421, "This service does not answer for this host.", "unknown_host")
+            message = (
+                "This service does not answer for this host. Use the address that it printed when "
+                "it started, or have its operator allow the host: --allowed-host."
+            )
+            return ServiceError(421, message, "unknown_host")
         if self._token is None:
             return None
         scheme, _, token = request.headers.get("authorization", "").partition(" ")
@@ -310,10 +318,8 @@ def build_app(service: Service, token: str | None, hosts: set[str]) -> FastAPI:
 
     @app.exception_handler(HTTPException)
     async def refuse_path(request: Request, error: HTTPException) -> Response:
-        code = {404: "not_found", 405: "method_not_allowed"}.get(
-            error.status_code, "invalid_request"
-        )
-        response = ClosingErrorResponse(ServiceError(error.status_code, f"{error.detail}.", code))
+        code, message = PATH_ERRORS.get(error.status_code, ("invalid_request", f"{error.detail}."))
+        response = ClosingErrorResponse(ServiceError(error.status_code, message, code))
         response.headers.update(error.headers or {})
         return response
 
@@ -342,7 +348,9 @@ async def read_body(service: Service, request: Request, deadline: float) -> byte
         The body is too long or comes too slowly, its caller has left, or the service closes.
     """
     limit = service.limits.max_body
-    too_large = ServiceError(413, f"The body may have at most {limit} bytes.", "request_too_large")
+    too_large = ServiceError(
+        413, f"The body may have at most {limit} bytes. Send less.", "request_too_large"
+    )
     if int(request.headers.get("content-length", 0)) > limit:
         raise too_large
     body, is_complete = bytearray(), False
@@ -351,13 +359,17 @@ async def read_body(service: Service, request: Request, deadline: float) -> byte
             while not is_complete:
                 message = await request.receive()
                 if message["type"] == "http.disconnect":
-                    raise ServiceError(400, "The body did not come to its end.", "cancelled")
+                    raise ServiceError(
+                        400, "The body did not come to its end. Send it again.", "cancelled"
+                    )
                 body += message["body"]
                 is_complete = not message["more_body"]
                 if len(body) > limit:
                     raise too_large
                 if service.is_closing and not is_complete:
-                    raise ServiceError(503, "The service is closing.", "closed")
+                    raise ServiceError(503, "The service is closing. Try again later.", "closed")
     except TimeoutError:
-        raise ServiceError(408, "The body took too long to come.", "timeout") from None
+        raise ServiceError(
+            408, "The body took too long to come. Send it at once.", "timeout"
+        ) from None
     return bytes(body)

@@ -350,8 +350,9 @@ def test_a_timeout_ends_the_answer_and_says_so(streams):
     with running(streams, timeout=0.3) as server:
         whole = server.ask("gated 9")
         assert whole.status_code == 504 and whole.headers["x-should-retry"] == "false"
-        assert whole.json()["error"] == {"message": "The answer took longer than 0.3 seconds.", "type": "server_error",
-                                         "code": "timeout", "param": None}
+        assert whole.json()["error"] == {
+            "message": "The answer took longer than 0.3 seconds. Ask for less: max_tokens.", "type": "server_error",
+            "code": "timeout", "param": None}
         server.model.gate.release(2)
         wait_for(lambda: server.model.running == 0 and server.requests() == (0, 0))
         server.model.gate.release(2)
