@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 # What the service, the batch program and Azure's scoring script share, and travels with each.
-SHARED_FILES = ("__init__.py", "errors.py", "request.py", "served_model.py")
+SHARED_FILES = ("__init__.py", "errors.py", "events.py", "request.py", "served_model.py")
 LOADER_CODE = """import mlflow
 from {package}.{module} import {model}
 mlflow.models.set_model({model}())

@@ -6,7 +6,6 @@ chat contract. Azure gets this file with the package `serving` beside it, and th
 """
 
 import contextlib
-import itertools
 import json
 import os
 import threading
@@ -20,6 +19,7 @@ import pandas as pd
 from flask import Request, Response
 
 from serving.errors import ServiceError, to_service_error
+from serving.events import LAST_EVENT, STREAM_HEADERS, to_event, to_events, to_json
 from serving.request import check_request, read_json
 from serving.served_model import ServedModel
 
@@ -66,11 +66,7 @@ def run(request: Request | list[str]) -> Response | pd.DataFrame:
     try:
         values = read_request(request.stream.read(MAX_BODY + 1))
         if values.get("stream"):
-            return Response(
-                start_stream(values),
-                content_type="text/event-stream",
-                headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"},
-            )
+            return Response(start_stream(values), headers=STREAM_HEADERS)
         return _to_response(answer(values), 200)
     except Exception as error:
         error = to_service_error(error)
@@ -78,8 +74,7 @@ def run(request: Request | list[str]) -> Response | pd.DataFrame:
 
 
 def _to_response(value, status, headers=None):
-    text = json.dumps(value, ensure_ascii=False)
-    return Response(text, status, headers, content_type="application/json")
+    return Response(to_json(value), status, headers, content_type="application/json")
 
 
 def read_request(body: bytes) -> dict:
@@ -101,7 +96,7 @@ def answer(values: dict) -> dict:
         return _model.complete(request)
 
 
-def start_stream(values: dict) -> Iterator[str]:
+def start_stream(values: dict) -> Iterator[bytes]:
     """Return the events of a stream, once its first chunk is there and no refusal can come."""
     if not _model.streams:
         raise ServiceError(
@@ -111,20 +106,19 @@ def start_stream(values: dict) -> Iterator[str]:
             "stream",
         )
     chunks = _model.chunks(_model.adapt(values), streamed=True)
-    sends_usage = bool((values.get("stream_options") or {}).get("include_usage"))
-    return _to_events(next(chunks), chunks, sends_usage)
+    events = to_events(chunks, values)
+    return _finish_stream(next(events), events, chunks)
 
 
-def _to_events(first, chunks, sends_usage):
-    """Yield server-sent events. A caller that leaves closes this generator and the model's work."""
+def _finish_stream(first, events, chunks):
+    """Yield the events. A caller that leaves closes this generator and the model's work."""
     with contextlib.closing(chunks):
+        yield first
         try:
-            for chunk in itertools.chain([first], chunks):
-                if chunk["choices"] or sends_usage:
-                    yield f"data: {json.dumps(chunk)}\n\n"
-            yield "data: [DONE]\n\n"
+            yield from events
+            yield LAST_EVENT
         except Exception as error:
-            yield f"data: {json.dumps(to_service_error(error).body())}\n\n"
+            yield to_event(to_service_error(error).body())
 
 
 def answer_files(names: list[str]) -> pd.DataFrame:

@@ -5,6 +5,6 @@ Read the files in this order: `command_line` (options, and how the program start
 requests may be in the model), `active_version` (which version answers, and how the next one takes
 over), `metrics` (what /metrics shows), `connection` (what uvicorn leaves without a limit),
 `http_server` (how uvicorn runs the routes). What the service shares with the other programs lies
-beside this package: `errors` (what a caller may read of an error), `request` and `served_model`.
+beside this package: `errors` (what a caller may read of an error), `events`, `request` and `served_model`.
 Nothing here imports the course.
 """

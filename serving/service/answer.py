@@ -6,7 +6,6 @@ own. A caller that leaves ends the model's work, where the model streams.
 
 import asyncio
 import contextlib
-import json
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -16,15 +15,8 @@ from fastapi.responses import Response
 from mlflow.tracing.constant import SpanAttributeKey
 
 from ..errors import ServiceError, to_service_error
+from ..events import LAST_EVENT, STREAM_HEADERS, to_event, to_events, to_json
 from ..served_model import join_chunks
-
-# Characters at which some clients end a line, although JSON allows them in a string.
-LINE_ENDS = str.maketrans({"\x85": "\\u0085", "\u2028": "\\u2028", "\u2029": "\\u2029"})
-STREAM_HEADERS = [
-    (b"content-type", b"text/event-stream; charset=utf-8"),
-    (b"cache-control", b"no-cache"),
-    (b"x-accel-buffering", b"no"),  # nginx would hold the chunks back
-]
 
 
 class ClientLeftError(Exception):
@@ -76,8 +68,6 @@ class Answer(Response):
         self._values = values
         self._deadline = deadline
         self._is_stream = bool(values.get("stream"))
-        options = values.get("stream_options") or {}
-        self._sends_usage = bool(options.get("include_usage"))
         self._arrived = time.perf_counter()
         self._ended = threading.Event()
         self._status_sent = False
@@ -148,7 +138,7 @@ class Answer(Response):
             raise part
         self._count("ok")
         if self._is_stream:
-            await self._send_events(send, b"data: [DONE]\n\n", is_last=True)
+            await self._send_events(send, LAST_EVENT, is_last=True)
         else:
             self._status_sent = True
             await Response(whole, media_type="application/json")(scope, receive, send)
@@ -156,7 +146,8 @@ class Answer(Response):
     async def _send_events(self, send, events, is_last=False):
         if not self._status_sent:
             self._status_sent = True
-            await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+            headers = [(name.encode(), value.encode()) for name, value in STREAM_HEADERS.items()]
+            await send({"type": "http.response.start", "status": 200, "headers": headers})
         await send({"type": "http.response.body", "body": events, "more_body": not is_last})
 
     async def _send_error(self, error, scope, receive, send):
@@ -189,11 +180,8 @@ class Answer(Response):
                 if not self._is_stream:
                     put(to_json(join_chunks(chunks)))
                     return None
-                for chunk in chunks:
-                    if self._sends_usage:
-                        put(to_event({"usage": None} | chunk))
-                    elif chunk["choices"]:
-                        put(to_event(chunk))
+                for event in to_events(chunks, self._values):
+                    put(event)
         except BaseException as error:  # whatever it is, the caller waits for it
             return to_service_error(error)
         return None
@@ -255,14 +243,3 @@ def to_response(error: ServiceError) -> Response:
     return Response(
         to_json(error.body()), error.status, error.headers(), media_type="application/json"
     )
-
-
-def to_json(value: dict) -> bytes:
-    """Return a value as JSON without characters at which a client may end the line."""
-    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
-    return text.translate(LINE_ENDS).encode()
-
-
-def to_event(value: dict) -> bytes:
-    """Return a value as a server-sent event."""
-    return b"data: " + to_json(value) + b"\n\n"

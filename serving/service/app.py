@@ -15,10 +15,11 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from ..errors import ProgramError, ServiceError, first_line, to_service_error
+from ..events import to_json
 from ..request import ChatCompletionRequest, check_request, is_text, read_json
 from .active_version import ActiveModel, LoadedVersion, ModelAddress
 from .admission import AdmissionQueue
-from .answer import Answer, to_json, to_response
+from .answer import Answer, to_response
 from .metrics import Metrics
 from .threads import in_thread
 

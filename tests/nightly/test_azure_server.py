@@ -181,7 +181,7 @@ def test_the_server_answers_streams_and_refuses_as_the_script_does(serve, saved,
             answers = list(pool.map(lambda request: client.post("/score", json=request), requests))
         assert [contents(one.json()) for one in answers] == [contents(score.answer(one)) for one in requests]
         with client.stream("POST", "/score", json=sample | {"stream": True}) as stream:
-            assert stream.headers["content-type"] == "text/event-stream"
+            assert stream.headers["content-type"] == "text/event-stream; charset=utf-8"
             assert stream.headers["transfer-encoding"] == "chunked"
             text = "".join(stream.iter_text())
         assert text.endswith("data: [DONE]\n\n") and text.count("data: ") > 3

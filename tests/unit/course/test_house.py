@@ -34,7 +34,7 @@ FLOORS = {
         "bench.chat", "bench.notebooks", "generate", "mutate", "azure", "commands", "__main__",
     ),
     "serving": ("package", "chat.contract", "chat.table", "chat.folder", "chat.prompt", "chat.schema", "chat.sampler",
-                "chat.text", "chat.decoder", "chat.engine", "chat.model", "chat.package", "errors", "request",
+                "chat.text", "chat.decoder", "chat.engine", "chat.model", "chat.package", "errors", "events", "request",
                 "served_model", "service.threads", "service.connection", "service.metrics", "service.admission",
                 "service.active_version", "service.answer", "service.app", "service.http_server",
                 "service.command_line", "service.__main__", "batch", "score"),

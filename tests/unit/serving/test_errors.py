@@ -10,7 +10,8 @@ from mlflow.exceptions import MlflowException
 from support.chat import SECRET
 
 from serving.errors import ServiceError, hide_password, to_service_error
-from serving.service.answer import to_json, to_response
+from serving.events import to_json
+from serving.service.answer import to_response
 
 
 class Refusal(MlflowException):

@@ -75,7 +75,7 @@ def test_the_sample_request_gets_what_the_model_itself_answers(loaded, saved, ch
 def test_a_stream_has_the_same_text_as_a_whole_answer_and_its_usage(loaded):
     whole = read(post(AS_SHOWN | {"max_tokens": 16}))
     response = post(AS_SHOWN | {"max_tokens": 16, "stream": True, "stream_options": {"include_usage": True}})
-    assert response.content_type == "text/event-stream" and response.is_streamed
+    assert response.content_type == "text/event-stream; charset=utf-8" and response.is_streamed
     *events, done = [line.removeprefix("data: ") for line in response.get_data(as_text=True).split("\n\n") if line]
     assert done == "[DONE]"
     *chunks, last = [json.loads(event) for event in events]
@@ -90,7 +90,7 @@ def test_a_caller_that_leaves_a_stream_ends_the_models_work(read_events, stand_i
     response = post({"messages": user("gated 5"), "stream": True})
     assert model.running == 1
     for _ in range(read_events):
-        assert next(response.response).startswith("data: ")
+        assert next(response.response).startswith(b"data: ")
     response.close()
     assert (model.running, model.steps) == (0, 1)
 
