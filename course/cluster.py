@@ -15,7 +15,7 @@ import psutil
 
 from helpers.operations.programs import Program, start_program
 from helpers.paths import ROOT
-from serving.batch import DAEMON_JAVA_OPTIONS
+from serving.batch_cluster import DAEMON_JAVA_OPTIONS
 
 BATCH = [sys.executable, "-m", "serving.batch"]
 

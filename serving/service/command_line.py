@@ -83,7 +83,7 @@ def _positive(kind):
     def number(text):
         value = kind(text)
         if not 0 < value < 2**31:
-            raise ValueError
+            raise argparse.ArgumentTypeError("it has to be above 0")
         return value
 
     return number

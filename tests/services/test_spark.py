@@ -23,9 +23,9 @@ MODEL = "models:/stand-in@champion"
 DRIVER = """
 import json, sys
 from pathlib import Path
-from serving import batch
+from serving import batch, batch_cluster
 master, folder = sys.argv[1], Path(sys.argv[2])
-spark = batch.start_spark(master)
+spark = batch_cluster.start_spark(master)
 for number, line in enumerate(sys.stdin):
     (folder / str(number)).mkdir()
     try:
@@ -33,7 +33,7 @@ for number, line in enumerate(sys.stdin):
         report = batch.run(spark, options, folder / str(number))
         print(json.dumps(report._asdict()), flush=True)
     except Exception as error:  # as the program does
-        error = error if isinstance(error, batch.BatchError) else batch.to_batch_error(error)
+        error = error if isinstance(error, batch_cluster.BatchError) else batch_cluster.to_batch_error(error)
         print(json.dumps([error.what, error.fix]), flush=True)
 spark.stop()
 """

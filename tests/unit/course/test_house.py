@@ -37,7 +37,7 @@ FLOORS = {
                 "chat.text", "chat.decoder", "chat.engine", "chat.model", "chat.package", "errors", "events", "request",
                 "served_model", "service.threads", "service.connection", "service.metrics", "service.admission",
                 "service.active_version", "service.answer", "service.app", "service.http_server",
-                "service.command_line", "service.__main__", "batch", "score"),
+                "service.command_line", "service.__main__", "batch_model", "batch_cluster", "batch", "score"),
 }
 # The packages' own names, and the door that starts `course` as a program.
 NO_FLOOR = {"helpers": {"", "cloud", "models", "operations", "stores", "__main__"},

@@ -11,8 +11,10 @@ import pandas as pd
 import pytest
 from mlflow.exceptions import MlflowException
 
-from serving import batch
-from serving.batch import answer_rows, read_java_version, read_messages, read_options, to_batch_error
+from serving import batch_cluster
+from serving.batch import read_options
+from serving.batch_cluster import read_java_version, to_batch_error
+from serving.batch_model import answer_rows, read_messages
 from serving.errors import ServiceError
 
 # --- rows -------------------------------------------------------------------------------
@@ -189,26 +191,26 @@ def test_a_java_that_is_too_old_is_refused(version, what, tmp_path, monkeypatch)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("JAVA_HOME", java(tmp_path, version))
     if what:
-        with pytest.raises(batch.BatchError, match=what):
-            batch.check_installation()
+        with pytest.raises(batch_cluster.BatchError, match=what):
+            batch_cluster.check_installation()
     else:
-        batch.check_installation()
+        batch_cluster.check_installation()
 
 
 def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspark", None)  # as if it were not installed
-    with pytest.raises(batch.BatchError, match="This Python has no Spark"):
-        batch.check_installation()
+    with pytest.raises(batch_cluster.BatchError, match="This Python has no Spark"):
+        batch_cluster.check_installation()
     monkeypatch.delitem(sys.modules, "pyspark")
     (tmp_path / "pyspark").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("JAVA_HOME", str(tmp_path))
-    with pytest.raises(batch.BatchError, match="none where JAVA_HOME points"):
-        batch.check_installation()
+    with pytest.raises(batch_cluster.BatchError, match="none where JAVA_HOME points"):
+        batch_cluster.check_installation()
     monkeypatch.delenv("JAVA_HOME")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(batch.BatchError, match="there is none"):
-        batch.check_installation()
+    with pytest.raises(batch_cluster.BatchError, match="there is none"):
+        batch_cluster.check_installation()
 
 
 @pytest.mark.parametrize("master, what", [
@@ -219,10 +221,10 @@ def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
     ("yarn", None), ("k8s://https://127.0.0.1:1", None)])
 def test_a_master_is_a_cluster_that_answers(master, what):
     if what:
-        with pytest.raises(batch.BatchError, match=what):
-            batch.check_master(master)
+        with pytest.raises(batch_cluster.BatchError, match=what):
+            batch_cluster.check_master(master)
     else:
-        batch.check_master(master)
+        batch_cluster.check_master(master)
 
 
 @pytest.mark.parametrize(("looks", "lost"), [
@@ -230,7 +232,7 @@ def test_a_master_is_a_cluster_that_answers(master, what):
     ([(True, 0)] * 9, False), ([(False, 1)] * 9, False), ([(False, 0)] * 4 + [(True, 0)], False),
     ([(False, 0), (False, 0), (False, 1), (False, 0)], False)])
 def test_a_cluster_is_lost_when_nobody_was_there_for_a_while(looks, lost):
-    assert batch.is_lost(looks) is lost
+    assert batch_cluster.is_lost(looks) is lost
 
 
 @pytest.mark.parametrize("words", [
@@ -243,15 +245,15 @@ def test_words_that_are_no_command_are_refused(words, capsys):
 
 
 def test_settings_have_a_name_and_a_value():
-    with pytest.raises(batch.BatchError, match="no NAME=VALUE"):
-        batch.spark_config("spark://127.0.0.1:1", ["spark.executor.memory"])
+    with pytest.raises(batch_cluster.BatchError, match="no NAME=VALUE"):
+        batch_cluster.spark_config("spark://127.0.0.1:1", ["spark.executor.memory"])
 
 
 @pytest.mark.parametrize("master, host", [
     ("spark://127.0.0.1:7077", "127.0.0.1"), ("spark://localhost:7077", "127.0.0.1"), ("spark://master:7077", None),
     ("yarn", None)])
 def test_a_driver_listens_on_loopback_where_its_master_does(master, host):
-    settings = batch.spark_config(master, ["spark.log.level=WARN", "a=b=c"])
+    settings = batch_cluster.spark_config(master, ["spark.log.level=WARN", "a=b=c"])
     assert settings.get("spark.driver.host") == settings.get("spark.driver.bindAddress") == host
     assert (settings["spark.log.level"], settings["a"]) == ("WARN", "b=c")
 
@@ -295,10 +297,10 @@ class Files:
 
 def test_a_second_driver_is_refused_while_the_first_gives_signs_of_life(monkeypatch, capsys):
     files = Files()
-    first, second = (batch.DriverLock(files, "out") for _ in range(2))
+    first, second = (batch_cluster.DriverLock(files, "out") for _ in range(2))
     first.acquire()
-    monkeypatch.setattr(batch.time, "sleep", lambda seconds: first.beat())
-    with pytest.raises(batch.BatchError, match=f"Another run writes to this output: process {os.getpid()} on"):
+    monkeypatch.setattr(batch_cluster.time, "sleep", lambda seconds: first.beat())
+    with pytest.raises(batch_cluster.BatchError, match=f"Another run writes to this output: process {os.getpid()} on"):
         second.acquire()
     second.release()
     assert first.beat()
@@ -310,11 +312,11 @@ def test_a_second_driver_is_refused_while_the_first_gives_signs_of_life(monkeypa
 
 def test_a_driver_takes_over_from_one_that_gives_no_sign(monkeypatch):
     files, slept = Files(), []
-    first, second = (batch.DriverLock(files, "out") for _ in range(2))
+    first, second = (batch_cluster.DriverLock(files, "out") for _ in range(2))
     first.acquire()
-    monkeypatch.setattr(batch.time, "sleep", slept.append)
+    monkeypatch.setattr(batch_cluster.time, "sleep", slept.append)
     second.acquire()
-    assert slept == [batch.SILENT_BEATS * batch.BEAT_SECONDS, batch.BEAT_SECONDS]
+    assert slept == [batch_cluster.SILENT_BEATS * batch_cluster.BEAT_SECONDS, batch_cluster.BEAT_SECONDS]
     assert second.beat() and not first.beat()  # the first was only stopped, and has to end now
     first.release()
     assert second.beat()
@@ -322,7 +324,7 @@ def test_a_driver_takes_over_from_one_that_gives_no_sign(monkeypatch):
 
 def test_of_two_drivers_that_take_over_at_once_one_is_refused(monkeypatch):
     files = Files()
-    dead, second, third = (batch.DriverLock(files, "out") for _ in range(3))
+    dead, second, third = (batch_cluster.DriverLock(files, "out") for _ in range(3))
     dead.acquire()
     waits = []
 
@@ -331,7 +333,7 @@ def test_of_two_drivers_that_take_over_at_once_one_is_refused(monkeypatch):
         if len(waits) == 2:  # the second has just written its name
             third._write()
 
-    monkeypatch.setattr(batch.time, "sleep", sleep)
-    with pytest.raises(batch.BatchError, match="Another run"):
+    monkeypatch.setattr(batch_cluster.time, "sleep", sleep)
+    with pytest.raises(batch_cluster.BatchError, match="Another run"):
         second.acquire()
     assert third.beat()
