@@ -2,7 +2,7 @@
 
 The address of a model comes in. ``build/azureml`` goes out: the files of ``deploy/azureml`` beside the model and
 ``score.py``. Then come the steps: printed as ``az ml`` commands, or made in your workspace by azure-ai-ml. Both read
-the same files with the same settings, those of ``steps``.
+the same files with the same settings, those of `plan_steps`.
 """
 
 import getpass
@@ -28,11 +28,11 @@ from helpers.models.space import memory_needed
 from helpers.paths import BUILD, ROOT, VENV_PYTHON
 from serving.package import SHARED_FILES
 
-FILES = ROOT / "deploy" / "azureml"
-TARGET = BUILD / "azureml"
+YAML_FOLDER = ROOT / "deploy" / "azureml"
+TARGET_FOLDER = BUILD / "azureml"
 PARTS = ("online", "batch", "job")
-DOCUMENTS = "https://learn.microsoft.com/azure/machine-learning"
-MACHINES = f"{DOCUMENTS}/reference-managed-online-endpoints-vm-sku-list"
+AZURE_DOCS = "https://learn.microsoft.com/azure/machine-learning"
+MACHINES = f"{AZURE_DOCS}/reference-managed-online-endpoints-vm-sku-list"
 PRICES = "https://azure.microsoft.com/pricing/details/machine-learning/"
 QUOTAS = "https://ml.azure.com/quota"
 INSTANCE_TYPE = "Standard_D2as_v4"
@@ -41,7 +41,7 @@ REQUEST_SECONDS = 180  # as in online-deployment.yaml; Azure gives a request no 
 # Packages that the inference server pins by itself: its version counts, whatever the model was logged with.
 PINNED_BY_SERVER = {"flask", "flask-cors", "gunicorn", "pydantic", "opentelemetry-api", "opentelemetry-sdk"}
 TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
-SCOPE = "https://management.azure.com/.default"
+TOKEN_SCOPE = "https://management.azure.com/.default"
 
 # --- what is shipped ------------------------------------------------------------------------
 
@@ -50,7 +50,7 @@ SCOPE = "https://management.azure.com/.default"
 class Plan:
     """What is shipped, and under which name."""
 
-    name: str  # of all that is made in the workspace
+    name: str  # of all that is made in the workspace, but the batch endpoint
     version: str  # of the model, in the course's registry and in the workspace
     course_model: str  # a name of the catalogue, or "unknown"
     megabytes: float
@@ -60,7 +60,7 @@ class Plan:
 
     @property
     def batch_endpoint(self) -> str:
-        """Return the name of the second endpoint: no two of a region may have one."""
+        """Return the batch endpoint's name, as no two endpoints of a region may have the same."""
         return f"{self.name}-batch"
 
 
@@ -83,7 +83,7 @@ def check_name(name: str) -> None:
 
 
 def model_memory(course_model: str | None, size: int) -> float:
-    """Return the megabytes that a model takes: what the catalogue says, or what its ``size`` in bytes lets expect."""
+    """Return the megabytes that a model takes: what the catalogue says, or an estimate from its ``size`` in bytes."""
     try:
         known = find_entry(course_model).memory if course_model else None
     except CourseError:  # the tag names a model that this catalogue does not have
@@ -92,10 +92,10 @@ def model_memory(course_model: str | None, size: int) -> float:
 
 
 def service_requirements(logged: Sequence[str]) -> list[str]:
-    """Return what the service installs for a model: its requirements, without the pins that are the server's matter.
+    """Return what the service installs for a model: its requirements, without pins that the server sets.
 
-    On Linux the torch of the package index is the build for a GPU, 3 GB: where torch is asked for, PyTorch's own index
-    of builds for a CPU comes first.
+    On Linux the torch of the package index is the build for a GPU, 3 GB. Where torch is asked for, PyTorch's index of
+    builds for a CPU is added. pip prefers these: 2.13.0+cpu counts as newer than 2.13.0.
     """
     names = [canonicalize_name(re.match(r"[\w.-]*", requirement)[0]) for requirement in logged]
     index = [f"--extra-index-url {TORCH_CPU_INDEX}"] if "torch" in names else []
@@ -110,23 +110,23 @@ def make_folder(uri: str, name: str | None = None, instance_type: str | None = N
                 folder: Path | None = None) -> Plan:
     """Fill ``folder`` for the model at an address of the registry, and return the plan.
 
-    The folder, ``build/azureml`` unless another is named, is there when it is whole: until then, and after an error,
-    the former one is.
+    The folder, ``build/azureml`` unless another is named, is replaced when the new one is complete. An error leaves the
+    former one.
 
     Raises
     ------
     CourseError
-        A name that Azure refuses, no model at that address, one of another contract, or one that needs more memory
-        than the machine has that nobody chose.
+        A name that Azure refuses, no model at that address or no files of it, one of another contract, or one that
+        needs more memory than the default machine has.
     """
-    folder = folder or TARGET
+    folder = folder or TARGET_FOLDER
     version = _find_version(uri)
     name = name or default_name(version.name)
     check_name(name)
     part = folder.with_name(f"{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     try:
-        shutil.copytree(FILES, part)
+        shutil.copytree(YAML_FOLDER, part)
         plan = _fetch(version, name, instance_type, part)
         shutil.copyfile(part / "model" / "serving_input_example.json", part / "request.json")
         for file in ("score.py", *SHARED_FILES):
@@ -188,8 +188,8 @@ def _fetch(version, name, instance_type, part):
     course_model, size = version.tags.get("model"), folder_bytes(folder)
     needed = model_memory(course_model, size)
     if instance_type is None and needed > INSTANCE_MEMORY:
-        raise CourseError("model-too-large", f"The model takes {needed:,.0f} MB of memory, and a machine that you do "
-                          f"not choose, {INSTANCE_TYPE}, leaves it {INSTANCE_MEMORY:,} MB.",
+        raise CourseError("model-too-large", f"The model takes {needed:,.0f} MB of memory, and the default machine, "
+                          f"{INSTANCE_TYPE}, leaves it {INSTANCE_MEMORY:,} MB.",
                           f"Choose a larger one, --instance-type NAME, from {MACHINES}.")
     python = logged.flavors["python_function"]
     write_conda(part / "conda.yaml", python["python_version"], folder / "requirements.txt")
@@ -228,8 +228,8 @@ class Step:
     kind: str  # as in the command, with underscores
     settings: dict[str, str]  # what differs from the file; a dot leads into a part
     cost: str
-    documents: str  # the page of DOCUMENTS on what Azure refuses
-    switch: str = ""  # of the command, for what the SDK does by a call of its own
+    help_page: str  # in AZURE_DOCS: the page to read when Azure refuses the step
+    flag: str = ""  # of the command; _make has the calls that do the same
     delete: str = ""  # the command that takes it away
     archive: str = ""  # the command that hides it, where there is none to take it away
 
@@ -242,12 +242,12 @@ class Step:
     def command(self) -> str:
         """Return the ``az ml`` command that makes it."""
         words = ["az", "ml", self.kind.replace("_", "-"), "create", "--file", self.file]
-        words += [self.switch] if self.switch else []
+        words += [self.flag] if self.flag else []
         words += ["--set", *(f"{name}={value}" for name, value in self.settings.items())] if self.settings else []
         return shlex.join(words)
 
 
-def steps(plan: Plan, parts: Sequence[str] = PARTS) -> list[Step]:
+def plan_steps(plan: Plan, parts: Sequence[str] = PARTS) -> list[Step]:
     """Return what is made, in order."""
     name, version, batch = plan.name, plan.version, plan.batch_endpoint
     hour = f"1 x {plan.instance_type}, by the hour"
@@ -260,41 +260,40 @@ def steps(plan: Plan, parts: Sequence[str] = PARTS) -> list[Step]:
              archive=f"az ml environment archive --name {name} --version {version}"),
     ] if set(parts) & {"online", "batch"} else []
     if "online" in parts:
-        refused = "how-to-troubleshoot-online-endpoints"
+        help_page = "how-to-troubleshoot-online-endpoints"
         made += [
-            Step("online_endpoint", {"name": name}, "nothing yet", refused,
+            Step("online_endpoint", {"name": name}, "nothing yet", help_page,
                  delete=f"az ml online-endpoint delete --name {name} --yes"),
             Step("online_deployment", {"endpoint_name": name, **deployed, "instance_type": plan.instance_type},
-                 f"{hour}, asked or not, until it is deleted", refused, switch="--all-traffic"),
+                 f"{hour}, also while nobody asks, until it is deleted", help_page, flag="--all-traffic"),
         ]
     if "batch" in parts:
-        refused = "how-to-troubleshoot-batch-endpoints"
+        help_page = "how-to-troubleshoot-batch-endpoints"
         made += [
             Step("compute", {"name": name, "size": plan.instance_type}, f"nothing yet; {hour}, while a batch runs",
                  "how-to-create-attach-compute-cluster", delete=f"az ml compute delete --name {name} --yes"),
-            Step("batch_endpoint", {"name": batch}, "nothing", refused,
+            Step("batch_endpoint", {"name": batch}, "nothing", help_page,
                  delete=f"az ml batch-endpoint delete --name {batch} --yes"),
             Step("batch_deployment", {"endpoint_name": batch, **deployed, "compute": f"azureml:{name}"},
-                 "nothing until a batch runs", refused, switch="--set-default"),
+                 "nothing until a batch runs", help_page, flag="--set-default"),
         ]
     if "job" in parts:
         made.append(Step("job", {}, "1 x Standard_D4as_v4, by the hour, until it ends", "how-to-train-model"))
     return made
 
 
-def print_commands(plan: Plan, made: Sequence[Step], folder: Path | None = None) -> None:
+def print_commands(plan: Plan, steps: Sequence[Step], folder: Path | None = None) -> None:
     """Print the commands, what each begins to cost, and how to ask and to remove what was made."""
-    print(f"{folder or TARGET} has version {plan.version} of the model: {plan.megabytes:,.1f} MB, for a "
-          f"{plan.instance_type}.\nAll that is made is called {plan.name}, or {plan.batch_endpoint}.\n"
-          "Sign in, set your workspace, and run there:\n")
+    print(f"{folder or TARGET_FOLDER} has version {plan.version} of the model: {plan.megabytes:,.1f} MB, for a "
+          f"{plan.instance_type}.\nSign in, set your workspace, and run this in that folder:\n")
     print("  az login\n  az configure --defaults group=YOUR-GROUP workspace=YOUR-WORKSPACE")
-    for step in made:
+    for step in steps:
         print(f"  {step.command}\n      # costs: {step.cost}")
     print(f"\nWhat an hour of a machine costs in your region: {PRICES}")
     print(f"How many cores you may have: {QUOTAS}")
-    if any(step.kind == "online_deployment" for step in made):
+    if any(step.kind == "online_deployment" for step in steps):
         print(describe_timeout(plan))
-    _print_use(plan, made, "request.json")
+    _print_use_and_removal(plan, steps, "request.json")
 
 
 def describe_timeout(plan: Plan) -> str:
@@ -311,26 +310,27 @@ def describe_timeout(plan: Plan) -> str:
             f"{seconds:,.0f} seconds.")
     if seconds <= REQUEST_SECONDS:
         return told
-    return f"{told} Callers have to ask for max_tokens {int(plan.tokens_per_second * REQUEST_SECONDS):,} or less."
+    fitting = int(plan.tokens_per_second * REQUEST_SECONDS)
+    return f"{told} On such a machine callers have to ask for max_tokens {fitting:,} or less."
 
 
-def _print_use(plan, made, request):
+def _print_use_and_removal(plan, steps, request):
     """Print how to ask what was made, and how to remove it."""
-    kinds = {step.kind for step in made}
+    kinds = {step.kind for step in steps}
     if "online_deployment" in kinds:
         print(f"Ask it: az ml online-endpoint invoke --name {plan.name} --request-file {request}")
     if "batch_deployment" in kinds:
         print(f"Send it a batch: az ml batch-endpoint invoke --name {plan.batch_endpoint} --input FOLDER")
-    _print_removal("When you are done:", made)
+    _print_removal("When you are done:", steps)
 
 
-def _print_removal(title, made):
-    deleted = [step.delete for step in reversed(made) if step.delete]
-    archived = [step.archive for step in reversed(made) if step.archive]
+def _print_removal(title, steps):
+    deleted = [step.delete for step in reversed(steps) if step.delete]
+    archived = [step.archive for step in reversed(steps) if step.archive]
     if deleted or archived:
         print(title)
     if deleted:
-        print("\n".join(["Delete what costs by the hour, or can:", *(f"  {command}" for command in deleted)]))
+        print("\n".join(["Delete what costs by the hour, or could:", *(f"  {command}" for command in deleted)]))
     if archived:
         print("\n".join(["Hide the rest from the workspace's lists:", *(f"  {command}" for command in archived)]))
         print("Azure's command line deletes no model and no environment. The model's files stay in the workspace's "
@@ -357,7 +357,7 @@ def sign_in(folder: Path = ROOT) -> Any:
             "azure-missing", "The SDK of Azure Machine Learning is not installed.",
             f'Install it ({VENV_PYTHON.relative_to(ROOT)} -m pip install -e ".[azure]"), or take --dry-run and az.',
         ) from None
-    logging.getLogger("azure").setLevel(logging.ERROR)  # each way to sign in that is not set up would be told
+    logging.getLogger("azure").setLevel(logging.ERROR)  # it would log each way to sign in that is not set up
     credential = DefaultAzureCredential()
     try:
         client = MLClient.from_config(credential, path=folder, enable_telemetry=False, show_progress=False)
@@ -367,14 +367,14 @@ def sign_in(folder: Path = ROOT) -> Any:
             "In https://ml.azure.com choose the workspace's name, top right, and Download config file; put that file "
             "into the course's folder.") from None
     try:
-        credential.get_token(SCOPE)
+        credential.get_token(TOKEN_SCOPE)
     except AzureError:
         raise CourseError("azure-sign-in", "Nobody is signed in to Azure on this machine.",
                           "Run `az login`, and this again.") from None
     return client
 
 
-def send(made: Sequence[Step], client: Any, folder: Path | None = None) -> None:
+def send(steps: Sequence[Step], client: Any, folder: Path | None = None) -> None:
     """Make each step in the workspace, and wait for it.
 
     A CourseError tells what the service refused. What was begun by then is printed, with the commands that remove it.
@@ -384,14 +384,14 @@ def send(made: Sequence[Step], client: Any, folder: Path | None = None) -> None:
 
     begun = []
     try:
-        for step in made:
+        for step in steps:
             print(f"{step.command}\n    # costs: {step.cost}", flush=True)
             begun.append(step)
-            _make(step, client, folder or TARGET)
+            _make(step, client, folder or TARGET_FOLDER)
     except BaseException as error:
-        _print_removal("What this run has begun is still there.", begun)
+        _print_removal("What this run has begun may still be there.", begun)
         if isinstance(error, AzureError | MlException):
-            raise explain(error, step) from None
+            raise to_course_error(error, step) from None
         raise
 
 
@@ -413,15 +413,15 @@ def _make(step, client, folder):
         return
     client.begin_create_or_update(entity).result()
     endpoint = {"name": step.settings.get("endpoint_name")}
-    if step.switch == "--all-traffic":
+    if step.flag == "--all-traffic":
         client.begin_create_or_update(
             load("online_endpoint", folder, endpoint | {"traffic": {entity.name: 100}})).result()
-    if step.switch == "--set-default":
+    if step.flag == "--set-default":
         client.begin_create_or_update(
             load("batch_endpoint", folder, endpoint | {"defaults": {"deployment_name": entity.name}})).result()
 
 
-def explain(error: Exception, step: Step) -> CourseError:
+def to_course_error(error: Exception, step: Step) -> CourseError:
     """Return the sentences for what stopped a step, with Azure's own words and the page of its documents."""
     from azure.core.exceptions import AzureError, ClientAuthenticationError, HttpResponseError
 
@@ -432,8 +432,9 @@ def explain(error: Exception, step: Step) -> CourseError:
     if isinstance(error, AzureError) and not isinstance(error, HttpResponseError):
         return CourseError("azure-unreachable", f"Azure did not answer: {words}.",
                            "Check the network and the proxy (HTTPS_PROXY), and this again; what is made stays.")
-    return CourseError("azure-refused", f"Azure refused {step.file}: {words}.",
-                       f"Read {DOCUMENTS}/{step.documents}, and run this again; what is made stays.")
+    who = "Azure" if isinstance(error, HttpResponseError) else "azure-ai-ml"
+    return CourseError("azure-refused", f"{who} refused {step.file}: {words}.",
+                       f"Read {AZURE_DOCS}/{step.help_page}, and run this again; what is made stays.")
 
 
 def deploy(uri: str, name: str | None = None, instance_type: str | None = None, parts: Sequence[str] = PARTS,
@@ -445,7 +446,7 @@ def deploy(uri: str, name: str | None = None, instance_type: str | None = None, 
     uri : str
         Such as ``models:/slm-onnx@champion``, in the course's store.
     name : str, optional
-        Of all that is made; unless you choose one, the model's with five letters that are yours.
+        Of all that is made. By default the model's name, and five letters from your user's name, machine and folder.
     instance_type : str, optional
         Azure's name of a machine.
     parts : sequence of str, optional
@@ -455,11 +456,11 @@ def deploy(uri: str, name: str | None = None, instance_type: str | None = None, 
         check_name(name)
     client = None if dry_run else sign_in()  # refused here, before anything is copied
     plan = make_folder(uri, name, instance_type)
-    made = steps(plan, parts)
+    steps = plan_steps(plan, parts)
     if dry_run:
-        print_commands(plan, made)
+        print_commands(plan, steps)
         return 0
-    send(made, client)
+    send(steps, client)
     print()
-    _print_use(plan, made, f"{TARGET.relative_to(ROOT).as_posix()}/request.json")
+    _print_use_and_removal(plan, steps, f"{TARGET_FOLDER.relative_to(ROOT).as_posix()}/request.json")
     return 0

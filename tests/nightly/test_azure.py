@@ -22,7 +22,7 @@ from support import ROOT, refuses
 from support.chat import AS_SHOWN, SECRET, chat_model_for
 
 from course import azure
-from course.azure import FILES, PARTS, Plan, load, send, steps
+from course.azure import PARTS, YAML_FOLDER, Plan, load, plan_steps, send
 from course.environment import install_extra
 
 # The SDK's own warnings: the process that gathers the results has no such classes, and ends when it is sent one.
@@ -69,7 +69,7 @@ def with_sdk(test):
     return pytest.mark.usefixtures("sdk")(test)
 
 
-STEPS = {step.kind: step for step in steps(PLAN)}
+STEPS = {step.kind: step for step in plan_steps(PLAN)}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def filled(tmp_path):
     (tmp_path / "model" / "MLmodel").write_text("flavors: {}\n", encoding="utf-8")
     (tmp_path / "code" / "score.py").write_text("def init(): ...\n\n\ndef run(request): ...\n", encoding="utf-8")
     (tmp_path / "course" / "README.md").write_text("# The course\n", encoding="utf-8")
-    for file in FILES.glob("*.yaml"):
+    for file in YAML_FOLDER.glob("*.yaml"):
         shutil.copyfile(file, tmp_path / file.name)
     return tmp_path
 
@@ -251,11 +251,11 @@ def see_in_file(name, service):
 @pytest.mark.parametrize("part", PARTS)
 def test_the_requests_of_a_part_are_those_on_file(part, connect, filled, capsys):
     service, client = connect()
-    send(steps(PLAN, [part]), client, filled)
+    send(plan_steps(PLAN, [part]), client, filled)
     see_in_file(part, service)
     said = capsys.readouterr().out
-    assert re.findall("^az ml .*", said, re.MULTILINE) == [step.command for step in steps(PLAN, [part])]
-    assert SECRET not in said and "still there" not in said
+    assert re.findall("^az ml .*", said, re.MULTILINE) == [step.command for step in plan_steps(PLAN, [part])]
+    assert SECRET not in said and "still be there" not in said
 
 
 @with_sdk
@@ -277,9 +277,9 @@ def test_a_refusal_has_azures_words_and_what_is_left_and_how_it_goes(
         place, answer, code, words, left, connect, filled, capsys):
     _, client = connect(**{place: answer})
     with refuses(code) as refusal:
-        send(steps(PLAN, ["online"]), client, filled)
+        send(plan_steps(PLAN, ["online"]), client, filled)
     said = capsys.readouterr().out
-    told = said[said.index("still there"):]
+    told = said[said.index("still be there"):]
     assert words in refusal.value.what
     assert re.findall(r"^  az ml (\S+) (?:delete|archive) ", told, re.MULTILINE) == left
     assert SECRET not in said + str(refusal.value) and refusal.value.__suppress_context__
@@ -290,7 +290,7 @@ def test_a_run_that_is_interrupted_says_what_is_left(connect, filled, capsys, mo
     _, client = connect()
     monkeypatch.setattr(client, "begin_create_or_update", lambda entity: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        send(steps(PLAN, ["online"]), client, filled)
+        send(plan_steps(PLAN, ["online"]), client, filled)
     assert "az ml online-endpoint delete --name slm-onnx-abcde --yes" in capsys.readouterr().out
 
 
@@ -299,7 +299,7 @@ def test_the_same_deployment_again_asks_the_same(connect, filled):
     service, client = connect()
     for _ in range(2):
         service.asked.clear()
-        send(steps(PLAN, ["online"]), client, filled)
+        send(plan_steps(PLAN, ["online"]), client, filled)
     puts = [asked for asked in service.asked if asked["method"] == "PUT"]
     golden = json.loads((HERE / "online.json").read_text(encoding="utf-8"))["asked"]
     assert puts == [asked for asked in golden if asked["method"] == "PUT"]
@@ -329,7 +329,7 @@ def test_a_proxy_is_asked_for_the_way_and_its_refusal_is_told(filled, monkeypatc
         credential = SimpleNamespace(get_token=lambda *scopes, **more: AccessToken(SECRET, 2**33))
         client = MLClient(credential, **WORKSPACE, enable_telemetry=False, show_progress=False, retry_total=0)
         with refuses("azure-unreachable"):
-            send(steps(PLAN, ["online"])[:1], client, filled)
+            send(plan_steps(PLAN, ["online"])[:1], client, filled)
         proxy.shutdown()
     assert set(asked) == {"management.azure.com:443"}
 
@@ -361,7 +361,7 @@ def test_with_nobody_signed_in_it_says_how_to(nobody, tmp_path):
 @with_sdk
 def test_nothing_is_copied_before_somebody_is_signed_in(registered, nobody, tmp_path, monkeypatch):
     monkeypatch.setattr(azure, "ROOT", tmp_path)
-    monkeypatch.setattr(azure, "TARGET", tmp_path / "azureml")
+    monkeypatch.setattr(azure, "TARGET_FOLDER", tmp_path / "azureml")
     with refuses("azure-workspace"):
         azure.deploy("models:/slm-onnx@champion")
     with refuses("endpoint-name"):

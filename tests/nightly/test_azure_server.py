@@ -21,7 +21,7 @@ from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, user
 from support.score import load_score
 from support.service import wait_for
 
-from course.azure import FILES, write_conda
+from course.azure import YAML_FOLDER, write_conda
 from helpers import pinned
 from serving import score
 from serving.package import SHARED_FILES
@@ -112,7 +112,7 @@ def environment(tmp_path_factory):
     """Make an environment of what conda.yaml has the service install; return its Python."""
     folder = tmp_path_factory.mktemp("service")
     uv = [sys.executable, "-m", "uv"]
-    shutil.copyfile(FILES / "conda.yaml", folder / "conda.yaml")
+    shutil.copyfile(YAML_FOLDER / "conda.yaml", folder / "conda.yaml")
     (folder / "logged.txt").write_text("\n".join(pinned(*LOGGED)), encoding="utf-8")
     write_conda(folder / "conda.yaml", platform.python_version(), folder / "logged.txt")
     version, _, pip = yaml.safe_load((folder / "conda.yaml").read_text(encoding="utf-8"))["dependencies"]
@@ -137,7 +137,7 @@ def serve(environment, tmp_path):
         (code / "serving").mkdir()
         for name in SHARED_FILES:
             shutil.copyfile(ROOT / "serving" / name, code / "serving" / name)
-        settings = yaml.safe_load((FILES / "online-deployment.yaml").read_text(encoding="utf-8"))
+        settings = yaml.safe_load((YAML_FOLDER / "online-deployment.yaml").read_text(encoding="utf-8"))
         variables = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         variables |= settings["environment_variables"] | {
             "AZUREML_MODEL_DIR": str(folder), "AZUREML_ENTRY_SCRIPT": str(code / "score.py"), "AML_APP_ROOT": str(code),

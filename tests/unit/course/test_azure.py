@@ -21,15 +21,15 @@ from support.chat import AS_SHOWN, chat_model_for
 
 from course import azure
 from course.azure import (
-    FILES,
+    YAML_FOLDER,
     Plan,
     check_name,
     describe_timeout,
     make_folder,
     model_memory,
+    plan_steps,
     send,
     service_requirements,
-    steps,
 )
 
 PLAN = Plan("slm-onnx-abcde", "3", "tiny-phi3", 0.6, "Standard_D2as_v4")
@@ -54,10 +54,11 @@ def test_two_participants_of_a_workspace_make_nothing_of_the_same_name(monkeypat
     assert mine == azure.default_name("slm-transformers")
     check_name(mine)
     monkeypatch.setattr(azure.platform, "node", lambda: "another machine")
-    names = [{setting for step in steps(Plan(azure.default_name("slm-transformers"), "1", "m", 1, "M"))
+    names = [{setting for step in plan_steps(Plan(azure.default_name("slm-transformers"), "1", "m", 1, "M"))
               for key, setting in step.settings.items() if key == "name"}]
     monkeypatch.undo()
-    names.append({step.settings["name"] for step in steps(Plan(mine, "1", "m", 1, "M")) if "name" in step.settings})
+    names.append({setting for step in plan_steps(Plan(mine, "1", "m", 1, "M"))
+                  for key, setting in step.settings.items() if key == "name"})
     assert names[0] and names[1] and not names[0] & names[1]
 
 
@@ -88,7 +89,7 @@ def test_a_service_installs_what_was_logged_but_for_the_servers_own_pins(logged,
 
 @pytest.mark.parametrize(("max_tokens", "speed", "says"), [
     (2_048, 100, "2,048 tokens, the most that the model writes, takes 20 seconds."),
-    (2_048, 8, "takes 256 seconds. Callers have to ask for max_tokens 1,440 or less."),
+    (2_048, 8, "takes 256 seconds. On such a machine callers have to ask for max_tokens 1,440 or less."),
     (1_800, 10, "takes 180 seconds."),
     (2_048, None, "needs 11.4 tokens a second. Nobody has measured"),
     (None, 100, "needs a machine of N / 180 tokens a second."),
@@ -100,7 +101,7 @@ def test_a_dry_run_says_whether_the_longest_answer_arrives_in_time(max_tokens, s
 
 
 def test_the_timeout_that_is_told_is_the_deployments():
-    deployment = yaml.safe_load((FILES / "online-deployment.yaml").read_text(encoding="utf-8"))
+    deployment = yaml.safe_load((YAML_FOLDER / "online-deployment.yaml").read_text(encoding="utf-8"))
     assert deployment["request_settings"]["request_timeout_ms"] == azure.REQUEST_SECONDS * 1000
 
 
@@ -141,7 +142,7 @@ def test_the_folder_has_the_model_the_script_and_the_files(registered, tmp_path)
     assert (folder / "code" / "score.py").read_bytes() == (ROOT / "serving" / "score.py").read_bytes()
     assert json.loads((folder / "request.json").read_text(encoding="utf-8")) == AS_SHOWN
     assert plan.megabytes == sum(path.stat().st_size for path in (folder / "model").rglob("*") if path.is_file()) / 1e6
-    for path in FILES.glob("*.yaml"):
+    for path in YAML_FOLDER.glob("*.yaml"):
         if path.name != "conda.yaml":
             assert (folder / path.name).read_bytes() == path.read_bytes()
     python, pip, packages = yaml.safe_load((folder / "conda.yaml").read_text(encoding="utf-8"))["dependencies"]
@@ -196,7 +197,7 @@ def test_a_version_whose_files_are_gone_says_so(registered, tmp_path):
 
 
 def test_a_dry_run_prints_the_commands_in_order_and_what_costs(registered, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(azure, "TARGET", tmp_path / "azureml")
+    monkeypatch.setattr(azure, "TARGET_FOLDER", tmp_path / "azureml")
 
     assert azure.deploy("models:/slm-onnx@champion", "my-slm", dry_run=True) == 0
     said = capsys.readouterr().out
@@ -212,7 +213,7 @@ def test_a_dry_run_prints_the_commands_in_order_and_what_costs(registered, tmp_p
     assert made == removed == {"model": "my-slm", "environment": "my-slm", "online-endpoint": "my-slm",
                                "compute": "my-slm", "batch-endpoint": "my-slm-batch"}
     assert "you pay for that storage until you delete them there" in said
-    assert azure.PRICES in said and "takes 200 seconds. Callers have to ask for max_tokens 450 or less." in said
+    assert azure.PRICES in said and "takes 200 seconds." in said and "ask for max_tokens 450 or less." in said
     assert not re.search(r"[$€]\s?\d|\d+[.,]\d\d (USD|EUR)", said)  # no price is invented
 
 
@@ -222,8 +223,8 @@ def test_a_dry_run_prints_the_commands_in_order_and_what_costs(registered, tmp_p
     (["job"], ["job"]),
 ])
 def test_a_part_has_its_own_steps(parts, kinds):
-    assert [step.kind for step in steps(PLAN, parts)] == kinds
-    assert all((FILES / step.file).exists() and step.file in step.command for step in steps(PLAN, parts))
+    assert [step.kind for step in plan_steps(PLAN, parts)] == kinds
+    assert all((YAML_FOLDER / step.file).exists() and step.file in step.command for step in plan_steps(PLAN, parts))
 
 
 def test_without_the_sdk_it_says_what_to_install(monkeypatch, tmp_path):
@@ -250,7 +251,7 @@ def no_sdk(monkeypatch):
     def loader(kind):
         return lambda file, params_override: SimpleNamespace(kind=kind, name="blue", settings=params_override[0])
 
-    kinds = {f"load_{step.kind}": loader(step.kind) for step in steps(PLAN)}
+    kinds = {f"load_{step.kind}": loader(step.kind) for step in plan_steps(PLAN)}
     ml = SimpleNamespace(**kinds)
     modules = {
         "azure.ai": SimpleNamespace(ml=ml), "azure.ai.ml": ml,
@@ -287,7 +288,7 @@ class Client:
 
 def test_the_steps_are_made_in_order_each_is_awaited_and_the_new_deployment_gets_the_traffic(
         no_sdk, tmp_path, capsys):
-    client, made = Client(), steps(PLAN)
+    client, made = Client(), plan_steps(PLAN)
     send(made, client, tmp_path)
     expected = [(step.kind, step.settings) for step in made]
     expected.insert(4, ("online_endpoint", {"name": "slm-onnx-abcde", "traffic": {"blue": 100}}))
@@ -295,17 +296,17 @@ def test_the_steps_are_made_in_order_each_is_awaited_and_the_new_deployment_gets
     assert client.done == expected
     said = capsys.readouterr().out
     assert re.findall("^az ml .*", said, re.MULTILINE) == [step.command for step in made]
-    assert "still there" not in said
+    assert "still be there" not in said
 
 
 def test_a_step_that_is_refused_says_what_is_left_and_how_it_goes(no_sdk, tmp_path, capsys):
     with refuses("azure-refused") as refusal:
-        send(steps(PLAN), Client("online_deployment", no_sdk("(Code) No\nroom.")), tmp_path)
+        send(plan_steps(PLAN), Client("online_deployment", no_sdk("(Code) No\nroom.")), tmp_path)
     assert refusal.value.what == "Azure refused online-deployment.yaml: (Code) No room."
     assert "how-to-troubleshoot-online-endpoints" in refusal.value.fix
     with pytest.raises(KeyboardInterrupt):
-        send(steps(PLAN), Client("environment", KeyboardInterrupt()), tmp_path)
-    first, second = capsys.readouterr().out.split("still there")[1:]
+        send(plan_steps(PLAN), Client("environment", KeyboardInterrupt()), tmp_path)
+    first, second = capsys.readouterr().out.split("still be there")[1:]
     assert re.findall(r"^  az ml (\S+) (?:delete|archive) ", first, re.MULTILINE) == [
         "online-endpoint", "environment", "model"]
     assert re.findall(r"^  az ml (\S+) (?:delete|archive) ", second, re.MULTILINE) == ["environment", "model"]
