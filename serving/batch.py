@@ -72,13 +72,15 @@ def resolve_alias(uri: str) -> str:
 
     So a later run of the same command knows whether it has the same model.
     """
+    if not uri.startswith("models:/"):
+        return uri
     name, at, alias = uri.removeprefix("models:/").partition("@")
-    if not uri.startswith("models:/") or not at:
+    if not at:
         _, _, number = name.partition("/")
-        if uri.startswith("models:/") and number and not number.isdigit():
+        if number and not number.isdigit():
             raise BatchError(
                 f"{uri} has neither a version's number nor an alias.",
-                "Use models:/NAME/3 or models:/NAME@ALIAS: --model.",
+                "Correct --model, such as models:/NAME/3 or models:/NAME@ALIAS.",
             )
         return uri
     try:
@@ -194,13 +196,14 @@ def read_input(spark: Any, path: str, prompt_column: str) -> tuple[Any, int]:
     taken = [name for name in names if name.lower() in (*ADDED_COLUMNS, *TEMPORARY_COLUMNS)]
     if taken:
         raise BatchError(
-            f"{path} has columns that the answers would have: {', '.join(taken)}.", "Rename them."
+            f"{path} has columns with names that the output needs: {', '.join(taken)}.",
+            "Rename them.",
         )
     metadata = functions.col("_metadata")
     table = table.select("*", metadata.file_path.alias("_file"), metadata.row_index.alias("row"))
     starts = {}
     total = 0
-    for file, count in sorted(tuple(row) for row in table.groupBy("_file").count().collect()):
+    for file, count in sorted(table.groupBy("_file").count().collect()):
         starts[file] = total
         total += count
     if not starts:
@@ -280,7 +283,7 @@ def run(
     }
     table = add_hash(table, settings)
     output = Output(spark, options.output)
-    output.check(options.overwrite)
+    output.check_usable(options.overwrite)
     names = ("max_tokens", "temperature")
     config = {
         "fields": {name: settings[name] for name in names if settings[name] is not None},
@@ -289,7 +292,7 @@ def run(
     }
     wrapped = wrap_model(model_uri, folder / "model", config)
     raise_if_lost()
-    missing, kept = output.begin(table, total, settings, options.overwrite)
+    missing, kept = output.start_or_resume(table, total, settings, options.overwrite)
     kinds = ", ".join(f"{name}: {kind}" for name, kind in ANSWER_COLUMNS.items())
     answer = mlflow.pyfunc.spark_udf(
         spark, wrapped.as_uri(), result_type=f"struct<{kinds}>", env_manager="local"
@@ -309,10 +312,12 @@ def run(
 
 
 class Output:
-    """The folder of the answers.
+    """The folder of the answers, in which an interrupted run is resumed.
 
-    Finished tasks leave their rows in it. ``_settings.json`` has what the answers depend on, and
-    ``_SUCCESS`` says that all rows are there. Spark reads no file whose name begins with ``_``.
+    Each task that ends leaves its rows in it. A later run resumes if its input and its settings are
+    the same: it answers the rows that are not there. ``_settings.json`` has what the answers depend
+    on, and ``_SUCCESS`` says that all rows are there. Spark reads no file whose name begins with
+    ``_``.
     """
 
     def __init__(self, spark: Any, path: str):
@@ -322,7 +327,7 @@ class Output:
         self._settings = self._path.suffix("/_settings.json")
         self._success = self._path.suffix("/_SUCCESS")
 
-    def check(self, overwrite: bool) -> None:
+    def check_usable(self, overwrite: bool) -> None:
         """Raise a BatchError if the folder is not an output of this program, or may not be replaced.
 
         A complete output may be replaced if ``overwrite`` is set.
@@ -341,10 +346,12 @@ class Output:
                 f"{self._name} is there already.", "Take another path, or replace it: --overwrite."
             )
 
-    def begin(self, table: Any, total: int, settings: dict, overwrite: bool) -> tuple[Any, int]:
+    def start_or_resume(
+        self, table: Any, total: int, settings: dict, overwrite: bool
+    ) -> tuple[Any, int]:
         """Return the rows that are still to be answered, and how many are done.
 
-        Deletes a folder that is complete or belongs to another run: call `check` first.
+        Deletes a folder that is complete or belongs to another run: call `check_usable` first.
         """
         before = json.loads(read_file(self._file_system, self._settings) or "null")
         is_complete = self._file_system.exists(self._success)
@@ -357,12 +364,13 @@ class Output:
         if change and not overwrite:
             raise BatchError(
                 f"{self._name} is of a run with {change}.",
-                "Finish that run with its own input and options, or begin anew: --overwrite.",
+                "Run it again with the input and the options that it had, or begin anew: --overwrite.",
             )
         if change or done is None:
             return self._begin_anew(table, settings)
         missing = table.join(done, ROW_ID_COLUMNS, "left_anti")
-        return missing, total - missing.count()
+        # The join has put its own columns first; all files have them in one order.
+        return missing.select(*map(column, table.columns)), done.count()
 
     def _begin_anew(self, table, settings):
         self._file_system.delete(self._path, True)
@@ -401,16 +409,16 @@ def _report(spark, output, total, kept):
         functions.expr("status = 'error'"),
         functions.expr("finish_reason = 'length'"),
     )
-    count, different, failed, cut = rows.agg(
+    count, distinct, failed, cut = rows.agg(
         functions.count("*"),
         functions.countDistinct("row"),
         functions.count_if(is_error),
         functions.count_if(is_cut),
     ).first()
-    if (count, different) != (total, total):
+    if (count, distinct) != (total, total):
         raise BatchError(
-            f"{output} should have {total} rows, each once. It has {different} different ones, and "
-            f"{count - different} repeats.",
+            f"{output} should have {total} rows, each once. It has {distinct} different ones, and "
+            f"{count - distinct} repeats.",
             f"Remove {output}, and run the same command again.",
         )
     errors = rows.where(is_error).groupBy("reason").count()
@@ -453,7 +461,7 @@ def read_options(words: list[str]) -> argparse.Namespace:
     add("--column", default="prompt", help="the column of prompts, or of lists of messages")
     add("--system", default="", help="a system prompt for each row")
     add("--max-tokens", type=_positive, help="the most tokens of an answer; default: the model's")
-    add("--temperature", type=float, help="default: the model's")
+    add("--temperature", type=_temperature, help="from 0 to 2; default: the model's")
     add(
         "--rows-per-task",
         type=_positive,
@@ -473,6 +481,13 @@ def _positive(text):
     number = int(text) if text.isdecimal() else 0
     if not 0 < number < 2**31:
         raise argparse.ArgumentTypeError("it has to be a whole number from 1")
+    return number
+
+
+def _temperature(text):
+    number = float(text)
+    if not 0 <= number <= 2:  # neither is nan
+        raise argparse.ArgumentTypeError("it has to be a number from 0 to 2")
     return number
 
 

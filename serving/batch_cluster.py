@@ -258,10 +258,7 @@ def _make_zip(base_name, base_dir, **_):
 
 @contextlib.contextmanager
 def _quiet_java():
-    """Keep what Java writes to stderr, for as long as it runs: no setting turns its start off.
-
-    If Java does not start, its words are shown.
-    """
+    """Hide what Java writes to stderr for as long as it runs, but show it if Java does not start."""
     sys.stderr.flush()
     kept = os.dup(2)
     with tempfile.TemporaryFile() as words:
@@ -359,8 +356,8 @@ class DriverLock:
     def beat(self) -> bool:
         """Give a sign of life. Return whether the lock is still this driver's."""
         text = self._read()
-        if text and not text.startswith(self._owner):
-            return False
+        if text is None or (text and not text.startswith(self._owner)):
+            return False  # another driver has taken over, and may have ended since
         self._write()  # also where a full disk has left the file empty
         return True
 
@@ -394,7 +391,7 @@ def is_lost(checks: Sequence[tuple[bool, int]]) -> bool:
 def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callable[[], None]]:
     """Hold the lock while the block runs, and cancel its jobs if the lock or the cluster is lost.
 
-    Spark would wait for ever for a standalone cluster that is lost; YARN and Kubernetes tell it.
+    Spark would wait for ever for a standalone cluster that is lost. Of YARN and Kubernetes it hears.
     Yields a function that raises a BatchError if one of them is lost.
     """
     ended = threading.Event()
@@ -408,12 +405,12 @@ def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callabl
         checks = []
         while not ended.wait(BEAT_SECONDS):
             try:
-                loss.extend(_check_once(spark, master, lock, checks))
-            except Exception as error:  # from Java: one failed check is tolerated
+                error = _check_once(spark, master, lock, checks)
+            except Exception as failure:  # from Java: one failed check is tolerated
                 checks.append((False, 0))
-                if is_lost(checks):
-                    loss.append(to_batch_error(error))
-            if loss:
+                error = to_batch_error(failure) if is_lost(checks) else None
+            if error:
+                loss.append(error)
                 with contextlib.suppress(Exception):  # from Java, if it has ended
                     spark.sparkContext.cancelAllJobs()
 
@@ -437,19 +434,17 @@ def _check_once(spark, master, lock, checks):
 
     Returns
     -------
-    list of BatchError
-        Why the lock or the cluster is lost, empty if both are there.
+    BatchError or None
+        Why the lock or the cluster is lost, None if both are there.
     """
     if not lock.beat():
-        return [
-            BatchError(
-                "Another run has taken over this output, because this one gave no sign of life.",
-                "Wait until that one has ended, and run the same command again.",
-            )
-        ]
+        return BatchError(
+            "Another run has taken over this output, because this one gave no sign of life.",
+            "Wait until that one has ended, and run the same command again.",
+        )
     if not master.startswith("spark://"):
         checks.append((True, 0))
-        return []
+        return None
     count = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 1  # the driver is one
     checks.append((_master_is_reachable(master), count))
     if len(checks) == NO_EXECUTOR_CHECKS and not any(count for _, count in checks):
@@ -458,8 +453,6 @@ def _check_once(spark, master, lock, checks):
             "--conf spark.executor.memory=1g. Still waiting.",
             file=sys.stderr,
         )
-    return (
-        [BatchError("The cluster's master is lost.", ADVICE_START_CLUSTER)]
-        if is_lost(checks)
-        else []
-    )
+    if is_lost(checks):
+        return BatchError("The cluster's master is lost.", ADVICE_START_CLUSTER)
+    return None

@@ -77,7 +77,7 @@ def answer_rows(
     check_model: Callable[[], Any],
     at_once: int = ROWS_AT_ONCE,
 ) -> list[dict]:
-    """Answer the conversation in each cell. A row that fails changes no other.
+    """Answer the conversation in each cell. An error in one row changes no other row.
 
     Parameters
     ----------

@@ -22,7 +22,8 @@ def make_protocol(answer_seconds: float) -> type[H11Protocol]:
     """
 
     class Protocol(H11Protocol):
-        timer = None
+        timer = None  # cuts the connection, unless it is idle
+        is_draining = False  # the answer is complete, and the caller still reads it
 
         def connection_made(self, transport):
             super().connection_made(transport)
@@ -46,7 +47,7 @@ def make_protocol(answer_seconds: float) -> type[H11Protocol]:
             self.conn.next_event = count_pieces
 
         def data_received(self, data):
-            if self.timer is None:
+            if self.timer is None or self.is_draining:
                 self._set_timer(HEADER_SECONDS)
             super().data_received(data)
 
@@ -57,15 +58,23 @@ def make_protocol(answer_seconds: float) -> type[H11Protocol]:
                 self._set_timer(answer_seconds)
 
         def on_response_complete(self):
-            if not self.transport.get_write_buffer_size():  # else the caller has to read it in time
-                self._set_timer(None)
+            self._set_timer(None)
+            if self.transport.get_write_buffer_size():  # the caller has not read the end yet
+                self.is_draining = True
+                self.timer = self.loop.call_later(answer_seconds, self._cut_reader)
             super().on_response_complete()
 
         def connection_lost(self, exc):
             self._set_timer(None)
             super().connection_lost(exc)
 
+        def _cut_reader(self):
+            self._set_timer(None)
+            if self.transport.get_write_buffer_size():
+                self.transport.abort()
+
         def _set_timer(self, limit):
+            self.is_draining = False
             if self.timer:
                 self.timer.cancel()
             self.timer = self.loop.call_later(limit, self.transport.abort) if limit else None

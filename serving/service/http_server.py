@@ -20,7 +20,7 @@ HEADER_BYTES = 1 << 16
 
 
 def make_json_protocol(answer_seconds: float) -> type[H11Protocol]:
-    """Return `make_protocol`'s connection, with refusals in JSON, and half bodies that end with us."""
+    """Return `make_protocol`'s connection, with refusals in JSON. Half a body is refused at shutdown."""
 
     class Protocol(make_protocol(answer_seconds)):
         def shutdown(self):
@@ -51,7 +51,7 @@ def listen(host: str, port: int) -> socket.socket:
     Raises
     ------
     ProgramError
-        The port is taken, or the host is none of this machine.
+        The port is taken, or the host is no address of this machine.
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -92,6 +92,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 build_app(service, token, hosts),
+                # The answer's own limit comes first, with an error that the caller can read.
                 http=make_json_protocol(limits.timeout + 5),
                 ws="none",
                 lifespan="off",
@@ -146,6 +147,6 @@ class Server(uvicorn.Server):
             ready = f"Serving {active.name}, version {active.current.number}, at {self.address}/v1"
             print(ready, flush=True)
             await active.watch(self._service.limits.poll)
-        except ProgramError as error:
+        except Exception as error:
             self._failure = error
             self.should_exit = True

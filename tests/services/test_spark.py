@@ -14,6 +14,7 @@ import mlflow
 import pandas as pd
 import psutil
 import pytest
+from pyarrow import parquet
 from support import ROOT, stand_ins
 from support.chat import chat_model_for, user
 from support.service import wait_for
@@ -156,7 +157,7 @@ def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tm
     (text := tmp_path / "text.parquet").write_text("no Parquet", encoding="utf-8")
     for path, words, says in (
             (other, (), "has no column prompt: it has text, Answer, number"),
-            (other, ("--column", "text"), "has columns that the answers would have: Answer"),
+            (other, ("--column", "text"), "has columns with names that the output needs: Answer"),
             (other, ("--column", "number"), "its type is bigint"),
             (tmp_path / "nowhere.parquet", (), "is not there"),
             (text, (), f"Spark can't read the file file:{text}."),
@@ -175,7 +176,6 @@ def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tm
 
 
 def test_columns_come_out_as_they_went_in(driver, tmp_path):
-    times = pd.to_datetime(["2026-01-02", None]).astype("datetime64[us]")
     times = pd.to_datetime(["2026-01-02", None]).astype("datetime64[us]")
     table = pd.DataFrame({"user.id": [1, 2], "a `b` *": ["x", None], "prompt": ["word 1", "word 2"],
                           "Prompt": [[1], []], "when": times})
@@ -228,6 +228,7 @@ def test_an_interrupted_run_goes_on_with_the_same_content_alone(driver, tmp_path
     report = driver.run(whole, out, "--model", MODEL, "--overwrite")
     assert (report["rows"], report["kept"]) == (40, kept) and 0 < kept < 40
     assert list(read(out)["answer"]) == ["word " * (number % 3 + 1) for number in range(40)]
+    assert len({tuple(parquet.read_schema(part).names) for part in out.glob("part-*")}) == 1  # both runs' files
     write(whole, prompts[:4])
     assert driver.run(whole, out, "--model", MODEL, "--overwrite")["kept"] == 0
     assert len(read(out)) == 4

@@ -320,6 +320,8 @@ def test_a_driver_takes_over_from_one_that_gives_no_sign(monkeypatch):
     assert second.beat() and not first.beat()  # the first was only stopped, and has to end now
     first.release()
     assert second.beat()
+    second.release()
+    assert not first.beat()  # also where the second has ended meanwhile
 
 
 def test_of_two_drivers_that_take_over_at_once_one_is_refused(monkeypatch):
