@@ -53,8 +53,8 @@ ADVICE_MORE_MEMORY = (
     f"spark.executor.pyspark.memory bounds these. {ADVICE_RUN_AGAIN}"
 )
 ADVICE_START_CLUSTER = f"Start the master and its workers. {ADVICE_RUN_AGAIN}"
-# Patterns in Spark's long messages, and what each means. The first that matches counts. The text
-# that a group captures replaces {} in the sentence.
+# Patterns in an exception's type and message, and what each means. The first that matches counts.
+# The text that a group captures replaces {} in the sentence.
 MEANINGS = (
     (
         r"No space left on device|Disk quota exceeded",
@@ -81,7 +81,8 @@ MEANINGS = (
         ADVICE_START_CLUSTER,
     ),
     (
-        r"Answer from Java side is empty|Py4JNetworkError|ConnectionRefusedError",
+        # A worker's own refusal stands further back in the text.
+        r"Answer from Java side is empty|Py4JNetworkError|^ConnectionRefusedError",
         "Spark's Java program on this machine has ended, most likely for want of memory.",
         f"Give it more: --conf spark.driver.memory=2g. {ADVICE_RUN_AGAIN}",
     ),
@@ -120,6 +121,10 @@ MEANINGS = (
 )
 
 
+# The line of a Python traceback that has the exception: the first one that is not indented.
+PYTHON_REASON = r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(\S.*)"
+
+
 def to_batch_error(error: BaseException) -> BatchError:
     """Translate an exception, mostly one of Spark's, into two sentences, by its text."""
     text = f"{type(error).__name__}: {error}"
@@ -129,7 +134,8 @@ def to_batch_error(error: BaseException) -> BatchError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     causes = [line.removeprefix("Caused by: ") for line in lines if line.startswith("Caused by: ")]
     others = [line for line in lines if not line.startswith("An error occurred while calling")]
-    reason = [*causes[-1:], *others, "Spark gives no reason"][0]
+    from_python = re.findall(PYTHON_REASON, str(error))
+    reason = [*from_python[-1:], *causes[-1:], *others, "Spark gives no reason"][0]
     return BatchError(
         f"The job failed: {reason[:300].rstrip('.')}.",
         f"If it failed on a worker, the logs of the executors have more. {ADVICE_RUN_AGAIN}",

@@ -168,6 +168,15 @@ def test_a_failure_of_spark_is_two_sentences(error, what, named):
         assert sentence[0].isupper() and sentence.endswith(".")
 
 
+def test_a_refused_connection_is_javas_here_and_a_models_on_a_worker():
+    assert "Spark's Java program on this machine has ended" in to_batch_error(ConnectionRefusedError("111")).what
+    on_worker = Exception(
+        "Caused by: PythonException: Traceback (most recent call last):\n  File a, line 1\n    ask()\n"
+        "ConnectionRefusedError: [Errno 111] Connection refused\n\n\tat org.apache.spark")
+    assert to_batch_error(on_worker).what == (
+        "The job failed: ConnectionRefusedError: [Errno 111] Connection refused.")
+
+
 @pytest.mark.parametrize("said, number", [
     ('openjdk version "17.0.15" 2025-04-15\nOpenJDK Runtime', 17), ('java version "1.8.0_381"', 8),
     ('openjdk version "21" 2023-09-19', 21), ('openjdk version "25-ea"', 25), ("sh: no such thing", 0), ("", 0)])
