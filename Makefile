@@ -3,7 +3,7 @@ PYTHON ?= python3
 MODEL ?= $(or $(COURSE_MODEL),smollm2-135m)
 HELPERS = $(PYTHON) -m helpers
 
-.PHONY: run check test nightly durations lab ui bench doctor mutate setup generate clean distclean
+.PHONY: run check test nightly durations lab ui bench doctor setup generate clean distclean
 
 run:
 	@$(HELPERS) run --model "$(MODEL)"
@@ -31,9 +31,6 @@ bench:
 
 doctor:
 	@$(HELPERS) doctor
-
-mutate:
-	@$(HELPERS) mutate
 
 setup:
 	@$(HELPERS) setup

@@ -329,12 +329,6 @@ def _bench(options):
     return bench(options.keep)
 
 
-def _mutate(options):
-    from course.mutate import mutate
-
-    return mutate(options.words)
-
-
 def _doctor(options):
     if not environment.inside_venv() and environment.is_set_up():
         return _in_environment(Command("", _doctor), options, ["doctor"])
@@ -400,8 +394,6 @@ COMMANDS = {
     "deploy": Command("fill the files for a cloud from a registered model, and send them there", _deploy,
                       (_deploy_options,)),
     "bench": Command("measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="nightly"),
-    "mutate": Command("plant faults in the policies, and count those that the tests notice", _mutate, needs="nightly",
-                      takes_words=True),
     "doctor": Command("say what this machine can run", _doctor, needs="nothing"),
     "generate": Command("write environment.yml, constraints.txt and the documents' tables anew", _generate,
                         needs="tests"),

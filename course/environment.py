@@ -8,6 +8,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tomllib
@@ -31,11 +32,17 @@ def project() -> dict:
 
 
 def pins(extras: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the pinned version of each of the course's dependencies, and of those of some extras."""
+    """Return the pinned version of each dependency of the course, and of some extras, that this system needs."""
     course = project()
     groups = [course["dependencies"], *(course["optional-dependencies"][extra] for extra in extras)]
     requirements = itertools.chain.from_iterable(groups)
-    return dict(requirement.partition(";")[0].split("==") for requirement in requirements)
+    return dict(requirement.partition(";")[0].split("==") for requirement in requirements if _applies(requirement))
+
+
+def _applies(requirement):
+    """Tell whether this system needs a requirement. The only markers are ``sys_platform != '...'``."""
+    other_system = re.search(r"sys_platform != '(\w+)'", requirement)
+    return not other_system or other_system[1] != sys.platform
 
 
 def install_extra(name: str) -> Path:

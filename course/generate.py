@@ -8,6 +8,9 @@ import re
 import subprocess
 import sys
 
+import nbformat
+import yaml
+
 from course.bench.figures import (
     BATCH,
     BENCH,
@@ -21,15 +24,17 @@ from course.bench.figures import (
     show_range,
 )
 from course.environment import project
+from course.exercises import pair
 from course.install import TORCH_CPU_INDEX
 from helpers.models.catalogue import read_catalogue
-from helpers.paths import DATA, ROOT
+from helpers.paths import DATA, NOTEBOOKS, ROOT
 
 IMAGE = ROOT / "deploy" / "container" / "requirements.in"
 CHART, SERVICE_CHART = DATA / "bench.svg", DATA / "service.svg"
-PAGES_WITH_TABLES = (ROOT / "README.md",
-                     *(ROOT / "docs" / f"{name}.md" for name in ("models", "chat-model", "serving", "batch")))
-TABLE = re.compile(r"(<!-- (figures|models|ratios|service|batch) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
+DOCUMENTS_WITH_TABLES = ("models", "chat-model", "serving", "batch", "parameters")
+PAGES_WITH_TABLES = (ROOT / "README.md", *(ROOT / "docs" / f"{name}.md" for name in DOCUMENTS_WITH_TABLES))
+TABLE = re.compile(
+    r"(<!-- (figures|models|ratios|service|batch|entries|exercises) -->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 LINES = (("#1f5fa8", "-"), ("#b3541e", "--"))
 SERVERS = {"openai_server": "this server", "llama_cpp": "llama.cpp's"}
 # What the CUDA build of torch asks for on Linux; the course takes the CPU build.
@@ -85,7 +90,8 @@ def with_tables(text: str) -> str:
     """Return a document's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
     runs = read_runs()
     tables = {"figures": figures_table(runs), "ratios": ratios_table(runs), "models": models_table(),
-              "service": service_table(runs), "batch": batch_table(runs)}
+              "service": service_table(runs), "batch": batch_table(runs), "entries": entries_table(),
+              "exercises": exercises_table()}
     return TABLE.sub(lambda match: match[1] + tables[match[2]] + match[4], text)
 
 
@@ -96,6 +102,24 @@ def models_table() -> str:
         download = f"{entry.download:,} MB" if entry.download else "none"
         lines.append(f"| `{name}` | [{entry.title}]({entry.homepage}): {entry.summary} "
                      f"| {download} | {entry.disk:,} MB | {entry.memory:,} MB |")
+    return "\n".join(lines) + "\n"
+
+
+def entries_table() -> str:
+    """Return the entry points of MLproject, with the names of their parameters, as a Markdown table."""
+    entries = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"]
+    lines = ["| entry | parameters |", "|---|---|"]
+    for entry, content in entries.items():
+        lines.append(f"| `{entry}` | {', '.join(f'`{name}`' for name in content['parameters'])} |")
+    return "\n".join(lines) + "\n"
+
+
+def exercises_table() -> str:
+    """Return how many exercises each page has as a Markdown table."""
+    lines = ["| page | exercises |", "|---|---|"]
+    for page in sorted(NOTEBOOKS.glob("*.ipynb")):
+        exercises = pair(nbformat.read(page, as_version=4))
+        lines.append(f"| [{page.stem}](../notebooks/{page.name}) | {len(exercises)} |")
     return "\n".join(lines) + "\n"
 
 

@@ -165,8 +165,11 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
         return CourseError("disk-full", f"The disk is full: {shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free, and "
                            "set-up needs 4 GB.", "Free some space and run this again; what is downloaded stays.")
     if kit is None:
+        # Such as PIP_NO_INDEX or UV_OFFLINE, which neither pip nor uv names when nothing is found.
+        variables = sorted(name for name in os.environ if name.upper().startswith(("PIP_", "UV_")))
+        settings = [*variables, "python -m pip config list"]
         return CourseError("install-failed", f"{program} could not install the course's packages: {message}",
-                           "Check the network, the proxy (HTTPS_PROXY) and pip's settings (python -m pip config list), "
+                           f"Check the network, the proxy (HTTPS_PROXY) and pip's settings ({', '.join(settings)}), "
                            f"and run this again; what is downloaded stays. {details}")
     if re.search("(?i)hash mismatch|do not match the hashes|invalid package format| is invalid", output):
         return CourseError("kit-changed", f"A wheel of the kit {kit.address} is not as it was built: {message}",

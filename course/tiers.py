@@ -12,6 +12,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
 from course.environment import install_extra
 from helpers.errors import CourseError
 from helpers.models.prepare import prepare_model
@@ -44,7 +46,8 @@ def run_tests(name: str, pytest_options: list[str]) -> int:
     """Prepare a tier's models and extras, and run its tests with pytest in up to four processes. Return the exit code.
 
     A whole run removes the executed pages first. Where an option is a path in ``tests``, only that path is run, and
-    what it needs besides the models is installed by the tests that ask for it.
+    what it needs besides the models is installed by the tests that ask for it. Raises CourseError where another whole
+    run still reads the executed pages of this folder.
     """
     tier = TIERS[name]
     has_paths = any(Path(option).parts[:1] == ("tests",) for option in pytest_options)
@@ -52,17 +55,28 @@ def run_tests(name: str, pytest_options: list[str]) -> int:
     # The models come first, so that no test file's time has a download in it.
     for model in tier.models:
         prepare_model(model)
+    BUILD.mkdir(exist_ok=True)
+    lock = FileLock(BUILD / "tests.lock", blocking=False)  # held until this function returns
     if not has_paths and name != "check":
+        try:
+            lock.acquire()
+        except Timeout:
+            raise CourseError("tests-running", "Another run of the tests still works in this folder.",
+                              "Wait until it has ended, or run them in another clone.") from None
         shutil.rmtree(BUILD / "executed", ignore_errors=True)  # a whole run executes each page anew
         for extra in tier.extras:
             install_extra(extra)
-    BUILD.mkdir(exist_ok=True)
     # Tests of pages and services are idle for half of their time, so they get one process more than there are cores.
     processes = min((os.cpu_count() or 1) + (name != "check"), 4)
-    command = [sys.executable, "-m", "pytest", f"--basetemp={BUILD / 'pytest'}", f"--numprocesses={processes}",
-               "--dist=loadfile", "--no-loadscope-reorder", "-p", "no:nbmake", *folders, *pytest_options]
-    # PyTorch's idle threads spin: with more than one thread each, two tests side by side take three times as long.
-    return subprocess.call(command, cwd=ROOT, env={"OMP_NUM_THREADS": "1"} | os.environ)
+    command = [sys.executable, "-m", "pytest", f"--numprocesses={processes}", "--dist=loadfile",
+               "--no-loadscope-reorder", "-p", "no:nbmake", *folders, *pytest_options]
+    variables = {
+        # PyTorch's idle threads spin: with more than one thread each, two tests side by side take three times as long.
+        "OMP_NUM_THREADS": "1",
+        # Here pytest makes a folder for each run, so that two runs do not remove each other's files.
+        "PYTEST_DEBUG_TEMPROOT": str(BUILD),
+    }
+    return subprocess.call(command, cwd=ROOT, env=variables | os.environ)
 
 
 def update_baseline() -> int:

@@ -153,6 +153,13 @@ def read_java_version(text: str) -> int:
 
 def check_installation() -> None:
     """Raise a BatchError unless this machine has pyspark and a Java that Spark runs on."""
+    if sys.platform == "win32":
+        raise BatchError(
+            "Spark does not run on Windows itself: its programs are shell scripts, and it writes no "
+            "file without Hadoop's native programs.",
+            "Use Linux under Windows: https://learn.microsoft.com/windows/wsl/install. Set up the "
+            "course there, too.",
+        )
     if importlib.util.find_spec("pyspark") is None:
         raise BatchError(
             "This Python has no Spark.",

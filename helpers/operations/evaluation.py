@@ -5,8 +5,6 @@ Plain data comes in and goes out, and no model is asked: so every rule can be tr
 
 import json
 import re
-from collections import Counter
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -49,15 +47,6 @@ class _Prompt(_Strict):
     family: Name
     request: dict
     expectations: Expectations
-
-
-@dataclass(frozen=True)
-class Decision:
-    """Whether to promote, why, and the rows that decided: of each the id, and what champion and challenger did."""
-
-    promote: bool
-    reason: str
-    rows: tuple[tuple[str, str, str], ...]
 
 
 def read_prompts(path: Path) -> list[dict]:
@@ -117,32 +106,3 @@ def _complain(expected, answer):
             return "is no JSON"
         return error and "does not fit the schema"
     return None
-
-
-def count_met(rows: list[dict]) -> dict[str, tuple[int, int]]:
-    """Return of each family how many of its rows are met, and how many rows it has."""
-    met = Counter(row["family"] for row in rows if row["met"])
-    return {family: (met[family], count) for family, count in Counter(row["family"] for row in rows).items()}
-
-
-def gate(champion: list[dict], challenger: list[dict], most_lost: float = 0.1, least_gained: int = 3) -> Decision:
-    """Decide whether a challenger becomes champion.
-
-    Rows have ``id``, ``family``, ``met`` and ``reason``, in any order. ``most_lost`` is the share of a family's rows
-    that may go lost. ``least_gained`` is how many more rows it has to meet in all, 1 or more: a tie keeps the
-    champion. A CourseError says that the two were not asked the same prompts, each once.
-    """
-    was, now = ({(row["family"], row["id"]): row for row in rows} for rows in (champion, challenger))
-    if len(champion) != len(was) or len(challenger) != len(now) or was.keys() != now.keys():
-        raise CourseError("other-prompts", "Champion and challenger were not asked the same prompts, each once.",
-                          "Evaluate both on the same file.")
-    before, after = count_met(champion), count_met(challenger)
-    lost = {family: before[family][0] - after[family][0] for family in before}
-    worse = [family for family in lost if lost[family] / before[family][1] > most_lost]
-    gained = -sum(lost.values())
-    promote = not worse and gained >= max(least_gained, 1)
-    reason = ("It loses too much: " + ", ".join(f"{lost[family]} of {before[family][1]} {family}" for family in worse)
-              if worse else f"It meets {gained:+d} rows in all; {max(least_gained, 1):+d} promote")
-    return Decision(promote, f"{reason}.", tuple(
-        (key[1], was[key]["reason"], now[key]["reason"]) for key in was if key[0] in (worse or lost)
-        and (was[key]["met"], now[key]["met"]) == (not promote, promote)))

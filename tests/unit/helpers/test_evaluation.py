@@ -1,4 +1,4 @@
-"""Prompts are read or refused by line, an answer meets its expectations or not, and a gate promotes or not."""
+"""Prompts are read or refused by line, and an answer meets its expectations or not."""
 
 import json
 import re
@@ -6,8 +6,9 @@ import re
 import pytest
 
 from helpers import CourseError
-from helpers.operations.evaluation import count_met, gate, meets, read_prompts
+from helpers.operations.evaluation import meets, read_prompts
 from helpers.paths import DATA
+from helpers.release import count_met
 
 PROMPTS = read_prompts(DATA / "prompts.jsonl")
 SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": False}
@@ -45,53 +46,6 @@ def test_a_reason_says_what_the_model_did():
     assert meets({"outcome": "refused"}, REFUSED) == (True, "refused: messages has to be a list.")
     assert meets({"outcome": "refused"}, None) == (False, "failed")
 
-
-def rows(**families):
-    """Return rows of families, such as ``facts="++-"``: two met, one not."""
-    return [{"id": f"{family}-{number}", "family": family, "met": mark == "+", "reason": f"{mark}"}
-            for family, marks in families.items() for number, mark in enumerate(marks)]
-
-
-@pytest.mark.parametrize(("was", "now", "promoted", "decided"), [
-    ({"f": "+---------"}, {"f": "++++------"}, True, ["f-1", "f-2", "f-3"]),  # three more
-    ({"f": "+---------"}, {"f": "+++-------"}, False, []),  # two more may be luck
-    ({"f": "++--"}, {"f": "++--"}, False, []),  # a tie keeps the champion
-    ({"f": "++--"}, {"f": "--++"}, False, ["f-0", "f-1"]),  # a tie, though other rows
-    ({"f": "++++"}, {"f": "----"}, False, ["f-0", "f-1", "f-2", "f-3"]),
-    ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "--++++++++"}, False, ["g-0", "g-1"]),  # a fifth of g
-    ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "-+++++++++"}, True, [f"f-{n}" for n in range(5)]),  # a tenth
-    # A tenth of the family's ten rows, although a fifth of those that were met.
-    ({"f": "-----", "g": "+++++-----"}, {"f": "+++++", "g": "-++++-----"}, True, [f"f-{n}" for n in range(5)]),
-    ({"f": "+" * 10, "g": "-"}, {"f": "-+++++++++", "g": "+"}, False, ["f-0"]),  # no family too much, no gain in all
-    ({"f": "+" * 10, "g": "++"}, {"f": "-+++++++++", "g": "--"}, False, ["g-0", "g-1"]),  # f lost no more than it may
-    ({}, {}, False, []),
-])
-def test_the_gate(was, now, promoted, decided):
-    decision = gate(rows(**was), list(reversed(rows(**now))), most_lost=0.1, least_gained=3)
-    assert decision.promote is promoted
-    assert [row[0] for row in decision.rows] == decided
-    assert all(row[1:] == (("-", "+") if promoted else ("+", "-")) for row in decision.rows)
-
-
-def test_the_gate_names_the_families_that_lost():
-    reason = gate(rows(f="++++", g="++", h="----"), rows(f="--++", g="++", h="++++")).reason
-    assert reason == "It loses too much: 2 of 4 f."
-
-
-def test_no_gate_is_open_to_a_tie():
-    assert not gate(rows(f="+-"), rows(f="-+"), most_lost=1.0, least_gained=0).promote
-
-
-@pytest.mark.parametrize("change", [
-    lambda rows: rows[:-1], lambda rows: rows + rows[:1], lambda rows: [*rows[1:], rows[1]],
-    lambda rows: [rows[0] | {"id": "other"}, *rows[1:]], lambda rows: [rows[0] | {"family": "other"}, *rows[1:]]])
-@pytest.mark.parametrize("side", ["champion", "challenger"])
-def test_other_prompts_are_not_compared(change, side):
-    both = {"champion": rows(f="+++"), "challenger": rows(f="+++")}
-    both[side] = change(both[side])
-    with pytest.raises(CourseError) as caught:
-        gate(**both)
-    assert caught.value.code == "other-prompts"
 
 
 GOOD = {"id": "a", "family": "f", "request": {"messages": []}, "expectations": {"outcome": "refused"}}

@@ -206,6 +206,12 @@ def test_a_java_that_is_too_old_is_refused(version, what, tmp_path, monkeypatch)
         batch_cluster.check_installation()
 
 
+def test_windows_itself_is_refused_before_anything_is_started(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(batch_cluster.BatchError, match="Spark does not run on Windows itself"):
+        batch_cluster.check_installation()
+
+
 def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspark", None)  # as if it were not installed
     with pytest.raises(batch_cluster.BatchError, match="This Python has no Spark"):
