@@ -1,7 +1,8 @@
 """``python -m helpers COMMAND``: from a bare checkout to a running course.
 
-An argument list comes in, an exit code goes out. This file runs on whatever Python is there, with nothing installed:
-it checks the version first, so an old Python has to be able to read it. No f-strings, no annotations.
+An argument list comes in, an exit code goes out. This file runs on whatever Python is there, with
+nothing installed: it checks the version first, so an old Python has to be able to read it. No
+f-strings, no annotations.
 """
 
 import errno
@@ -48,7 +49,9 @@ def main(arguments):
             raise
         return _fail(known)
     except KeyboardInterrupt:
-        sys.stderr.write("\nInterrupted. What is finished stays: the same command goes on from there.\n")
+        sys.stderr.write(
+            "\nInterrupted. What is finished stays: the same command goes on from there.\n"
+        )
         return 130
 
 
@@ -62,14 +65,23 @@ def _fail(error):
 def _explain(error):
     """Return a CourseError for what a disk refuses, and None for any other OSError."""
     if error.errno == errno.ENOSPC:
-        return CourseError("disk-full", "The disk is full.",
-                           "Free some space and run this again; `make clean` removes what earlier runs left.")
+        return CourseError(
+            "disk-full",
+            "The disk is full.",
+            "Free some space and run this again; `make clean` removes what earlier runs left.",
+        )
     if error.errno == errno.ENOENT and error.filename is None:  # so os.getcwd says it
-        return CourseError("folder-gone", "The folder that this terminal is in is gone.",
-                           "Go to another one, and run this again.")
+        return CourseError(
+            "folder-gone",
+            "The folder that this terminal is in is gone.",
+            "Go to another one, and run this again.",
+        )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return CourseError("not-writable", "%s cannot be written." % (error.filename or "A file of the course"),
-                           "Move the course to a folder that is yours, and run this again.")
+        return CourseError(
+            "not-writable",
+            "%s cannot be written." % (error.filename or "A file of the course"),
+            "Move the course to a folder that is yours, and run this again.",
+        )
     return None
 
 

@@ -1,7 +1,8 @@
 """Finds the pages that a change touches, by what their cells import, start and read.
 
-It imports nothing that has to be installed: a CI job calls it before set-up. It reads code and runs none. A string that
-names a file or a module of the course counts as a use of it, so the list may have a page too many.
+It imports nothing that has to be installed: a CI job calls it before set-up. It reads code and runs
+none. A string that names a file or a module of the course counts as a use of it, so the list may
+have a page too many.
 """
 
 import ast
@@ -16,16 +17,23 @@ from helpers.paths import ROOT
 
 # A change of these touches every page.
 USED_BY_ALL = ("pyproject.toml", "constraints.txt", "data/models.toml")
-# What starts a page. The commands import what they need inside their functions, so of their file only the imports at
-# the top and the commands that a page starts count.
+# What starts a page. The commands import what they need inside their functions, so of their file
+# only the imports at the top and the commands that a page starts count.
 COMMANDS = "course/commands.py"
-STARTERS = ("helpers/__init__.py", "helpers/__main__.py", "course/__init__.py", "course/__main__.py",
-            "course/execute.py", COMMANDS)
+STARTERS = (
+    "helpers/__init__.py",
+    "helpers/__main__.py",
+    "course/__init__.py",
+    "course/__main__.py",
+    "course/execute.py",
+    COMMANDS,
+)
 # The folders whose files a page may use: not documents, not tests.
 FOLDERS = ("course", "data", "deploy", "helpers", "notebooks", "serving")
 # Folders whose files are named by the last part of the path alone, such as DATA / "page.css".
 NAMED_BY_LAST_PART = ("data", "serving")
-# The dict in helpers/__init__.py from each name of the package to the module that is imported on its first use.
+# The dict in helpers/__init__.py from each name of the package to the module that is imported on
+# its first use.
 LAZY_NAMES = "_HOME"
 MODULE = re.compile(r"\b(?:helpers|serving|course)(?:\.\w+)+")
 COMMAND = re.compile(r"-m helpers (\w+)")
@@ -36,7 +44,8 @@ IPYTHON = re.compile(r"\s*(\w[\w, ]*=\s*)?[%!]|\s*\??[\w.]+\?+\s*$")
 def changed_pages(since: str, root: Path = ROOT) -> list[str]:
     """Return the names of the pages that a change touches, sorted.
 
-    The change is everything since the branch left the commit ``since``, with what is not committed yet.
+    The change is everything since the branch left the commit ``since``, with what is not committed
+    yet.
 
     Raises
     ------
@@ -55,31 +64,57 @@ def changed_pages(since: str, root: Path = ROOT) -> list[str]:
 def _changed_files(since, root):
     """Return the paths, from the course's folder on, that changed since a commit, deleted and new ones included."""
     _git(root, "rev-parse", "--git-dir")  # refused here where this is no checkout
-    unknown = CourseError("ref-unknown", f"git knows no commit called {since!r}.",
-                          "Name a commit, a branch or a tag such as origin/main; `git fetch` gets what is not here.")
+    unknown = CourseError(
+        "ref-unknown",
+        f"git knows no commit called {since!r}.",
+        "Name a commit, a branch or a tag such as origin/main; `git fetch` gets what is not here.",
+    )
     if not since or since.startswith("-"):
         raise unknown
-    commit = _git(root, "rev-parse", "--verify", "--quiet", f"{since}^{{commit}}", error=unknown).strip()
-    base = _git(root, "merge-base", commit, "HEAD", error=CourseError(
-        "ref-unrelated", f"git finds no commit that {since} and this branch have in common.",
-        "Fetch the whole history: git fetch --unshallow, or fetch-depth: 0 for actions/checkout.")).strip()
-    listed = (_git(root, "diff", "--relative", "--name-only", "--no-renames", "-z", base),
-              _git(root, "ls-files", "--others", "--exclude-standard", "-z"))
+    commit = _git(
+        root, "rev-parse", "--verify", "--quiet", f"{since}^{{commit}}", error=unknown
+    ).strip()
+    base = _git(
+        root,
+        "merge-base",
+        commit,
+        "HEAD",
+        error=CourseError(
+            "ref-unrelated",
+            f"git finds no commit that {since} and this branch have in common.",
+            "Fetch the whole history: git fetch --unshallow, or fetch-depth: 0 for actions/checkout.",
+        ),
+    ).strip()
+    listed = (
+        _git(root, "diff", "--relative", "--name-only", "--no-renames", "-z", base),
+        _git(root, "ls-files", "--others", "--exclude-standard", "-z"),
+    )
     return {name for names in listed for name in names.split("\0") if name}
 
 
 def _git(root, *words, error=None):
     """Return what git says; raise ``error``, or one with git's own words, where it fails."""
     try:
-        result = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, encoding="utf-8",
-                                errors="surrogateescape")
+        result = subprocess.run(
+            ["git", *words],
+            cwd=root,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="surrogateescape",
+        )
     except FileNotFoundError:
-        raise CourseError("git-missing", "There is no git on this machine's path.",
-                          "Install it, or run all pages: python -m helpers run.") from None
+        raise CourseError(
+            "git-missing",
+            "There is no git on this machine's path.",
+            "Install it, or run all pages: python -m helpers run.",
+        ) from None
     if result.returncode:
         raise error or CourseError(
-            "not-a-checkout", f"git cannot read {root}: {' '.join(result.stderr.split()) or 'it said nothing'}.",
-            "Clone the course with git, or run all pages: python -m helpers run.")
+            "not-a-checkout",
+            f"git cannot read {root}: {' '.join(result.stderr.split()) or 'it said nothing'}.",
+            "Clone the course with git, or run all pages: python -m helpers run.",
+        )
     return result.stdout
 
 
@@ -96,7 +131,8 @@ class Uses:
     def __init__(self, root: Path, files: set[str]):
         self.root = root
         self.files = {file for file in files if file.partition("/")[0] in FOLDERS}
-        self.by_name = {}  # files by their last parts, and by the names of folders of data/ and deploy/
+        # Files by their last parts, and by the names of folders of data/ and deploy/.
+        self.by_name = {}
         for file in self.files:
             top, *folders, name = file.split("/")
             short_names = folders if top in ("data", "deploy") else []
@@ -126,7 +162,9 @@ class Uses:
         if tree is None:
             return set()
         if file == COMMANDS:
-            return self._used_by_nodes(node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom))
+            return self._used_by_nodes(
+                node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)
+            )
         return self._used_by_nodes([tree])
 
     def _used_by_cells(self, cells):
@@ -141,8 +179,12 @@ class Uses:
                 else:
                     found |= self._used_by_text(shell) | self._used_by_nodes([tree])
             else:  # a page shows images
-                found |= {file for file in self.files if file.startswith("notebooks/images/")
-                          and file.removeprefix("notebooks/") in source}
+                found |= {
+                    file
+                    for file in self.files
+                    if file.startswith("notebooks/images/")
+                    and file.removeprefix("notebooks/") in source
+                }
         return found
 
     def _used_by_nodes(self, nodes: Iterable[ast.AST]):
@@ -171,7 +213,9 @@ class Uses:
 
     def _used_by_text(self, text):
         """Return what a shell line, or code that is no Python, uses."""
-        found = {file for word in re.split(r"[\s\"'=(),]+", text) for file in self._used_by_string(word)}
+        found = {
+            file for word in re.split(r"[\s\"'=(),]+", text) for file in self._used_by_string(word)
+        }
         for command in COMMAND.findall(text):
             found |= self._used_by_command(command)
         return found
@@ -183,14 +227,20 @@ class Uses:
         if tree is None:
             return set()
         functions = {node.name: node for node in tree.body if isinstance(node, ast.FunctionDef)}
-        entries = [value for node in ast.walk(tree) if isinstance(node, ast.Dict)
-                   for key, value in zip(node.keys, node.values, strict=True)
-                   if isinstance(key, ast.Constant) and key.value == name]
+        entries = [
+            value
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Dict)
+            for key, value in zip(node.keys, node.values, strict=True)
+            if isinstance(key, ast.Constant) and key.value == name
+        ]
         nodes, left = [], entries
         while left:
             node = left.pop()
             nodes.append(node)
-            called = {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)} & functions.keys()
+            called = {
+                inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)
+            } & functions.keys()
             left += [functions.pop(function) for function in called]
         return self._used_by_nodes(nodes)
 
@@ -205,7 +255,11 @@ class Uses:
 
     def _lazy_modules(self, name):
         """Return all modules that ``import helpers`` may reach by an attribute."""
-        return {file for module in self.lazy.values() for file in self._module(module)} if name == "helpers" else set()
+        return (
+            {file for module in self.lazy.values() for file in self._module(module)}
+            if name == "helpers"
+            else set()
+        )
 
     def _read_lazy_names(self):
         path = self.root / "helpers" / "__init__.py"
@@ -217,7 +271,11 @@ class Uses:
 
 
 def _is_lazy_table(node):
-    return isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == LAZY_NAMES
+    return (
+        isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id == LAZY_NAMES
+    )
 
 
 def _walk(nodes: Iterable[ast.AST]) -> Iterator[ast.AST]:
@@ -245,5 +303,10 @@ def _split_cell(source):
     if lines and lines[0].startswith("%%"):
         return "\n".join(lines[1:]), lines[0]
     is_shell = [IPYTHON.match(line) for line in lines]
-    python = [re.sub(r"\S.*", "pass", line) if shell else line for line, shell in zip(lines, is_shell, strict=True)]
-    return "\n".join(python), "\n".join(line for line, shell in zip(lines, is_shell, strict=True) if shell)
+    python = [
+        re.sub(r"\S.*", "pass", line) if shell else line
+        for line, shell in zip(lines, is_shell, strict=True)
+    ]
+    return "\n".join(python), "\n".join(
+        line for line, shell in zip(lines, is_shell, strict=True) if shell
+    )

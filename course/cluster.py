@@ -1,7 +1,7 @@
 """Starts a real standalone Spark cluster on this machine, from the pip package: a master and its workers.
 
-``python -m course.cluster FOLDER SITE WORDS...`` starts one in a folder, with the pyspark of another one, and on it the
-batch program with these words.
+``python -m course.cluster FOLDER SITE WORDS...`` starts one in a folder, with the pyspark of
+another one, and on it the batch program with these words.
 """
 
 import contextlib
@@ -29,20 +29,45 @@ class Cluster:
     def __init__(self, folder: Path, site: Path):
         self.folder, self.workers = folder, []
         self._spark = str(site / "pyspark" / "bin" / "spark-class")
-        self._variables = {"SPARK_LOCAL_IP": "127.0.0.1", "SPARK_LOCAL_DIRS": str(folder / "scratch"),
-                           "SPARK_DAEMON_JAVA_OPTS": DAEMON_JAVA_OPTIONS, "PYTHONPATH": str(site)}
-        self.master = self._start("master", "master.Master", r"Starting Spark master at (spark://\S+)", "--port", 0)
+        self._variables = {
+            "SPARK_LOCAL_IP": "127.0.0.1",
+            "SPARK_LOCAL_DIRS": str(folder / "scratch"),
+            "SPARK_DAEMON_JAVA_OPTS": DAEMON_JAVA_OPTIONS,
+            "PYTHONPATH": str(site),
+        }
+        self.master = self._start(
+            "master", "master.Master", r"Starting Spark master at (spark://\S+)", "--port", 0
+        )
         self.address = self.master.address
 
     def _start(self, log, name, ready, *words) -> Program:
-        command = [self._spark, f"org.apache.spark.deploy.{name}", "--host", "127.0.0.1", "--webui-port", "0"]
-        return start_program([*command, *map(str, words)], ready, self.folder / f"{log}.log", **self._variables)
+        command = [
+            self._spark,
+            f"org.apache.spark.deploy.{name}",
+            "--host",
+            "127.0.0.1",
+            "--webui-port",
+            "0",
+        ]
+        return start_program(
+            [*command, *map(str, words)], ready, self.folder / f"{log}.log", **self._variables
+        )
 
     def add_worker(self) -> Program:
         """Start a worker that runs one task at a time."""
         number = len(self.workers)
-        worker = self._start(f"worker-{number}", "worker.Worker", r"registered with master (spark://\S+)", "--cores", 1,
-                             "--memory", "1g", "--work-dir", self.folder / f"work-{number}", self.address)
+        worker = self._start(
+            f"worker-{number}",
+            "worker.Worker",
+            r"registered with master (spark://\S+)",
+            "--cores",
+            1,
+            "--memory",
+            "1g",
+            "--work-dir",
+            self.folder / f"work-{number}",
+            self.address,
+        )
         self.workers.append(worker)
         return worker
 
@@ -64,8 +89,13 @@ class Cluster:
         """Start the batch program on this cluster."""
         environment = self.environment(**variables)
         environment["PYTHONPATH"] += os.pathsep + str(ROOT)
-        return subprocess.Popen([*BATCH, "--master", self.address, *map(str, words)], stdout=subprocess.PIPE,
-                                stderr=subprocess.PIPE, text=True, env=environment)
+        return subprocess.Popen(
+            [*BATCH, "--master", self.address, *map(str, words)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
 
     def environment(self, **variables: str) -> dict:
         """Return the environment variables of a program that uses it."""

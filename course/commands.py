@@ -1,7 +1,7 @@
 """The commands of ``python -m helpers``: one table with each one's help, options and work.
 
-A command line comes in, an exit code goes out. Before anything is installed this module reads the command line on a
-bare Python, so it imports the standard library alone; the work imports the rest.
+A command line comes in, an exit code goes out. Before anything is installed this module reads the
+command line on a bare Python, so it imports the standard library alone; the work imports the rest.
 """
 
 import argparse
@@ -39,7 +39,8 @@ class Command:
 
     help: str
     work: Callable[[Namespace], int]
-    options: tuple[Callable[[ArgumentParser], None], ...] = ()  # each adds some to the command's parser
+    # Each adds some to the command's parser.
+    options: tuple[Callable[[ArgumentParser], None], ...] = ()
     needs: str = "course"  # what has to be installed: "nothing", or a key of EXTRAS
     parameters: tuple[str, ...] = ()  # those that -p NAME VALUE may set, for a page
     takes_words: bool = False  # what is no option of its own goes on to the program that it starts
@@ -51,11 +52,18 @@ def run_command(arguments: list[str]) -> int:
     name = arguments[0] if arguments else "help"
     name = "help" if name in ("-h", "--help") else name
     if name not in COMMANDS:
-        raise CourseError("command-unknown", f"There is no command called {name}.",
-                          f"Choose one of: {', '.join(COMMANDS)}.")
+        raise CourseError(
+            "command-unknown",
+            f"There is no command called {name}.",
+            f"Choose one of: {', '.join(COMMANDS)}.",
+        )
     command, words = COMMANDS[name], arguments[1:]
-    parser = ArgumentParser(prog=f"python -m helpers {name}", description=command.help, allow_abbrev=False,
-                            add_help=not command.has_help)
+    parser = ArgumentParser(
+        prog=f"python -m helpers {name}",
+        description=command.help,
+        allow_abbrev=False,
+        add_help=not command.has_help,
+    )
     for add_options in command.options:
         add_options(parser)
     parameters = {}
@@ -66,7 +74,8 @@ def run_command(arguments: list[str]) -> int:
     if rest and not command.takes_words:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if command.parameters:
-        database_path(parameters.get("tracking_uri", ""))  # what is no store is refused before set-up
+        # What is no store is refused before set-up.
+        database_path(parameters.get("tracking_uri", ""))
     options.words = rest
     return _in_environment(command, options, arguments)
 
@@ -79,7 +88,8 @@ def _in_environment(command, options, arguments):
         environment.set_up(EXTRAS[command.needs])
     elif environment.differing_packages(EXTRAS[command.needs]):
         line = [str(environment.set_up(EXTRAS[command.needs])), "-m", "helpers", *arguments]
-        # uv compiles nothing, so each program would compile torch and MLflow anew where nothing may be kept.
+        # uv compiles nothing, so each program would compile torch and MLflow anew where nothing may
+        # be kept.
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         if os.name == "posix":
             os.execv(line[0], line)
@@ -96,13 +106,19 @@ def _split_parameters(words, known):
             continue
         name, value = next(left, None), next(left, None)
         if value is None:
-            raise CourseError("parameter-incomplete", "-p stands without a name and a value.",
-                              "Such as: -p question \"Who wrote Hamlet?\".")
+            raise CourseError(
+                "parameter-incomplete",
+                "-p stands without a name and a value.",
+                'Such as: -p question "Who wrote Hamlet?".',
+            )
         try:
             parameters[name] = ast.literal_eval(value) if name in NUMBERS else value
         except (ValueError, SyntaxError):
-            raise CourseError("parameter-type", f"{name} is {value!r}, and it has to be a number.",
-                              f"Such as: -p {name} 1.") from None
+            raise CourseError(
+                "parameter-type",
+                f"{name} is {value!r}, and it has to be a number.",
+                f"Such as: -p {name} 1.",
+            ) from None
     refuse_unknown(parameters, known)
     return rest, parameters
 
@@ -111,29 +127,42 @@ def _split_parameters(words, known):
 
 
 def _model_option(parser):
-    parser.add_argument("--model", default=os.environ.get("COURSE_MODEL") or DEFAULT_MODEL,
-                        help="a name of data/models.toml, or hub:org/name")
+    parser.add_argument(
+        "--model",
+        default=os.environ.get("COURSE_MODEL") or DEFAULT_MODEL,
+        help="a name of data/models.toml, or hub:org/name",
+    )
 
 
 def _prepare_options(parser):
     parser.add_argument("--track", choices=TRACKS, help="what one track needs; left out: both")
-    parser.add_argument("--export", action="store_true", help="make the ONNX files of a hub: model here")
+    parser.add_argument(
+        "--export", action="store_true", help="make the ONNX files of a hub: model here"
+    )
 
 
 def _notebook_options(parser):
     parser.add_argument("name", help="such as TransformerPipeline")
     parser.add_argument("--output", type=Path, default=BUILD / "course", help="folder for the page")
     parser.add_argument("--solved", action="store_true", help="with the exercises filled in")
-    parser.add_argument("--junit", type=_full_path, metavar="FILE", help="write a test case for each cell")
-    parser.add_argument("--json", type=_full_path, metavar="FILE", help="write the run's figures and the answers")
+    parser.add_argument(
+        "--junit", type=_full_path, metavar="FILE", help="write a test case for each cell"
+    )
+    parser.add_argument(
+        "--json", type=_full_path, metavar="FILE", help="write the run's figures and the answers"
+    )
 
 
 def _changed_options(parser):
-    parser.add_argument("--since", required=True, metavar="REF", help="a commit, branch or tag, such as origin/main")
+    parser.add_argument(
+        "--since", required=True, metavar="REF", help="a commit, branch or tag, such as origin/main"
+    )
 
 
 def _lab_options(parser):
-    parser.add_argument("name", nargs="?", default="TransformerPipeline", help="the page that opens first")
+    parser.add_argument(
+        "name", nargs="?", default="TransformerPipeline", help="the page that opens first"
+    )
 
 
 def _ui_options(parser):
@@ -141,20 +170,30 @@ def _ui_options(parser):
 
 
 def _bench_options(parser):
-    parser.add_argument("--keep", action="store_true", help="measure nothing: put the last run into data/bench.json")
+    parser.add_argument(
+        "--keep", action="store_true", help="measure nothing: put the last run into data/bench.json"
+    )
 
 
 def _exercises_options(parser):
-    parser.add_argument("--check", action="store_true", help="write nothing; fail where an exercise is stale")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; fail where an exercise is stale"
+    )
 
 
 def _kit_options(parser):
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True)
-    build = actions.add_parser("build", allow_abbrev=False, help="gather wheels, models and the course in a folder")
+    build = actions.add_parser(
+        "build", allow_abbrev=False, help="gather wheels, models and the course in a folder"
+    )
     build.add_argument("folder", type=Path, metavar="DIR")
     many = {"nargs": "+", "action": "extend", "default": []}
-    build.add_argument("--model", help=f"names of models; left out: {' and '.join(SMALL_MODELS)}", **many)
-    build.add_argument("--platform", choices=list(PLATFORM_NAMES.values()), help="left out: this machine's", **many)
+    build.add_argument(
+        "--model", help=f"names of models; left out: {' and '.join(SMALL_MODELS)}", **many
+    )
+    build.add_argument(
+        "--platform", choices=list(PLATFORM_NAMES.values()), help="left out: this machine's", **many
+    )
     build.add_argument("--python", choices=PYTHONS, help="left out: the running one", **many)
     serve = actions.add_parser("serve", allow_abbrev=False, help="offer a kit to a room over HTTP")
     serve.add_argument("folder", type=Path, metavar="DIR")
@@ -166,11 +205,21 @@ def _kit_options(parser):
 
 def _deploy_options(parser):
     parser.add_argument("cloud", choices=["azureml"], help="Azure Machine Learning")
-    parser.add_argument("--model", dest="address", default="models:/slm-onnx@champion", metavar="URI")
-    parser.add_argument("--endpoint", metavar="NAME", help="of all that is made; left out: the model's and letters")
+    parser.add_argument(
+        "--model", dest="address", default="models:/slm-onnx@champion", metavar="URI"
+    )
+    parser.add_argument(
+        "--endpoint", metavar="NAME", help="of all that is made; left out: the model's and letters"
+    )
     parser.add_argument("--instance-type", metavar="NAME", help="left out: a machine of 8 GiB")
-    parser.add_argument("--part", action="append", choices=["online", "batch", "job"], help="left out: all three")
-    parser.add_argument("--dry-run", action="store_true", help="fill the files, print the commands, and send nothing")
+    parser.add_argument(
+        "--part", action="append", choices=["online", "batch", "job"], help="left out: all three"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="fill the files, print the commands, and send nothing",
+    )
 
 
 def _full_path(text):
@@ -195,10 +244,13 @@ def _run(options):
     parameters = {"model": options.model} | options.parameters
     tracking_store(parameters.get("tracking_uri", ""))  # refused here, before a model is fetched
     for name, track in PAGES.items():
-        prepare_model(parameters["model"], track)  # each page waits for no more of the model than it needs
+        # Each page waits for no more of the model than it needs.
+        prepare_model(parameters["model"], track)
         print(f"\nRunning notebooks/{name}.ipynb", flush=True)
         print_page(execute(name, parameters, on_answers=print_answers))
-    print("\nOpen a page in a browser; `make lab` to step through it; `make ui` to see the runs in MLflow.")
+    print(
+        "\nOpen a page in a browser; `make lab` to step through it; `make ui` to see the runs in MLflow."
+    )
     return 0
 
 
@@ -207,8 +259,16 @@ def _notebook(options):
     from course.results import ResultFiles
 
     results = ResultFiles(options.junit, options.json) if options.junit or options.json else None
-    print_page(execute(options.name, options.parameters, options.output.resolve(), options.solved, results,
-                       on_answers=print_answers))
+    print_page(
+        execute(
+            options.name,
+            options.parameters,
+            options.output.resolve(),
+            options.solved,
+            results,
+            on_answers=print_answers,
+        )
+    )
     return 0
 
 
@@ -224,8 +284,11 @@ def _prepare(options):
     from helpers.models.prepare import prepare_model
 
     if options.export and options.track == "transformers":
-        raise CourseError("export-without-onnx",
-                          "--export makes ONNX files, and --track transformers wants none.", "Leave out one of them.")
+        raise CourseError(
+            "export-without-onnx",
+            "--export makes ONNX files, and --track transformers wants none.",
+            "Leave out one of them.",
+        )
     prepared = prepare_model(options.model, options.track, options.export)
     print(f"{prepared.entry.title} is ready:")
     for folder in filter(None, (prepared.transformers_dir, prepared.onnx_dir)):
@@ -249,19 +312,33 @@ def _lab(options):
     from course.execute import find_notebook
     from course.kernels import kernel_variables
 
-    find_entry(options.model)  # a name that is not there is refused here, and not in the page's first cells
+    # A name that is not there is refused here, and not in the page's first cells.
+    find_entry(options.model)
     page = quote(find_notebook(options.name).relative_to(ROOT).as_posix())
-    return _serve([sys.executable, "-m", "jupyterlab", *lab_options(), f"--ServerApp.root_dir={ROOT}",
-                   f"--LabApp.default_url=/lab/tree/{page}"], COURSE_MODEL=options.model, **kernel_variables())
+    return _serve(
+        [
+            sys.executable,
+            "-m",
+            "jupyterlab",
+            *lab_options(),
+            f"--ServerApp.root_dir={ROOT}",
+            f"--LabApp.default_url=/lab/tree/{page}",
+        ],
+        COURSE_MODEL=options.model,
+        **kernel_variables(),
+    )
 
 
 def lab_options() -> list[str]:
     """Return what JupyterLab is told wherever it shows the course."""
-    options = [f"--ServerApp.ip={LOOPBACK}", "--KernelManager.transport_encryption=auto",
-               # No look-ups of news and newer versions, and no question about them.
-               f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
-               "--ServerApp.contents_manager_class=course.contents.Contents",
-               "--ServerApp.kernel_spec_manager_class=course.kernels.Kernels"]
+    options = [
+        f"--ServerApp.ip={LOOPBACK}",
+        "--KernelManager.transport_encryption=auto",
+        # No look-ups of news and newer versions, and no question about them.
+        f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
+        "--ServerApp.contents_manager_class=course.contents.Contents",
+        "--ServerApp.kernel_spec_manager_class=course.kernels.Kernels",
+    ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
         options.append("--allow-root")  # as in a container; it listens to this machine alone
     return options
@@ -273,25 +350,48 @@ def _ui(options):
 
     check_variables()
     if database_path() is None:
-        print(f"The course's store is a tracking server, which has a UI of its own: {tracking_store().uri}")
+        print(
+            f"The course's store is a tracking server, which has a UI of its own: {tracking_store().uri}"
+        )
         return 0
     _refuse_empty_store("show")
     if port_is_taken(options.port):
-        raise CourseError("port-taken", f"Port {options.port} is taken.",
-                          f"Choose another one: python -m helpers ui --port {options.port + 1}.")
+        raise CourseError(
+            "port-taken",
+            f"Port {options.port} is taken.",
+            f"Choose another one: python -m helpers ui --port {options.port + 1}.",
+        )
     store = tracking_store().uri
     print(f"The MLflow UI: http://{LOOPBACK}:{options.port}   (Ctrl-C ends it)", flush=True)
-    # MLflow imports a module of Starlette's that is on its way out; the reader of the log can't help it.
+    # MLflow imports a module of Starlette's that is on its way out; the reader of the log can't
+    # help it.
     quiet = "ignore:starlette.middleware.wsgi is deprecated"
-    return _serve([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store, "--registry-store-uri", store,
-                   "--host", LOOPBACK, "--port", str(options.port)], PYTHONWARNINGS=quiet)
+    return _serve(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "ui",
+            "--backend-store-uri",
+            store,
+            "--registry-store-uri",
+            store,
+            "--host",
+            LOOPBACK,
+            "--port",
+            str(options.port),
+        ],
+        PYTHONWARNINGS=quiet,
+    )
 
 
 def _refuse_empty_store(doing):
     """Raise CourseError where no page has run yet: there is no database, and tracking_store would make it."""
     database = database_path()
     if database and not database.exists():
-        raise CourseError("store-empty", f"There is nothing to {doing} yet.", "Run the course first: make run.")
+        raise CourseError(
+            "store-empty", f"There is nothing to {doing} yet.", "Run the course first: make run."
+        )
 
 
 def _serve(command, **variables):
@@ -320,7 +420,13 @@ def _deploy(options):
 
     check_variables()
     _refuse_empty_store("deploy")
-    return deploy(options.address, options.endpoint, options.instance_type, options.part or PARTS, options.dry_run)
+    return deploy(
+        options.address,
+        options.endpoint,
+        options.instance_type,
+        options.part or PARTS,
+        options.dry_run,
+    )
 
 
 def _bench(options):
@@ -353,56 +459,118 @@ def _kit(options):
     if options.action == "build":
         from course.kit.build import build
 
-        return build(options.folder.resolve(), options.model or SMALL_MODELS, options.platform, options.python)
+        return build(
+            options.folder.resolve(),
+            options.model or SMALL_MODELS,
+            options.platform,
+            options.python,
+        )
     if options.action == "serve":
         from course.kit.serve import serve
 
         return serve(options.folder.resolve(), options.host, options.port)
     from course.kit.check import check
 
-    return check(options.address if "://" in options.address else str(Path(options.address).resolve()))
+    return check(
+        options.address if "://" in options.address else str(Path(options.address).resolve())
+    )
 
 
 def _help(options):
     print("python -m helpers COMMAND, with one of:")
     for name, command in COMMANDS.items():
         print(f"  {name:<10} {command.help}")
-    print("`python -m helpers COMMAND --help` shows its options. The first that needs it sets up .venv.")
+    print(
+        "`python -m helpers COMMAND --help` shows its options. The first that needs it sets up .venv."
+    )
     return 0
 
 
 COMMANDS = {
-    "run": Command("run the course's pages and say what came out", _run, (_model_option,), parameters=PARAMETERS),
-    "notebook": Command("run one page with parameters of your own", _notebook, (_notebook_options,),
-                        parameters=(*PARAMETERS, "track")),
+    "run": Command(
+        "run the course's pages and say what came out",
+        _run,
+        (_model_option,),
+        parameters=PARAMETERS,
+    ),
+    "notebook": Command(
+        "run one page with parameters of your own",
+        _notebook,
+        (_notebook_options,),
+        parameters=(*PARAMETERS, "track"),
+    ),
     "prepare": Command("download and convert a model", _prepare, (_model_option, _prepare_options)),
-    "check": Command("run the fast tests; further words go to pytest", partial(_tier, "check"), needs="tests",
-                     takes_words=True),
-    "test": Command("run the tests to run before a change is sent; further words go to pytest",
-                    partial(_tier, "test"), needs="tests", takes_words=True),
-    "nightly": Command("run the long tests; further words go to pytest", partial(_tier, "nightly"), needs="nightly",
-                       takes_words=True),
-    "durations": Command("keep in git how long each file of the tests took in the last whole runs", _durations,
-                         needs="tests"),
-    "changed": Command("print the pages that a change touches", _changed, (_changed_options,), needs="nothing"),
+    "check": Command(
+        "run the fast tests; further words go to pytest",
+        partial(_tier, "check"),
+        needs="tests",
+        takes_words=True,
+    ),
+    "test": Command(
+        "run the tests to run before a change is sent; further words go to pytest",
+        partial(_tier, "test"),
+        needs="tests",
+        takes_words=True,
+    ),
+    "nightly": Command(
+        "run the long tests; further words go to pytest",
+        partial(_tier, "nightly"),
+        needs="nightly",
+        takes_words=True,
+    ),
+    "durations": Command(
+        "keep in git how long each file of the tests took in the last whole runs",
+        _durations,
+        needs="tests",
+    ),
+    "changed": Command(
+        "print the pages that a change touches", _changed, (_changed_options,), needs="nothing"
+    ),
     "lab": Command("open JupyterLab on the course", _lab, (_model_option, _lab_options)),
     "ui": Command("open the MLflow UI on the course's store", _ui, (_ui_options,)),
-    "serve": Command("serve a registered model to OpenAI's clients", partial(_serving, "serving.service", "serve"),
-                     takes_words=True, has_help=True),
-    "batch": Command("let a registered model answer a Parquet file on a Spark cluster",
-                     partial(_serving, "serving.batch", "ask"), takes_words=True, has_help=True),
-    "deploy": Command("fill the files for a cloud from a registered model, and send them there", _deploy,
-                      (_deploy_options,)),
-    "bench": Command("measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="nightly"),
+    "serve": Command(
+        "serve a registered model to OpenAI's clients",
+        partial(_serving, "serving.service", "serve"),
+        takes_words=True,
+        has_help=True,
+    ),
+    "batch": Command(
+        "let a registered model answer a Parquet file on a Spark cluster",
+        partial(_serving, "serving.batch", "ask"),
+        takes_words=True,
+        has_help=True,
+    ),
+    "deploy": Command(
+        "fill the files for a cloud from a registered model, and send them there",
+        _deploy,
+        (_deploy_options,),
+    ),
+    "bench": Command(
+        "measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="nightly"
+    ),
     "doctor": Command("say what this machine can run", _doctor, needs="nothing"),
-    "generate": Command("write environment.yml, constraints.txt and the documents' tables anew", _generate,
-                        needs="tests"),
-    "exercises": Command("make the pages' exercises from their solutions", _exercises, (_exercises_options,),
-                         needs="tests"),
+    "generate": Command(
+        "write environment.yml, constraints.txt and the documents' tables anew",
+        _generate,
+        needs="tests",
+    ),
+    "exercises": Command(
+        "make the pages' exercises from their solutions",
+        _exercises,
+        (_exercises_options,),
+        needs="tests",
+    ),
     "setup": Command("set up .venv and nothing else", lambda options: 0),
-    "kit": Command("build, serve or check an offline kit for a room without a network", _kit, (_kit_options,)),
-    "clean": Command("remove build/", lambda options: environment.clean(everything=False), needs="nothing"),
-    "distclean": Command("remove build/, data/models/ and .venv/",
-                         lambda options: environment.clean(everything=True), needs="nothing"),
+    "kit": Command(
+        "build, serve or check an offline kit for a room without a network", _kit, (_kit_options,)
+    ),
+    "clean": Command(
+        "remove build/", lambda options: environment.clean(everything=False), needs="nothing"
+    ),
+    "distclean": Command(
+        "remove build/, data/models/ and .venv/",
+        lambda options: environment.clean(everything=True),
+        needs="nothing",
+    ),
     "help": Command("show this list", _help, needs="nothing"),
 }

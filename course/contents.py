@@ -1,7 +1,7 @@
 """Lets JupyterLab open and save a page without changing it: a notebook file comes in with this Python's version.
 
-JupyterLab writes the version of the running Python into every notebook that it opens. The course's pages have none,
-because each learner has another.
+JupyterLab writes the version of the running Python into every notebook that it opens. The course's
+pages have none, because each learner has another.
 """
 
 import platform
@@ -29,4 +29,8 @@ class Contents(AsyncLargeFileManager):
 def _language(model):
     """Return a notebook's language_info; None of any other file, and of a model without content."""
     content = model.get("content")
-    return content.get("metadata", {}).get("language_info") if model["type"] == "notebook" and content else None
+    return (
+        content.get("metadata", {}).get("language_info")
+        if model["type"] == "notebook" and content
+        else None
+    )

@@ -1,6 +1,7 @@
 """Makes ``.venv`` from the pins in pyproject.toml, once: from pip's index, or from the kit that COURSE_KIT names.
 
-It runs before any package is installed, so it imports the standard library and modules that do the same.
+It runs before any package is installed, so it imports the standard library and modules that do the
+same.
 """
 
 import contextlib
@@ -36,7 +37,11 @@ def pins(extras: tuple[str, ...] = ()) -> dict[str, str]:
     course = project()
     groups = [course["dependencies"], *(course["optional-dependencies"][extra] for extra in extras)]
     requirements = itertools.chain.from_iterable(groups)
-    return dict(requirement.partition(";")[0].split("==") for requirement in requirements if _applies(requirement))
+    return dict(
+        requirement.partition(";")[0].split("==")
+        for requirement in requirements
+        if _applies(requirement)
+    )
 
 
 def _applies(requirement):
@@ -48,7 +53,8 @@ def _applies(requirement):
 def install_extra(name: str) -> Path:
     """Install an extra into a folder of its own, anew when its pins change, and return the folder.
 
-    It is for packages that must not be in ``.venv``, such as Spark: MLflow imports that wherever it is installed.
+    It is for packages that must not be in ``.venv``, such as Spark: MLflow imports that wherever it
+    is installed.
     """
     from filelock import FileLock  # this module is imported before anything is installed
 
@@ -57,7 +63,8 @@ def install_extra(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            # A stopped installation must not pass for a whole one, so the folder gets its name at the end.
+            # A stopped installation must not pass for a whole one, so the folder gets its name at
+            # the end.
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             uv_install(sys.executable, "--target", partial, *requirements)
@@ -67,7 +74,8 @@ def install_extra(name: str) -> Path:
 
 def inside_venv() -> bool:
     """Tell whether the running Python is the one of ``.venv``."""
-    return VENV.exists() and VENV.samefile(sys.prefix)  # also by a link or another spelling of its path
+    # Also by a link or another spelling of its path.
+    return VENV.exists() and VENV.samefile(sys.prefix)
 
 
 def differing_packages(extras: tuple[str, ...] = ()) -> dict[str, tuple[str, str | None]]:
@@ -83,7 +91,11 @@ def differing_packages(extras: tuple[str, ...] = ()) -> dict[str, tuple[str, str
 def is_set_up(extras: tuple[str, ...] = ()) -> bool:
     """Tell whether ``.venv`` was finished with these pins and extras, in this folder and by this Python."""
     stamp = _read_stamp()
-    return VENV_PYTHON.exists() and stamp.get("state") == _state() and set(extras) <= set(stamp["extras"])
+    return (
+        VENV_PYTHON.exists()
+        and stamp.get("state") == _state()
+        and set(extras) <= set(stamp["extras"])
+    )
 
 
 def set_up(extras: tuple[str, ...] = ()) -> Path:
@@ -102,7 +114,9 @@ def set_up(extras: tuple[str, ...] = ()) -> Path:
     STAMP.write_text(UNFINISHED, encoding="utf-8")
     install(f".[{','.join(extras)}]" if extras else ".", pins(extras), kit)
     before = stamp["extras"] if stamp.get("state") == _state() else []
-    STAMP.write_text(json.dumps({"state": _state(), "extras": sorted({*before, *extras})}), encoding="utf-8")
+    STAMP.write_text(
+        json.dumps({"state": _state(), "extras": sorted({*before, *extras})}), encoding="utf-8"
+    )
     return VENV_PYTHON
 
 
@@ -117,8 +131,11 @@ def clean(everything: bool) -> int:
         with contextlib.suppress(OSError):  # Windows removes no file that is open
             path.unlink()
         if path.exists():
-            raise CourseError("in-use", f"{path.relative_to(ROOT)} could not be removed.",
-                              "Close what still uses it (JupyterLab, the MLflow UI) and run this again.")
+            raise CourseError(
+                "in-use",
+                f"{path.relative_to(ROOT)} could not be removed.",
+                "Close what still uses it (JupyterLab, the MLflow UI) and run this again.",
+            )
     return 0
 
 
@@ -147,18 +164,27 @@ def _make_venv():
     Neither pip nor uv sees that a package is only half there. uv's cache keeps what was downloaded.
     """
     if os.pathsep in str(ROOT):
-        raise CourseError("folder-name", f"Python makes no virtual environment in {ROOT}: its name has a {os.pathsep}.",
-                          "Rename that folder, and run this again.")
+        raise CourseError(
+            "folder-name",
+            f"Python makes no virtual environment in {ROOT}: its name has a {os.pathsep}.",
+            "Rename that folder, and run this again.",
+        )
     if inside_venv():
         return
     asked = [VENV_PYTHON, "-c", "import sys, pip; print(sys.version, sys.prefix)"]
     unfinished = STAMP.exists() and STAMP.read_text(encoding="utf-8") == UNFINISHED
-    if VENV_PYTHON.exists() and not unfinished \
-            and run_program(asked, dict(os.environ), log)[1].strip() == f"{sys.version} {VENV}":
+    if (
+        VENV_PYTHON.exists()
+        and not unfinished
+        and run_program(asked, dict(os.environ), log)[1].strip() == f"{sys.version} {VENV}"
+    ):
         return
     shutil.rmtree(VENV, ignore_errors=True)
     VENV.mkdir(exist_ok=True)
     STAMP.write_text(UNFINISHED, encoding="utf-8")
     if run_program([sys.executable, "-m", "venv", VENV], dict(os.environ), log)[0]:
-        raise CourseError("venv-failed", "Python could not make a virtual environment.",
-                          "Install Python's venv module (Debian, Ubuntu: apt install python3-venv) and run this again.")
+        raise CourseError(
+            "venv-failed",
+            "Python could not make a virtual environment.",
+            "Install Python's venv module (Debian, Ubuntu: apt install python3-venv) and run this again.",
+        )

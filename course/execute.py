@@ -52,20 +52,26 @@ class Execution:
     answers: list[dict[str, str]] | None  # as ``read_answers`` gives them
 
 
-def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved: bool = False,
-            results: ResultFiles | None = None, on_answers: Callable[[list[dict[str, str]]], None] | None = None
-            ) -> Execution:
+def execute(
+    name: str,
+    parameters: dict,
+    folder: Path = BUILD / "course",
+    solved: bool = False,
+    results: ResultFiles | None = None,
+    on_answers: Callable[[list[dict[str, str]]], None] | None = None,
+) -> Execution:
     """Run one page from its first cell to its last, with the parameters that papermill injects.
 
-    ``solved`` fills its exercises. ``folder`` gets ``name.ipynb`` and ``name.html``, also when a cell fails, and
-    ``name.log``; ``results`` are written in both cases. ``on_answers`` gets the questions and answers as soon as the
-    page has logged them: the rest of the page may take a minute.
+    ``solved`` fills its exercises. ``folder`` gets ``name.ipynb`` and ``name.html``, also when a
+    cell fails, and ``name.log``; ``results`` are written in both cases. ``on_answers`` gets the
+    questions and answers as soon as the page has logged them: the rest of the page may take a
+    minute.
 
     Raises
     ------
     CourseError
-        There is no such page, ``folder`` or the files of ``results`` cannot be written, the kernel does not start, the
-        page has no code, or a cell failed; the message is then the cell's own.
+        There is no such page, ``folder`` or the files of ``results`` cannot be written, the kernel
+        does not start, the page has no code, or a cell failed; the message is then the cell's own.
     """
     from mlflow.exceptions import MlflowException
 
@@ -84,8 +90,10 @@ def execute(name: str, parameters: dict, folder: Path = BUILD / "course", solved
 
     def on_cell_executed(cell, **_):
         nonlocal reported
-        if on_answers and not reported and ANSWERS in cell.source:  # the cell that logs them names the file
-            with contextlib.suppress(CourseError, MlflowException, OSError):  # the page's own errors say more
+        # The cell that logs them names the file.
+        if on_answers and not reported and ANSWERS in cell.source:
+            # The page's own errors say more.
+            with contextlib.suppress(CourseError, MlflowException, OSError):
                 if answers := read_answers(_find_run(tag, tracking_uri)):
                     reported = True
                     on_answers(answers)
@@ -112,31 +120,54 @@ def _run_cells(name, source, target, parameters, tag, on_cell_executed):
         with _page_environment(tag), _kernel_log(log):
             # papermill fills braces in a path with parameters.
             executed = papermill.execute_notebook(
-                source, re.sub("[{}]", r"\g<0>\g<0>", str(target)), parameters, kernel_name=NATIVE_KERNEL_NAME,
-                kernel_manager_class=Kernel, cwd=NOTEBOOKS, progress_bar=sys.stderr.isatty(), config=ENCRYPTED,
-                on_cell_executed=on_cell_executed)
+                source,
+                re.sub("[{}]", r"\g<0>\g<0>", str(target)),
+                parameters,
+                kernel_name=NATIVE_KERNEL_NAME,
+                kernel_manager_class=Kernel,
+                cwd=NOTEBOOKS,
+                progress_bar=sys.stderr.isatty(),
+                config=ENCRYPTED,
+                on_cell_executed=on_cell_executed,
+            )
     except DeadKernelError:
         raise CourseError(
-            "kernel-ended", f"The system ended the Python that ran {name}, most likely for want of memory.",
+            "kernel-ended",
+            f"The system ended the Python that ran {name}, most likely for want of memory.",
             "Close programs or choose a smaller model, and run this again; `make doctor` tells what fits.",
         ) from None
     except RuntimeError:  # jupyter_client's: it waits for a kernel's first word
         refuse_strangers([str(NOTEBOOKS), *sys.path])
         said = last_line(log.read_text(encoding="utf-8", errors="replace")).rstrip(".")
-        raise CourseError("kernel-not-started", f"The Python that runs {name} ended before its first cell: {said}.",
-                          f"Read {log}: a file of yours that it names may be in the way.") from None
+        raise CourseError(
+            "kernel-not-started",
+            f"The Python that runs {name} ended before its first cell: {said}.",
+            f"Read {log}: a file of yours that it names may be in the way.",
+        ) from None
     except papermill.PapermillExecutionError as error:
         if "[Errno 28]" in error.evalue:
             raise OSError(errno.ENOSPC, error.evalue) from None
         page = write_page(target)
         if error.ename == "CourseError":
-            raise CourseError("cell-refused", error.evalue, f"The page up to there: {page}.") from None
-        raise CourseError("cell-failed", f"A cell of {name} failed with {error.ename}: {error.evalue[:300]}",
-                          f"Open {page} and read the cell.") from None
-    own_cells = [cell for cell in executed.cells if "injected-parameters" not in cell.metadata.get("tags", [])]
+            raise CourseError(
+                "cell-refused", error.evalue, f"The page up to there: {page}."
+            ) from None
+        raise CourseError(
+            "cell-failed",
+            f"A cell of {name} failed with {error.ename}: {error.evalue[:300]}",
+            f"Open {page} and read the cell.",
+        ) from None
+    own_cells = [
+        cell
+        for cell in executed.cells
+        if "injected-parameters" not in cell.metadata.get("tags", [])
+    ]
     if not any(cell.get("execution_count") for cell in own_cells):
-        raise CourseError("no-cells", f"{name} has no code, so nothing was executed.",
-                          f"Look at notebooks/{name}.ipynb: its code cells are missing.")
+        raise CourseError(
+            "no-cells",
+            f"{name} has no code, so nothing was executed.",
+            f"Look at notebooks/{name}.ipynb: its code cells are missing.",
+        )
 
 
 def _write_results_of_failure(results, name, target, parameters, tag, failure):
@@ -148,7 +179,9 @@ def _write_results_of_failure(results, name, target, parameters, tag, failure):
     except (CourseError, MlflowException, OSError):  # the store may be what made the page fail
         run = None
     try:
-        results.write(name, target, parameters, _read_figures(run), read_answers(run) or [], failure)
+        results.write(
+            name, target, parameters, _read_figures(run), read_answers(run) or [], failure
+        )
     except CourseError as error:
         print(f"note: {error}", file=sys.stderr)
 
@@ -169,8 +202,11 @@ def _fill_folder(folder, name):
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        raise CourseError("pages-not-writable", f"The page's folder, {folder}, cannot be written.",
-                          f"Name one that is yours: python -m helpers notebook {name} --output DIR.") from None
+        raise CourseError(
+            "pages-not-writable",
+            f"The page's folder, {folder}, cannot be written.",
+            f"Name one that is yours: python -m helpers notebook {name} --output DIR.",
+        ) from None
 
 
 def find_notebook(name: str) -> Path:
@@ -178,7 +214,9 @@ def find_notebook(name: str) -> Path:
     source = NOTEBOOKS / f"{name}.ipynb"
     if not source.exists():
         names = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
-        raise CourseError("notebook-unknown", f"There is no notebook called {name!r}.", f"Choose one of: {names}.")
+        raise CourseError(
+            "notebook-unknown", f"There is no notebook called {name!r}.", f"Choose one of: {names}."
+        )
     return source
 
 
@@ -202,8 +240,12 @@ def _find_run(execution, tracking_uri):
 
     mlflow.set_tracking_uri(tracking_store(tracking_uri).uri)
     client = mlflow.MlflowClient()
-    experiments = [experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)]
-    runs = client.search_runs(experiments, f"tags.`{EXECUTION_TAG}` = '{execution}'", ViewType.ALL, max_results=1)
+    experiments = [
+        experiment.experiment_id for experiment in client.search_experiments(ViewType.ALL)
+    ]
+    runs = client.search_runs(
+        experiments, f"tags.`{EXECUTION_TAG}` = '{execution}'", ViewType.ALL, max_results=1
+    )
     return runs[0] if runs else None
 
 
@@ -240,7 +282,9 @@ def read_answers(run: object) -> list[dict[str, str]] | None:
         return None
     try:
         text = mlflow.artifacts.load_text(f"{run.info.artifact_uri}/{ANSWERS}")
-        answers = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)[["question", "answer"]]
+        answers = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)[
+            ["question", "answer"]
+        ]
     except (MlflowException, OSError, ValueError, KeyError):  # not there, or not a page's
         return None
     return answers.to_dict("records")
@@ -254,11 +298,15 @@ def print_answers(answers: list[dict[str, str]]) -> None:
 
 def print_page(execution: Execution) -> None:
     """Print how fast a page's answers came, where its run or answers are missing, and where to read on."""
-    if execution.name in ("Operations", "Cloud"):  # they ask many questions, and a run of theirs has no answers
+    # They ask many questions, and a run of theirs has no answers.
+    if execution.name in ("Operations", "Cloud"):
         print(f"  page: {execution.page}", flush=True)
         return
     if execution.run is None:
-        print(f"  The run of this page is not in the store any more; page: {execution.page}", flush=True)
+        print(
+            f"  The run of this page is not in the store any more; page: {execution.page}",
+            flush=True,
+        )
         return
     if execution.answers is None:
         print(f"  The run of this page has no {ANSWERS} with questions and answers.")

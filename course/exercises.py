@@ -1,7 +1,8 @@
 """Makes the exercises of a page from its solutions: a notebook comes in, and goes out with cells to fill, or filled.
 
-A Markdown cell tagged ``solution`` holds the code, folded. Where a line of it ends with ``# your turn``, the learner
-writes what stands there: the cell tagged ``exercise`` before it is made from it, with three dots in that place.
+A Markdown cell tagged ``solution`` holds the code, folded. Where a line of it ends with ``# your
+turn``, the learner writes what stands there: the cell tagged ``exercise`` before it is made from
+it, with three dots in that place.
 """
 
 import ast
@@ -21,16 +22,24 @@ CODE = re.compile(r"```python\n(.*?)\n```", re.DOTALL)
 def make_exercise(solution: str) -> str:
     """Return a solution with three dots in place of each value or call whose first line has the mark."""
     lines = solution.split("\n")
-    statements = [node for node in ast.walk(ast.parse(solution))
-                  if isinstance(node, ast.Assign | ast.Return | ast.Expr)]
-    for node in sorted(statements, key=lambda node: -node.lineno):  # from the end: lines before it keep their numbers
+    statements = [
+        node
+        for node in ast.walk(ast.parse(solution))
+        if isinstance(node, ast.Assign | ast.Return | ast.Expr)
+    ]
+    # From the end: lines before it keep their numbers.
+    for node in sorted(statements, key=lambda node: -node.lineno):
         value = node.value
         if lines[node.lineno - 1].endswith(MARK):
             start, end = lines[value.lineno - 1], lines[value.end_lineno - 1]
             # ast counts bytes.
-            head = start.encode()[:value.col_offset].decode()
-            tail = end.encode()[value.end_col_offset:].decode() if value.lineno == value.end_lineno else f"  {MARK}"
-            lines[value.lineno - 1:value.end_lineno] = [f"{head}...{tail}"]
+            head = start.encode()[: value.col_offset].decode()
+            tail = (
+                end.encode()[value.end_col_offset :].decode()
+                if value.lineno == value.end_lineno
+                else f"  {MARK}"
+            )
+            lines[value.lineno - 1 : value.end_lineno] = [f"{head}...{tail}"]
     return "\n".join(lines)
 
 
@@ -60,8 +69,11 @@ def write_exercises(check: bool, folder: Path = NOTEBOOKS) -> int:
         if all(cell.source == exercise for cell, exercise in made):
             continue
         if check:
-            raise CourseError("exercise-stale", f"An exercise of {path.name} is not what its solution makes.",
-                              "Make them anew: python -m helpers exercises.")
+            raise CourseError(
+                "exercise-stale",
+                f"An exercise of {path.name} is not what its solution makes.",
+                "Make them anew: python -m helpers exercises.",
+            )
         for cell, exercise in made:
             cell.source = exercise
         nbformat.write(notebook, path)

@@ -1,6 +1,7 @@
 """Installs packages into ``.venv``: pip gets uv and, on Linux, the CPU build of torch; uv installs all the rest.
 
-It runs before any package is installed, so it imports the standard library and modules that do the same.
+It runs before any package is installed, so it imports the standard library and modules that do the
+same.
 """
 
 import json
@@ -17,7 +18,15 @@ from urllib.parse import urlsplit
 
 from course import uv_settings
 from helpers.errors import CourseError
-from helpers.models.kit import BROKEN, COURSE, PLATFORM_NAMES, WHEELS_INDEX, Kit, build_command, local_address
+from helpers.models.kit import (
+    BROKEN,
+    COURSE,
+    PLATFORM_NAMES,
+    WHEELS_INDEX,
+    Kit,
+    build_command,
+    local_address,
+)
 from helpers.models.pip import PipError, run_pip, users_options
 from helpers.models.steps import run_program
 from helpers.paths import BUILD, ROOT, VENV_PYTHON
@@ -32,8 +41,8 @@ CONSTRAINTS = ROOT / "constraints.txt"
 def install(project: str, pins: dict[str, str], kit: Kit | None) -> None:
     """Install a project, such as ``.[dev]``, into ``.venv`` with all that it needs, as constraints.txt pins it.
 
-    Raises CourseError: no package index, no space, or a CUDA build of torch as the only one; a kit that has stopped
-    answering, lacks a wheel, or has one that was changed.
+    Raises CourseError: no package index, no space, or a CUDA build of torch as the only one; a kit
+    that has stopped answering, lacks a wheel, or has one that was changed.
     """
     pip = partial(_pip, kit=kit)
     _, version = run_program([VENV_PYTHON, "-m", "uv", "--version"], dict(os.environ), log)
@@ -58,11 +67,25 @@ def uv_install(python: Path | str, *arguments: str | Path, kit: Kit | None = Non
         options += ["--constraint", CONSTRAINTS]
     else:
         constraints = BUILD / "kit-constraints.txt"
-        constraints.write_text(uv_settings.kit_constraints(kit, CONSTRAINTS.read_text(encoding="utf-8")),
-                               encoding="utf-8")
+        constraints.write_text(
+            uv_settings.kit_constraints(kit, CONSTRAINTS.read_text(encoding="utf-8")),
+            encoding="utf-8",
+        )
         variables, options = uv_settings.from_kit(kit, constraints, dict(os.environ))
-    command = [python, "-m", "uv", "pip", "install", "--python", python, "--color", "never", "--no-progress", *options,
-               *arguments]
+    command = [
+        python,
+        "-m",
+        "uv",
+        "pip",
+        "install",
+        "--python",
+        python,
+        "--color",
+        "never",
+        "--no-progress",
+        *options,
+        *arguments,
+    ]
     code, output = run_program(command, variables, _log_and_show)
     if code:
         raise to_error("uv", output, kit)
@@ -85,8 +108,8 @@ def _fetch_cpu_torch(pip, version):
 def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> list[str]:
     """Return pip's ``options``, with PyTorch's own index added where it is needed for the CPU build on Linux.
 
-    The last of ``options`` is ``torch==VERSION``. ``pip`` writes what it would install to the file ``plan``. Raises
-    CourseError where that is the CUDA build.
+    The last of ``options`` is ``torch==VERSION``. ``pip`` writes what it would install to the file
+    ``plan``. Raises CourseError where that is the CUDA build.
     """
     try:
         with urllib.request.urlopen(TORCH_CPU_INDEX + "/torch/", timeout=10) as page:
@@ -97,12 +120,16 @@ def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> 
         pass  # pip then asks the user's index alone
     pip("install", "--dry-run", "--no-deps", "--report", str(plan), *options)
     for chosen in json.loads(plan.read_text(encoding="utf-8"))["install"]:
-        if any(re.match("(nvidia|cuda)[-_]", needed) for needed in chosen["metadata"].get("requires_dist", [])):
+        if any(
+            re.match("(nvidia|cuda)[-_]", needed)
+            for needed in chosen["metadata"].get("requires_dist", [])
+        ):
             raise CourseError(
                 "cuda-build",
                 f"The only {options[-1]} that pip finds here is the CUDA build, 3 GB that this course never uses.",
                 f"Let pip reach {TORCH_CPU_INDEX}, or put the CPU wheel of your Python version into a folder "
-                "and set PIP_FIND_LINKS to it.")
+                "and set PIP_FIND_LINKS to it.",
+            )
     return list(options)
 
 
@@ -112,7 +139,12 @@ def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> 
 def _pip(*arguments, kit):
     """Run the pip of ``.venv``; raise CourseError where it fails."""
     try:
-        run_pip(*arguments, python=str(VENV_PYTHON), on_output=_log_and_show, environment=pip_environment(kit))
+        run_pip(
+            *arguments,
+            python=str(VENV_PYTHON),
+            on_output=_log_and_show,
+            environment=pip_environment(kit),
+        )
     except PipError as error:
         raise to_error("pip", error.output, kit) from None
 
@@ -121,10 +153,14 @@ def pip_environment(kit: Kit | None) -> dict[str, str] | None:
     """Return the environment in which pip uses the kit alone; None, for this process's own, without a kit."""
     if kit is None:
         return None
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.upper().startswith("PIP_") or name.upper() in ("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR")}
-    # The kit's page of links has the hashes that pip checks, on a USB stick, too. pip splits this variable at spaces,
-    # so that a folder has to be a URI.
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith("PIP_")
+        or name.upper() in ("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR")
+    }
+    # The kit's page of links has the hashes that pip checks, on a USB stick, too. pip splits this
+    # variable at spaces, so that a folder has to be a URI.
     links = kit.place(WHEELS_INDEX) if kit.is_url else Path(kit.place(WHEELS_INDEX)).as_uri()
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": links}
     if kit.address.startswith("http://"):
@@ -152,7 +188,11 @@ def _print_step(title):
 def _log_and_show(text):
     """Log what pip or uv prints, and show in a terminal which package it is at."""
     log(text)
-    lines = re.findall(r"^ *((?:Collecting|Downloading|Building|Prepared|Installing|Installed) .*)", text, re.MULTILINE)
+    lines = re.findall(
+        r"^ *((?:Collecting|Downloading|Building|Prepared|Installing|Installed) .*)",
+        text,
+        re.MULTILINE,
+    )
     if lines and sys.stdout.isatty():
         print(f"\r{lines[-1].strip()[:70]:<70}", end="\r", flush=True)
 
@@ -162,37 +202,61 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
     details = f"Details: {LOG.relative_to(ROOT)}."
     message = final_error(output)
     if re.search(r"No space left on device|os error (28|112)\b", output):
-        return CourseError("disk-full", f"The disk is full: {shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free, and "
-                           "set-up needs 4 GB.", "Free some space and run this again; what is downloaded stays.")
+        return CourseError(
+            "disk-full",
+            f"The disk is full: {shutil.disk_usage(ROOT).free / 1e9:.1f} GB are free, and "
+            "set-up needs 4 GB.",
+            "Free some space and run this again; what is downloaded stays.",
+        )
     if kit is None:
         # Such as PIP_NO_INDEX or UV_OFFLINE, which neither pip nor uv names when nothing is found.
         variables = sorted(name for name in os.environ if name.upper().startswith(("PIP_", "UV_")))
         settings = [*variables, "python -m pip config list"]
-        return CourseError("install-failed", f"{program} could not install the course's packages: {message}",
-                           f"Check the network, the proxy (HTTPS_PROXY) and pip's settings ({', '.join(settings)}), "
-                           f"and run this again; what is downloaded stays. {details}")
-    if re.search("(?i)hash mismatch|do not match the hashes|invalid package format| is invalid", output):
-        return CourseError("kit-changed", f"A wheel of the kit {kit.address} is not as it was built: {message}",
-                           "Build or copy the kit again; `python -m helpers kit check` names every such file.")
+        return CourseError(
+            "install-failed",
+            f"{program} could not install the course's packages: {message}",
+            f"Check the network, the proxy (HTTPS_PROXY) and pip's settings ({', '.join(settings)}), "
+            f"and run this again; what is downloaded stays. {details}",
+        )
+    if re.search(
+        "(?i)hash mismatch|do not match the hashes|invalid package format| is invalid", output
+    ):
+        return CourseError(
+            "kit-changed",
+            f"A wheel of the kit {kit.address} is not as it was built: {message}",
+            "Build or copy the kit again; `python -m helpers kit check` names every such file.",
+        )
     try:
         with kit.open(WHEELS_INDEX) as page:
             page.read()
     except BROKEN:
         return CourseError(
-            "kit-gone", f"The kit {kit.address} has stopped answering.",
-            "Check that `kit serve` still runs there and that this machine is in the same network, and run this again.")
+            "kit-gone",
+            f"The kit {kit.address} has stopped answering.",
+            "Check that `kit serve` still runs there and that this machine is in the same network, and run this again.",
+        )
     if re.search("No solution found|No matching distribution found|ResolutionImpossible", output):
         return _missing_wheel_error(message, kit)
-    return CourseError("install-failed", f"{program} could not install the course's packages from the kit: {message}",
-                       f"Run this again; if it stays, report it with the log. {details}")
+    return CourseError(
+        "install-failed",
+        f"{program} could not install the course's packages from the kit: {message}",
+        f"Run this again; if it stays, report it with the log. {details}",
+    )
 
 
 def final_error(output: str) -> str:
     """Return the error with which pip or uv ended, as one sentence without colours."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", output).split("\n")
-    lines = [line.strip().removeprefix("cause: ") for line in lines if line.strip()] or ["It printed nothing"]
-    last = max((number for number, line in enumerate(lines) if line.lower().startswith("error: ")), default=-1)
-    return re.sub("(?i)^error: ", "", ". ".join(line.rstrip(".") for line in lines[last:][:8])) + "."
+    lines = [line.strip().removeprefix("cause: ") for line in lines if line.strip()] or [
+        "It printed nothing"
+    ]
+    last = max(
+        (number for number, line in enumerate(lines) if line.lower().startswith("error: ")),
+        default=-1,
+    )
+    return (
+        re.sub("(?i)^error: ", "", ". ".join(line.rstrip(".") for line in lines[last:][:8])) + "."
+    )
 
 
 def _missing_wheel_error(message, kit):
@@ -201,10 +265,16 @@ def _missing_wheel_error(message, kit):
     system = PLATFORM_NAMES.get((platform.system(), platform.machine()))
     platforms, pythons = kit.manifest["platforms"], kit.manifest["pythons"]
     if system in platforms and python in pythons:
-        return CourseError("kit-other-version", f"The kit has other packages than this course wants: {message}",
-                           f"Take the course from the kit, too: {kit.place(COURSE)}.")
+        return CourseError(
+            "kit-other-version",
+            f"The kit has other packages than this course wants: {message}",
+            f"Take the course from the kit, too: {kit.place(COURSE)}.",
+        )
     again = build_command(kit, [system] if system else [], [python])
     machine = f"Python {python} on {platform.system()} {platform.machine()}"
-    return CourseError("kit-lacks-wheel", f"The kit lacks wheels for {machine}: {message}",
-                       f"Use a Python that it was built for ({', '.join(pythons)} on {', '.join(platforms)}), "
-                       f"or build it with: {again}.")
+    return CourseError(
+        "kit-lacks-wheel",
+        f"The kit lacks wheels for {machine}: {message}",
+        f"Use a Python that it was built for ({', '.join(pythons)} on {', '.join(platforms)}), "
+        f"or build it with: {again}.",
+    )

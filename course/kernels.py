@@ -1,6 +1,7 @@
 """Runs a page on the Python that runs the command, whatever kernels and packages of the same names are around.
 
-A notebook asks for the kernel ``python3``, and the first of that name on Jupyter's path may belong to another Python.
+A notebook asks for the kernel ``python3``, and the first of that name on Jupyter's path may belong
+to another Python.
 """
 
 import os
@@ -39,12 +40,19 @@ class Kernel(AsyncKernelManager):
 def kernel_variables() -> dict[str, str]:
     """Return what a kernel, or the JupyterLab that starts it, has in its environment beside this process's own.
 
-    The course's folder comes first on Python's path: ``helpers`` and ``serving`` are then the course's, whatever else
-    is called so. Where the home folder takes no file, Jupyter and IPython keep theirs in a temporary one.
+    The course's folder comes first on Python's path: ``helpers`` and ``serving`` are then the
+    course's, whatever else is called so. Where the home folder takes no file, Jupyter and IPython
+    keep theirs in a temporary one.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return {"PYTHONPATH": path} if _has_home() else {
-        "PYTHONPATH": path, **dict.fromkeys(("HOME", "USERPROFILE"), tempfile.mkdtemp(prefix="home-"))}
+    return (
+        {"PYTHONPATH": path}
+        if _has_home()
+        else {
+            "PYTHONPATH": path,
+            **dict.fromkeys(("HOME", "USERPROFILE"), tempfile.mkdtemp(prefix="home-")),
+        }
+    )
 
 
 def _has_home():

@@ -1,7 +1,8 @@
 """Writes a page's results for other programs: junit with a test case for each code cell, and JSON with its figures.
 
-junit is written with the standard library: a package for it would be one more that every learner installs, and would
-not remove the characters that XML forbids. The tests read the file with junitparser and with Jenkins' schema.
+junit is written with the standard library: a package for it would be one more that every learner
+installs, and would not remove the characters that XML forbids. The tests read the file with
+junitparser and with Jenkins' schema.
 """
 
 import json
@@ -71,8 +72,8 @@ def read_cells(notebook: NotebookNode) -> list[CellResult]:
 def mark_failure(cells: list[CellResult], failure: Exception) -> list[CellResult]:
     """Return the cells with a failed one among them, where no cell has the failure itself.
 
-    A kernel that ends leaves no error in its cell: then it is the last cell that began. Any other failure, such as a
-    full disk after the last cell, gets an entry for the whole page.
+    A kernel that ends leaves no error in its cell: then it is the last cell that began. Any other
+    failure, such as a full disk after the last cell, gets an entry for the whole page.
     """
     if any(cell.status == FAILED for cell in cells):
         return cells
@@ -81,7 +82,7 @@ def mark_failure(cells: list[CellResult], failure: Exception) -> list[CellResult
     begun = [place for place, cell in enumerate(cells) if cell.status == PASSED]
     if code == "kernel-ended" and begun:
         last = begun[-1]
-        return [*cells[:last], replace(cells[last], **failed), *cells[last + 1:]]
+        return [*cells[:last], replace(cells[last], **failed), *cells[last + 1 :]]
     return [*cells, CellResult("the page as a whole", "", **failed)]
 
 
@@ -96,22 +97,48 @@ def _read_cell(cell, number, heading):
     error = errors[0]
     lines = [COLORS.sub("", line) for line in error.traceback]
     code = ERROR_CODE.fullmatch(lines[-1]) if lines and error.ename == "CourseError" else None
-    return CellResult(name, heading, FAILED, seconds, code[1] if code else error.ename, error.evalue, "\n".join(lines))
+    return CellResult(
+        name,
+        heading,
+        FAILED,
+        seconds,
+        code[1] if code else error.ename,
+        error.evalue,
+        "\n".join(lines),
+    )
 
 
 def make_junit(page: str, cells: list[CellResult], seconds: float) -> bytes:
     """Return a page's cells as a junit file with one test suite, as Jenkins' schema junit-10.xsd has it."""
-    count = {status: str(sum(cell.status == status for cell in cells)) for status in (FAILED, SKIPPED)}
-    suite = {"name": page, "tests": str(len(cells)), "failures": count[FAILED], "errors": "0",
-             "skipped": count[SKIPPED], "time": f"{seconds:.3f}"}
+    count = {
+        status: str(sum(cell.status == status for cell in cells)) for status in (FAILED, SKIPPED)
+    }
+    suite = {
+        "name": page,
+        "tests": str(len(cells)),
+        "failures": count[FAILED],
+        "errors": "0",
+        "skipped": count[SKIPPED],
+        "time": f"{seconds:.3f}",
+    }
     root = ElementTree.Element("testsuites")
     parent = ElementTree.SubElement(root, "testsuite", suite)
     for cell in cells:
-        case = ElementTree.SubElement(parent, "testcase", {
-            "classname": _xml_text(cell.heading or page), "name": _xml_text(cell.name), "time": f"{cell.seconds:.3f}"})
+        case = ElementTree.SubElement(
+            parent,
+            "testcase",
+            {
+                "classname": _xml_text(cell.heading or page),
+                "name": _xml_text(cell.name),
+                "time": f"{cell.seconds:.3f}",
+            },
+        )
         if cell.status == FAILED:
-            failure = ElementTree.SubElement(case, "failure", {
-                "type": _xml_text(cell.error_type), "message": _xml_text(cell.message)})
+            failure = ElementTree.SubElement(
+                case,
+                "failure",
+                {"type": _xml_text(cell.error_type), "message": _xml_text(cell.message)},
+            )
             failure.text = _xml_text(cell.details)
         elif cell.status == SKIPPED:
             ElementTree.SubElement(case, "skipped", {"message": "The page ended before this cell."})
@@ -123,17 +150,46 @@ def _xml_text(text):
     return INVALID_IN_XML.sub("", COLORS.sub("", text))
 
 
-def make_json(page: str, cells: list[CellResult], seconds: float, parameters: dict, run: dict | None,
-              answers: list[dict]) -> bytes:
+def make_json(
+    page: str,
+    cells: list[CellResult],
+    seconds: float,
+    parameters: dict,
+    run: dict | None,
+    answers: list[dict],
+) -> bytes:
     """Return a page's results as JSON: its parameters, its cells' counts, its MLflow run's figures and its answers."""
-    error = next(({"code": cell.error_type, "message": cell.message, "cell": cell.name, "heading": cell.heading}
-                  for cell in cells if cell.status == FAILED), None)
+    error = next(
+        (
+            {
+                "code": cell.error_type,
+                "message": cell.message,
+                "cell": cell.name,
+                "heading": cell.heading,
+            }
+            for cell in cells
+            if cell.status == FAILED
+        ),
+        None,
+    )
     results = {
-        "page": page, "status": FAILED if error else PASSED, "error": error, "model": parameters.get("model"),
-        "parameters": parameters, "duration": round(seconds, 3),
-        "cells": {status: sum(cell.status == status for cell in cells) for status in (PASSED, FAILED, SKIPPED)},
-        "run": run, "answers": answers}
-    return json.dumps(_nan_to_none(results), indent=2, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        "page": page,
+        "status": FAILED if error else PASSED,
+        "error": error,
+        "model": parameters.get("model"),
+        "parameters": parameters,
+        "duration": round(seconds, 3),
+        "cells": {
+            status: sum(cell.status == status for cell in cells)
+            for status in (PASSED, FAILED, SKIPPED)
+        },
+        "run": run,
+        "answers": answers,
+    }
+    return (
+        json.dumps(_nan_to_none(results), indent=2, ensure_ascii=False, allow_nan=False).encode()
+        + b"\n"
+    )
 
 
 def _nan_to_none(value):
@@ -148,8 +204,15 @@ def _nan_to_none(value):
 def read_run(run: object, client: object) -> dict:
     """Return the figures of an ``mlflow.entities.Run`` for JSON, with the version that was registered from it."""
     versions = client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1)
-    return {"id": run.info.run_id, "name": run.info.run_name, "metrics": run.data.metrics, "params": run.data.params,
-            "registered": {"name": versions[0].name, "version": int(versions[0].version)} if versions else None}
+    return {
+        "id": run.info.run_id,
+        "name": run.info.run_name,
+        "metrics": run.data.metrics,
+        "params": run.data.params,
+        "registered": {"name": versions[0].name, "version": int(versions[0].version)}
+        if versions
+        else None,
+    }
 
 
 @dataclass(frozen=True)
@@ -166,22 +229,38 @@ class ResultFiles:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
                 refused = not is_writable(path.parent)
-            except OSError:  # such as a file where the folder should be, or a folder where the file should be
+            # Such as a file where the folder should be, or a folder where the file should be.
+            except OSError:
                 refused = True
             if refused:
-                raise CourseError("results-not-writable", f"The file for the results, {path}, cannot be written.",
-                                  "Name one in a folder that is yours; the page has not run yet.")
+                raise CourseError(
+                    "results-not-writable",
+                    f"The file for the results, {path}, cannot be written.",
+                    "Name one in a folder that is yours; the page has not run yet.",
+                )
 
-    def write(self, page: str, notebook: Path, parameters: dict, run: dict | None, answers: list[dict],
-              failure: Exception | None = None) -> None:
+    def write(
+        self,
+        page: str,
+        notebook: Path,
+        parameters: dict,
+        run: dict | None,
+        answers: list[dict],
+        failure: Exception | None = None,
+    ) -> None:
         """Write what the executed notebook says; CourseError where a disk refuses it."""
         cells, seconds = [], 0.0
         if notebook.exists():
             executed = nbformat.read(notebook, as_version=4)
-            cells, seconds = read_cells(executed), executed.metadata.get("papermill", {}).get("duration") or 0.0
+            cells, seconds = (
+                read_cells(executed),
+                executed.metadata.get("papermill", {}).get("duration") or 0.0,
+            )
         cells = mark_failure(cells, failure) if failure else cells
-        contents = {self.junit: make_junit(page, cells, seconds),
-                    self.json: make_json(page, cells, seconds, parameters, run, answers)}
+        contents = {
+            self.junit: make_junit(page, cells, seconds),
+            self.json: make_json(page, cells, seconds, parameters, run, answers),
+        }
         for path, content in contents.items():
             try:
                 if path:
@@ -190,4 +269,5 @@ class ResultFiles:
                 raise CourseError(
                     "results-not-written",
                     f"{page} ended, and its results could not be written to {path}: {error.strerror}.",
-                    f"The executed notebook, {page}.ipynb, and {page}.html are in {notebook.parent}.") from None
+                    f"The executed notebook, {page}.ipynb, and {page}.html are in {notebook.parent}.",
+                ) from None

@@ -18,7 +18,8 @@ from helpers.paths import DATA, NOTEBOOKS
 
 # What needs a program in the page. A widget leaves its text or HTML behind, where it has any.
 LIVE = ("application/vnd.jupyter.widget-view+json", "application/javascript")
-# nbconvert's cells without its head, which loads four programs from the network. The policy lets nothing be loaded.
+# nbconvert's cells without its head, which loads four programs from the network. The policy lets
+# nothing be loaded.
 TEMPLATE = """
 {%- extends 'lab/base.html.j2' -%}
 {%- block header -%}
@@ -43,13 +44,18 @@ def write_page(notebook_file: Path) -> Path:
     """Write ``name.html`` beside ``name.ipynb``, its images inside, and return its path."""
     notebook = nbformat.read(notebook_file, as_version=4)
     _drop_what_is_live(notebook)
-    exporter = HTMLExporter(exclude_input_prompt=True, exclude_output_prompt=True, raw_template=TEMPLATE)
+    exporter = HTMLExporter(
+        exclude_input_prompt=True, exclude_output_prompt=True, raw_template=TEMPLATE
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", category=SyntaxWarning)
-        html, _ = exporter.from_notebook_node(notebook, {
-            "metadata": {"path": str(notebook_file.parent), "name": notebook_file.stem},
-            "page_css": (DATA / "page.css").read_text(encoding="utf-8"),
-        })
+        html, _ = exporter.from_notebook_node(
+            notebook,
+            {
+                "metadata": {"path": str(notebook_file.parent), "name": notebook_file.stem},
+                "page_css": (DATA / "page.css").read_text(encoding="utf-8"),
+            },
+        )
     document = BeautifulSoup(html, "html.parser")
     _add_contents(document)
     _let_wide_parts_scroll(document)
@@ -91,9 +97,19 @@ def _add_contents(document):
 def _let_wide_parts_scroll(document):
     """Put code, text and tables into boxes that scroll, also by the keyboard."""
     for part in document.select("pre, table"):
-        label = "Table" if part.name == "table" else "Output" if part.find_parent(class_="jp-OutputArea") else "Code"
-        part.wrap(document.new_tag("div", attrs={
-            "class": "wide", "role": "group", "aria-label": label, "tabindex": "0"}))
+        label = (
+            "Table"
+            if part.name == "table"
+            else "Output"
+            if part.find_parent(class_="jp-OutputArea")
+            else "Code"
+        )
+        part.wrap(
+            document.new_tag(
+                "div",
+                attrs={"class": "wide", "role": "group", "aria-label": label, "tabindex": "0"},
+            )
+        )
 
 
 def _lead_links_on(document, folder):
@@ -102,8 +118,11 @@ def _lead_links_on(document, folder):
         target, mark, anchor = link["href"].partition("#")
         if not target or urlsplit(target).scheme:
             continue
-        to = target.removesuffix(".ipynb") + ".html" if target.endswith(".ipynb") else _address(
-            NOTEBOOKS / unquote(target), folder)
+        to = (
+            target.removesuffix(".ipynb") + ".html"
+            if target.endswith(".ipynb")
+            else _address(NOTEBOOKS / unquote(target), folder)
+        )
         link["href"] = to + mark + anchor
 
 

@@ -27,27 +27,32 @@ class Tier:
     folders: tuple[str, ...]  # of tests/
     models: tuple[str, ...]
     extras: tuple[str, ...]
-    # A tenth of a short tier is what a worker imports first, and that counts for whichever file comes first.
+    # A tenth of a short tier is what a worker imports first, and that counts for whichever file
+    # comes first.
     most_added: float = 0.06
 
 
 BOTH_MODELS = ("tiny-phi3", "smollm2-135m")
-TIERS = {"check": Tier(("unit",), ("tiny-phi3",), (), most_added=0.12),
-         "test": Tier(("unit", "pages", "services"), BOTH_MODELS, ("spark",)),
-         "nightly": Tier(("nightly",), BOTH_MODELS, ("spark", "azure"))}
-# Seconds by tier and test file: of the last whole runs, which tests/conftest.py writes, and the baseline in git.
+TIERS = {
+    "check": Tier(("unit",), ("tiny-phi3",), (), most_added=0.12),
+    "test": Tier(("unit", "pages", "services"), BOTH_MODELS, ("spark",)),
+    "nightly": Tier(("nightly",), BOTH_MODELS, ("spark", "azure")),
+}
+# Seconds by tier and test file: of the last whole runs, which tests/conftest.py writes, and the
+# baseline in git.
 MEASURED = BUILD / "durations.json"
 BASELINE = ROOT / "tests" / "durations.json"
-# A file has outgrown its share of the time when that grew by more than this factor and by more than `most_added`.
+# A file has outgrown its share of the time when that grew by more than this factor and by more than
+# `most_added`.
 MOST_GROWTH = 1.5
 
 
 def run_tests(name: str, pytest_options: list[str]) -> int:
     """Prepare a tier's models and extras, and run its tests with pytest in up to four processes. Return the exit code.
 
-    A whole run removes the executed pages first. Where an option is a path in ``tests``, only that path is run, and
-    what it needs besides the models is installed by the tests that ask for it. Raises CourseError where another whole
-    run still reads the executed pages of this folder.
+    A whole run removes the executed pages first. Where an option is a path in ``tests``, only that
+    path is run, and what it needs besides the models is installed by the tests that ask for it.
+    Raises CourseError where another whole run still reads the executed pages of this folder.
     """
     tier = TIERS[name]
     has_paths = any(Path(option).parts[:1] == ("tests",) for option in pytest_options)
@@ -61,19 +66,35 @@ def run_tests(name: str, pytest_options: list[str]) -> int:
         try:
             lock.acquire()
         except Timeout:
-            raise CourseError("tests-running", "Another run of the tests still works in this folder.",
-                              "Wait until it has ended, or run them in another clone.") from None
+            raise CourseError(
+                "tests-running",
+                "Another run of the tests still works in this folder.",
+                "Wait until it has ended, or run them in another clone.",
+            ) from None
         shutil.rmtree(BUILD / "executed", ignore_errors=True)  # a whole run executes each page anew
         for extra in tier.extras:
             install_extra(extra)
-    # Tests of pages and services are idle for half of their time, so they get one process more than there are cores.
+    # Tests of pages and services are idle for half of their time, so they get one process more than
+    # there are cores.
     processes = min((os.cpu_count() or 1) + (name != "check"), 4)
-    command = [sys.executable, "-m", "pytest", f"--numprocesses={processes}", "--dist=loadfile",
-               "--no-loadscope-reorder", "-p", "no:nbmake", *folders, *pytest_options]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        f"--numprocesses={processes}",
+        "--dist=loadfile",
+        "--no-loadscope-reorder",
+        "-p",
+        "no:nbmake",
+        *folders,
+        *pytest_options,
+    ]
     variables = {
-        # PyTorch's idle threads spin: with more than one thread each, two tests side by side take three times as long.
+        # PyTorch's idle threads spin: with more than one thread each, two tests side by side take
+        # three times as long.
         "OMP_NUM_THREADS": "1",
-        # Here pytest makes a folder for each run, so that two runs do not remove each other's files.
+        # Here pytest makes a folder for each run, so that two runs do not remove each other's
+        # files.
         "PYTEST_DEBUG_TEMPROOT": str(BUILD),
     }
     return subprocess.call(command, cwd=ROOT, env=variables | os.environ)
@@ -83,8 +104,11 @@ def update_baseline() -> int:
     """Write the seconds of the last whole runs to tests/durations.json, and print the longest files. Return 0."""
     measured = read_durations(MEASURED)
     if not measured:
-        raise CourseError("durations-missing", "No whole run of the tests has been measured here.",
-                          "Run `make test` first, then this again.")
+        raise CourseError(
+            "durations-missing",
+            "No whole run of the tests has been measured here.",
+            "Run `make test` first, then this again.",
+        )
     baseline = read_durations(BASELINE) | measured
     for tier, files in baseline.items():
         baseline[tier] = {file: files[file] for file in sorted(files) if (ROOT / file).exists()}
@@ -111,23 +135,35 @@ def format_durations(durations: dict[str, dict[str, float]]) -> str:
 
 def find_tier(files: set[str]) -> str | None:
     """Return the name of the tier whose test files are exactly these, or None."""
-    return next((name for name, tier in TIERS.items() if files and files == _test_files(tier)), None)
+    return next(
+        (name for name, tier in TIERS.items() if files and files == _test_files(tier)), None
+    )
 
 
 def _test_files(tier):
-    paths = itertools.chain.from_iterable((ROOT / "tests" / folder).rglob("test_*.py") for folder in tier.folders)
+    paths = itertools.chain.from_iterable(
+        (ROOT / "tests" / folder).rglob("test_*.py") for folder in tier.folders
+    )
     return {path.relative_to(ROOT).as_posix() for path in paths}
 
 
-def find_outgrown(tier: str, measured: dict[str, float], baseline: dict[str, float]) -> dict[str, tuple[float, float]]:
+def find_outgrown(
+    tier: str, measured: dict[str, float], baseline: dict[str, float]
+) -> dict[str, tuple[float, float]]:
     """Return the files whose share of the time grew too much, each with its share now and in the baseline.
 
-    Shares and not seconds, because machines differ in speed. A new file has no share in the baseline; one that is gone
-    counts for nothing.
+    Shares and not seconds, because machines differ in speed. A new file has no share in the
+    baseline; one that is gone counts for nothing.
     """
     if not baseline:
         return {}
     before = {file: baseline.get(file, 0) for file in measured}
-    shares = {file: (measured[file] / sum(measured.values()), before[file] / sum(before.values())) for file in measured}
-    return {file: (now, then) for file, (now, then) in shares.items()
-            if now > MOST_GROWTH * then and now > then + TIERS[tier].most_added}
+    shares = {
+        file: (measured[file] / sum(measured.values()), before[file] / sum(before.values()))
+        for file in measured
+    }
+    return {
+        file: (now, then)
+        for file, (now, then) in shares.items()
+        if now > MOST_GROWTH * then and now > then + TIERS[tier].most_added
+    }

@@ -1,8 +1,9 @@
 """Says where uv finds packages: where the user's pip finds them, or in an offline kit and nowhere else.
 
-uv does not read pip's configuration, https://docs.astral.sh/uv/pip/compatibility, so the options of pip that matter are
-translated into uv's variables, https://docs.astral.sh/uv/reference/environment. This module runs before any package is
-installed, so it imports the standard library and modules that do the same.
+uv does not read pip's configuration, https://docs.astral.sh/uv/pip/compatibility, so the options of
+pip that matter are translated into uv's variables, https://docs.astral.sh/uv/reference/environment.
+This module runs before any package is installed, so it imports the standard library and modules
+that do the same.
 """
 
 import re
@@ -12,23 +13,27 @@ from urllib.parse import urlsplit
 
 from helpers.models.kit import WHEELS_INDEX, Kit, local_address
 
-# The variables of uv that stay as the user has set them: how packages get here and, without a kit, where they come
-# from. With the others uv would install elsewhere (UV_TARGET, UV_SYSTEM_PYTHON), something else (UV_OVERRIDE,
-# UV_TORCH_BACKEND) or nothing.
+# The variables of uv that stay as the user has set them: how packages get here and, without a kit,
+# where they come from. With the others uv would install elsewhere (UV_TARGET, UV_SYSTEM_PYTHON),
+# something else (UV_OVERRIDE, UV_TORCH_BACKEND) or nothing.
 DOWNLOAD = r"UV_(CACHE_DIR|NO_CACHE|LINK_MODE|CONCURRENT_\w+|HTTP_\w+)"
-INDEX = r"UV_(DEFAULT_INDEX|INDEX|INDEX_\w+|EXTRA_INDEX_URL|FIND_LINKS|INSECURE_HOST|KEYRING_PROVIDER|SYSTEM_CERTS" \
-         r"|NATIVE_TLS|EXCLUDE_NEWER|OFFLINE)"
+INDEX = (
+    r"UV_(DEFAULT_INDEX|INDEX|INDEX_\w+|EXTRA_INDEX_URL|FIND_LINKS|INSECURE_HOST|KEYRING_PROVIDER|SYSTEM_CERTS"
+    r"|NATIVE_TLS|EXCLUDE_NEWER|OFFLINE)"
+)
 PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy")
 
 
 def like_pip(pip: dict[str, str], variables: dict[str, str]) -> tuple[dict[str, str], list[str]]:
     """Return the environment and the options with which uv finds packages where pip does.
 
-    ``pip`` has the values of pip's options by their names, such as ``"index-url"``; ``variables`` is this process's
-    environment. uv's own variables win over pip's options.
+    ``pip`` has the values of pip's options by their names, such as ``"index-url"``; ``variables``
+    is this process's environment. uv's own variables win over pip's options.
     """
     # Without its option cert, pip uses the variables of requests, its HTTP library.
-    certificate = pip.get("cert") or variables.get("REQUESTS_CA_BUNDLE") or variables.get("CURL_CA_BUNDLE")
+    certificate = (
+        pip.get("cert") or variables.get("REQUESTS_CA_BUNDLE") or variables.get("CURL_CA_BUNDLE")
+    )
     translated = {
         "UV_INDEX_STRATEGY": "unsafe-best-match",  # the best version of all indexes, as pip does
         "UV_SYSTEM_CERTS": "1",  # pip trusts what the system trusts
@@ -37,19 +42,26 @@ def like_pip(pip: dict[str, str], variables: dict[str, str]) -> tuple[dict[str, 
         "UV_FIND_LINKS": ",".join(map(_expand_home, _values(pip, "find-links"))),
         "UV_INSECURE_HOST": " ".join(_values(pip, "trusted-host")),
         "UV_KEYRING_PROVIDER": _keyring(pip.get("keyring-provider")),
-        "UV_HTTP_TIMEOUT": (pip.get("timeout") or pip.get("default-timeout") or "").partition(".")[0],
+        "UV_HTTP_TIMEOUT": (pip.get("timeout") or pip.get("default-timeout") or "").partition(".")[
+            0
+        ],
         "UV_HTTP_RETRIES": pip.get("retries"),
         "UV_CACHE_DIR": "cache-dir" in pip and str(Path(_expand_home(pip["cache-dir"])) / "uv"),
         "UV_NO_CACHE": _is_on(pip, "no-cache-dir"),
         "UV_EXCLUDE_NEWER": pip.get("uploaded-prior-to"),
         "UV_REQUIRE_HASHES": _is_on(pip, "require-hashes"),
     }
-    shared = {"SSL_CERT_FILE": certificate and _expand_home(certificate),
-              "SSL_CLIENT_CERT": "client-cert" in pip and _expand_home(pip["client-cert"]),
-              **dict.fromkeys(PROXIES, pip.get("proxy"))}
+    shared = {
+        "SSL_CERT_FILE": certificate and _expand_home(certificate),
+        "SSL_CLIENT_CERT": "client-cert" in pip and _expand_home(pip["client-cert"]),
+        **dict.fromkeys(PROXIES, pip.get("proxy")),
+    }
     ignored = PROXIES if _is_on(pip, "no-proxy-env") else ()
-    kept = {name: value for name, value in _with_uv_variables(variables, f"{DOWNLOAD}|{INDEX}").items()
-            if name not in ignored}
+    kept = {
+        name: value
+        for name, value in _with_uv_variables(variables, f"{DOWNLOAD}|{INDEX}").items()
+        if name not in ignored
+    }
     if "UV_INDEX_URL" in kept:  # the older name of the same setting
         del translated["UV_DEFAULT_INDEX"]
     options = []
@@ -61,7 +73,9 @@ def like_pip(pip: dict[str, str], variables: dict[str, str]) -> tuple[dict[str, 
     return _without_empty(translated) | kept | _without_empty(shared), options
 
 
-def from_kit(kit: Kit, constraints: Path, variables: dict[str, str]) -> tuple[dict[str, str], list[str]]:
+def from_kit(
+    kit: Kit, constraints: Path, variables: dict[str, str]
+) -> tuple[dict[str, str], list[str]]:
     """Return the environment and the options with which uv asks a kit and nobody else.
 
     ``constraints`` is a file with the wheels' hashes, as ``kit_constraints`` makes it.
@@ -70,9 +84,20 @@ def from_kit(kit: Kit, constraints: Path, variables: dict[str, str]) -> tuple[di
     direct = {}
     if kit.is_url and local_address(kit.address):  # uv does not apply "*" to the number of a host
         direct = dict.fromkeys(("NO_PROXY", "no_proxy"), urlsplit(kit.address).hostname)
-    return (_with_uv_variables(variables, DOWNLOAD) | direct | {"UV_FIND_LINKS": links.replace(",", "%2C")},
-            ["--no-index", "--only-binary", ":all:", "--constraint", str(constraints), "--build-constraint",
-             str(constraints)])
+    return (
+        _with_uv_variables(variables, DOWNLOAD)
+        | direct
+        | {"UV_FIND_LINKS": links.replace(",", "%2C")},
+        [
+            "--no-index",
+            "--only-binary",
+            ":all:",
+            "--constraint",
+            str(constraints),
+            "--build-constraint",
+            str(constraints),
+        ],
+    )
 
 
 def kit_constraints(kit: Kit, constraints: str) -> str:
@@ -88,10 +113,14 @@ def kit_constraints(kit: Kit, constraints: str) -> str:
             continue
         pin, semicolon, marker = line.partition(";")
         project, version = pin.strip().split("==")
-        # On Linux the kit has torch's CPU build, and for the other systems the one of the package index.
+        # On Linux the kit has torch's CPU build, and for the other systems the one of the package
+        # index.
         if sys.platform == "linux" and (project, f"{version}+cpu") in wheels:
             version += "+cpu"
-        hashes = "".join(f" --hash=sha256:{digest}" for digest in wheels.get((_normal_name(project), version), []))
+        hashes = "".join(
+            f" --hash=sha256:{digest}"
+            for digest in wheels.get((_normal_name(project), version), [])
+        )
         lines.append(f"{project}=={version} {semicolon}{marker}{hashes}\n")
     return "".join(lines)
 
@@ -103,15 +132,20 @@ def _normal_name(project):
 
 def _with_uv_variables(variables, pattern):
     """Return the environment with those of uv's variables that the pattern matches, and without uv's own files."""
-    kept = {name: value for name, value in variables.items()
-            if not name.upper().startswith("UV_") or re.fullmatch(pattern, name.upper())}
+    kept = {
+        name: value
+        for name, value in variables.items()
+        if not name.upper().startswith("UV_") or re.fullmatch(pattern, name.upper())
+    }
     return kept | {"UV_NO_CONFIG": "1"}
 
 
 def _values(pip, option):
     """Return the values of an option that may have several: pip splits them at spaces, package names at commas too."""
     text = pip.get(option, "")
-    return re.split(r"[,\s]+", text.strip(", ")) if option == "only-binary" and text else text.split()
+    return (
+        re.split(r"[,\s]+", text.strip(", ")) if option == "only-binary" and text else text.split()
+    )
 
 
 def _expand_home(text):

@@ -19,13 +19,23 @@ def torch_device(device: str) -> str:
     import torch
 
     if device == "dml":
-        raise CourseError("device-track", "Track A has no DirectML: torch does not run on it.",
-                          "Take track B, which does; " + CPU)
-    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+        raise CourseError(
+            "device-track",
+            "Track A has no DirectML: torch does not run on it.",
+            "Take track B, which does; " + CPU,
+        )
+    there = {
+        "cpu": True,
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+    }
     if not there[device]:
         raise CourseError(
-            "device-absent", f'device is "{device}", and torch {torch.__version__} finds none here.',
-            "Install the build of torch for it, as https://pytorch.org/get-started/locally says; " + CPU)
+            "device-absent",
+            f'device is "{device}", and torch {torch.__version__} finds none here.',
+            "Install the build of torch for it, as https://pytorch.org/get-started/locally says; "
+            + CPU,
+        )
     return device
 
 
@@ -40,12 +50,17 @@ def onnx_provider(device: str) -> str:
     import onnxruntime_genai as og
 
     if device == "mps":
-        raise CourseError("device-track",
-                          "Track B does not run on Apple's GPU: onnxruntime-genai has no provider for it.",
-                          "Take track A, which does; " + CPU)
+        raise CourseError(
+            "device-track",
+            "Track B does not run on Apple's GPU: onnxruntime-genai has no provider for it.",
+            "Take track A, which does; " + CPU,
+        )
     there = {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}
     if not there[device]:
         raise CourseError(
-            "device-absent", f'device is "{device}", and the onnxruntime-genai that is installed runs without it.',
-            f"Install {GPU_BUILDS['onnxruntime-genai'][device]}=={og.__version__} in its place; " + CPU)
+            "device-absent",
+            f'device is "{device}", and the onnxruntime-genai that is installed runs without it.',
+            f"Install {GPU_BUILDS['onnxruntime-genai'][device]}=={og.__version__} in its place; "
+            + CPU,
+        )
     return device

@@ -1,7 +1,7 @@
 """Checks what a learner put in place of ``...``: an exercise's name comes in, PASS or one hint is printed.
 
-A check takes its answers by name from the page. It returns what to look at, or nothing where all is well; it may
-raise whatever an answer makes it raise.
+A check takes its answers by name from the page. It returns what to look at, or nothing where all is
+well; it may raise whatever an answer makes it raise.
 """
 
 import inspect
@@ -48,14 +48,18 @@ def exercise(name: str) -> Callable:
 def _settings_hint(settings, length):
     """Return what is wrong with settings that should make an answer warm; ``length`` is the field that ends it."""
     if not isinstance(settings, dict):
-        return "the settings are a dict, such as {\"do_sample\": True}."
+        return 'the settings are a dict, such as {"do_sample": True}.'
     known = {"do_sample", "temperature", "top_p", "top_k", *length}
     if unknown := [name for name in settings if name not in known]:
         return f"{unknown[0]} is no setting here. Choose among: {', '.join(sorted(known))}."
     if settings.get("do_sample") is not True:
         return "without do_sample=True the likeliest token is taken each time, whatever the temperature."
     temperature = settings.get("temperature", 1.0)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 0 < temperature <= 2:
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+        or not 0 < temperature <= 2
+    ):
         return "the temperature is a number above 0, up to 2; 1.0 leaves the model's own odds."
     for name, most in (("top_p", 1), ("top_k", 100), *((name, 1000) for name in length)):
         value = settings.get(name, 1)
@@ -63,13 +67,22 @@ def _settings_hint(settings, length):
             return f"{name} is a number above 0, up to {most}."
         if name != "top_p" and not isinstance(value, int):
             return f"{name} is a whole number."
-    return next((f"say how long the answer may be: {name}." for name in length if name not in settings), None)
+    return next(
+        (f"say how long the answer may be: {name}." for name in length if name not in settings),
+        None,
+    )
 
 
 def _surplus(answer, *known):
     """Return a hint where an answer holds a field that its exercise does not need, and that may not go well."""
-    return next((f"leave {name} out: it is more than this exercise asks for." for name in answer if name not in known),
-                None)
+    return next(
+        (
+            f"leave {name} out: it is more than this exercise asks for."
+            for name in answer
+            if name not in known
+        ),
+        None,
+    )
 
 
 @exercise("warm pipeline")
@@ -119,7 +132,11 @@ def _(wider):
             return f"the parameters lack {name}."
     if params["top_p"].dtype.name != "double":
         return f"top_p is a {params['top_p'].dtype.name}, so 0.9 would be refused. MLflow reads the default's type."
-    return None if params["top_p"].default == 1.0 else "a top_p of 1.0 changes nothing: let that be the default."
+    return (
+        None
+        if params["top_p"].default == 1.0
+        else "a top_p of 1.0 changes nothing: let that be the default."
+    )
 
 
 @exercise("alias")
@@ -134,8 +151,11 @@ def _(my_uri, version, client):
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return f"{version.name} or its version was deleted. Run this page's cells from Register it on."
         return f"the registry knows no alias mine of {version.name}. Call client.set_registered_model_alias."
-    return None if str(found) == str(version.version) else (
-        f"mine stands on version {found}, and this page's is {version.version}. Move it.")
+    return (
+        None
+        if str(found) == str(version.version)
+        else (f"mine stands on version {found}, and this page's is {version.version}. Move it.")
+    )
 
 
 @exercise("pieces")
@@ -158,7 +178,7 @@ def _(read_piece):
 @exercise("seed")
 def _(seeded, chat_model):
     if not isinstance(seeded, dict):
-        return "the settings are a dict, such as {\"temperature\": 1.0}."
+        return 'the settings are a dict, such as {"temperature": 1.0}.'
     chat_model.read_request({"messages": [{"role": "user", "content": "Hello"}]} | seeded)
     if more := _surplus(seeded, "temperature", "seed", "top_p", "top_k"):
         return more
@@ -178,26 +198,37 @@ def _(changes, chat_model):
         return "an answer has 8 tokens where a request doesn't say how many: that setting is max_tokens."
     if more := _surplus(changes, "max_tokens", "model", "temperature"):
         return more
-    return None if changes.get("model", "slm-onnx") != "slm-onnx" else "give the model a name of your own: model."
+    return (
+        None
+        if changes.get("model", "slm-onnx") != "slm-onnx"
+        else "give the model a name of your own: model."
+    )
 
 
 @exercise("steps")
 def _(static_steps, joining_steps, lengths, slots):
     if static_steps == sum(lengths):
         return "in a static batch, all three answers get a token in each step: it takes as many steps as its longest."
-    if static_steps != sum(max(lengths[start:start + slots]) for start in range(0, len(lengths), slots)):
+    if static_steps != sum(
+        max(lengths[start : start + slots]) for start in range(0, len(lengths), slots)
+    ):
         return "a static batch of three ends with its longest answer, and only then the next three begin."
     ends = [0] * slots  # the step after which each slot is free
     for length in lengths:
         ends[ends.index(min(ends))] += length
-    return None if joining_steps == max(ends) else (
-        "write down three slots. Each next answer begins in the slot that is free first; the last end counts.")
+    return (
+        None
+        if joining_steps == max(ends)
+        else (
+            "write down three slots. Each next answer begins in the slot that is free first; the last end counts."
+        )
+    )
 
 
 @exercise("schema")
 def _(pet):
     if not isinstance(pet, dict):
-        return "a schema is a dict that begins with {\"type\": \"object\"}."
+        return 'a schema is a dict that begins with {"type": "object"}.'
     Draft202012Validator.check_schema(pet)
     if error := LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(pet)):
         return f"the model can't keep this schema: {error.splitlines()[0]}."
@@ -207,7 +238,18 @@ def _(pet):
     for name in tom:
         if fits({other: tom[other] for other in tom if other != name}):
             return f"a pet without {name} fits too: look at required."
-    for name, wrong in (("name", 5), ("name", "x" * 21), ("kind", "horse"), ("age", -1), ("age", 31), ("age", 2.5)):
+    for name, wrong in (
+        ("name", 5),
+        ("name", "x" * 21),
+        ("kind", "horse"),
+        ("age", -1),
+        ("age", 31),
+        ("age", 2.5),
+    ):
         if fits(tom | {name: wrong}):
             return f"a pet fits whose {name} is {wrong!r}."
-    return "fields of other names fit: additionalProperties." if fits(tom | {"colour": "red"}) else None
+    return (
+        "fields of other names fit: additionalProperties."
+        if fits(tom | {"colour": "red"})
+        else None
+    )

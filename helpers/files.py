@@ -28,13 +28,23 @@ def is_size(path: Path, size: int) -> bool:
 
 def folder_bytes(folder: Path | str) -> int:
     """Return the bytes of all files below ``folder``."""
-    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file() and not path.is_symlink())
+    return sum(
+        path.stat().st_size
+        for path in Path(folder).rglob("*")
+        if path.is_file() and not path.is_symlink()
+    )
 
 
 def is_plain(name: str) -> bool:
     """Tell whether a relative name stays inside its folder, on every system: no drive, no stream, no way up."""
-    return name.isprintable() and not re.search(r"[\\:]", name) and str(PurePosixPath(name)) == name \
-        and name not in (".", "") and not name.startswith("/") and ".." not in name.split("/")
+    return (
+        name.isprintable()
+        and not re.search(r"[\\:]", name)
+        and str(PurePosixPath(name)) == name
+        and name not in (".", "")
+        and not name.startswith("/")
+        and ".." not in name.split("/")
+    )
 
 
 def is_writable(folder: Path) -> bool:
@@ -51,14 +61,19 @@ def is_writable(folder: Path) -> bool:
 def progress_bar(title: str, total: int) -> Any:
     """Return a tqdm bar on stdout: a notebook paints stderr red.
 
-    It is painted twice a second, not at every byte. Where nothing is painted over, such as in a file or the log of a
-    CI job, it is printed when the step begins and when it ends.
+    It is painted twice a second, not at every byte. Where nothing is painted over, such as in a
+    file or the log of a CI job, it is printed when the step begins and when it ends.
     """
     from tqdm import tqdm  # set-up reads this module before there is one
 
     paints = sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
-    return tqdm(desc=title, total=total, file=sys.stdout, mininterval=0.5 if paints else float("inf"),
-                bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}")
+    return tqdm(
+        desc=title,
+        total=total,
+        file=sys.stdout,
+        mininterval=0.5 if paints else float("inf"),
+        bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}",
+    )
 
 
 @contextlib.contextmanager

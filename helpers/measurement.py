@@ -16,8 +16,9 @@ from helpers.files import folder_bytes
 REPEATS = 3
 
 
-def measure(folder: Path | str, ask: Callable[[object, int], int],
-            tokens: int) -> tuple[dict[str, float], PyFuncModel]:
+def measure(
+    folder: Path | str, ask: Callable[[object, int], int], tokens: int
+) -> tuple[dict[str, float], PyFuncModel]:
     """Load a logged model anew, time what it does, and return the figures with the model.
 
     Parameters
@@ -25,7 +26,8 @@ def measure(folder: Path | str, ask: Callable[[object, int], int],
     folder : Path or str
         Of a logged model.
     ask : callable
-        ``ask(model, max_tokens)`` makes one prediction and returns the number of tokens in its answer.
+        ``ask(model, max_tokens)`` makes one prediction and returns the number of tokens in its
+        answer.
     tokens : int
         Most tokens of the longer answer, 2 or more.
 
@@ -33,9 +35,9 @@ def measure(folder: Path | str, ask: Callable[[object, int], int],
     -------
     figures : dict of str to float
         ``load_seconds``; ``first_token_seconds``, the time to an answer of one token;
-        ``tokens_per_second`` after the first token, absent where the answers were too short to tell;
-        ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far, with all that it has loaded.
-        Times are medians of three, after a warm-up.
+        ``tokens_per_second`` after the first token, absent where the answers were too short to
+        tell; ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far, with
+        all that it has loaded. Times are medians of three, after a warm-up.
     model : mlflow.pyfunc.PyFuncModel
         The copy that was measured, to go on with.
     """
@@ -45,17 +47,23 @@ def measure(folder: Path | str, ask: Callable[[object, int], int],
     ask(model, 1)
     pairs = [(_timed(ask, model, 1), _timed(ask, model, tokens)) for _ in range(REPEATS)]
     first, rate = read_times(pairs)
-    figures = {"load_seconds": load_seconds, "first_token_seconds": first, "disk_bytes": folder_bytes(folder),
-               "peak_memory_bytes": peak_memory_bytes()}
+    figures = {
+        "load_seconds": load_seconds,
+        "first_token_seconds": first,
+        "disk_bytes": folder_bytes(folder),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
     return figures if rate is None else figures | {"tokens_per_second": rate}, model
 
 
-def read_times(pairs: list[tuple[tuple[int, float], tuple[int, float]]]) -> tuple[float, float | None]:
+def read_times(
+    pairs: list[tuple[tuple[int, float], tuple[int, float]]],
+) -> tuple[float, float | None]:
     """Return the seconds to the first token, and the tokens per second after it or None.
 
-    ``pairs`` has tokens and seconds of an answer of one token and of a longer one. The difference of two nearly equal
-    times is no figure: the rest of the longer answer has to take a tenth of the time to its first token, and twice as
-    long as that time differs from one answer to the next.
+    ``pairs`` has tokens and seconds of an answer of one token and of a longer one. The difference
+    of two nearly equal times is no figure: the rest of the longer answer has to take a tenth of the
+    time to its first token, and twice as long as that time differs from one answer to the next.
     """
     firsts = [seconds for (_, seconds), _ in pairs]
     first = statistics.median(firsts)

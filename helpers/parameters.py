@@ -12,16 +12,37 @@ from helpers.errors import CourseError
 from helpers.models.catalogue import TRACKS, find_entry
 
 # What a page's parameters are where nobody changes them.
-DEFAULTS = {"model": "smollm2-135m", "tracking_uri": "", "question": "What is the capital of Spain?",
-            "system_prompt": "Answer in one short sentence.", "max_tokens": 64, "temperature": 0.0, "device": "cpu"}
+DEFAULTS = {
+    "model": "smollm2-135m",
+    "tracking_uri": "",
+    "question": "What is the capital of Spain?",
+    "system_prompt": "Answer in one short sentence.",
+    "max_tokens": 64,
+    "temperature": 0.0,
+    "device": "cpu",
+}
 PARAMETERS = tuple(DEFAULTS)
 # Variables in which libraries look for a number while they are imported.
-COUNTS = ("HF_HUB_DOWNLOAD_TIMEOUT", "HF_HUB_ETAG_TIMEOUT", "JOBLIB_MULTIPROCESSING", "LOKY_MAX_CPU_COUNT",
-          "LOKY_MAX_DEPTH")
+COUNTS = (
+    "HF_HUB_DOWNLOAD_TIMEOUT",
+    "HF_HUB_ETAG_TIMEOUT",
+    "JOBLIB_MULTIPROCESSING",
+    "LOKY_MAX_CPU_COUNT",
+    "LOKY_MAX_DEPTH",
+)
 
 
-def check_parameters(*, model: str, tracking_uri: str, question: str, system_prompt: str, max_tokens: int,
-                     temperature: float, device: str, track: str | None = None) -> None:
+def check_parameters(
+    *,
+    model: str,
+    tracking_uri: str,
+    question: str,
+    system_prompt: str,
+    max_tokens: int,
+    temperature: float,
+    device: str,
+    track: str | None = None,
+) -> None:
     """Raise an error that says what to change, unless all parameters are usable.
 
     Parameters
@@ -49,32 +70,62 @@ def check_parameters(*, model: str, tracking_uri: str, question: str, system_pro
     _refuse_injected(PARAMETERS if track is None else (*PARAMETERS, "track"))
     check_variables()
     if track is not None and track not in TRACKS:
-        raise CourseError("track-unknown", f"track is {track!r}.", f"Choose one of: {', '.join(TRACKS)}.")
-    for name, value in (("model", model), ("tracking_uri", tracking_uri), ("question", question),
-                        ("system_prompt", system_prompt), ("device", device)):
+        raise CourseError(
+            "track-unknown", f"track is {track!r}.", f"Choose one of: {', '.join(TRACKS)}."
+        )
+    for name, value in (
+        ("model", model),
+        ("tracking_uri", tracking_uri),
+        ("question", question),
+        ("system_prompt", system_prompt),
+        ("device", device),
+    ):
         if not isinstance(value, str):
-            raise CourseError("parameter-type", f"{name} is {value!r}, and it has to be text.",
-                              f"Put {name} in quotes; with papermill, use -r in place of -p.")
+            raise CourseError(
+                "parameter-type",
+                f"{name} is {value!r}, and it has to be text.",
+                f"Put {name} in quotes; with papermill, use -r in place of -p.",
+            )
     entry = find_entry(model)
     if not question.strip():
-        raise CourseError("question-empty", "question is empty.",
-                          "Ask something, such as: What is the capital of Spain?")
+        raise CourseError(
+            "question-empty",
+            "question is empty.",
+            "Ask something, such as: What is the capital of Spain?",
+        )
     for name, value in (("question", question), ("system_prompt", system_prompt)):
         if "\0" in value or any("\ud800" <= character <= "\udfff" for character in value):
             raise CourseError(
-                "parameter-text", f"{name} holds a character that is not text (NUL or half a surrogate pair).",
-                "Take it out.")
+                "parameter-text",
+                f"{name} holds a character that is not text (NUL or half a surrogate pair).",
+                "Take it out.",
+            )
     # What the Hub alone knows, is not known yet: check_fits looks once more.
     limit = entry.context_length or math.inf
-    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or not 0 < max_tokens < limit:
+    if (
+        not isinstance(max_tokens, int)
+        or isinstance(max_tokens, bool)
+        or not 0 < max_tokens < limit
+    ):
         to = "" if limit == math.inf else f" to {limit - 1}"
-        raise CourseError("max-tokens-range", f"max_tokens is {max_tokens!r}.",
-                          f"Choose a whole number from 1{to} for {entry.title}.")
-    if (not isinstance(temperature, int | float) or isinstance(temperature, bool)
-            or not math.isfinite(temperature) or not 0 <= temperature <= 2):
-        raise CourseError("temperature-range", f"temperature is {temperature!r}.", "Choose a number from 0 to 2.")
+        raise CourseError(
+            "max-tokens-range",
+            f"max_tokens is {max_tokens!r}.",
+            f"Choose a whole number from 1{to} for {entry.title}.",
+        )
+    if (
+        not isinstance(temperature, int | float)
+        or isinstance(temperature, bool)
+        or not math.isfinite(temperature)
+        or not 0 <= temperature <= 2
+    ):
+        raise CourseError(
+            "temperature-range", f"temperature is {temperature!r}.", "Choose a number from 0 to 2."
+        )
     if device not in DEVICES:
-        raise CourseError("device-unknown", f"device is {device!r}.", f"Choose one of: {', '.join(DEVICES)}.")
+        raise CourseError(
+            "device-unknown", f"device is {device!r}.", f"Choose one of: {', '.join(DEVICES)}."
+        )
 
 
 def check_variables() -> None:
@@ -102,8 +153,11 @@ def _is_readable(name, value):
 
 
 def _unreadable(what):
-    return CourseError("variable-unreadable", f"A variable of this shell cannot be read: {what}.",
-                       "Correct it, or take it away (unset NAME), and run this again, in a page with a new kernel.")
+    return CourseError(
+        "variable-unreadable",
+        f"A variable of this shell cannot be read: {what}.",
+        "Correct it, or take it away (unset NAME), and run this again, in a page with a new kernel.",
+    )
 
 
 def name_run(model: str, **parameters) -> str:
@@ -111,8 +165,11 @@ def name_run(model: str, **parameters) -> str:
 
     Where the store is does not count. A text is cut after 40 characters.
     """
-    changed = [f"{name}={str(value)[:40]}" for name, value in parameters.items()
-               if name != "tracking_uri" and value != DEFAULTS[name]]
+    changed = [
+        f"{name}={str(value)[:40]}"
+        for name, value in parameters.items()
+        if name != "tracking_uri" and value != DEFAULTS[name]
+    ]
     return f"{model}: {', '.join(changed)}" if changed else model
 
 
@@ -132,15 +189,20 @@ def injected_names(cells: list[str]) -> list[str]:
     """Return the names that papermill's injected cell sets; of several such cells, the last: it was corrected."""
     injected = [source for source in cells if source.startswith("# Parameters\n")]
     statements = ast.parse(injected[-1]).body if injected else []
-    return [statement.targets[0].id for statement in statements if isinstance(statement, ast.Assign)]
+    return [
+        statement.targets[0].id for statement in statements if isinstance(statement, ast.Assign)
+    ]
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str] = PARAMETERS) -> None:
     """Raise CourseError unless all ``names`` are ``known`` as parameters of a notebook."""
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise CourseError("parameter-unknown", f"This notebook has no parameter called {', '.join(unknown)}.",
-                          f"Choose among: {', '.join(known)}.")
+        raise CourseError(
+            "parameter-unknown",
+            f"This notebook has no parameter called {', '.join(unknown)}.",
+            f"Choose among: {', '.join(known)}.",
+        )
 
 
 def check_fits(prepared, messages: list[dict[str, str]], max_tokens: int) -> int:
@@ -164,23 +226,32 @@ def check_fits(prepared, messages: list[dict[str, str]], max_tokens: int) -> int
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(prepared.transformers_dir or prepared.onnx_dir, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(
+        prepared.transformers_dir or prepared.onnx_dir, trust_remote_code=False
+    )
     for message in messages:
         for token in tokenizer.get_added_vocab():
             if token.strip() and token in message["content"]:
                 raise CourseError(
-                    "markup", f"The {message['role']}'s text holds {token}, which is markup to this model.",
-                    "Take it out, or write it with a space inside.")
+                    "markup",
+                    f"The {message['role']}'s text holds {token}, which is markup to this model.",
+                    "Take it out, or write it with a space inside.",
+                )
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     except (TemplateError, ValueError) as error:
-        raise CourseError("template", f"The model's chat template refuses this conversation: {error}.",
-                          "Choose an instruct model whose template takes a system message and a user's.") from None
+        raise CourseError(
+            "template",
+            f"The model's chat template refuses this conversation: {error}.",
+            "Choose an instruct model whose template takes a system message and a user's.",
+        ) from None
     count = len(tokenizer.encode(prompt, add_special_tokens=False))
     context_length = prepared.entry.context_length
     if count + max_tokens > context_length:
         raise CourseError(
-            "too-long", f"The prompt takes {count} of the model's {context_length} tokens, "
+            "too-long",
+            f"The prompt takes {count} of the model's {context_length} tokens, "
             f"which leaves {max(context_length - count, 0)} for the answer, and max_tokens is {max_tokens}.",
-            "Lower max_tokens or shorten the question.")
+            "Lower max_tokens or shorten the question.",
+        )
     return count

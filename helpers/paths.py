@@ -20,10 +20,15 @@ def model_cache() -> Path:
     A relative COURSE_CACHE starts at the course's folder, whatever folder a kernel runs in.
     """
     try:
-        return (ROOT / Path(os.environ.get("COURSE_CACHE") or DATA / "models").expanduser()).resolve()
+        return (
+            ROOT / Path(os.environ.get("COURSE_CACHE") or DATA / "models").expanduser()
+        ).resolve()
     except RuntimeError:
-        raise CourseError("cache-path", "COURSE_CACHE begins with the home folder of somebody who is not here.",
-                          "Set it to a folder that is yours.") from None
+        raise CourseError(
+            "cache-path",
+            "COURSE_CACHE begins with the home folder of somebody who is not here.",
+            "Set it to a folder that is yours.",
+        ) from None
 
 
 def tracking_uri() -> str:

@@ -20,22 +20,31 @@ from helpers.states import check_model
 from helpers.tables import NO_MATHEMATICS, Table, show_table
 
 _SHOW_SECONDS = 0.1  # between two updates of the page: a browser cannot draw one for each token
-_NOTE = show_table("Ask the models yourself", {
-    "in JupyterLab": "A form stands here: you ask a logged model a question of your own and watch it answer.",
-    "how to get there": "Open this page with make lab, or python -m helpers lab, and run its cells.",
-})
+_NOTE = show_table(
+    "Ask the models yourself",
+    {
+        "in JupyterLab": "A form stands here: you ask a logged model a question of your own and watch it answer.",
+        "how to get there": "Open this page with make lab, or python -m helpers lab, and run its cells.",
+    },
+)
 
 
-def show_playground(models: dict[str, object], *, question: str, system_prompt: str, max_tokens: int,
-                    temperature: float) -> ipywidgets.VBox | Table:
+def show_playground(
+    models: dict[str, object],
+    *,
+    question: str,
+    system_prompt: str,
+    max_tokens: int,
+    temperature: float,
+) -> ipywidgets.VBox | Table:
     """Return a form for the last line of a cell, or a note where nobody could press a button.
 
-    ``models`` has the names that the form shows, each with a model URI or with a function that returns a loaded
-    ``mlflow.pyfunc.PyFuncModel``, the one that the page has at that time. A URI is loaded when it is first asked, and
-    dropped before another one is loaded or a form is made anew.
+    ``models`` has the names that the form shows, each with a model URI or with a function that
+    returns a loaded ``mlflow.pyfunc.PyFuncModel``, the one that the page has at that time. A URI is
+    loaded when it is first asked, and dropped before another one is loaded or a form is made anew.
     """
-    # JupyterLab and VS Code tell the kernel that somebody could be asked for input; papermill, nbmake and nbconvert
-    # tell it that nobody could, and a program outside IPython has no kernel.
+    # JupyterLab and VS Code tell the kernel that somebody could be asked for input; papermill,
+    # nbmake and nbconvert tell it that nobody could, and a program outside IPython has no kernel.
     if not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):
         return _NOTE
     _drop()
@@ -47,15 +56,28 @@ def kind_of(model: object) -> str:
     schema, base = model.metadata.get_input_schema(), PythonModel.predict_stream
     inputs = schema.input_names() if schema else []
     if "messages" in inputs:
-        return "messages" if getattr(type(_unwrap(model)), "predict_stream", base) is base else "stream"
+        return (
+            "messages"
+            if getattr(type(_unwrap(model)), "predict_stream", base) is base
+            else "stream"
+        )
     if "prompt" in inputs:
         return "prompt"
-    raise CourseError("playground-signature", "The model's signature has neither messages nor prompt.",
-                      "Choose a model that one of the course's pages has logged.")
+    raise CourseError(
+        "playground-signature",
+        "The model's signature has neither messages nor prompt.",
+        "Choose a model that one of the course's pages has logged.",
+    )
 
 
-def build_request(kind: str, question: str, system_prompt: str, max_tokens: int, temperature: float,
-                  tokenizer: object = None) -> dict:
+def build_request(
+    kind: str,
+    question: str,
+    system_prompt: str,
+    max_tokens: int,
+    temperature: float,
+    tokenizer: object = None,
+) -> dict:
     """Return the request for a kind of model. A ``prompt`` is made by the tokenizer's chat template."""
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": question})
@@ -78,7 +100,10 @@ def pieces(model: object, request: dict) -> Iterator[tuple[str, dict | list]]:
     elif "stream_options" in request:
         with contextlib.closing(model.predict_stream(request)) as chunks:
             for chunk in chunks:
-                yield "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]), chunk
+                yield (
+                    "".join(choice["delta"].get("content") or "" for choice in chunk["choices"]),
+                    chunk,
+                )
     else:
         response = model.predict(request)
         yield response[0]["choices"][0]["message"]["content"], response
@@ -96,12 +121,16 @@ def _tokenizer(uri):
 
     file = next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("tokenizer_config.json"), None)
     if file is None:
-        raise CourseError("playground-tokenizer", "The logged model has no tokenizer to make a prompt with.",
-                          "Choose a model that one of the course's pages has logged.")
+        raise CourseError(
+            "playground-tokenizer",
+            "The logged model has no tokenizer to make a prompt with.",
+            "Choose a model that one of the course's pages has logged.",
+        )
     return AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False)
 
 
-_held = {}  # a URI and its model, or nothing: a second model may not fit into the memory beside the first
+# A URI and its model, or nothing: a second model may not fit into the memory beside the first.
+_held = {}
 
 
 def _load(uri):
@@ -118,7 +147,8 @@ def _drop():
         if hasattr(python_model, "close"):
             python_model.close()
         del python_model
-        mlflow.models.set_model(PythonModel)  # MLflow holds on to the last one that a file of code has set
+        # MLflow holds on to the last one that a file of code has set.
+        mlflow.models.set_model(PythonModel)
     gc.collect()
 
 
@@ -126,22 +156,38 @@ class _Form(ipywidgets.VBox):
     """The widgets. ``thread`` gets the latest answer: a callback on the kernel's main thread would block Stop."""
 
     def __init__(self, models, question, system_prompt, max_tokens, temperature):
-        looks = {"style": {"description_width": "8em"}, "layout": {"width": "100%", "max_width": "60em"}}
+        looks = {
+            "style": {"description_width": "8em"},
+            "layout": {"width": "100%", "max_width": "60em"},
+        }
         self.models, self.thread, self._stopped = models, None, threading.Event()
         self.model = ipywidgets.Dropdown(options=list(models), description="Logged model", **looks)
         self.fields = [
             ipywidgets.Textarea(question, description="Question", **looks),
             ipywidgets.Text(system_prompt, description="System prompt", **looks),
-            ipywidgets.BoundedIntText(max_tokens, min=1, max=2048, description="Max tokens", **looks),
-            ipywidgets.BoundedFloatText(temperature, min=0, max=2, step=0.1, description="Temperature", **looks)]
+            ipywidgets.BoundedIntText(
+                max_tokens, min=1, max=2048, description="Max tokens", **looks
+            ),
+            ipywidgets.BoundedFloatText(
+                temperature, min=0, max=2, step=0.1, description="Temperature", **looks
+            ),
+        ]
         self.generate = ipywidgets.Button(description="Generate", button_style="primary")
         self.stop = ipywidgets.Button(description="Stop", disabled=True)
         self.answer = ipywidgets.Textarea(description="Answer", rows=8, **looks)
         self.status, self.raw = ipywidgets.HTML(), ipywidgets.HTML()
         self.generate.on_click(self._start)
         self.stop.on_click(self._stop)
-        super().__init__([self.model, *self.fields, ipywidgets.HBox([self.generate, self.stop]), self.answer,
-                          self.status, self.raw])
+        super().__init__(
+            [
+                self.model,
+                *self.fields,
+                ipywidgets.HBox([self.generate, self.stop]),
+                self.answer,
+                self.status,
+                self.raw,
+            ]
+        )
 
     def _repr_mimebundle_(self, **options):
         # A page that is read without a kernel shows what stands beside the widget.
@@ -157,7 +203,9 @@ class _Form(ipywidgets.VBox):
             return
         self.generate.disabled, self.stop.disabled = True, False
         self._stopped.clear()
-        self.thread = threading.Thread(target=self._run, args=(self.model.value, values), daemon=True)
+        self.thread = threading.Thread(
+            target=self._run, args=(self.model.value, values), daemon=True
+        )
         self.thread.start()
 
     def _stop(self, _):
@@ -168,7 +216,8 @@ class _Form(ipywidgets.VBox):
     def _run(self, name, values):
         try:
             self._say(self._answer(name, values))
-        except Exception as error:  # whatever it is, the reader gets a sentence, and the button back
+        # Whatever it is, the reader gets a sentence, and the button back.
+        except Exception as error:
             message = getattr(error, "message", "") or str(error)
             if not isinstance(error, mlflow.MlflowException | CourseError):
                 message = f"The model gave no answer: {type(error).__name__}: {message}"
@@ -184,7 +233,9 @@ class _Form(ipywidgets.VBox):
         model = _load(given) if isinstance(given, str) else given()
         kind, tokenizer = kind_of(model), None
         if kind == "prompt":
-            tokenizer = _tokenizer(given if isinstance(given, str) else f"models:/{model.metadata.model_id}")
+            tokenizer = _tokenizer(
+                given if isinstance(given, str) else f"models:/{model.metadata.model_id}"
+            )
         request = build_request(kind, *values, tokenizer)
         self.raw.value = _details("Raw request", request)
         self._say(f"{name} is answering.")
@@ -193,15 +244,22 @@ class _Form(ipywidgets.VBox):
             while not self._stopped.is_set() and (piece := next(answer, None)):
                 text, now = text + piece[0], time.perf_counter()
                 raw.append(piece[1])
-                if piece[0] and now - shown >= _SHOW_SECONDS:  # a stream begins with a piece without text
+                # A stream begins with a piece without text.
+                if piece[0] and now - shown >= _SHOW_SECONDS:
                     self.answer.value, shown = text, now
         seconds = time.perf_counter() - started
         self.answer.value = text
         self.raw.value += _details("Raw response", *raw)
-        tokens = len(tokenizer.encode(text, add_special_tokens=False)) if tokenizer and raw else _usage(raw)
+        tokens = (
+            len(tokenizer.encode(text, add_special_tokens=False))
+            if tokenizer and raw
+            else _usage(raw)
+        )
         if tokens is None:
             return f"Stopped after {seconds:.2f} seconds."
-        return f"{tokens} tokens in {seconds:.2f} seconds: {tokens / seconds:.1f} tokens per second."
+        return (
+            f"{tokens} tokens in {seconds:.2f} seconds: {tokens / seconds:.1f} tokens per second."
+        )
 
     def _say(self, sentence):
         self.status.value = f'<p role="status" {NO_MATHEMATICS}>{html.escape(sentence)}</p>'
@@ -216,7 +274,11 @@ def _usage(raw):
 
 def _details(title, *objects):
     """Return objects as JSON behind a title that opens them: one over many lines, or many on a line each."""
-    lines = [json.dumps(one, ensure_ascii=False, default=str, indent=2 if len(objects) == 1 else None)
-             for one in objects]
-    return (f'<details><summary>{title}</summary><pre {NO_MATHEMATICS} style="white-space: pre-wrap">'
-            f"{html.escape(chr(10).join(lines))}</pre></details>")
+    lines = [
+        json.dumps(one, ensure_ascii=False, default=str, indent=2 if len(objects) == 1 else None)
+        for one in objects
+    ]
+    return (
+        f'<details><summary>{title}</summary><pre {NO_MATHEMATICS} style="white-space: pre-wrap">'
+        f"{html.escape(chr(10).join(lines))}</pre></details>"
+    )

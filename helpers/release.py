@@ -1,7 +1,7 @@
 """Decides which version of a registered model is champion: the rule that all pages share.
 
-A name of the registry has the alias ``champion`` for the version that answers, and ``challenger`` for one that may
-replace it.
+A name of the registry has the alias ``champion`` for the version that answers, and ``challenger``
+for one that may replace it.
 """
 
 import re
@@ -28,13 +28,15 @@ def model_of(version: ModelVersion | None) -> str:
     """Return which of the course's models a version holds, as its tag ``model`` says."""
     if version is None:
         return "nobody"
-    return version.tags.get("model") or "an unknown model"  # a version that was made by hand may lack the tag
+    # A version that was made by hand may lack the tag.
+    return version.tags.get("model") or "an unknown model"
 
 
 def choose_alias(champion: ModelVersion | None, model: str) -> str:
     """Return ``champion`` for a new version of ``model`` that may replace the champion, else ``challenger``.
 
-    It may if there is no champion, if the champion holds the same model, or if its weights are random.
+    It may if there is no champion, if the champion holds the same model, or if its weights are
+    random.
     """
     if champion is None or model_of(champion) in (model, REHEARSAL_MODEL):
         return "champion"
@@ -60,8 +62,11 @@ def roll_back(client: MlflowClient, name: str) -> None:
     """Make the version champion that the present champion replaced."""
     champion = find_champion(client, name)
     if champion is None or "replaced" not in champion.tags:
-        raise CourseError("nothing-replaced", f"The champion of {name} has replaced no other version.",
-                          "Promote a version first, or set the alias yourself: client.set_registered_model_alias.")
+        raise CourseError(
+            "nothing-replaced",
+            f"The champion of {name} has replaced no other version.",
+            "Promote a version first, or set the alias yourself: client.set_registered_model_alias.",
+        )
     client.set_registered_model_alias(name, "champion", champion.tags["replaced"])
 
 
@@ -80,7 +85,10 @@ class Decision:
 def count_met(rows: list[dict]) -> dict[str, tuple[int, int]]:
     """Return for each family how many of its rows are met, and how many rows it has."""
     met = Counter(row["family"] for row in rows if row["met"])
-    return {family: (met[family], count) for family, count in Counter(row["family"] for row in rows).items()}
+    return {
+        family: (met[family], count)
+        for family, count in Counter(row["family"] for row in rows).items()
+    }
 
 
 def gate(
@@ -105,8 +113,11 @@ def gate(
     was = {(row["family"], row["id"]): row for row in champion}
     now = {(row["family"], row["id"]): row for row in challenger}
     if len(champion) != len(was) or len(challenger) != len(now) or was.keys() != now.keys():
-        raise CourseError("other-prompts", "Champion and challenger were not asked the same prompts, each once.",
-                          "Evaluate both on the same file.")
+        raise CourseError(
+            "other-prompts",
+            "Champion and challenger were not asked the same prompts, each once.",
+            "Evaluate both on the same file.",
+        )
     before, after = count_met(champion), count_met(challenger)
     lost = {family: before[family][0] - after[family][0] for family in before}
     worse = [family for family in lost if lost[family] / before[family][1] > most_lost]

@@ -3,7 +3,9 @@
 import importlib.metadata
 
 # Distributions with the same modules as a package, for a GPU.
-GPU_BUILDS = {"onnxruntime-genai": {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}}
+GPU_BUILDS = {
+    "onnxruntime-genai": {"cuda": "onnxruntime-genai-cuda", "dml": "onnxruntime-genai-directml"}
+}
 
 
 def installed_build(name: str) -> tuple[str, str | None]:
@@ -22,8 +24,11 @@ def installed_build(name: str) -> tuple[str, str | None]:
 def pinned(*names: str) -> list[str]:
     """Return exact requirements for ``pip_requirements=``, such as ``["torch==2.13.0"]``.
 
-    Where a build for a GPU is installed in a package's place, that one is named. A build tag such as ``+cpu`` is left
-    out: the machine that loads the model may offer another build.
+    Where a build for a GPU is installed in a package's place, that one is named. A build tag such
+    as ``+cpu`` is left out: the machine that loads the model may offer another build.
     """
     found = [installed_build(name) for name in names]
-    return [f"{build}=={(version or importlib.metadata.version(build)).split('+')[0]}" for build, version in found]
+    return [
+        f"{build}=={(version or importlib.metadata.version(build)).split('+')[0]}"
+        for build, version in found
+    ]

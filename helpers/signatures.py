@@ -15,14 +15,15 @@ COLUMNS = ("Field", "Part", "Type", "Required", "Default")
 def show_signature(model: ModelSignature | ModelInfo | PyFuncModel | str) -> Table:
     """Return a table of a signature's inputs, outputs and parameters.
 
-    ``model`` is a signature, whatever has one, or the URI of a logged or registered model. In the table,
-    ``messages[].role`` is the field ``role`` of each element of ``messages``, ``properties{}`` stands for every value
-    of a map.
+    ``model`` is a signature, whatever has one, or the URI of a logged or registered model. In the
+    table, ``messages[].role`` is the field ``role`` of each element of ``messages``,
+    ``properties{}`` stands for every value of a map.
 
     Raises
     ------
     CourseError
-        There is no such model, it was logged without a signature, or it is something else altogether.
+        There is no such model, it was logged without a signature, or it is something else
+        altogether.
     """
     signature = find_signature(model)
     rows = []
@@ -30,32 +31,60 @@ def show_signature(model: ModelSignature | ModelInfo | PyFuncModel | str) -> Tab
         for index, column in enumerate(schema or []):
             if isinstance(column, TensorSpec):
                 # MLflow requires every tensor.
-                rows.append((column.name or str(index), part, f"tensor of {column.type}, shape {column.shape}",
-                             "required", ""))
+                rows.append(
+                    (
+                        column.name or str(index),
+                        part,
+                        f"tensor of {column.type}, shape {column.shape}",
+                        "required",
+                        "",
+                    )
+                )
             else:
-                rows += _fields(part, str(column.name or ("" if len(schema.inputs) == 1 else index)),
-                                column.type, column.required)
+                rows += _fields(
+                    part,
+                    str(column.name or ("" if len(schema.inputs) == 1 else index)),
+                    column.type,
+                    column.required,
+                )
     for param in signature.params or []:
-        rows += _fields("parameter", param.name, param.dtype, False, shape=param.shape, default=repr(param.default))
+        rows += _fields(
+            "parameter",
+            param.name,
+            param.dtype,
+            False,
+            shape=param.shape,
+            default=repr(param.default),
+        )
     return FoldedTable("Signature", COLUMNS, tuple(rows))
 
 
 def compare_signatures(a, b, names: tuple[str, str] = ("first", "second")) -> Table:
     """Return a table of two signatures side by side, each given as for ``show_signature``.
 
-    ``names`` says what to call them. The table has one row per field of either, the first one's in front. A dash
-    stands where a signature lacks the field.
+    ``names`` says what to call them. The table has one row per field of either, the first one's in
+    front. A dash stands where a signature lacks the field.
 
     Raises
     ------
     CourseError
         One of them has no signature.
     """
-    one, other = ({(part, field): " ".join(filter(None, (f"{kind}, {required}", default and f"({default})")))
-                   for field, part, kind, required, default in show_signature(model).rows} for model in (a, b))
-    rows = [(field, part, one.get((part, field), "-"), other.get((part, field), "-"))
-            for part, field in dict.fromkeys([*one, *other])]
-    rows.sort(key=lambda row: ("input", "output", "parameter").index(row[1]))  # stable: fields keep their order
+    one, other = (
+        {
+            (part, field): " ".join(
+                filter(None, (f"{kind}, {required}", default and f"({default})"))
+            )
+            for field, part, kind, required, default in show_signature(model).rows
+        }
+        for model in (a, b)
+    )
+    rows = [
+        (field, part, one.get((part, field), "-"), other.get((part, field), "-"))
+        for part, field in dict.fromkeys([*one, *other])
+    ]
+    # Stable: fields keep their order.
+    rows.sort(key=lambda row: ("input", "output", "parameter").index(row[1]))
     return FoldedTable("Two signatures", ("Field", "Part", *names), tuple(rows))
 
 
@@ -65,14 +94,20 @@ def find_signature(model) -> ModelSignature:
         try:
             model = get_model_info(model)
         except (MlflowException, OSError) as error:
-            raise CourseError("model-absent", f"There is no model at {model!r}.",
-                              "Check the name, the alias and the tracking URI.") from error
+            raise CourseError(
+                "model-absent",
+                f"There is no model at {model!r}.",
+                "Check the name, the alias and the tracking URI.",
+            ) from error
     signature = model if isinstance(model, ModelSignature) else getattr(model, "signature", None)
     if signature is None and isinstance(model, PyFuncModel):
         signature = model.metadata.signature
     if not isinstance(signature, ModelSignature):
-        raise CourseError("signature-absent", f"This {type(model).__name__} has no signature.",
-                          "Log the model with signature= or input_example=, and show that one.")
+        raise CourseError(
+            "signature-absent",
+            f"This {type(model).__name__} has no signature.",
+            "Log the model with signature= or input_example=, and show that one.",
+        )
     return signature
 
 
@@ -93,4 +128,7 @@ def _fields(part, name, dtype, required, shape=None, default=""):
     else:
         # DataType has a name; AnyType has none and is what its repr says.
         kind += getattr(dtype, "name", None) or "any"
-    return [(name or "(unnamed)", part, kind, "required" if required else "optional", default), *inner]
+    return [
+        (name or "(unnamed)", part, kind, "required" if required else "optional", default),
+        *inner,
+    ]

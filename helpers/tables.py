@@ -25,14 +25,18 @@ class Table:
     rows: tuple
 
     def _repr_html_(self) -> str:
-        return (f'<table {NO_MATHEMATICS}><caption style="caption-side: top; white-space: nowrap; {_LEFT}">'
-                f"{self._title()}</caption>{self._head()}<tbody>{self._body()}</tbody></table>")
+        return (
+            f'<table {NO_MATHEMATICS}><caption style="caption-side: top; white-space: nowrap; {_LEFT}">'
+            f"{self._title()}</caption>{self._head()}<tbody>{self._body()}</tbody></table>"
+        )
 
     def _title(self):
         return html.escape(self.caption)
 
     def _head(self):
-        head = "".join(f'<th scope="col" style="{_LEFT}">{html.escape(column)}</th>' for column in self.columns)
+        head = "".join(
+            f'<th scope="col" style="{_LEFT}">{html.escape(column)}</th>' for column in self.columns
+        )
         return f"<thead><tr>{head}</tr></thead>" if head else ""
 
     def _body(self):
@@ -42,8 +46,10 @@ class Table:
         lines = [*([self.columns] if self.columns else []), *self.rows]
         lines = [[" ".join(cell.splitlines()) for cell in line] for line in lines]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        aligned = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
-                   for line in lines]
+        aligned = [
+            "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+            for line in lines
+        ]
         if self.columns:
             aligned.insert(1, "  ".join("-" * width for width in widths))
         return "\n".join([self.caption, "", *aligned])
@@ -64,8 +70,10 @@ class FoldedTable(Table):
                 inside.append(rows.pop(0))
             if inside:
                 count = f"{len(inside)} field{'s' if len(inside) > 1 else ''} inside {html.escape(top[0])}"
-                body += (f'<tr><td colspan="{len(top)}" style="{_LEFT}"><details><summary>{count}</summary><table>'
-                         f"{self._head()}<tbody>{''.join(map(_row, inside))}</tbody></table></details></td></tr>")
+                body += (
+                    f'<tr><td colspan="{len(top)}" style="{_LEFT}"><details><summary>{count}</summary><table>'
+                    f"{self._head()}<tbody>{''.join(map(_row, inside))}</tbody></table></details></td></tr>"
+                )
         return body
 
 
@@ -74,8 +82,10 @@ class BarTable(Table):
 
     def _body(self):
         bar = '<div style="width: {:.2%}; min-width: 1px; height: 0.8em; background: currentColor"></div>'
-        return "".join(_row(row[:-1], f'<td style="width: 12em; {_LEFT}">{bar.format(float(row[-1]))}</td>')
-                       for row in self.rows)
+        return "".join(
+            _row(row[:-1], f'<td style="width: 12em; {_LEFT}">{bar.format(float(row[-1]))}</td>')
+            for row in self.rows
+        )
 
     def __repr__(self) -> str:
         rows = tuple((*row[:-1], "#" * round(20 * float(row[-1]))) for row in self.rows)
@@ -83,7 +93,11 @@ class BarTable(Table):
 
 
 # The stages of an answer, by the name of their span: a word, a letter, and how dark their bar is.
-STAGES = {"wait": ("waiting", ".", 0.15), "prefill": ("reading", "r", 0.5), "decode": ("writing", "w", 1.0)}
+STAGES = {
+    "wait": ("waiting", ".", 0.15),
+    "prefill": ("reading", "r", 0.5),
+    "decode": ("writing", "w", 1.0),
+}
 TEXT_WIDTH = 60  # characters
 
 
@@ -94,26 +108,43 @@ class Timeline(Table):
     """
 
     def _title(self):
-        legend = ", ".join(f'<span style="opacity: {shade}">&#9632;</span> {word}'
-                           for word, _, shade in STAGES.values())
+        legend = ", ".join(
+            f'<span style="opacity: {shade}">&#9632;</span> {word}'
+            for word, _, shade in STAGES.values()
+        )
         return f"{super()._title()}: {legend}"
 
     def _body(self):
-        bar = ('<div title="{}" style="position: absolute; left: {:.2%}; width: {:.2%}; height: 100%; opacity: {}; '
-               'background: currentColor"></div>')
-        lane = '<td style="width: 36em"><div style="position: relative; height: 0.9em">{}</div></td>'
-        return "".join(_row((name,), lane.format("".join(
-            bar.format(STAGES[stage][0], begin, end - begin, STAGES[stage][2]) for stage, begin, end in stages)))
-            for name, stages in self.rows)
+        bar = (
+            '<div title="{}" style="position: absolute; left: {:.2%}; width: {:.2%}; height: 100%; opacity: {}; '
+            'background: currentColor"></div>'
+        )
+        lane = (
+            '<td style="width: 36em"><div style="position: relative; height: 0.9em">{}</div></td>'
+        )
+        return "".join(
+            _row(
+                (name,),
+                lane.format(
+                    "".join(
+                        bar.format(STAGES[stage][0], begin, end - begin, STAGES[stage][2])
+                        for stage, begin, end in stages
+                    )
+                ),
+            )
+            for name, stages in self.rows
+        )
 
     def __repr__(self) -> str:
-        lines = [f"{self.caption}: {', '.join(f'{letter} {word}' for word, letter, _ in STAGES.values())}"]
+        lines = [
+            f"{self.caption}: {', '.join(f'{letter} {word}' for word, letter, _ in STAGES.values())}"
+        ]
         for name, stages in self.rows:
             line = [" "] * TEXT_WIDTH
             for stage, begin, end in stages:
                 first = round(begin * (TEXT_WIDTH - 1))
                 last = round(end * (TEXT_WIDTH - 1))
-                line[first:last + 1] = STAGES[stage][1] * (last + 1 - first)
+                line[first : last + 1] = STAGES[stage][1] * (last + 1 - first)
             lines.append(f"{name:12}{''.join(line).rstrip()}")
         return "\n".join(lines)
 

@@ -38,8 +38,15 @@ class TrackingStore:
             # One on its way to the server, and what three loads by a name bring back.
             needed = [("This page", 4 * size, Path(tempfile.gettempdir()), "the course up")]
         else:
-            needed = [("The logged model", size, database_path(self.uri).parent, "COURSE_TRACKING_URI to a path"),
-                      ("Logging it", size, Path(tempfile.gettempdir()), "TMPDIR to a folder")]
+            needed = [
+                (
+                    "The logged model",
+                    size,
+                    database_path(self.uri).parent,
+                    "COURSE_TRACKING_URI to a path",
+                ),
+                ("Logging it", size, Path(tempfile.gettempdir()), "TMPDIR to a folder"),
+            ]
         for title, megabytes, folder, setting in needed:
             check_disk(title, megabytes, folder, setting)
 
@@ -50,21 +57,22 @@ def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
     Parameters
     ----------
     uri : str, optional
-        ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the ``http`` address of
-        a tracking server; empty for the course's own store under ``build/``. A name and a password in an address go
-        to the variables from which MLflow takes them.
+        ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the
+        ``http`` address of a tracking server; empty for the course's own store under ``build/``. A
+        name and a password in an address go to the variables from which MLflow takes them.
     experiment : str, optional
         A name; one that is there and takes no runs is refused.
 
-    A local database keeps its artifacts in ``mlartifacts`` beside it: MLflow's own default is the folder that a
-    notebook happens to run in. Of a server's models MLflow loads copies, and leaves them: they go to ``build/``, and
-    away with this process.
+    A local database keeps its artifacts in ``mlartifacts`` beside it: MLflow's own default is the
+    folder that a notebook happens to run in. Of a server's models MLflow loads copies, and leaves
+    them: they go to ``build/``, and away with this process.
 
     Raises
     ------
     CourseError
-        Another kind of URI; a folder that cannot be written; a database that was moved here from another folder, or
-        that MLflow cannot use; a server that does not answer as one; a deleted experiment.
+        Another kind of URI; a folder that cannot be written; a database that was moved here from
+        another folder, or that MLflow cannot use; a server that does not answer as one; a deleted
+        experiment.
     """
     uri = uri or course_tracking_uri()
     if uri.startswith(("http://", "https://")):
@@ -77,12 +85,21 @@ def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
         found = open_database(database, store.artifact_location, experiment)
     if experiment and found and found.lifecycle_stage == "deleted":
         raise CourseError(
-            "experiment-deleted", f"The experiment {experiment} was deleted from the store {store.uri}.",
-            f'Restore it: mlflow.MlflowClient({store.uri!r}).restore_experiment("{found.experiment_id}").')
-    if found and store.artifact_location and found.artifact_location.startswith("mlflow-artifacts:"):
+            "experiment-deleted",
+            f"The experiment {experiment} was deleted from the store {store.uri}.",
+            f'Restore it: mlflow.MlflowClient({store.uri!r}).restore_experiment("{found.experiment_id}").',
+        )
+    if (
+        found
+        and store.artifact_location
+        and found.artifact_location.startswith("mlflow-artifacts:")
+    ):
         raise CourseError(
-            "experiment-elsewhere", f"The experiment {experiment} was made in the MLflow UI, and keeps its artifacts "
-            "where only a running server can write.", "Rename it in the UI, and run this again.")
+            "experiment-elsewhere",
+            f"The experiment {experiment} was made in the MLflow UI, and keeps its artifacts "
+            "where only a running server can write.",
+            "Rename it in the UI, and run this again.",
+        )
     return store
 
 
@@ -95,6 +112,8 @@ def ui_addresses(store: TrackingStore, runs: list, registered: str) -> dict[str,
     first, unique = runs[0].info, {run.info.run_id: run.info.experiment_id for run in runs}
     addresses = {"this run": f"{ui}/experiments/{first.experiment_id}/runs/{first.run_id}"}
     if len(unique) > 1:
-        ids, experiments = (quote(json.dumps(list(dict.fromkeys(values)))) for values in (unique, unique.values()))
+        ids, experiments = (
+            quote(json.dumps(list(dict.fromkeys(values)))) for values in (unique, unique.values())
+        )
         addresses["side by side"] = f"{ui}/compare-runs?runs={ids}&experiments={experiments}"
     return addresses | {"the registered model": f"{ui}/models/{registered}"}

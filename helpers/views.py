@@ -49,15 +49,22 @@ class Tokens:
     rows: tuple[tuple[int, str, bool], ...]
 
     def _repr_html_(self) -> str:
-        box = ("display: inline-block; margin: 2px; padding: 0 4px; border: 1px {} currentColor; "
-               "font-family: monospace; text-align: center; white-space: pre")
+        box = (
+            "display: inline-block; margin: 2px; padding: 0 4px; border: 1px {} currentColor; "
+            "font-family: monospace; text-align: center; white-space: pre"
+        )
         boxes = "".join(
             f'<li style="{box.format("dashed" if markup else "solid")}">{html.escape(piece)}<br>'
-            f'<small>{number}{" markup" if markup else ""}</small></li>' for number, piece, markup in self.rows)
+            f"<small>{number}{' markup' if markup else ''}</small></li>"
+            for number, piece, markup in self.rows
+        )
         return f'<ol {NO_MATHEMATICS} style="list-style: none; padding: 0; margin: 0">{boxes}</ol>'
 
     def __repr__(self) -> str:
-        rows = tuple((str(number), piece, "markup" if markup else "text") for number, piece, markup in self.rows)
+        rows = tuple(
+            (str(number), piece, "markup" if markup else "text")
+            for number, piece, markup in self.rows
+        )
         return repr(Table(f"{len(rows)} tokens", ("number", "piece", "kind"), rows))
 
 
@@ -68,16 +75,28 @@ def show_tokens(tokenizer, text: str) -> Tokens:
     """
     markup = set(tokenizer.get_added_vocab().values())
     visible = str.maketrans({" ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥"})
-    return Tokens(tuple((number, tokenizer.decode([number]).translate(visible), number in markup)
-                        for number in tokenizer.encode(text, add_special_tokens=False)))
+    return Tokens(
+        tuple(
+            (number, tokenizer.decode([number]).translate(visible), number in markup)
+            for number in tokenizer.encode(text, add_special_tokens=False)
+        )
+    )
 
 
 def show_folder(folder: Path | str) -> Table:
     """Return a table of a logged model's files: path, size in bytes, and what each one is for."""
-    files = sorted((path for path in Path(folder).rglob("*") if path.is_file()),
-                   key=lambda path: (len(path.relative_to(folder).parts), path.name))
-    return Table("What is in the folder", ("file", "bytes", "what it is for"), tuple(
-        (path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}", _purpose(path.name)) for path in files))
+    files = sorted(
+        (path for path in Path(folder).rglob("*") if path.is_file()),
+        key=lambda path: (len(path.relative_to(folder).parts), path.name),
+    )
+    return Table(
+        "What is in the folder",
+        ("file", "bytes", "what it is for"),
+        tuple(
+            (path.relative_to(folder).as_posix(), f"{path.stat().st_size:,}", _purpose(path.name))
+            for path in files
+        ),
+    )
 
 
 def _purpose(name):
@@ -90,18 +109,33 @@ def compare_figures(figures: dict[str, dict[str, float]]) -> BarTable:
     Parameters
     ----------
     figures : dict
-        What ``measure`` returned, by the page's name. A figure that is not there, or no number, has no bar.
+        What ``measure`` returned, by the page's name. A figure that is not there, or no number, has
+        no bar.
     """
     rows = []
     for figure, (what, form, scale, better) in FIGURES.items():
-        values = {page: measured[figure] for page, measured in figures.items()
-                  if 0 <= measured.get(figure, math.nan) < sys.float_info.max}  # MLflow keeps that for infinity
+        values = {
+            page: measured[figure]
+            for page, measured in figures.items()
+            # MLflow keeps that for infinity.
+            if 0 <= measured.get(figure, math.nan) < sys.float_info.max
+        }
         longest = max(values.values(), default=0) or 1
-        rows += [(f"{what} ({better} is better)", page, form.format(value * scale), f"{value / longest:.4f}")
-                 for page, value in values.items()]
+        rows += [
+            (
+                f"{what} ({better} is better)",
+                page,
+                form.format(value * scale),
+                f"{value / longest:.4f}",
+            )
+            for page, value in values.items()
+        ]
         if figure == "tokens_per_second":
-            rows += [(what, page, "the answer was too short to tell", "0") for page, measured in figures.items()
-                     if "first_token_seconds" in measured and figure not in measured]
+            rows += [
+                (what, page, "the answer was too short to tell", "0")
+                for page, measured in figures.items()
+                if "first_token_seconds" in measured and figure not in measured
+            ]
     return BarTable("Side by side", ("figure", "page", "measured", "bar"), tuple(rows))
 
 
@@ -113,12 +147,29 @@ def show_timeline(caption: str, traces: dict[str, list]) -> Timeline:
     caption : str
         What the picture shows.
     traces : dict
-        The spans of each caller's trace, by the caller's name. Those named wait, prefill and decode are shown.
+        The spans of each caller's trace, by the caller's name. Those named wait, prefill and decode
+        are shown.
     """
-    shown = {name: [span for span in spans if span.name in STAGES] for name, spans in traces.items()}
+    shown = {
+        name: [span for span in spans if span.name in STAGES] for name, spans in traces.items()
+    }
     start = min(span.start_time_ns for spans in shown.values() for span in spans)
     whole = max(span.end_time_ns for spans in shown.values() for span in spans) - start or 1
-    return Timeline(caption, (), tuple(
-        (name, tuple((span.name, (span.start_time_ns - start) / whole, (span.end_time_ns - start) / whole)
-                     for span in sorted(spans, key=lambda span: span.start_time_ns)))
-        for name, spans in shown.items()))
+    return Timeline(
+        caption,
+        (),
+        tuple(
+            (
+                name,
+                tuple(
+                    (
+                        span.name,
+                        (span.start_time_ns - start) / whole,
+                        (span.end_time_ns - start) / whole,
+                    )
+                    for span in sorted(spans, key=lambda span: span.start_time_ns)
+                ),
+            )
+            for name, spans in shown.items()
+        ),
+    )

@@ -404,8 +404,8 @@ def is_lost(checks: Sequence[tuple[bool, int]]) -> bool:
 def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callable[[], None]]:
     """Hold the lock while the block runs, and cancel its jobs if the lock or the cluster is lost.
 
-    Spark would wait for ever for a standalone cluster that is lost. Of YARN and Kubernetes it hears.
-    Yields a function that raises a BatchError if one of them is lost.
+    Spark would wait for ever for a standalone cluster that is lost. Of YARN and Kubernetes it
+    hears. Yields a function that raises a BatchError if one of them is lost.
     """
     ended = threading.Event()
     loss = []

@@ -27,8 +27,8 @@ def to_event(value: dict) -> bytes:
 def to_events(chunks: Iterable[dict], request: dict) -> Iterator[bytes]:
     """Yield the events of a stream's chunks, without the last one.
 
-    If the request asks for usage, each chunk has ``usage``: null until the last. If it does not, the
-    chunk that has only usage is left out.
+    If the request asks for usage, each chunk has ``usage``: null until the last. If it does not,
+    the chunk that has only usage is left out.
     """
     sends_usage = bool((request.get("stream_options") or {}).get("include_usage"))
     for chunk in chunks:

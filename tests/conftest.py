@@ -19,9 +19,15 @@ from course.environment import install_extra
 from course.tiers import BASELINE, MEASURED, find_outgrown, find_tier, read_durations
 
 SECONDS = collections.Counter()
-# The same examples on every machine, however slow it is. `--hypothesis-profile=search` tries others.
-hypothesis.settings.register_profile("course", deadline=None, derandomize=True, database=None,
-                                     suppress_health_check=[hypothesis.HealthCheck.too_slow])
+# The same examples on every machine, however slow it is. `--hypothesis-profile=search` tries
+# others.
+hypothesis.settings.register_profile(
+    "course",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.too_slow],
+)
 hypothesis.settings.register_profile("search", deadline=None)
 hypothesis.settings.load_profile("course")
 
@@ -40,7 +46,11 @@ def pytest_collection_modifyitems(items):
     seconds = {}
     for files in read_durations(BASELINE).values():
         seconds |= files
-    items.sort(key=lambda item: -seconds.get(item.nodeid.partition("::")[0], 0 if "unit" in item.path.parts else 1e6))
+    items.sort(
+        key=lambda item: (
+            -seconds.get(item.nodeid.partition("::")[0], 0 if "unit" in item.path.parts else 1e6)
+        )
+    )
 
 
 def pytest_runtest_logreport(report):
@@ -61,8 +71,10 @@ def pytest_sessionfinish(session, exitstatus):
     baseline = read_durations(BASELINE).get(tier, {})
     outgrown = find_outgrown(tier, SECONDS, baseline) if exitstatus == pytest.ExitCode.OK else {}
     for file, (now, before) in outgrown.items():
-        print(f"\n{file} took {now:.1%} of the whole, and {before:.1%} is kept. "
-              "Make it faster, or keep what it takes now: python -m helpers durations.")
+        print(
+            f"\n{file} took {now:.1%} of the whole, and {before:.1%} is kept. "
+            "Make it faster, or keep what it takes now: python -m helpers durations."
+        )
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -126,7 +138,8 @@ def empty_database(tmp_path_factory):
 def store(tmp_path, empty_database):
     """Return the URI of an empty tracking store, in a folder with a new name that is not ASCII.
 
-    MLflow keeps the databases that it has opened by their paths, so a path must not come twice in a process.
+    MLflow keeps the databases that it has opened by their paths, so a path must not come twice in a
+    process.
     """
     folder = Path(tempfile.mkdtemp(prefix="störe ", dir=tmp_path))
     shutil.copy(empty_database, folder)
@@ -167,9 +180,14 @@ def mounted(tmp_path):
     def run(options, command, fill=None):
         copy = f"cp -r '{fill}' '{folder}' && mount -o remount,ro '{folder}' && " if fill else ""
         script = f"mount -t tmpfs -o {options} tmpfs '{folder}' && {copy}exec \"$@\""
-        return subprocess.run(["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *command],
-                              cwd=ROOT, env=dict(os.environ, COURSE_CACHE=str(folder)),
-                              capture_output=True, text=True, encoding="utf-8")
+        return subprocess.run(
+            ["unshare", "--mount", "--map-root-user", "sh", "-c", script, "sh", *command],
+            cwd=ROOT,
+            env=dict(os.environ, COURSE_CACHE=str(folder)),
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+        )
 
     if not shutil.which("unshare") or run("size=1m", ["true"]).returncode:
         pytest.skip("needs Linux with user namespaces to mount a disk of its own")

@@ -1,7 +1,7 @@
 """Measures the chat model against the other contenders: a store comes in, ratios go out.
 
-It asks the models that the pages registered, greedy, with two threads. Who is compared takes turns, so that a machine
-whose speed drifts drifts for all of them.
+It asks the models that the pages registered, greedy, with two threads. Who is compared takes turns,
+so that a machine whose speed drifts drifts for all of them.
 """
 
 import json
@@ -29,33 +29,55 @@ REPEATS = 5
 TOKENS = 64
 ROWS = 16
 TURNS = 5
-DAY = 28  # sentences that a caller says in each turn: the fifth turn's prompt then has about 1,415 tokens
+# Sentences that a caller says in each turn: the fifth turn's prompt then has about 1,415 tokens.
+DAY = 28
 CPUINFO = Path("/proc/cpuinfo")
 
 
-def bench_chat(store: str, model: str = "smollm2-135m", repeats: int = REPEATS, tokens: int = TOKENS) -> tuple:
+def bench_chat(
+    store: str, model: str = "smollm2-135m", repeats: int = REPEATS, tokens: int = TOKENS
+) -> tuple:
     """Run all comparisons on the champions of a tracking store, to which both pages have logged ``model``.
 
-    Every answer of a story has ``tokens`` tokens, and every figure is the median of ``repeats``. Returns two dicts:
-    the ratios by name, and the figures behind them. A model without a GGUF file is compared with neither llama.cpp
-    nor OpenVINO GenAI.
+    Every answer of a story has ``tokens`` tokens, and every figure is the median of ``repeats``.
+    Returns two dicts: the ratios by name, and the figures behind them. A model without a GGUF file
+    is compared with neither llama.cpp nor OpenVINO GenAI.
     """
     mlflow.set_tracking_uri(store)
     prepared = prepare_model(model)
     ratios, raw = {}, {}
     memory = _memory(store, tokens)
     contenders = Contenders(prepared, repeats, tokens)
-    for measure in (_single, _json, _rows, _callers, _newcomer, _conversation, _growth, fidelity, service, spark):
+    for measure in (
+        _single,
+        _json,
+        _rows,
+        _callers,
+        _newcomer,
+        _conversation,
+        _growth,
+        fidelity,
+        service,
+        spark,
+    ):
         print(f"measuring: {measure.__name__.strip('_')}", flush=True)
         found, figures = measure(contenders)
         ratios |= found
         raw |= figures
     model_bytes = folder_bytes(prepared.onnx_dir)
     logged_bytes = folder_bytes(mlflow.artifacts.download_artifacts(CHAT))
-    ratios |= {"memory": (memory["load_bytes"] - 200e6) / model_bytes, "log_disk": logged_bytes / model_bytes}
-    instructions = int8_instructions(CPUINFO.read_text(encoding="utf-8")) if CPUINFO.exists() else None
-    raw |= {"memory": memory | {"model_bytes": model_bytes}, "log_disk": {"logged_bytes": logged_bytes},
-            "int8_instructions": instructions}
+    ratios |= {
+        "memory": (memory["load_bytes"] - 200e6) / model_bytes,
+        "log_disk": logged_bytes / model_bytes,
+    }
+    instructions = (
+        int8_instructions(CPUINFO.read_text(encoding="utf-8")) if CPUINFO.exists() else None
+    )
+    raw |= {
+        "memory": memory | {"model_bytes": model_bytes},
+        "log_disk": {"logged_bytes": logged_bytes},
+        "int8_instructions": instructions,
+    }
     return ratios, raw
 
 
@@ -71,30 +93,52 @@ def _race(works, repeats):
 
 
 def _single(them):
-    asks = {"bare_engine": them.ask_bare, "chat_model": them.ask_chat, "chat_model_stream": them.ask_stream}
-    seconds = _race({name: lambda ask=ask: ask(them.story(), them.tokens) for name, ask in (asks | them.peers).items()},
-                    4 * them.repeats)
+    asks = {
+        "bare_engine": them.ask_bare,
+        "chat_model": them.ask_chat,
+        "chat_model_stream": them.ask_stream,
+    }
+    seconds = _race(
+        {
+            name: lambda ask=ask: ask(them.story(), them.tokens)
+            for name, ask in (asks | them.peers).items()
+        },
+        4 * them.repeats,
+    )
     ratios = {"single_overhead": seconds["bare_engine"] / seconds["chat_model"]} | {
-        f"single_{name.replace('_', '')}": seconds[name] / seconds["chat_model_stream"] for name in them.peers}
-    return ratios, {"single": {"tokens": them.tokens, "tokens_per_second": _rates(them.tokens, seconds)}}
+        f"single_{name.replace('_', '')}": seconds[name] / seconds["chat_model_stream"]
+        for name in them.peers
+    }
+    return ratios, {
+        "single": {"tokens": them.tokens, "tokens_per_second": _rates(them.tokens, seconds)}
+    }
 
 
 def _json(them):
     """Compare answers that a JSON schema binds with free ones, in tokens per second.
 
-    The schema asks for a list that is longer than ``max_tokens`` lets it become. So both answers have the same number
-    of tokens, and neither is faster because it has less to say.
+    The schema asks for a list that is longer than ``max_tokens`` lets it become. So both answers
+    have the same number of tokens, and neither is faster because it has less to say.
     """
     asks = {"free": them.ask_chat, "json_schema": them.ask_json}
-    rates = _rates(them.tokens, _race({name: lambda ask=ask: ask(them.story(), them.tokens)
-                                       for name, ask in asks.items()}, 2 * them.repeats))
-    return ({"json_rate": rates["json_schema"] / rates["free"]},
-            {"json_rate": {"tokens": them.tokens, "tokens_per_second": rates}})
+    rates = _rates(
+        them.tokens,
+        _race(
+            {name: lambda ask=ask: ask(them.story(), them.tokens) for name, ask in asks.items()},
+            2 * them.repeats,
+        ),
+    )
+    return (
+        {"json_rate": rates["json_schema"] / rates["free"]},
+        {"json_rate": {"tokens": them.tokens, "tokens_per_second": rates}},
+    )
 
 
 def _rows(them):
     def together():
-        them.chat.predict([{"messages": them.story(), "max_tokens": them.tokens} for _ in range(ROWS)])
+        them.chat.predict(
+            [{"messages": them.story(), "max_tokens": them.tokens} for _ in range(ROWS)]
+        )
 
     def one_by_one():
         for _ in range(ROWS):
@@ -126,11 +170,23 @@ def _callers(them):
     if them.openvino:
         works["openvino"] = lambda: them.load_openvino(CALLERS, lengths)
     seconds = _race(works, them.repeats)
-    names = {"callers8": "lesson_behind_a_lock", "callers8_llamacpp": "llama_cpp_8_slots",
-             "callers8_openvino": "openvino"}
-    ratios = {ratio: seconds[name] / seconds["chat_model"] for ratio, name in names.items() if name in seconds}
-    return ratios, {"callers8": {"requests": len(lengths), "tokens": sum(lengths),
-                                 "tokens_per_second": _rates(sum(lengths), seconds)}}
+    names = {
+        "callers8": "lesson_behind_a_lock",
+        "callers8_llamacpp": "llama_cpp_8_slots",
+        "callers8_openvino": "openvino",
+    }
+    ratios = {
+        ratio: seconds[name] / seconds["chat_model"]
+        for ratio, name in names.items()
+        if name in seconds
+    }
+    return ratios, {
+        "callers8": {
+            "requests": len(lengths),
+            "tokens": sum(lengths),
+            "tokens_per_second": _rates(sum(lengths), seconds),
+        }
+    }
 
 
 def _newcomer(them):
@@ -141,7 +197,8 @@ def _newcomer(them):
     alone = [them.ask_stream(them.story(), few)[0] for _ in range(them.repeats + 1)][1:]
     for _ in range(them.repeats):
         others = threading.Thread(
-            target=them.ask_json, args=(them.story(), 8 * them.tokens), kwargs={"n": CALLERS - 1})
+            target=them.ask_json, args=(them.story(), 8 * them.tokens), kwargs={"n": CALLERS - 1}
+        )
         others.start()
         time.sleep(4 * PAUSE)  # their prompts are read by then
         beside.append(them.ask_stream(them.story(), few))
@@ -150,16 +207,25 @@ def _newcomer(them):
         others.join()
     firsts, steps = zip(*((first, rest / max(few - 1, 1)) for first, rest in beside), strict=True)
     alone, step, p95 = statistics.median(alone), statistics.median(steps), percentile(firsts, 0.95)
-    return ({"newcomer_ttft": p95 / (3 * step + alone)},
-            {"newcomer_ttft": {"alone_seconds": alone, "step_seconds": step, "p95_seconds": p95,
-                               "median_seconds": statistics.median(firsts), "streams": len(beside)}})
+    return (
+        {"newcomer_ttft": p95 / (3 * step + alone)},
+        {
+            "newcomer_ttft": {
+                "alone_seconds": alone,
+                "step_seconds": step,
+                "p95_seconds": p95,
+                "median_seconds": statistics.median(firsts),
+                "streams": len(beside),
+            }
+        },
+    )
 
 
 def _conversation(them):
     """Time the first token of each turn of a conversation, which begins anew in each repeat.
 
-    Each contender hears its own answers again. llama.cpp has a server with one slot for it, which keeps what it has
-    read, as a server for one caller would.
+    Each contender hears its own answers again. llama.cpp has a server with one slot for it, which
+    keeps what it has read, as a server for one caller would.
     """
     talks = {"chat_model": them.talk_chat}
     if them.gguf:
@@ -173,20 +239,37 @@ def _conversation(them):
             turns = _talk(them, talk, number)
             if repeat:
                 taken[name].append(turns)
-    figures = {name: {str(turn): dict(zip(("prompt_tokens", "first_token_seconds"),
-                                          map(statistics.median, zip(*found, strict=True)), strict=True))
-                      for turn, found in enumerate(zip(*all_turns, strict=True), 1)}
-               for name, all_turns in taken.items()}
+    figures = {
+        name: {
+            str(turn): dict(
+                zip(
+                    ("prompt_tokens", "first_token_seconds"),
+                    map(statistics.median, zip(*found, strict=True)),
+                    strict=True,
+                )
+            )
+            for turn, found in enumerate(zip(*all_turns, strict=True), 1)
+        }
+        for name, all_turns in taken.items()
+    }
     last = {name: turns[str(TURNS)]["first_token_seconds"] for name, turns in figures.items()}
-    return ({"turn5_llamacpp": last["chat_model"] / last["llama_cpp"]} if them.gguf else {}), {"conversation": figures}
+    return ({"turn5_llamacpp": last["chat_model"] / last["llama_cpp"]} if them.gguf else {}), {
+        "conversation": figures
+    }
 
 
 def _talk(them, talk, number):
     """Hold one conversation; return the tokens of each turn's prompt, and the seconds to the first of its answer."""
     messages, turns = [], []
     for turn in range(1, TURNS + 1):
-        messages.append({"role": "user", "content": f"Day {turn} of {number}. " + "The harbour is full of ships. " * DAY
-                         + "Please tell me a very long story about this day."})
+        messages.append(
+            {
+                "role": "user",
+                "content": f"Day {turn} of {number}. "
+                + "The harbour is full of ships. " * DAY
+                + "Please tell me a very long story about this day.",
+            }
+        )
         seconds, text = talk(messages, them.tokens)
         turns.append((len(them.encode(messages)), seconds))
         messages.append({"role": "assistant", "content": text})
@@ -202,7 +285,8 @@ def _growth(them):
     for sentences in (0, 4, 13, 32, 68, 142, 288):
         taken = []
         for turn in range(them.repeats + 1):
-            # In place of the template's own system message, which is as long as the shortest prompt here.
+            # In place of the template's own system message, which is as long as the shortest prompt
+            # here.
             messages = [{"role": "system", "content": "Write."}, *them.story(sentences)]
             size = len(them.tokenizer.encode(them.prompt(messages)))
             if size + new > them.prepared.entry.context_length:
@@ -212,7 +296,10 @@ def _growth(them):
                 taken.append(seconds)
         if taken:
             first, rest = map(statistics.median, zip(*taken, strict=True))
-            prompts[str(size)] = {"first_token_seconds": first, "then_tokens_per_second": (new - 1) / rest}
+            prompts[str(size)] = {
+                "first_token_seconds": first,
+                "then_tokens_per_second": (new - 1) / rest,
+            }
     return {}, {"growth": {"tokens_per_second_by_callers": callers, "by_prompt_tokens": prompts}}
 
 

@@ -1,7 +1,7 @@
 """HTTP clients in a process of their own: jobs come in as lines of JSON, what each request took goes out.
 
-Who measures a server from inside another busy process measures that process, too. ``Clients`` starts this file as a
-program, and talks to it.
+Who measures a server from inside another busy process measures that process, too. ``Clients``
+starts this file as a program, and talks to it.
 """
 
 import asyncio
@@ -25,30 +25,45 @@ class Clients:
     """So many HTTP clients as a job wants, on the other side of a pipe."""
 
     def __enter__(self) -> Self:
-        self._program = subprocess.Popen([sys.executable, "-m", "course.bench.clients"], cwd=ROOT,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, encoding="utf-8")
+        self._program = subprocess.Popen(
+            [sys.executable, "-m", "course.bench.clients"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._program.communicate()
 
     def ask(self, url: str, bodies: list[dict], callers: int) -> tuple[float, list[dict]]:
         """Send requests, ``callers`` at a time. Return the seconds until all had their answers, and what each took.
 
-        Of each request, in order: ``seconds``; ``first_token_seconds``, None for an answer that comes whole; its
-        ``tokens``, as the server counted them; ``texts``, if it is MLflow's server, which counts none.
+        Of each request, in order: ``seconds``; ``first_token_seconds``, None for an answer that
+        comes whole; its ``tokens``, as the server counted them; ``texts``, if it is MLflow's
+        server, which counts none.
 
         Raises
         ------
         CourseError
             A request failed.
         """
-        self._program.stdin.write(json.dumps({"url": url, "bodies": bodies, "callers": callers}) + "\n")
+        self._program.stdin.write(
+            json.dumps({"url": url, "bodies": bodies, "callers": callers}) + "\n"
+        )
         self._program.stdin.flush()
         seconds, replies = json.loads(self._program.stdout.readline())
         if errors := [reply["error"] for reply in replies if reply.get("error")]:
-            raise CourseError("bench-request", f"{len(errors)} of {len(replies)} requests to {url} failed. "
-                              f"The first: {errors[0]!r}.", "Read that server's log.")
+            raise CourseError(
+                "bench-request",
+                f"{len(errors)} of {len(replies)} requests to {url} failed. "
+                f"The first: {errors[0]!r}.",
+                "Read that server's log.",
+            )
         return seconds, replies
 
 
@@ -58,6 +73,7 @@ async def run_job(url: str, bodies: list[dict], callers: int) -> tuple[float, li
     timeout, connector = aiohttp.ClientTimeout(SECONDS), aiohttp.TCPConnector(limit=0)
     # A session for each job: a server may close a connection that was idle between two jobs.
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+
         async def call():
             for place, body in left:
                 replies[place] = await _ask(session, url, body)
@@ -70,7 +86,8 @@ async def run_job(url: str, bodies: list[dict], callers: int) -> tuple[float, li
 
 async def _ask(session, url, body):
     started, reply = time.perf_counter(), Reply()
-    # llama.cpp's server ends a connection behind a stream, though it says that it keeps it: nobody keeps one here.
+    # llama.cpp's server ends a connection behind a stream, though it says that it keeps it: nobody
+    # keeps one here.
     headers = {"Connection": "close"} if body.get("stream") else {}
     try:
         async with session.post(url, json=body, headers=headers) as response:
@@ -79,16 +96,23 @@ async def _ask(session, url, body):
             if not body.get("stream"):
                 answer = json.loads(await response.read())
                 reply.read_whole(answer)
-                return {"seconds": time.perf_counter() - started, "first_token_seconds": None,
-                        "tokens": reply.tokens, "texts": answer.get("predictions")}
+                return {
+                    "seconds": time.perf_counter() - started,
+                    "first_token_seconds": None,
+                    "tokens": reply.tokens,
+                    "texts": answer.get("predictions"),
+                }
             async for line in response.content:
                 reply.read_line(line.decode().strip(), time.perf_counter() - started)
     except (aiohttp.ClientError, TimeoutError) as error:
         return {"error": repr(error)}
     if reply.outcome != "ok":
         return {"error": reply.outcome}
-    return {"seconds": time.perf_counter() - started, "first_token_seconds": reply.first_token_seconds,
-            "tokens": reply.tokens}
+    return {
+        "seconds": time.perf_counter() - started,
+        "first_token_seconds": reply.first_token_seconds,
+        "tokens": reply.tokens,
+    }
 
 
 if __name__ == "__main__":

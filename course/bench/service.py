@@ -1,7 +1,8 @@
 """Measures the server in front of the chat model: contenders come in, ratios and figures go out.
 
-Its rivals are the model called directly, llama.cpp's own HTTP server on the same model, and ``mlflow models serve`` on
-the lesson's wrapper. The clients are one and the same program for all of them.
+Its rivals are the model called directly, llama.cpp's own HTTP server on the same model, and
+``mlflow models serve`` on the lesson's wrapper. The clients are one and the same program for all of
+them.
 """
 
 import contextlib
@@ -35,12 +36,16 @@ def service(them: Contenders) -> tuple[dict, dict]:
     """Run all comparisons. Return two dicts: the ratios by name, and the figures behind them."""
     ratios, raw, repeats = {}, {}, them.repeats // 2 + 1
     with Clients() as clients, _ours() as ours, _mlflow() as mlflow_server:
-        rivals = {"openai_server": Rival(them, clients, f"{ours.address}/chat/completions"),
-                  "mlflow": MlflowRival(them, clients, f"{mlflow_server.address}/invocations")}
+        rivals = {
+            "openai_server": Rival(them, clients, f"{ours.address}/chat/completions"),
+            "mlflow": MlflowRival(them, clients, f"{mlflow_server.address}/invocations"),
+        }
         if them.gguf:
             crowd = start_llama(them.gguf, LLAMA_SLOTS, 512)
-            rivals |= {"llama_cpp": LlamaRival(them, clients, _llama_url(them.llama)),
-                       "llama_cpp_crowd": LlamaRival(them, clients, _llama_url(crowd))}
+            rivals |= {
+                "llama_cpp": LlamaRival(them, clients, _llama_url(them.llama)),
+                "llama_cpp_crowd": LlamaRival(them, clients, _llama_url(crowd)),
+            }
         for measure in (_overhead, _crowds, _first_token, _growth):
             found, figures = measure(them, rivals, repeats)
             ratios |= found
@@ -52,7 +57,9 @@ def service(them: Contenders) -> tuple[dict, dict]:
 
 @contextlib.contextmanager
 def _running(command: list, ready: str, log: str) -> Iterator[Program]:
-    program = start_program(command, ready, LOGS / log, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri())
+    program = start_program(
+        command, ready, LOGS / log, MLFLOW_TRACKING_URI=mlflow.get_tracking_uri()
+    )
     try:
         yield program
     finally:
@@ -61,14 +68,35 @@ def _running(command: list, ready: str, log: str) -> Iterator[Program]:
 
 def _ours():
     """Serve the chat model with the server of this course."""
-    return _running([sys.executable, "-m", SERVICE, "--model", CHAT, "--port", "0"], r" at (http://\S+)$", "serve.log")
+    return _running(
+        [sys.executable, "-m", SERVICE, "--model", CHAT, "--port", "0"],
+        r" at (http://\S+)$",
+        "serve.log",
+    )
 
 
 def _mlflow():
     """Serve the lesson's wrapper with MLflow's own server."""
     port = str(free_port())
-    return _running([sys.executable, "-m", "mlflow", "models", "serve", "--model-uri", PROMPT, "--env-manager", "local",
-                     "--host", "127.0.0.1", "--port", port], f"http://127.0.0.1:{port}/ping", "mlflow-serve.log")
+    return _running(
+        [
+            sys.executable,
+            "-m",
+            "mlflow",
+            "models",
+            "serve",
+            "--model-uri",
+            PROMPT,
+            "--env-manager",
+            "local",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            port,
+        ],
+        f"http://127.0.0.1:{port}/ping",
+        "mlflow-serve.log",
+    )
 
 
 def _llama_url(server):
@@ -86,21 +114,33 @@ class Rival:
     def ask(self, lengths: list[int], callers: int, streamed: list[bool]) -> dict:
         """Let ``callers`` clients ask for answers of these lengths. Return ``rate``, ``seconds`` and ``firsts``.
 
-        ``rate`` is in tokens per second. ``seconds`` has those of each request, and ``firsts`` those of each stream's
-        first token.
+        ``rate`` is in tokens per second. ``seconds`` has those of each request, and ``firsts``
+        those of each stream's first token.
         """
-        bodies = [self.body(length, stream) for length, stream in zip(lengths, streamed, strict=True)]
+        bodies = [
+            self.body(length, stream) for length, stream in zip(lengths, streamed, strict=True)
+        ]
         seconds, replies = self._clients.ask(self._url, bodies, callers)
         for reply, length in zip(replies, lengths, strict=True):
             self.check(reply, length)
-        return {"rate": sum(lengths) / seconds, "seconds": [reply["seconds"] for reply in replies],
-                "firsts": [reply["first_token_seconds"] for reply, stream in zip(replies, streamed, strict=True)
-                           if stream]}
+        return {
+            "rate": sum(lengths) / seconds,
+            "seconds": [reply["seconds"] for reply in replies],
+            "firsts": [
+                reply["first_token_seconds"]
+                for reply, stream in zip(replies, streamed, strict=True)
+                if stream
+            ],
+        }
 
     def body(self, length: int, stream: bool) -> dict:
         """Return a request for a story."""
         streaming = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
-        return {"messages": self.them.story(), "max_tokens": length, "temperature": 0} | streaming | dict(self.fields)
+        return (
+            {"messages": self.them.story(), "max_tokens": length, "temperature": 0}
+            | streaming
+            | dict(self.fields)
+        )
 
     def check(self, reply: dict, length: int) -> None:
         """Refuse an answer of another length."""
@@ -118,7 +158,10 @@ class MlflowRival(Rival):
 
     def body(self, length: int, stream: bool) -> dict:
         """Return a request for a story; it can't be streamed."""
-        return {"inputs": {"prompt": self.them.prompt(self.them.story())}, "params": {"max_tokens": length}}
+        return {
+            "inputs": {"prompt": self.them.prompt(self.them.story())},
+            "params": {"max_tokens": length},
+        }
 
     def check(self, reply: dict, length: int) -> None:
         """Refuse an answer without text: its tokens are not told, and those of a text cut anew may be others."""
@@ -131,8 +174,12 @@ class Greeter(Rival):
 
     def body(self, length: int, stream: bool) -> dict:
         """Return a request that is as short as can be."""
-        return super().body(length, stream) | {"messages": [{"role": "system", "content": "Greet."},
-                                                            {"role": "user", "content": "Hello"}]}
+        return super().body(length, stream) | {
+            "messages": [
+                {"role": "system", "content": "Greet."},
+                {"role": "user", "content": "Hello"},
+            ]
+        }
 
 
 def halves(count: int, period: int) -> list[bool]:
@@ -150,15 +197,26 @@ def _overhead(them, rivals, repeats):
 
     def direct():
         whole = [timed(lambda: them.ask_chat(them.story(), few))() for _ in range(asks)]
-        return {"seconds": whole, "firsts": [them.ask_stream(them.story(), few)[0] for _ in range(asks)]}
+        return {
+            "seconds": whole,
+            "firsts": [them.ask_stream(them.story(), few)[0] for _ in range(asks)],
+        }
 
     def served():
         return ours.ask([few] * 2 * asks, 1, [False] * asks + [True] * asks)
 
     found = take_turns({"direct": direct, "served": served}, 4 * repeats)
-    medians = {name: {"seconds": statistics.median(second for turn in turns for second in turn["seconds"][:asks]),
-                      "first_token_seconds": statistics.median(first for turn in turns for first in turn["firsts"])}
-               for name, turns in found.items()}
+    medians = {
+        name: {
+            "seconds": statistics.median(
+                second for turn in turns for second in turn["seconds"][:asks]
+            ),
+            "first_token_seconds": statistics.median(
+                first for turn in turns for first in turn["firsts"]
+            ),
+        }
+        for name, turns in found.items()
+    }
     added = medians["served"]["seconds"] - medians["direct"]["seconds"]
     return {}, {"overhead": medians | {"tokens": few, "added_seconds": added}}
 
@@ -169,15 +227,31 @@ def _crowds(them, rivals, repeats):
     for callers in CROWDS:
         lengths = mix(them.mixed, ROUNDS * callers)
         streamed = halves(len(lengths), len(them.mixed))
-        racing = {name: rival for name, rival in rivals.items() if name != "llama_cpp_crowd" or callers > CALLERS}
-        found = take_turns({name: partial(rival.ask, lengths, callers, streamed) for name, rival in racing.items()},
-                           repeats)
-        rates = {name: statistics.median(turn["rate"] for turn in turns) for name, turns in found.items()}
+        racing = {
+            name: rival
+            for name, rival in rivals.items()
+            if name != "llama_cpp_crowd" or callers > CALLERS
+        }
+        found = take_turns(
+            {
+                name: partial(rival.ask, lengths, callers, streamed)
+                for name, rival in racing.items()
+            },
+            repeats,
+        )
+        rates = {
+            name: statistics.median(turn["rate"] for turn in turns) for name, turns in found.items()
+        }
         ratios[f"service{callers}_mlflow"] = rates["openai_server"] / rates["mlflow"]
         if them.gguf:  # the better of its two settings
             ratios[f"service{callers}_llamacpp"] = rates["openai_server"] / max(
-                rate for name, rate in rates.items() if name.startswith("llama_cpp"))
-        raw[str(callers)] = {"requests": len(lengths), "tokens": sum(lengths), "tokens_per_second": rates}
+                rate for name, rate in rates.items() if name.startswith("llama_cpp")
+            )
+        raw[str(callers)] = {
+            "requests": len(lengths),
+            "tokens": sum(lengths),
+            "tokens_per_second": rates,
+        }
     return ratios, {"crowds": raw}
 
 
@@ -185,10 +259,22 @@ def _first_token(them, rivals, repeats):
     """Compare the seconds to the first token of 8 clients' streams, at the 95th percentile."""
     lengths = mix(them.mixed, ROUNDS * CALLERS)
     racing = {name: rivals[name] for name in ("openai_server", "llama_cpp") if name in rivals}
-    found = take_turns({name: partial(rival.ask, lengths, CALLERS, [True] * len(lengths))
-                        for name, rival in racing.items()}, repeats)
-    raw = {name: _told([first for turn in turns for first in turn["firsts"]]) for name, turns in found.items()}
-    ratios = {"service_ttft95_llamacpp": raw["openai_server"]["p95"] / raw["llama_cpp"]["p95"]} if them.gguf else {}
+    found = take_turns(
+        {
+            name: partial(rival.ask, lengths, CALLERS, [True] * len(lengths))
+            for name, rival in racing.items()
+        },
+        repeats,
+    )
+    raw = {
+        name: _told([first for turn in turns for first in turn["firsts"]])
+        for name, turns in found.items()
+    }
+    ratios = (
+        {"service_ttft95_llamacpp": raw["openai_server"]["p95"] / raw["llama_cpp"]["p95"]}
+        if them.gguf
+        else {}
+    )
     return ratios, {"first_token": raw}
 
 
@@ -199,16 +285,27 @@ def _told(seconds):
 def _growth(them, rivals, repeats):
     """Time requests, half of them streamed, of more and more clients."""
     half, raw = max(them.tokens // 2, 1), {}
-    racing = {name: rivals[key] for name, key in (("openai_server", "openai_server"), ("llama_cpp", "llama_cpp_crowd"))
-              if key in rivals}
+    racing = {
+        name: rivals[key]
+        for name, key in (("openai_server", "openai_server"), ("llama_cpp", "llama_cpp_crowd"))
+        if key in rivals
+    }
     for callers in GROWTH:
         count = max(2 * callers, CALLERS)
-        found = take_turns({name: partial(rival.ask, [half] * count, callers, halves(count, count))
-                            for name, rival in racing.items()}, repeats)
-        raw[str(callers)] = {name: {
-            "whole": _told([second for turn in turns for second in turn["seconds"]]),
-            "first_token": _told([first for turn in turns for first in turn["firsts"]])}
-            for name, turns in found.items()}
+        found = take_turns(
+            {
+                name: partial(rival.ask, [half] * count, callers, halves(count, count))
+                for name, rival in racing.items()
+            },
+            repeats,
+        )
+        raw[str(callers)] = {
+            name: {
+                "whole": _told([second for turn in turns for second in turn["seconds"]]),
+                "first_token": _told([first for turn in turns for first in turn["firsts"]]),
+            }
+            for name, turns in found.items()
+        }
     return {}, {"growth": raw}
 
 
@@ -222,11 +319,16 @@ def _soak(greeter):
             settled = _held(server)
     end = _held(server)
     left = sum(end[name] - settled[name] for name in ("threads", "descriptors"))
-    return ({"soak_memory": end["memory_bytes"] / settled["memory_bytes"]},
-            {"soak": {"requests": part * SETTLED, "settled": settled, "end": end, "left_behind": left}})
+    return (
+        {"soak_memory": end["memory_bytes"] / settled["memory_bytes"]},
+        {"soak": {"requests": part * SETTLED, "settled": settled, "end": end, "left_behind": left}},
+    )
 
 
 def _held(server):
     time.sleep(1)  # connections and threads of the last requests end
-    return {"memory_bytes": server.memory_info().rss, "threads": server.num_threads(),
-            "descriptors": server.num_fds()}
+    return {
+        "memory_bytes": server.memory_info().rss,
+        "threads": server.num_threads(),
+        "descriptors": server.num_fds(),
+    }

@@ -22,10 +22,12 @@ def take_turns(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, l
 
 def timed(work: Callable[[], Any]) -> Callable[[], float]:
     """Return a work that returns the seconds which this one takes."""
+
     def run():
         started = time.perf_counter()
         work()
         return time.perf_counter() - started
+
     return run
 
 

@@ -1,7 +1,7 @@
 """Asks the package index, the Hub and an offline kit whether they answer, for ``course.doctor.checks``.
 
-Each function returns ``(level, what, fix)``, as doctor prints it. It downloads nothing. Before set-up it runs on the
-standard library alone.
+Each function returns ``(level, what, fix)``, as doctor prints it. It downloads nothing. Before
+set-up it runs on the standard library alone.
 """
 
 import email.utils
@@ -25,20 +25,28 @@ from helpers.paths import ROOT
 
 # Seconds, for all that is asked at once.
 PATIENCE = 10
-CERTIFICATES = ("Where a firewall or an antivirus reads along, set PIP_CERT and SSL_CERT_FILE to the file of its "
-                "certificate; otherwise check this machine's clock.")
+CERTIFICATES = (
+    "Where a firewall or an antivirus reads along, set PIP_CERT and SSL_CERT_FILE to the file of its "
+    "certificate; otherwise check this machine's clock."
+)
 
 
 def proxy():
     """Yield the lines on the proxy: what is set, and whether this machine is left out of it."""
     proxies = getproxies()
     # Whether it has a scheme or not, what stands before an @ is a name and a password.
-    shown = [name + "_proxy=" + re.sub("^(.*://)?.*@", r"\1***@", value) for name, value in sorted(proxies.items())]
+    shown = [
+        name + "_proxy=" + re.sub("^(.*://)?.*@", r"\1***@", value)
+        for name, value in sorted(proxies.items())
+    ]
     yield "OK", ", ".join(shown) or "no proxy is set", ""
     # requests and httpx, and so MLflow, make no exception for this machine.
     if {"http", "all"} & set(proxies) and not proxy_bypass("127.0.0.1"):
-        yield ("WARN", "what asks a server on this machine (127.0.0.1) asks the proxy instead",
-               "Add 127.0.0.1 and localhost to NO_PROXY.")
+        yield (
+            "WARN",
+            "what asks a server on this machine (127.0.0.1) asks the proxy instead",
+            "Add 127.0.0.1 and localhost to NO_PROXY.",
+        )
 
 
 def in_background(ask):
@@ -53,19 +61,34 @@ def index() -> tuple[tuple[str, str, str], float | None]:
     wheel = next(source for source in _sources() if isinstance(source, GgufWheel))
     name = wheel.requirement.split("==")[0]
     answer = ask_index(name, PATIENCE - 1)
-    needed, settings = "Only set-up and a model's first download need it: ", "see `pip config list`."
+    needed, settings = (
+        "Only set-up and a model's first download need it: ",
+        "see `pip config list`.",
+    )
     status = f": HTTP {answer.status}" if answer.status else ""
     line = {
         "found": ("OK", "the package index answers", ""),
-        "no-pip": ("WARN", "the package index was not asked: this Python has no pip",
-                   "Set-up brings its own: python -m helpers setup"),
+        "no-pip": (
+            "WARN",
+            "the package index was not asked: this Python has no pip",
+            "Set-up brings its own: python -m helpers setup",
+        ),
         "certificate": ("WARN", "pip does not trust the package index's certificate", CERTIFICATES),
-        "absent": ("WARN", f"the package index has no {name}",
-                   f"{needed}ask whoever runs it for that package, or {settings}"),
-        "other-page": ("WARN", "the package index answers with a page that is no index, such as a proxy's log-in page",
-                       f"{needed}open {answer.site} in a browser and log in, or {settings}"),
-        "none": ("WARN", f"the package index does not answer{status}",
-                 f"{needed}check the network, HTTPS_PROXY and `pip config list`."),
+        "absent": (
+            "WARN",
+            f"the package index has no {name}",
+            f"{needed}ask whoever runs it for that package, or {settings}",
+        ),
+        "other-page": (
+            "WARN",
+            "the package index answers with a page that is no index, such as a proxy's log-in page",
+            f"{needed}open {answer.site} in a browser and log in, or {settings}",
+        ),
+        "none": (
+            "WARN",
+            f"the package index does not answer{status}",
+            f"{needed}check the network, HTTPS_PROXY and `pip config list`.",
+        ),
     }[answer.kind]
     return line, _ahead(answer.url) if answer.url else None
 
@@ -84,7 +107,9 @@ def hub():
     names, repo = ", ".join(source.entry.name for source in sources), sources[0].repo
     fix = f"Only {names} and hub: models need it: check the network, HTTPS_PROXY and HF_ENDPOINT."
     try:
-        answer = httpx.get(f"{endpoint}/{repo}/resolve/main/config.json", follow_redirects=True, timeout=4)
+        answer = httpx.get(
+            f"{endpoint}/{repo}/resolve/main/config.json", follow_redirects=True, timeout=4
+        )
         what = f"{endpoint} answers with HTTP {answer.status_code}"
         if answer.status_code == 200:
             answer.json()
@@ -120,10 +145,13 @@ def clock(ahead):
     off = timedelta(minutes=round(abs(ahead) / 60))
     if off <= timedelta(minutes=5):
         return "OK", f"the clock agrees with {against}", ""
-    # Within a day, certificates hold; and the clock of an archive's files may be that of another time zone.
-    return ("FAIL" if off > timedelta(days=1) else "WARN",
-            f"the clock is {off} {'ahead of' if ahead > 0 else 'behind'} {against}",
-            "Set the clock, and let it follow the network's time: certificates are refused at a wrong time.")
+    # Within a day, certificates hold; and the clock of an archive's files may be that of another
+    # time zone.
+    return (
+        "FAIL" if off > timedelta(days=1) else "WARN",
+        f"the clock is {off} {'ahead of' if ahead > 0 else 'behind'} {against}",
+        "Set the clock, and let it follow the network's time: certificates are refused at a wrong time.",
+    )
 
 
 def kit():

@@ -31,27 +31,55 @@ from helpers.models.space import disk_errors, free_disk
 from helpers.paths import DATA, ROOT, model_cache
 
 # The course, and what lies among it that is not the course's.
-COURSE_PARTS = (".ci", ".gitattributes", ".github", ".gitignore", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE",
-                "MLproject", "Makefile", "README.md", "constraints.txt", "course", "data", "deploy", "docs",
-                "environment.yml", "helpers", "notebooks", "pyproject.toml", "serving", "tests")
+COURSE_PARTS = (
+    ".ci",
+    ".gitattributes",
+    ".github",
+    ".gitignore",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MLproject",
+    "Makefile",
+    "README.md",
+    "constraints.txt",
+    "course",
+    "data",
+    "deploy",
+    "docs",
+    "environment.yml",
+    "helpers",
+    "notebooks",
+    "pyproject.toml",
+    "serving",
+    "tests",
+)
 NOT_OURS = {"__pycache__", ".ipynb_checkpoints", ".DS_Store", "mlruns", "mlflow.db"}
 FEWER = "ask for fewer models, platforms and Pythons"
 
 
-def build(folder: Path, models: Sequence[str], platforms: Sequence[str] = (), pythons: Sequence[str] = ()) -> int:
+def build(
+    folder: Path, models: Sequence[str], platforms: Sequence[str] = (), pythons: Sequence[str] = ()
+) -> int:
     """Fill a folder with a kit; what is whole in it stays, and so does what is not the kit's. Return the exit code.
 
-    ``platforms`` are keys of ``wheels.PLATFORMS``, this machine's where there are none; ``pythons`` are such as
-    ``"3.12"``, the running one where there are none. Raises CourseError: an unknown model, no package index or no wheel
-    in it, only a CUDA build of torch, a full disk, or a folder that is a file, holds something else than a kit, or is
-    the course's own.
+    ``platforms`` are keys of ``wheels.PLATFORMS``, this machine's where there are none; ``pythons``
+    are such as ``"3.12"``, the running one where there are none. Raises CourseError: an unknown
+    model, no package index or no wheel in it, only a CUDA build of torch, a full disk, or a folder
+    that is a file, holds something else than a kit, or is the course's own.
     """
     os.environ.pop("COURSE_KIT", None)  # a kit is made from the originals
     models = list(dict.fromkeys(models))
     platforms = list(dict.fromkeys(platforms or [wheels.this_platform()]))
     pythons = list(dict.fromkeys(pythons or ["{}.{}".format(*sys.version_info[:2])]))
-    head = {"format": FORMAT, "course": project()["version"], "built_on": platform.platform(), "models": models,
-            "platforms": platforms, "pythons": pythons}
+    head = {
+        "format": FORMAT,
+        "course": project()["version"],
+        "built_on": platform.platform(),
+        "models": models,
+        "platforms": platforms,
+        "pythons": pythons,
+    }
     homes = {name: find_entry(name).folder for name in models}
     targets = [Target(system, python) for system in platforms for python in pythons]
     _refuse_other_folders(folder)
@@ -71,54 +99,94 @@ def build(folder: Path, models: Sequence[str], platforms: Sequence[str] = (), py
                 wheels.add_wheels(site, target)
             site.add(COURSE, _write_course)
             wheels.keep_wanted_wheels(site, targets)
-            site.add(WHEELS_INDEX, lambda draft: draft.write_text(_wheels_page(site.wanted), encoding="utf-8"))
+            site.add(
+                WHEELS_INDEX,
+                lambda draft: draft.write_text(_wheels_page(site.wanted), encoding="utf-8"),
+            )
             site.add(INDEX, lambda draft: draft.write_text(_page(site), encoding="utf-8"))
             site.finish()
     kit = read_kit(str(folder))
     megabytes = sum(entry["size"] for entry in kit.files.values()) / 1e6
-    print(f"{folder}: {len(kit.files)} files, {megabytes:,.0f} MB. Offer it to a room: "
-          f"python -m helpers kit serve {as_word(folder)}; or copy the folder to a stick.")
+    print(
+        f"{folder}: {len(kit.files)} files, {megabytes:,.0f} MB. Offer it to a room: "
+        f"python -m helpers kit serve {as_word(folder)}; or copy the folder to a stick."
+    )
     return 0
 
 
 def _refuse_other_folders(folder):
     """Raise CourseError unless a folder is new, empty or a kit, and apart from the course and its models."""
-    if any(place.is_relative_to(folder) or folder.is_relative_to(own) for place, own in (
-            (ROOT, ROOT / "data"), (model_cache(), model_cache()))):
-        raise CourseError("kit-in-course", f"{folder} holds the course or its models.",
-                          "Build into a folder of its own, such as kit.")
+    if any(
+        place.is_relative_to(folder) or folder.is_relative_to(own)
+        for place, own in ((ROOT, ROOT / "data"), (model_cache(), model_cache()))
+    ):
+        raise CourseError(
+            "kit-in-course",
+            f"{folder} holds the course or its models.",
+            "Build into a folder of its own, such as kit.",
+        )
     if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
         try:
             read_kit(str(folder), complete=False)
         except CourseError:
-            raise CourseError("kit-other-folder", f"{folder} holds something else than a kit.",
-                              "Build into a new or an empty folder.") from None
+            raise CourseError(
+                "kit-other-folder",
+                f"{folder} holds something else than a kit.",
+                "Build into a new or an empty folder.",
+            ) from None
 
 
 def _refuse_to_wait(folder):
-    raise CourseError("kit-busy", f"Another build is at work in {folder}.", "Wait for its end, and run this again.")
+    raise CourseError(
+        "kit-busy",
+        f"Another build is at work in {folder}.",
+        "Wait for its end, and run this again.",
+    )
 
 
 def _disk_errors(folder):
     """Turn what the disk refuses into sentences."""
-    refused = CourseError("kit-not-writable", f"{folder} cannot be written as a folder.",
-                          "Name a folder that is yours: python -m helpers kit build DIR.")
-    return disk_errors(folder, lambda: CourseError(
-        "disk-full", f"The disk is full: {free_disk(folder):,.0f} MB are free in {folder}.",
-        f"Free some space, or {FEWER}, and run this again; what is finished stays."), refused)
+    refused = CourseError(
+        "kit-not-writable",
+        f"{folder} cannot be written as a folder.",
+        "Name a folder that is yours: python -m helpers kit build DIR.",
+    )
+    return disk_errors(
+        folder,
+        lambda: CourseError(
+            "disk-full",
+            f"The disk is full: {free_disk(folder):,.0f} MB are free in {folder}.",
+            f"Free some space, or {FEWER}, and run this again; what is finished stays.",
+        ),
+        refused,
+    )
 
 
 def _check_space(site, homes, targets):
     """Refuse to start where the disk does not have what is still to come."""
-    needed = sum(entry["size"] for home in homes for name, entry in _model_files(home)
-                 if not is_size(site.folder / name, entry["size"])) / 1e6
+    needed = (
+        sum(
+            entry["size"]
+            for home in homes
+            for name, entry in _model_files(home)
+            if not is_size(site.folder / name, entry["size"])
+        )
+        / 1e6
+    )
     for target in targets:
-        missing, wanted = wheels.missing_wheels(site, target, PATCHES[0]), target.requirements(PATCHES[0])
+        missing, wanted = (
+            wheels.missing_wheels(site, target, PATCHES[0]),
+            target.requirements(PATCHES[0]),
+        )
         needed += WHEELS_MEGABYTES * len(missing) / len(wanted)
     free = free_disk(site.folder)
     if free < needed:
-        raise CourseError("disk-short", f"{site.folder} has {free:,.0f} MB free, and the rest of the kit takes about "
-                          f"{needed:,.0f} MB.", f"Free some space, or {FEWER}.")
+        raise CourseError(
+            "disk-short",
+            f"{site.folder} has {free:,.0f} MB free, and the rest of the kit takes about "
+            f"{needed:,.0f} MB.",
+            f"Free some space, or {FEWER}.",
+        )
 
 
 class _Site:
@@ -155,8 +223,11 @@ class _Site:
         if path.is_file() and sha256(path) == digest:
             draft.unlink()
         elif os.path.lexists(path) and name not in self.listed:
-            raise CourseError("kit-file-of-yours", f"{path} is there already, and no kit has written it.",
-                              "Move it away, or build into another folder.")
+            raise CourseError(
+                "kit-file-of-yours",
+                f"{path} is there already, and no kit has written it.",
+                "Move it away, or build into another folder.",
+            )
         else:
             path.parent.mkdir(parents=True, exist_ok=True)
             draft.replace(path)
@@ -174,9 +245,11 @@ class _Site:
         """Remove what an earlier build listed and this one does not want, and write the manifest."""
         for name in self.listed.keys() - self.wanted.keys():
             path = self.folder / name
-            if path.resolve().is_relative_to(self.folder.resolve()):  # not behind a link that somebody has made
+            # Not behind a link that somebody has made.
+            if path.resolve().is_relative_to(self.folder.resolve()):
                 path.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # a folder that somebody has put a file into stays
+                # A folder that somebody has put a file into stays.
+                with contextlib.suppress(OSError):
                     for parent in path.parents:
                         parent.rmdir()
         self.note(self.wanted, complete=True)
@@ -188,7 +261,9 @@ class _Site:
 def _prepare(name):
     """Prepare a model; a repository of the Hub for the one track that somebody has prepared it for."""
     entry = find_entry(name)
-    tracks = [track for track in TRACKS if receipt_path(model_cache() / entry.folder / track).is_file()]
+    tracks = [
+        track for track in TRACKS if receipt_path(model_cache() / entry.folder / track).is_file()
+    ]
     prepare_model(name, tracks[0] if is_from_hub(entry) and len(tracks) == 1 else None)
 
 
@@ -213,8 +288,11 @@ def _add_model(site, name, home):
                 source = model_cache() / path.removeprefix("models/")
                 site.add(path, lambda draft, source=source: shutil.copyfile(source, draft))
                 if site.wanted[path]["sha256"] != entry["sha256"]:
-                    raise CourseError("model-changed", f"{source} is not as it was prepared.",
-                                      f"Write it anew: python -m helpers prepare --model {name}.")
+                    raise CourseError(
+                        "model-changed",
+                        f"{source} is not as it was prepared.",
+                        f"Write it anew: python -m helpers prepare --model {name}.",
+                    )
             bar.update(entry["size"])
     site.note(site.listed)
 
@@ -225,23 +303,34 @@ def _add_model(site, name, home):
 def course_files() -> list[Path]:
     """Return the course's own files, sorted.
 
-    In a git checkout these are the files that git tracks: what a user put beside them stays where it is. A course that
-    was unpacked from a kit has no git. There all files in the course's folders count, but for what a run leaves.
+    In a git checkout these are the files that git tracks: what a user put beside them stays where
+    it is. A course that was unpacked from a kit has no git. There all files in the course's folders
+    count, but for what a run leaves.
     """
     files = _tracked_files()
     if not files:
         for name in COURSE_PARTS:
             files += [ROOT / name] if (ROOT / name).is_file() else (ROOT / name).rglob("*")
-    return sorted(path for path in files if path.is_file() and not NOT_OURS & set(path.relative_to(ROOT).parts)
-                  and not path.is_relative_to(DATA / "models"))
+    return sorted(
+        path
+        for path in files
+        if path.is_file()
+        and not NOT_OURS & set(path.relative_to(ROOT).parts)
+        and not path.is_relative_to(DATA / "models")
+    )
 
 
 def _tracked_files():
     """Return the course's files that git tracks; none where there is no git, or no checkout."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return []
-    listed = subprocess.run(["git", "ls-files", "-z", "--", *COURSE_PARTS], cwd=ROOT, capture_output=True, text=True,
-                            encoding="utf-8")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--", *COURSE_PARTS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     return [ROOT / name for name in listed.stdout.split("\0") if name]
 
 
@@ -251,18 +340,31 @@ def _write_course(draft):
         for path in course_files():
             data = path.read_bytes()
             if path.suffix == ".ipynb":  # without what a run has left in it
-                notebook, _ = ClearOutputPreprocessor().preprocess(nbformat.reads(data.decode("utf-8"), 4), {})
+                notebook, _ = ClearOutputPreprocessor().preprocess(
+                    nbformat.reads(data.decode("utf-8"), 4), {}
+                )
                 data = nbformat.writes(notebook).encode("utf-8") + b"\n"
-            # With the files' own times: Python takes a module that was unpacked over an older one for older by them.
-            entry = zipfile.ZipInfo.from_file(path, f"slm-mlflow-course/{path.relative_to(ROOT).as_posix()}",
-                                              strict_timestamps=False)
+            # With the files' own times: Python takes a module that was unpacked over an older one
+            # for older by them.
+            entry = zipfile.ZipInfo.from_file(
+                path,
+                f"slm-mlflow-course/{path.relative_to(ROOT).as_posix()}",
+                strict_timestamps=False,
+            )
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
 
 
 def _wheels_page(files):
     """Return a page of links with hashes, as pip reads it from a server and from a folder."""
-    wheels = {name.removeprefix("wheels/"): files[name]["sha256"] for name in sorted(files) if name.endswith(".whl")}
-    links = [f'<a href="{quote(name)}#sha256={digest}">{html.escape(name)}</a><br>' for name, digest in wheels.items()]
+    wheels = {
+        name.removeprefix("wheels/"): files[name]["sha256"]
+        for name in sorted(files)
+        if name.endswith(".whl")
+    }
+    links = [
+        f'<a href="{quote(name)}#sha256={digest}">{html.escape(name)}</a><br>'
+        for name, digest in wheels.items()
+    ]
     head = '<html lang="en"><head><meta charset="utf-8"><title>Wheels</title></head><body>'
     return "\n".join(["<!DOCTYPE html>", head, *links, "</body></html>", ""])
 
@@ -270,8 +372,12 @@ def _wheels_page(files):
 def _page(site):
     """Return what a person sees who opens the kit's URL or its folder."""
     models = sorted({name.split("/")[1] for name in site.wanted if name.startswith("models/")})
-    words = {"systems": ", ".join(site.head["platforms"]), "pythons": ", ".join(site.head["pythons"]),
-             "models": ", ".join(models), "course": COURSE,
-             "run": f"run --model {models[0]}" if "smollm2-135m" not in models and models else "run"}
+    words = {
+        "systems": ", ".join(site.head["platforms"]),
+        "pythons": ", ".join(site.head["pythons"]),
+        "models": ", ".join(models),
+        "course": COURSE,
+        "run": f"run --model {models[0]}" if "smollm2-135m" not in models and models else "run",
+    }
     page = Template((DATA / "kit.html").read_text(encoding="utf-8"))
     return page.substitute({name: html.escape(text) for name, text in words.items()})

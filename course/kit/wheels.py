@@ -1,6 +1,7 @@
 """Gathers the wheels that a system and a Python need, whatever machine this is.
 
-constraints.txt says which ones, with markers that are evaluated for that system; pip fetches them into the kit.
+constraints.txt says which ones, with markers that are evaluated for that system; pip fetches them
+into the kit.
 """
 
 import os
@@ -20,18 +21,40 @@ from helpers.models.pip import PipError, explain, run_pip
 from helpers.paths import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
-# The oldest that all wheels run on: glibc 2.31 (llguidance), macOS 14 (torch). pip does not know that a system
-# takes the wheels of older ones, https://packaging.python.org/specifications/platform-compatibility-tags.
+# The oldest that all wheels run on: glibc 2.31 (llguidance), macOS 14 (torch). pip does not know
+# that a system takes the wheels of older ones,
+# https://packaging.python.org/specifications/platform-compatibility-tags.
 PLATFORMS = {
-    "windows": {"os_name": "nt", "sys_platform": "win32", "platform_system": "Windows", "platform_machine": "AMD64",
-                "tags": ("win_amd64",)},
-    "macos": {"os_name": "posix", "sys_platform": "darwin", "platform_system": "Darwin", "platform_machine": "arm64",
-              "tags": tuple(mac_platforms((14, 0), "arm64"))},
-    "linux": {"os_name": "posix", "sys_platform": "linux", "platform_system": "Linux", "platform_machine": "x86_64",
-              "tags": (*(f"manylinux_2_{minor}_x86_64" for minor in range(31, 4, -1)), "manylinux2014_x86_64",
-                       "manylinux2010_x86_64", "manylinux1_x86_64", "linux_x86_64")},
+    "windows": {
+        "os_name": "nt",
+        "sys_platform": "win32",
+        "platform_system": "Windows",
+        "platform_machine": "AMD64",
+        "tags": ("win_amd64",),
+    },
+    "macos": {
+        "os_name": "posix",
+        "sys_platform": "darwin",
+        "platform_system": "Darwin",
+        "platform_machine": "arm64",
+        "tags": tuple(mac_platforms((14, 0), "arm64")),
+    },
+    "linux": {
+        "os_name": "posix",
+        "sys_platform": "linux",
+        "platform_system": "Linux",
+        "platform_machine": "x86_64",
+        "tags": (
+            *(f"manylinux_2_{minor}_x86_64" for minor in range(31, 4, -1)),
+            "manylinux2014_x86_64",
+            "manylinux2010_x86_64",
+            "manylinux1_x86_64",
+            "linux_x86_64",
+        ),
+    },
 }
-# A marker may ask for a patch release, and the participants have different ones: both ends are gathered.
+# A marker may ask for a patch release, and the participants have different ones: both ends are
+# gathered.
 PATCHES = (99, 0)
 # Measured: the wheels of one system and Python, and what pip holds beside them while it fetches.
 WHEELS_MEGABYTES = 900
@@ -54,27 +77,54 @@ class Target:
     def requirements(self, patch: int) -> list[Requirement]:
         """Return what constraints.txt wants on this target for a patch release of its Python."""
         version = f"{self.python}.{patch}"
-        environment = default_environment() | PLATFORMS.get(self.platform, {}) | {
-            "python_version": self.python, "python_full_version": version, "implementation_version": version}
+        environment = (
+            default_environment()
+            | PLATFORMS.get(self.platform, {})
+            | {
+                "python_version": self.python,
+                "python_full_version": version,
+                "implementation_version": version,
+            }
+        )
         lines = CONSTRAINTS.read_text(encoding="utf-8").splitlines()
         wanted = (Requirement(line) for line in lines if line and not line.startswith("#"))
         return [one for one in wanted if one.marker is None or one.marker.evaluate(environment)]
 
     def platform_tags(self) -> tuple[str, ...]:
         """Return the tags of its wheels that are made for one system, best first."""
-        return PLATFORMS[self.platform]["tags"] if self.platform in PLATFORMS else tuple(platform_tags())
+        return (
+            PLATFORMS[self.platform]["tags"]
+            if self.platform in PLATFORMS
+            else tuple(platform_tags())
+        )
 
     def tags(self) -> set[Tag]:
         """Return every tag that a wheel for it may have."""
-        version, interpreter = tuple(map(int, self.python.split("."))), "cp" + self.python.replace(".", "")
-        return {*cpython_tags(version, [interpreter], self.platform_tags()),
-                *compatible_tags(version, interpreter, self.platform_tags())}
+        version, interpreter = (
+            tuple(map(int, self.python.split("."))),
+            "cp" + self.python.replace(".", ""),
+        )
+        return {
+            *cpython_tags(version, [interpreter], self.platform_tags()),
+            *compatible_tags(version, interpreter, self.platform_tags()),
+        }
 
     def pip_options(self, patch: int) -> list[str]:
         """Return the options that make pip choose wheels for it."""
-        return ["--only-binary", ":all:", "--implementation", "cp", "--python-version", f"{self.python}.{patch}",
-                *(word for abi in ("cp" + self.python.replace(".", ""), "abi3", "none") for word in ("--abi", abi)),
-                *(word for tag in self.platform_tags() for word in ("--platform", tag))]
+        return [
+            "--only-binary",
+            ":all:",
+            "--implementation",
+            "cp",
+            "--python-version",
+            f"{self.python}.{patch}",
+            *(
+                word
+                for abi in ("cp" + self.python.replace(".", ""), "abi3", "none")
+                for word in ("--abi", abi)
+            ),
+            *(word for tag in self.platform_tags() for word in ("--platform", tag)),
+        ]
 
 
 def this_platform() -> str:
@@ -85,20 +135,30 @@ def this_platform() -> str:
 
 def _wheels(site):
     """Return project, version, build and tags of each wheel that is in the kit, whole, by its path there."""
-    return {name: parse_wheel_filename(name.removeprefix("wheels/"))
-            for name in site.listed if name.endswith(".whl") and site.has(name)}
+    return {
+        name: parse_wheel_filename(name.removeprefix("wheels/"))
+        for name in site.listed
+        if name.endswith(".whl") and site.has(name)
+    }
 
 
 def _answers(wheel, requirement, tags):
     project, version, _, its_tags = wheel
-    return project == canonicalize_name(requirement.name) and not its_tags.isdisjoint(tags) \
+    return (
+        project == canonicalize_name(requirement.name)
+        and not its_tags.isdisjoint(tags)
         and requirement.specifier.contains(version, prereleases=True)
+    )
 
 
 def missing_wheels(site, target: Target, patch: int) -> list[Requirement]:
     """Return what a target wants for a patch release of its Python, and no wheel of the kit answers."""
     tags, wheels = target.tags(), _wheels(site).values()
-    return [one for one in target.requirements(patch) if not any(_answers(wheel, one, tags) for wheel in wheels)]
+    return [
+        one
+        for one in target.requirements(patch)
+        if not any(_answers(wheel, one, tags) for wheel in wheels)
+    ]
 
 
 def add_wheels(site, target: Target) -> None:
@@ -122,7 +182,9 @@ def _fetch(site, target, patch, batch):
     words = [*target.pip_options(patch), *(f"{one.name}{one.specifier}" for one in batch)]
     if batch[0].name == "torch" and "linux" in target.platform.lower():
         none = ["--ignore-installed", "--target", site.staging / "none"]
-        words = cpu_torch_options(lambda *words: _pip(site, target, *words, *none), site.staging / "plan.json", *words)
+        words = cpu_torch_options(
+            lambda *words: _pip(site, target, *words, *none), site.staging / "plan.json", *words
+        )
     fetched = site.staging / "wheels"
     _pip(site, target, "download", "--no-deps", "--dest", fetched, *words)
     for wheel in sorted(fetched.glob("*.whl")):
@@ -141,14 +203,17 @@ def _pip(site, target, *arguments):
         failure = error.failure
         if failure.kind == "missing":
             raise CourseError(
-                "wheel-absent", f"The package index has no wheel of {failure.package} for {target}.",
+                "wheel-absent",
+                f"The package index has no wheel of {failure.package} for {target}.",
                 "Check the index that pip uses (python -m pip config list), or leave this platform or Python out.",
             ) from None
         if failure.kind == "unreachable":
             raise CourseError(
-                "pip-unreachable", f"pip could not get the wheels for {target} from the package index.",
+                "pip-unreachable",
+                f"pip could not get the wheels for {target} from the package index.",
                 "Check the network, the proxy (HTTPS_PROXY) and pip's index (python -m pip config list), and "
-                "run this again; what is finished stays.") from None
+                "run this again; what is finished stays.",
+            ) from None
         raise explain(failure, f"Fetching the wheels for {target}") from None
 
 
@@ -156,7 +221,10 @@ def keep_wanted_wheels(site, targets: list[Target]) -> None:
     """Take each wheel that a target wants; the rest of those listed is stale."""
     wheels = _wheels(site)
     for target in targets:
-        tags, wanted = target.tags(), [one for patch in PATCHES for one in target.requirements(patch)]
+        tags, wanted = (
+            target.tags(),
+            [one for patch in PATCHES for one in target.requirements(patch)],
+        )
         for name in wheels.keys() - site.wanted.keys():
             if any(_answers(wheels[name], one, tags) for one in wanted):
                 site.keep(name)

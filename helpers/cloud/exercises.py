@@ -11,8 +11,12 @@ __all__ = ["CHECKS", "check"]
 
 @exercise("reasons")
 def _(count_reasons):
-    rows = pd.DataFrame({"status": ["ok", "error", "ok", "error", "error"],
-                         "reason": ["", "empty", "", "too long", "empty"]})
+    rows = pd.DataFrame(
+        {
+            "status": ["ok", "error", "ok", "error", "error"],
+            "reason": ["", "empty", "", "too long", "empty"],
+        }
+    )
     found = count_reasons(rows)
     if found is ...:
         return DOTS
@@ -23,7 +27,9 @@ def _(count_reasons):
     if found != {"empty": 2, "too long": 1}:
         return f"of the reasons empty, too long, empty it is {{'empty': 2, 'too long': 1}}, and yours is {found}."
     good = count_reasons(rows[rows.status == "ok"])
-    return None if good == {} else f"a table of good rows has no reasons: {{}}, and yours is {good}."
+    return (
+        None if good == {} else f"a table of good rows has no reasons: {{}}, and yours is {good}."
+    )
 
 
 @exercise("estimate")
@@ -34,13 +40,20 @@ def _(estimate):
     if not isinstance(found, int | float):
         return f"it returns a number of seconds, and yours is of the type {type(found).__name__}."
     if math.isclose(found, 52):
-        return "the start is not divided: every executor has to start, and all do so at the same time."
+        return (
+            "the start is not divided: every executor has to start, and all do so at the same time."
+        )
     if math.isclose(found, 520):
         return "the executors share the rows: divide by how many there are."
     if math.isclose(found, 50):
         return "the executors have to start first: add it."
-    return None if math.isclose(found, 70) else (
-        f"1,000 rows of 0.5 s on 10 executors that start in 20 s take 70 s, and yours says {found}.")
+    return (
+        None
+        if math.isclose(found, 70)
+        else (
+            f"1,000 rows of 0.5 s on 10 executors that start in 20 s take 70 s, and yours says {found}."
+        )
+    )
 
 
 @exercise("size")
@@ -75,9 +88,16 @@ def _(count_copies):
         return "round up: with two copies, one of them has more than four waiting."
     if isinstance(found, float):
         return "a number of copies is a whole number: round up."
-    for waiting, target, least, most, right in ((9, 4, 1, 10, 3), (8, 4, 1, 10, 2), (0, 4, 2, 10, 2),
-                                                (100, 4, 2, 10, 10), (40, 4, 2, 10, 10)):
+    for waiting, target, least, most, right in (
+        (9, 4, 1, 10, 3),
+        (8, 4, 1, 10, 2),
+        (0, 4, 2, 10, 2),
+        (100, 4, 2, 10, 10),
+        (40, 4, 2, 10, 10),
+    ):
         if (found := count_copies(waiting, target, least, most)) != right:
-            return (f"{waiting} waiting, {target} for each, from {least} to {most} copies: that is {right}, "
-                    f"and yours says {found!r}.")
+            return (
+                f"{waiting} waiting, {target} for each, from {least} to {most} copies: that is {right}, "
+                f"and yours says {found!r}."
+            )
     return None

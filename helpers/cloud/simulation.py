@@ -1,7 +1,8 @@
 """Simulates a cluster that works off the tasks of a batch: what they take goes in, when they are done comes out.
 
-Executors take the next task as soon as they are free, as Spark's do. A slow one needs a multiple of the time for
-everything; a lost one takes its unfinished task back to the queue, and nothing else, because finished rows are written.
+Executors take the next task as soon as they are free, as Spark's do. A slow one needs a multiple of
+the time for everything; a lost one takes its unfinished task back to the queue, and nothing else,
+because finished rows are written.
 """
 
 import heapq
@@ -18,8 +19,13 @@ class Simulated(NamedTuple):
     busy: list[float]
 
 
-def simulate(tasks: Sequence[float], executors: int, start: float = 0.0, slow: Mapping[int, float] | None = None,
-             lost: Mapping[int, float] | None = None) -> Simulated:
+def simulate(
+    tasks: Sequence[float],
+    executors: int,
+    start: float = 0.0,
+    slow: Mapping[int, float] | None = None,
+    lost: Mapping[int, float] | None = None,
+) -> Simulated:
     """Work off the tasks, in their order, and return when and how.
 
     Parameters
@@ -76,4 +82,7 @@ def cut_tasks(seconds: Sequence[float], rows_per_task: int, seed: int = 0) -> li
     """Return the seconds of each task: rows in random order, so many at a time."""
     shuffled = list(seconds)
     random.Random(seed).shuffle(shuffled)
-    return [sum(shuffled[first:first + rows_per_task]) for first in range(0, len(shuffled), rows_per_task)]
+    return [
+        sum(shuffled[first : first + rows_per_task])
+        for first in range(0, len(shuffled), rows_per_task)
+    ]

@@ -9,7 +9,9 @@ from helpers.errors import CourseError
 from helpers.paths import DATA
 
 TRACKS = ("transformers", "onnx")
-HUB_NAME = re.compile(r"hub:(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?", re.ASCII)
+HUB_NAME = re.compile(
+    r"hub:(?P<repo>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w.-]+(?:/[\w.-]+)*))?", re.ASCII
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class CatalogueEntry:
     download: int | None  # megabytes (10**6 bytes) that travel
     disk: int | None  # megabytes that stay
     memory: int | None  # megabytes that a run needs at its peak
-    source: dict = field(repr=False)  # the rest of the entry, for helpers.models.sources: where the files come from
+    # The rest of the entry, for helpers.models.sources: where the files come from.
+    source: dict = field(repr=False)
 
     @property
     def folder(self) -> str:
@@ -42,8 +45,11 @@ def read_catalogue(path: Path = DATA / "models.toml") -> dict[str, CatalogueEntr
     """Return the entries of the catalogue by name, in the file's order."""
     known = set(CatalogueEntry.__dataclass_fields__) - {"name", "source"}
     return {
-        name: CatalogueEntry(name=name, source={key: value for key, value in table.items() if key not in known},
-                             **{key: table[key] for key in known})
+        name: CatalogueEntry(
+            name=name,
+            source={key: value for key, value in table.items() if key not in known},
+            **{key: table[key] for key in known},
+        )
         for name, table in tomllib.loads(path.read_text(encoding="utf-8")).items()
     }
 
@@ -51,18 +57,32 @@ def read_catalogue(path: Path = DATA / "models.toml") -> dict[str, CatalogueEntr
 def find_entry(name: str) -> CatalogueEntry:
     """Return the entry of a model by its name; CourseError lists the names where there is none.
 
-    ``hub:org/name`` names a repository of the Hugging Face Hub, ``hub:org/name@revision`` not its newest commit.
+    ``hub:org/name`` names a repository of the Hugging Face Hub, ``hub:org/name@revision`` not its
+    newest commit.
     """
     entries = read_catalogue()
     if name in entries:
         return entries[name]
     hub = HUB_NAME.fullmatch(name)
     if not hub or ".." in name:
-        raise CourseError("model-unknown", f"There is no model called {name!r}.",
-                          f"Choose one of: {', '.join(entries)}; or hub: and a name of the Hugging Face Hub, "
-                          "such as hub:microsoft/Phi-3-mini-4k-instruct.")
+        raise CourseError(
+            "model-unknown",
+            f"There is no model called {name!r}.",
+            f"Choose one of: {', '.join(entries)}; or hub: and a name of the Hugging Face Hub, "
+            "such as hub:microsoft/Phi-3-mini-4k-instruct.",
+        )
     repository = {"repo": hub["repo"]} | ({"revision": hub["revision"]} if hub["revision"] else {})
     return CatalogueEntry(
-        name=name, title=hub["repo"], summary="a repository of the Hugging Face Hub", licence="not stated",
-        homepage=f"https://huggingface.co/{hub['repo']}", task="text-generation", parameters=None, context_length=None,
-        download=None, disk=None, memory=None, source={"hub": dict.fromkeys(TRACKS, repository)})
+        name=name,
+        title=hub["repo"],
+        summary="a repository of the Hugging Face Hub",
+        licence="not stated",
+        homepage=f"https://huggingface.co/{hub['repo']}",
+        task="text-generation",
+        parameters=None,
+        context_length=None,
+        download=None,
+        disk=None,
+        memory=None,
+        source={"hub": dict.fromkeys(TRACKS, repository)},
+    )

@@ -1,7 +1,8 @@
 """Brings files over HTTP into a folder: goes on where it stopped, asks again where that helps, and checks each file.
 
-Comes in: a URL, a size and a hash of each; goes out: whole files. It stands apart as it runs in a process of its own:
-the Hub's client reads once, at its import, whether it may use the network, and in the rest of the course it may not.
+Comes in: a URL, a size and a hash of each; goes out: whole files. It stands apart as it runs in a
+process of its own: the Hub's client reads once, at its import, whether it may use the network, and
+in the rest of the course it may not.
 """
 
 import contextlib
@@ -45,7 +46,8 @@ class Patience(NamedTuple):
 
 def patience(asked: str | None) -> Patience:
     """Return how long to wait for a byte. ``asked`` is what a user has set HF_HUB_DOWNLOAD_TIMEOUT or its like to."""
-    # The rest of the eight is for one more connection: whoever looks at a bar that stands still is told within ten.
+    # The rest of the eight is for one more connection: whoever looks at a bar that stands still is
+    # told within ten.
     read = int(asked) if asked and asked.isdecimal() and int(asked) > 0 else 5
     return Patience(read, max(8, 1.5 * read))
 
@@ -75,14 +77,19 @@ class Silence:
         return max(time.monotonic() - self.since, 0)
 
 
-def seconds_to_wait(status: int | None, failures: int, headers: Mapping[str, str], silent: float = 0,
-                    lost: float = math.inf) -> float | None:
+def seconds_to_wait(
+    status: int | None,
+    failures: int,
+    headers: Mapping[str, str],
+    silent: float = 0,
+    lost: float = math.inf,
+) -> float | None:
     """Return how long to wait before a request is made again, and None where it is not.
 
-    ``status`` is the answer's, None for a connection that broke or was never made. ``failures`` counts the requests in
-    a row that have brought nothing, this one included. What the server asks for in the ``headers`` Retry-After or
-    RateLimit counts, up to LONGEST_WAIT. Where there is no answer, nobody waits until nothing has come for ``lost``
-    seconds; ``silent`` of them are over.
+    ``status`` is the answer's, None for a connection that broke or was never made. ``failures``
+    counts the requests in a row that have brought nothing, this one included. What the server asks
+    for in the ``headers`` Retry-After or RateLimit counts, up to LONGEST_WAIT. Where there is no
+    answer, nobody waits until nothing has come for ``lost`` seconds; ``silent`` of them are over.
     """
     if failures >= TRIES or status not in (None, *BUSY):
         return None
@@ -90,16 +97,22 @@ def seconds_to_wait(status: int | None, failures: int, headers: Mapping[str, str
     if status is None:
         return wait if silent + wait < lost else None
     asked, limit = headers.get("Retry-After", ""), parse_ratelimit_headers(headers)
-    return min(int(asked) if asked.isdigit() else limit.reset_in_seconds if limit else wait, LONGEST_WAIT)
+    return min(
+        int(asked) if asked.isdigit() else limit.reset_in_seconds if limit else wait, LONGEST_WAIT
+    )
 
 
-def retried(call: Callable[[], Any], broken: tuple[type[Exception], ...], limits: Patience,
-            silence: Silence | None = None) -> Any:
+def retried(
+    call: Callable[[], Any],
+    broken: tuple[type[Exception], ...],
+    limits: Patience,
+    silence: Silence | None = None,
+) -> Any:
     """Call, and call again where the server is busy or the connection is ``broken``, as ``seconds_to_wait`` says.
 
-    ``call`` tells ``silence`` what comes: one that brought something is no failure. Raises httpx.ReadTimeout where
-    nothing has come for as long as ``limits`` say, whatever it waits for: a name look-up has no limit of its own, and a
-    connection is tried at each of a host's addresses.
+    ``call`` tells ``silence`` what comes: one that brought something is no failure. Raises
+    httpx.ReadTimeout where nothing has come for as long as ``limits`` say, whatever it waits for: a
+    name look-up has no limit of its own, and a connection is tried at each of a host's addresses.
     """
     failures, silence = 0, silence or Silence()
     silence.heard()
@@ -110,9 +123,17 @@ def retried(call: Callable[[], Any], broken: tuple[type[Exception], ...], limits
         except (HfHubHTTPError, *broken) as error:
             failures = 1 if silence.blocks > before else failures + 1
             response = getattr(error, "response", None)
-            wait = None if certificate_trouble(error) else seconds_to_wait(
-                getattr(response, "status_code", None), failures, getattr(response, "headers", {}), silence.seconds(),
-                limits.lost)
+            wait = (
+                None
+                if certificate_trouble(error)
+                else seconds_to_wait(
+                    getattr(response, "status_code", None),
+                    failures,
+                    getattr(response, "headers", {}),
+                    silence.seconds(),
+                    limits.lost,
+                )
+            )
             if wait is None:
                 raise
         if response is not None:
@@ -170,7 +191,10 @@ class File(NamedTuple):
         """Return the sha256 of what is at ``path``, and None where that is not this file."""
         if not path.is_file() or path.stat().st_size != self.size:
             return None
-        digest, blob = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
+        digest, blob = (
+            hashlib.sha256(),
+            hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False),
+        )
         with path.open("rb") as file:
             while block := file.read(BLOCK):
                 digest.update(block)
@@ -191,10 +215,13 @@ class LengthError(Exception):
 class Download:
     """Files on their way into ``folder``, by relative path; some may be in the folder ``finished`` already.
 
-    ``sha256`` has the hash of each that is here and right, ``current`` is the one that is on its way.
+    ``sha256`` has the hash of each that is here and right, ``current`` is the one that is on its
+    way.
     """
 
-    def __init__(self, files: dict[str, File], folder: Path, finished: Path, headers: dict | None = None):
+    def __init__(
+        self, files: dict[str, File], folder: Path, finished: Path, headers: dict | None = None
+    ):
         self.files, self.folder, self.finished, self.headers = files, folder, finished, headers
         self.sha256, self.current, self._printed = {}, "", 0.0
 
@@ -204,8 +231,16 @@ class Download:
 
     def missing(self, names: Collection[str]) -> int:
         """Return the bytes that are still to come."""
-        return sum(max(self.files[name].size - max(map(_size, (
-            self.folder / name, self._incomplete(name), self.finished / name))), 0) for name in names)
+        return sum(
+            max(
+                self.files[name].size
+                - max(
+                    map(_size, (self.folder / name, self._incomplete(name), self.finished / name))
+                ),
+                0,
+            )
+            for name in names
+        )
 
     def fetch(self, names: Collection[str], bar: bool = True) -> None:
         """Bring each file that is not here yet, one after the other, and check it; print ``Progress done of total``.
@@ -215,8 +250,9 @@ class Download:
         total, done = sum(self.files[name].size for name in names) if bar else 0, 0
         for name in names:
             self.current = name
-            if name not in self.sha256 and not any(self._take(name, place / name)
-                                                   for place in (self.folder, self.finished)):
+            if name not in self.sha256 and not any(
+                self._take(name, place / name) for place in (self.folder, self.finished)
+            ):
                 self._fetch_one(name, lambda arrived, done=done: self._show(done + arrived, total))
             done += self.files[name].size
             self._show(done, total)
@@ -229,7 +265,9 @@ class Download:
         resumed = _size(incomplete) > 0
         if file.url.startswith(("http://", "https://")):
             limits, silence = patience(os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT")), Silence()
-            retried(lambda: self._get(file, incomplete, show, limits, silence), BROKEN, limits, silence)
+            retried(
+                lambda: self._get(file, incomplete, show, limits, silence), BROKEN, limits, silence
+            )
         else:
             _copy(Path(file.url), incomplete, show)
         incomplete.replace(arrived)
@@ -237,26 +275,37 @@ class Download:
             arrived.unlink()
             if not resumed:
                 raise ContentError
-            self._fetch_one(name, show)  # the half that was here may be what is wrong: the whole file gets a try
+            # The half that was here may be what is wrong: the whole file gets a try.
+            self._fetch_one(name, show)
 
     def _get(self, file, incomplete, show, limits, silence):
         """Bring what is still missing of a file; what has come stays, so that another try goes on from there.
 
-        Neither the Hub's client nor its http_get: that one asks again by itself, for a minute where a network is lost.
+        Neither the Hub's client nor its http_get: that one asks again by itself, for a minute where
+        a network is lost.
         """
         start = _size(incomplete)
         if start == file.size:
             incomplete.touch()  # a file of nothing
             return
-        headers = (self.headers or {}) | {"Accept-Encoding": "identity"}  # a range is one of the file itself
+        # A range is one of the file itself.
+        headers = (self.headers or {}) | {"Accept-Encoding": "identity"}
         if start:
             headers["Range"] = f"bytes={start}-"
-        with get_session().stream("GET", file.url, headers=headers, timeout=limits.read) as response:
+        with get_session().stream(
+            "GET", file.url, headers=headers, timeout=limits.read
+        ) as response:
             hf_raise_for_status(response)
-            start = start if response.status_code == httpx.codes.PARTIAL_CONTENT else 0  # or it knows no ranges
+            # Or it knows no ranges.
+            start = start if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
             length = response.headers.get("Content-Length", "")
-            if length.isdecimal() and int(length) != file.size - start and "Content-Encoding" not in response.headers:
-                raise LengthError(f"{length} bytes come, and {file.size - start} are missing")  # what is here stays
+            if (
+                length.isdecimal()
+                and int(length) != file.size - start
+                and "Content-Encoding" not in response.headers
+            ):
+                # What is here stays.
+                raise LengthError(f"{length} bytes come, and {file.size - start} are missing")
             with incomplete.open("ab" if start else "wb") as stream:
                 for block in response.iter_bytes():
                     silence.blocks += 1
@@ -269,7 +318,10 @@ class Download:
 
     def _incomplete(self, name):
         """Return the file that a download goes on in. Its name holds the hash: other content, other file."""
-        return self.folder / f"{name}.{(self.files[name].sha256 or self.files[name].blob)[:12]}.incomplete"
+        return (
+            self.folder
+            / f"{name}.{(self.files[name].sha256 or self.files[name].blob)[:12]}.incomplete"
+        )
 
     def _take(self, name, path):
         digest = self.files[name].read_hash(path)
@@ -301,8 +353,11 @@ def _copy(source, target, show):
 def work(order: dict) -> dict:
     """Bring the files of a kit that ``Kit.fetch`` asks for, and return the sha256 of each by name."""
     kit = Kit(order["kit"], {})
-    download = Download({name: File(*file) for name, file in order["files"].items()},
-                        Path(order["folder"]), Path(order["finished"]))
+    download = Download(
+        {name: File(*file) for name, file in order["files"].items()},
+        Path(order["folder"]),
+        Path(order["finished"]),
+    )
     try:
         download.fetch(download.files)
     except Exception as error:

@@ -1,6 +1,7 @@
 """Makes a folder of files whole, once: a receipt beside it, written last, lists what belongs into it.
 
-What the receipt does not list is the user's, and stays. The builder of a kit uses the two functions for single files.
+What the receipt does not list is the user's, and stays. The builder of a kit uses the two functions
+for single files.
 """
 
 import copy
@@ -21,13 +22,18 @@ def list_file(path: Path, digest: str | None = None) -> dict:
     ``is_as_listed`` compares with it.
     """
     status = path.stat()
-    return {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sha256": digest or sha256(path)}
+    return {
+        "size": status.st_size,
+        "mtime_ns": status.st_mtime_ns,
+        "sha256": digest or sha256(path),
+    }
 
 
 def is_as_listed(path: Path, entry: dict) -> bool:
     """Tell whether a file is the one that ``entry`` lists.
 
-    A file of another time is hashed; where its content is right, ``entry`` takes the new time: it is hashed once.
+    A file of another time is hashed; where its content is right, ``entry`` takes the new time: it
+    is hashed once.
     """
     if not is_size(path, entry["size"]):
         return False
@@ -47,18 +53,30 @@ def receipt_path(folder: Path) -> Path:
 def read_receipt(folder: Path) -> dict:
     """Return a folder's receipt; an empty one where there is none that can be trusted to name files.
 
-    It has the keys ``recipe``, what the folder was made by, or None; ``facts``, what its maker found out; and
-    ``files``, the entry of each by relative path.
+    It has the keys ``recipe``, what the folder was made by, or None; ``facts``, what its maker
+    found out; and ``files``, the entry of each by relative path.
     """
     try:
         receipt = json.loads(receipt_path(folder).read_text(encoding="utf-8"))
         recipe, facts, files = receipt["recipe"], receipt.get("facts", {}), receipt["files"]
-        sound = isinstance(recipe, dict | None) and isinstance(facts, dict) and all(
-            is_plain(name) and type(entry["size"]) is int and type(entry["mtime_ns"]) is int
-            and isinstance(entry["sha256"], str) for name, entry in files.items())
+        sound = (
+            isinstance(recipe, dict | None)
+            and isinstance(facts, dict)
+            and all(
+                is_plain(name)
+                and type(entry["size"]) is int
+                and type(entry["mtime_ns"]) is int
+                and isinstance(entry["sha256"], str)
+                for name, entry in files.items()
+            )
+        )
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
-    return {"recipe": recipe, "facts": facts, "files": files} if sound else {"recipe": None, "facts": {}, "files": {}}
+    return (
+        {"recipe": recipe, "facts": facts, "files": files}
+        if sound
+        else {"recipe": None, "facts": {}, "files": {}}
+    )
 
 
 def write_receipt(folder: Path, receipt: dict) -> None:
@@ -74,7 +92,9 @@ def compare(folder: Path, receipt: dict) -> list[str]:
     The receipt on the disk takes the new time of a file that was only touched.
     """
     before = copy.deepcopy(receipt)
-    bad = [name for name, entry in receipt["files"].items() if not is_as_listed(folder / name, entry)]
+    bad = [
+        name for name, entry in receipt["files"].items() if not is_as_listed(folder / name, entry)
+    ]
     if receipt != before and is_writable(folder.parent):
         write_receipt(folder, receipt)
     return bad
@@ -95,11 +115,12 @@ def is_whole(folder: Path) -> bool:
 def ensure(folder: Path, recipe: dict, make: Callable[[Path], dict | None]) -> dict:
     """Make ``folder`` with ``make``, unless its receipt says that it is there, whole, by this recipe; return the facts.
 
-    The folder's parent exists; it may itself be a link to another disk. ``recipe`` is what the content depends on.
-    ``make`` gets a folder on the same disk and writes to it: an empty one, or what an earlier try with this recipe has
-    left. It returns None, or a dict with any of the keys ``"facts"``, what to keep, and ``"sha256"``, the hash of every
-    file that belongs into ``folder``, where files that are right already may be left out. Without hashes, all that
-    it has written belongs into ``folder``.
+    The folder's parent exists; it may itself be a link to another disk. ``recipe`` is what the
+    content depends on. ``make`` gets a folder on the same disk and writes to it: an empty one, or
+    what an earlier try with this recipe has left. It returns None, or a dict with any of the keys
+    ``"facts"``, what to keep, and ``"sha256"``, the hash of every file that belongs into
+    ``folder``, where files that are right already may be left out. Without hashes, all that it has
+    written belongs into ``folder``.
     """
     old = read_receipt(folder)
     bad = compare(folder, old) if old["recipe"] == recipe else []
@@ -110,13 +131,19 @@ def ensure(folder: Path, recipe: dict, make: Callable[[Path], dict | None]) -> d
         print(f"{folder / bad[0]} is not as it was written{more}; getting it anew.", flush=True)
     partial = _partial(folder, recipe)
     made = make(partial) or {}
-    digests = made.get("sha256") or dict.fromkeys(sorted(
-        path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()))
+    digests = made.get("sha256") or dict.fromkeys(
+        sorted(
+            path.relative_to(partial).as_posix() for path in partial.rglob("*") if path.is_file()
+        )
+    )
     arrived = [name for name in digests if (partial / name).is_file()]
-    files = {name: list_file((partial if name in arrived else folder) / name, digest)
-             for name, digest in digests.items()}
+    files = {
+        name: list_file((partial if name in arrived else folder) / name, digest)
+        for name, digest in digests.items()
+    }
     _keep_users(folder, [name for name in arrived if name not in old["files"]], files)
-    # Until the last line, the receipt lists what is the course's to remove, and vouches for nothing.
+    # Until the last line, the receipt lists what is the course's to remove, and vouches for
+    # nothing.
     write_receipt(folder, {"recipe": None, "facts": {}, "files": old["files"] | files})
     for name in old["files"].keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
@@ -131,7 +158,9 @@ def ensure(folder: Path, recipe: dict, make: Callable[[Path], dict | None]) -> d
 
 def _partial(folder, recipe):
     """Return the folder to make in: on the disk that ``folder`` is on, and of this recipe alone."""
-    digest = hashlib.sha256(json.dumps([str(folder), recipe], sort_keys=True).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([str(folder), recipe], sort_keys=True).encode()).hexdigest()[
+        :8
+    ]
     partial = folder.resolve().with_name(f"{folder.name}.{digest}.partial")
     for other in folder.parent.glob(f"{glob.escape(folder.name)}.*partial"):
         if other != partial:
@@ -148,4 +177,7 @@ def _keep_users(folder, names, files):
             continue
         aside = path.with_name(path.name + ".yours")
         path.replace(aside)
-        print(f"{path} was yours, and the model has a file of that name: yours is now {aside.name}.", flush=True)
+        print(
+            f"{path} was yours, and the model has a file of that name: yours is now {aside.name}.",
+            flush=True,
+        )

@@ -1,7 +1,7 @@
 """Reads an offline kit, from a folder or over HTTP: what it holds, whole files of it, whether it is as it was built.
 
-COURSE_KIT names the kit. ``course.kit`` builds one and offers it to a room; set-up reads one on a bare Python, so this
-imports the standard library alone.
+COURSE_KIT names the kit. ``course.kit`` builds one and offers it to a room; set-up reads one on a
+bare Python, so this imports the standard library alone.
 """
 
 import contextlib
@@ -24,11 +24,20 @@ from helpers.files import is_plain, progress_bar
 from helpers.models.steps import ask
 from helpers.paths import ROOT
 
-MANIFEST, INDEX, WHEELS_INDEX, COURSE = "manifest.json", "index.html", "wheels/index.html", "course.zip"
+MANIFEST, INDEX, WHEELS_INDEX, COURSE = (
+    "manifest.json",
+    "index.html",
+    "wheels/index.html",
+    "course.zip",
+)
 # One more where an older reader would misread what `kit build` writes.
 FORMAT = 1
 # What `kit build --platform` calls the systems and processors that `platform` names.
-PLATFORM_NAMES = {("Windows", "AMD64"): "windows", ("Darwin", "arm64"): "macos", ("Linux", "x86_64"): "linux"}
+PLATFORM_NAMES = {
+    ("Windows", "AMD64"): "windows",
+    ("Darwin", "arm64"): "macos",
+    ("Linux", "x86_64"): "linux",
+}
 PYTHONS = ("3.11", "3.12", "3.13")
 BLOCK = 1 << 20
 LARGEST_MANIFEST = 64 << 20
@@ -50,7 +59,8 @@ def open_kit() -> "Kit | None":
 def read_kit(address: str, complete: bool = True) -> "Kit":
     """Return the kit at an ``http`` or ``https`` URL or in a folder; a relative folder starts at the course's folder.
 
-    Raises CourseError where it has no answer, is no kit, or, unless ``complete`` is False, is still being built.
+    Raises CourseError where it has no answer, is no kit, or, unless ``complete`` is False, is still
+    being built.
     """
     kit = Kit(_place(address), {})
     try:
@@ -59,35 +69,49 @@ def read_kit(address: str, complete: bool = True) -> "Kit":
     except urllib.error.HTTPError as error:
         if error.code != http.HTTPStatus.NOT_FOUND:
             raise CourseError(
-                "kit-other-answer", f"{kit.address} answers with HTTP {error.code} instead of a kit's {MANIFEST}.",
+                "kit-other-answer",
+                f"{kit.address} answers with HTTP {error.code} instead of a kit's {MANIFEST}.",
                 "A proxy may stand in between, or the server be busy: set NO_PROXY to the kit's address, "
-                "and run this again.") from None
+                "and run this again.",
+            ) from None
         raise _no_kit(kit) from None
     except (FileNotFoundError, NotADirectoryError):
         raise _no_kit(kit) from None
     except ValueError:  # a host that nobody can have
         raise _no_address(address) from None
     except PermissionError:
-        raise CourseError("kit-not-readable", f"The kit {kit.address} is there, and you may not read it.",
-                          "Ask its owner to run: chmod -R a+rX on that folder.") from None
+        raise CourseError(
+            "kit-not-readable",
+            f"The kit {kit.address} is there, and you may not read it.",
+            "Ask its owner to run: chmod -R a+rX on that folder.",
+        ) from None
     except BROKEN as error:
-        raise CourseError("kit-no-answer", f"The kit {kit.address} has no answer: {reason(error)}.",
-                          "Check the address, that `kit serve` runs there, and that this machine is in the same "
-                          "network; or take the kit on a stick and set COURSE_KIT to its folder.") from None
+        raise CourseError(
+            "kit-no-answer",
+            f"The kit {kit.address} has no answer: {reason(error)}.",
+            "Check the address, that `kit serve` runs there, and that this machine is in the same "
+            "network; or take the kit on a stick and set COURSE_KIT to its folder.",
+        ) from None
     return Kit(kit.address, _manifest(text, kit.address, complete))
 
 
 def _no_kit(kit):
-    return CourseError("kit-absent", f"{kit.address} is no kit: it has no {MANIFEST}.",
-                       "Name what `kit serve` printed, such as http://192.168.1.5:8750, or the folder that "
-                       "`kit build` filled.")
+    return CourseError(
+        "kit-absent",
+        f"{kit.address} is no kit: it has no {MANIFEST}.",
+        "Name what `kit serve` printed, such as http://192.168.1.5:8750, or the folder that "
+        "`kit build` filled.",
+    )
 
 
 def _no_address(address):
     shown = re.sub("//.*@", "//", address)  # a password stays unsaid
-    return CourseError("kit-address", f"{shown} is no address that a kit is read from.",
-                       "Set COURSE_KIT to a URL such as http://192.168.1.5:8750, without a name or a password, or to a "
-                       "folder.")
+    return CourseError(
+        "kit-address",
+        f"{shown} is no address that a kit is read from.",
+        "Set COURSE_KIT to a URL such as http://192.168.1.5:8750, without a name or a password, or to a "
+        "folder.",
+    )
 
 
 def local_address(url: str) -> bool:
@@ -134,7 +158,8 @@ class Kit:
     def receipt(self, name: str, track: str) -> dict | None:
         """Return the receipt of one track's folder of a model; None where the kit does not have it.
 
-        Raises CourseError where it is not the one that the manifest has, or lists other files than the kit has.
+        Raises CourseError where it is not the one that the manifest has, or lists other files than
+        the kit has.
         """
         path, prefix = f"models/{name}/{track}.receipt.json", f"models/{name}/{track}/"
         if path not in self.files:
@@ -147,10 +172,13 @@ class Kit:
         try:
             receipt = json.loads(text)
             # Names that the manifest has lead nowhere out of a folder.
-            whole = hashlib.sha256(text).hexdigest() == self.files[path]["sha256"] \
-                and {prefix + file for file in receipt["files"]} == {file for file in self.files if
-                                                                     file.startswith(prefix)} \
-                and isinstance(receipt["recipe"], dict) and isinstance(receipt.setdefault("facts", {}), dict)
+            whole = (
+                hashlib.sha256(text).hexdigest() == self.files[path]["sha256"]
+                and {prefix + file for file in receipt["files"]}
+                == {file for file in self.files if file.startswith(prefix)}
+                and isinstance(receipt["recipe"], dict)
+                and isinstance(receipt.setdefault("facts", {}), dict)
+            )
         except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
@@ -160,17 +188,28 @@ class Kit:
     def fetch(self, name: str, track: str, folder: Path, finished: Path) -> dict[str, str]:
         """Bring one track's folder of a model into ``folder``, and return the sha256 of each file by its name.
 
-        What is whole in ``folder`` or in ``finished`` does not come again, and half a file is completed. Raises
-        CourseError where the kit has stopped answering, or has a file that is not as it was built.
+        What is whole in ``folder`` or in ``finished`` does not come again, and half a file is
+        completed. Raises CourseError where the kit has stopped answering, or has a file that is not
+        as it was built.
         """
         prefix = f"models/{name}/{track}/"
-        files = {file.removeprefix(prefix): [self.place(file), entry["size"], entry["sha256"]]
-                 for file, entry in self.files.items() if file.startswith(prefix)}
-        order = {"kit": self.address, "prefix": prefix, "files": files, "folder": str(folder),
-                 "finished": str(finished)}
+        files = {
+            file.removeprefix(prefix): [self.place(file), entry["size"], entry["sha256"]]
+            for file, entry in self.files.items()
+            if file.startswith(prefix)
+        }
+        order = {
+            "kit": self.address,
+            "prefix": prefix,
+            "files": files,
+            "folder": str(folder),
+            "finished": str(finished),
+        }
         # "*": that process asks this kit and nobody else.
         direct = {"NO_PROXY": "*", "no_proxy": "*"} if local_address(self.address) else {}
-        return ask(f"Fetching {name} ({track}) from the kit", "helpers.models.download", order, direct)
+        return ask(
+            f"Fetching {name} ({track}) from the kit", "helpers.models.download", order, direct
+        )
 
     def problems(self, hashes: bool = True) -> Iterator[str]:
         """Yield a line for each file that is not as it was built; without ``hashes``, sizes alone are compared."""
@@ -182,8 +221,11 @@ class Kit:
                     if root and not (root / name).resolve().is_relative_to(root):
                         yield f"{name} lies outside of the kit's folder, behind a link."
                         continue
-                    size, digest = self._measure(name, bar, entry["size"]) if hashes else \
-                        ((root / name).stat().st_size, entry["sha256"])
+                    size, digest = (
+                        self._measure(name, bar, entry["size"])
+                        if hashes
+                        else ((root / name).stat().st_size, entry["sha256"])
+                    )
                 except (FileNotFoundError, NotADirectoryError):
                     yield f"{name} is missing."
                 except urllib.error.HTTPError as error:
@@ -211,32 +253,49 @@ class Kit:
         if self.is_url:
             return []
         root, own = Path(self.address), {MANIFEST, ".lock", *self.files}
-        return sorted({path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()} - own)
+        return sorted(
+            {path.relative_to(root).as_posix() for path in root.rglob("*") if not path.is_dir()}
+            - own
+        )
 
     def unread(self, path: str, why: str) -> CourseError:
         """Return the error for a file that could not be read."""
-        return CourseError("kit-unread", f"{path} of the kit {self.address} could not be read: {why}.",
-                           "Check that the kit is still there (`kit serve` runs, or the stick is in) and that "
-                           "`python -m helpers kit check` finds it whole, and run this again; what is here stays.")
+        return CourseError(
+            "kit-unread",
+            f"{path} of the kit {self.address} could not be read: {why}.",
+            "Check that the kit is still there (`kit serve` runs, or the stick is in) and that "
+            "`python -m helpers kit check` finds it whole, and run this again; what is here stays.",
+        )
 
     def changed(self, path: str) -> CourseError:
         """Return the error for a file whose content is another."""
-        return CourseError("kit-changed", f"{path} of the kit {self.address} is not as it was built, and was not used.",
-                           "Build or copy the kit again; `python -m helpers kit check` names every such file.")
+        return CourseError(
+            "kit-changed",
+            f"{path} of the kit {self.address} is not as it was built, and was not used.",
+            "Build or copy the kit again; `python -m helpers kit check` names every such file.",
+        )
 
 
 def as_word(path: object) -> str:
     """Return a path as one word of a command for a terminal, which takes some letters for its own."""
-    return shlex.quote(str(path)) if os.name == "posix" and re.search(r'["$`\\!]', str(path)) else f'"{path}"'
+    return (
+        shlex.quote(str(path))
+        if os.name == "posix" and re.search(r'["$`\\!]', str(path))
+        else f'"{path}"'
+    )
 
 
 def build_command(kit: Kit, platforms: tuple[str, ...] = (), pythons: tuple[str, ...] = ()) -> str:
     """Return the command that builds this kit again, with more platforms and Pythons where they are named."""
     words = ["python -m helpers kit build", "DIR" if kit.is_url else as_word(kit.address)]
-    for option, key, more in (("--model", "models", ()), ("--platform", "platforms", platforms),
-                              ("--python", "pythons", pythons)):
+    for option, key, more in (
+        ("--model", "models", ()),
+        ("--platform", "platforms", platforms),
+        ("--python", "pythons", pythons),
+    ):
         names = dict.fromkeys([*kit.manifest[key], *more])
-        # A platform that `kit build` does not know is left out; without any, the machine that builds is meant.
+        # A platform that `kit build` does not know is left out; without any, the machine that
+        # builds is meant.
         known = [name for name in names if key != "platforms" or name in PLATFORM_NAMES.values()]
         words += [option, *known] if known else []
     return " ".join(words)
@@ -246,10 +305,18 @@ def _place(address):
     """Return a URL without what a browser's address line has behind it, or an absolute folder."""
     try:
         if "://" not in address:
-            folder = (ROOT / Path(address).expanduser()).resolve()  # a folder's name may end in a space
-            return str(folder if folder.exists() else (ROOT / Path(address.strip()).expanduser()).resolve())
+            # A folder's name may end in a space.
+            folder = (ROOT / Path(address).expanduser()).resolve()
+            return str(
+                folder if folder.exists() else (ROOT / Path(address.strip()).expanduser()).resolve()
+            )
         parts = urlsplit(re.sub(rf"/({INDEX}|{MANIFEST})?([?#].*)?$", "", address.strip()))
-        if parts.scheme in ("http", "https") and parts.hostname and parts.port != 0 and parts.username is None:
+        if (
+            parts.scheme in ("http", "https")
+            and parts.hostname
+            and parts.port != 0
+            and parts.username is None
+        ):
             return parts.geturl()
     except (ValueError, RuntimeError):  # RuntimeError: ~somebody who is not here
         pass
@@ -259,33 +326,56 @@ def _place(address):
 def _manifest(text, address, complete):
     """Return the manifest in ``text``, or raise CourseError where it is none that can be trusted to name files."""
     if text.lstrip()[:1] == b"<":
-        raise CourseError("kit-other-answer", f"{address} answers with a web page instead of a kit's {MANIFEST}.",
-                          "A proxy or the network's sign-in page may stand in between: sign in, or set NO_PROXY "
-                          "to the kit's address.")
+        raise CourseError(
+            "kit-other-answer",
+            f"{address} answers with a web page instead of a kit's {MANIFEST}.",
+            "A proxy or the network's sign-in page may stand in between: sign in, or set NO_PROXY "
+            "to the kit's address.",
+        )
     try:
         manifest = json.loads(text)
-        sound = (type(manifest["format"]) is int and type(manifest["complete"]) is bool
-                 and all(is_plain(name) and _is_entry(entry) for name, entry in manifest["files"].items())
-                 # They come back as words of a command in an error.
-                 and all(re.fullmatch(r"[\w.:/@ -]+", word, re.ASCII)
-                         for key in ("models", "platforms", "pythons") for word in manifest[key]))
+        sound = (
+            type(manifest["format"]) is int
+            and type(manifest["complete"]) is bool
+            and all(
+                is_plain(name) and _is_entry(entry) for name, entry in manifest["files"].items()
+            )
+            # They come back as words of a command in an error.
+            and all(
+                re.fullmatch(r"[\w.:/@ -]+", word, re.ASCII)
+                for key in ("models", "platforms", "pythons")
+                for word in manifest[key]
+            )
+        )
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         sound = False
     if not sound:
-        raise CourseError("kit-broken", f"The {MANIFEST} of the kit {address} is broken.",
-                          "Build or copy the kit again.")
+        raise CourseError(
+            "kit-broken",
+            f"The {MANIFEST} of the kit {address} is broken.",
+            "Build or copy the kit again.",
+        )
     if manifest["format"] > FORMAT:
-        raise CourseError("kit-newer", f"The kit {address} was built by a newer version of the course.",
-                          f"Take the course from it, too: {COURSE} lies beside its {MANIFEST}.")
+        raise CourseError(
+            "kit-newer",
+            f"The kit {address} was built by a newer version of the course.",
+            f"Take the course from it, too: {COURSE} lies beside its {MANIFEST}.",
+        )
     if complete and not manifest["complete"]:
-        raise CourseError("kit-incomplete", f"The kit {address} is not finished.",
-                          "Run `kit build` with the same folder again: it goes on where it stopped.")
+        raise CourseError(
+            "kit-incomplete",
+            f"The kit {address} is not finished.",
+            "Run `kit build` with the same folder again: it goes on where it stopped.",
+        )
     return manifest
 
 
 def _is_entry(entry):
-    return type(entry["size"]) is int and 0 <= entry["size"] < 1 << 60 \
+    return (
+        type(entry["size"]) is int
+        and 0 <= entry["size"] < 1 << 60
         and bool(re.fullmatch("[0-9a-f]{64}", entry["sha256"]))
+    )
 
 
 def reason(error: Exception) -> str:

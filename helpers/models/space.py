@@ -17,8 +17,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def free_memory() -> float:
     """Return the megabytes of memory that this process can still take, with what it holds already.
 
-    A container's limit counts, where it is lower than the machine's. A page that has loaded a model and runs its first
-    cells once more is not asked to find the memory twice.
+    A container's limit counts, where it is lower than the machine's. A page that has loaded a model
+    and runs its first cells once more is not asked to find the memory twice.
     """
     import psutil  # the rest of this module serves before set-up, too
 
@@ -35,19 +35,24 @@ def existing(folder: Path) -> Path:
     """Return ``folder``, or the nearest of its parents that is there."""
     there = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
     if there is None:
-        raise CourseError("disk-absent", f"There is no disk for {folder}.", "Choose a folder on a disk that is there.")
+        raise CourseError(
+            "disk-absent",
+            f"There is no disk for {folder}.",
+            "Choose a folder on a disk that is there.",
+        )
     return there
 
 
 def _container_memory():
     """Yield the bytes that a container's limit leaves: control groups, version 2 and version 1.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files. Memory that only caches files
-    counts as used there, and goes back when a program wants it.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files. Memory that only
+    caches files counts as used there, and goes back when a program wants it.
     """
-    for limit, used, cache in (("memory.max", "memory.current", "inactive_file"),
-                               ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes",
-                                "total_inactive_file")):
+    for limit, used, cache in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "total_inactive_file"),
+    ):
         try:
             most, taken = (int((CGROUP / name).read_text()) for name in (limit, used))
             lines = (CGROUP / used).with_name("memory.stat").read_text().splitlines()
@@ -65,33 +70,43 @@ def check_memory(title: str, needed: float) -> None:
     """Raise CourseError unless ``needed`` megabytes of memory are free."""
     free = free_memory()
     if free < needed:
-        raise CourseError("memory-short",
-                          f"{title} takes {math.ceil(needed):,} MB of memory, and {free:,.0f} MB are free.",
-                          f"Close programs{_or_smaller('memory', needed, free)}.")
+        raise CourseError(
+            "memory-short",
+            f"{title} takes {math.ceil(needed):,} MB of memory, and {free:,.0f} MB are free.",
+            f"Close programs{_or_smaller('memory', needed, free)}.",
+        )
 
 
-def check_disk(title: str, needed: float, folder: Path, setting: str = "COURSE_CACHE to a folder") -> None:
+def check_disk(
+    title: str, needed: float, folder: Path, setting: str = "COURSE_CACHE to a folder"
+) -> None:
     """Raise CourseError unless ``needed`` megabytes are free on the disk of ``folder``, which a ``setting`` chose."""
     if free_disk(folder) < needed:
         raise disk_full(title, needed, folder, setting)
 
 
-def disk_full(title: str, needed: float | None, folder: Path,
-              setting: str = "COURSE_CACHE to a folder") -> CourseError:
+def disk_full(
+    title: str, needed: float | None, folder: Path, setting: str = "COURSE_CACHE to a folder"
+) -> CourseError:
     """Return the error that says what is missing on the disk of ``folder``, in megabytes where it is known."""
     free = free_disk(folder)
     amount = f"{math.ceil(needed):,} MB" if needed else "more room"
     return CourseError(
-        "disk-full", f"The disk is too full: {title} takes {amount} in {folder}, and {free:,.0f} MB are free.",
+        "disk-full",
+        f"The disk is too full: {title} takes {amount} in {folder}, and {free:,.0f} MB are free.",
         f"Free some space, or set {setting} on another disk{_or_smaller('disk', needed or 0, free)}; "
-        "what is finished stays.")
+        "what is finished stays.",
+    )
 
 
 @contextlib.contextmanager
-def disk_errors(folder: Path, full: Callable[[], CourseError], refused: CourseError) -> Iterator[None]:
+def disk_errors(
+    folder: Path, full: Callable[[], CourseError], refused: CourseError
+) -> Iterator[None]:
     """Turn what the disk of ``folder`` refuses into sentences.
 
-    ``full`` makes the error for a full disk, in that moment; ``refused`` is the one for a folder that is not writable.
+    ``full`` makes the error for a full disk, in that moment; ``refused`` is the one for a folder
+    that is not writable.
     """
     try:
         yield
@@ -100,18 +115,25 @@ def disk_errors(folder: Path, full: Callable[[], CourseError], refused: CourseEr
             raise full() from error
         if error.errno == errno.EFBIG:
             # A file system has a limit for one file, as a stick's FAT32 has: 4 GB.
-            raise CourseError("file-too-large", f"The disk of {folder} cannot hold a file of that size.",
-                              "Format it as exFAT, or choose a folder on another disk.") from error
-        if error.errno in (*FORBIDDEN, errno.ENOTDIR, errno.EEXIST, errno.EISDIR) \
-                or (error.errno == errno.ENOENT and not folder.exists()):
+            raise CourseError(
+                "file-too-large",
+                f"The disk of {folder} cannot hold a file of that size.",
+                "Format it as exFAT, or choose a folder on another disk.",
+            ) from error
+        if error.errno in (*FORBIDDEN, errno.ENOTDIR, errno.EEXIST, errno.EISDIR) or (
+            error.errno == errno.ENOENT and not folder.exists()
+        ):
             raise refused from error
         raise
 
 
 def _or_smaller(what, needed, free):
     """Name the largest model of the catalogue that takes less memory or disk, and fits; nothing where none does."""
-    fitting = {name: getattr(entry, what) for name, entry in read_catalogue().items()
-               if getattr(entry, what) < needed and getattr(entry, what) <= free}
+    fitting = {
+        name: getattr(entry, what)
+        for name, entry in read_catalogue().items()
+        if getattr(entry, what) < needed and getattr(entry, what) <= free
+    }
     if not fitting:
         return ""
     name = max(fitting, key=fitting.get)

@@ -14,14 +14,22 @@ from helpers.files import FORBIDDEN, FULL, progress_bar
 from helpers.paths import ROOT
 
 
-def run_program(command: list, environment: dict[str, str], on_output: Callable[[str], None]) -> tuple[int, str]:
+def run_program(
+    command: list, environment: dict[str, str], on_output: Callable[[str], None]
+) -> tuple[int, str]:
     """Run a program, hand on what it prints as it comes, and end it when this process is interrupted.
 
     Returns its exit code and all that it printed. Its standard input ends when this process does.
     """
     process = subprocess.Popen(
-        [str(word) for word in command], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, bufsize=0, env=environment | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"})
+        [str(word) for word in command],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        bufsize=0,
+        env=environment | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"},
+    )
     output = ""
     try:
         while block := process.stdout.read(65536):
@@ -36,8 +44,12 @@ def run_program(command: list, environment: dict[str, str], on_output: Callable[
         process.stdout.close()
 
 
-def run_behind_a_bar(title: str, command: list, progress: str | None = None,
-                     environment: dict[str, str] | None = None) -> tuple[int, str]:
+def run_behind_a_bar(
+    title: str,
+    command: list,
+    progress: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> tuple[int, str]:
     """Run a program behind one progress bar, and return its exit code and all that it printed.
 
     ``progress`` is a pattern with two groups, done and total, in what the program prints.
@@ -63,11 +75,16 @@ def run_behind_a_bar(title: str, command: list, progress: str | None = None,
     return code, output
 
 
-def run_step(title: str, command: list, progress: str | None = None,
-             environment: dict[str, str] | None = None) -> str:
+def run_step(
+    title: str,
+    command: list,
+    progress: str | None = None,
+    environment: dict[str, str] | None = None,
+) -> str:
     """Run one long step of a model's set-up as ``run_behind_a_bar`` does, and return what it printed.
 
-    Raises CourseError where it failed, its own one where ``answer`` printed one, and OSError for what the disk refused.
+    Raises CourseError where it failed, its own one where ``answer`` printed one, and OSError for
+    what the disk refused.
     """
     code, output = run_behind_a_bar(title, command, progress, environment)
     if code == 0:
@@ -77,15 +94,22 @@ def run_step(title: str, command: list, progress: str | None = None,
         raise {"error": CourseError, "disk": OSError}[told[-1][0]](*json.loads(told[-1][1]))
     if "No space left on device" in output or "os error 28" in output:
         raise OSError(errno.ENOSPC, "No space left on device")
-    raise CourseError("step-failed", f"{title} failed: {last_line(output).rstrip('.')}.",
-                      "Run this again; if it stays, report it with that line.")
+    raise CourseError(
+        "step-failed",
+        f"{title} failed: {last_line(output).rstrip('.')}.",
+        "Run this again; if it stays, report it with that line.",
+    )
 
 
 def ask(title: str, module: str, order: dict, environment: dict[str, str] | None = None) -> dict:
     """Let a module of ours do its ``work`` in a process of its own, which may use the network; return its answer."""
     online = {"COURSE_ONLINE": "1", "HF_HUB_DISABLE_XET": "1"}
-    output = run_step(title, [sys.executable, "-m", module, json.dumps(order)], r"Progress (\d+) of (\d+)",
-                      online | (environment or {}))
+    output = run_step(
+        title,
+        [sys.executable, "-m", module, json.dumps(order)],
+        r"Progress (\d+) of (\d+)",
+        online | (environment or {}),
+    )
     return json.loads(output.splitlines()[-1])
 
 
@@ -96,7 +120,8 @@ def tell(note: str) -> None:
 
 def answer(work: Callable[[dict], dict], order: str) -> int:
     """Do ``work`` for the process that called ``ask``: print what it returns or raises as a line of JSON."""
-    # When that process ends, however it ends, so does this one: nobody else may write to its folder.
+    # When that process ends, however it ends, so does this one: nobody else may write to its
+    # folder.
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     try:
         result, code = work(json.loads(order)), 0
@@ -117,4 +142,6 @@ def is_of_the_disk(error: Exception) -> bool:
 
 def last_line(output: str) -> str:
     """Return the last line of a program's output that says anything, cut at 300 characters."""
-    return next((line.strip()[:300] for line in reversed(output.splitlines()) if line.strip()), "no output")
+    return next(
+        (line.strip()[:300] for line in reversed(output.splitlines()) if line.strip()), "no output"
+    )

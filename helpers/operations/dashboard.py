@@ -1,7 +1,7 @@
 """Watches a server by its /metrics: two scrapes come in, the figures of the time between them come out.
 
-The arithmetic is Prometheus' own, small enough to read. `watch` shows it while it happens, as HTML without JavaScript
-that stays on the page as it was last, and as text.
+The arithmetic is Prometheus' own, small enough to read. `watch` shows it while it happens, as HTML
+without JavaScript that stays on the page as it was last, and as text.
 """
 
 import html
@@ -24,8 +24,11 @@ Samples = dict[tuple, float]  # by name and labels
 
 def read_metrics(text: str) -> Samples:
     """Return each sample of a scrape under its name and its sorted labels."""
-    return {(sample.name, *sorted(sample.labels.items())): sample.value
-            for family in text_string_to_metric_families(text) for sample in family.samples}
+    return {
+        (sample.name, *sorted(sample.labels.items())): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
 
 
 def scrape(address: str) -> Samples:
@@ -35,7 +38,8 @@ def scrape(address: str) -> Samples:
 
 
 def _client(address):
-    return httpx.Client(base_url=address, timeout=5, trust_env=False)  # no proxy would find this machine's servers
+    # No proxy would find this machine's servers.
+    return httpx.Client(base_url=address, timeout=5, trust_env=False)
 
 
 def _scrape(http):
@@ -45,11 +49,18 @@ def _scrape(http):
 def increase(before: Samples, after: Samples) -> Samples:
     """Return by how much each counter grew. After a restart of the server all of them began at 0.
 
-    A restart shows by the time at which the process began; where the system does not tell it, by a counter that fell.
+    A restart shows by the time at which the process began; where the system does not tell it, by a
+    counter that fell.
     """
-    grows = {key: value for key, value in after.items() if key[0].endswith(("_total", "_bucket", "_count", "_sum"))}
+    grows = {
+        key: value
+        for key, value in after.items()
+        if key[0].endswith(("_total", "_bucket", "_count", "_sum"))
+    }
     begun = ("process_start_time_seconds",)
-    restarted = before.get(begun) != after.get(begun) or any(value < before.get(key, 0) for key, value in grows.items())
+    restarted = before.get(begun) != after.get(begun) or any(
+        value < before.get(key, 0) for key, value in grows.items()
+    )
     return {key: value - (0 if restarted else before.get(key, 0)) for key, value in grows.items()}
 
 
@@ -75,7 +86,8 @@ def quantile(share: float, buckets: dict[float, float]) -> float:
     Returns
     -------
     float
-        On a straight line inside its bucket. The highest finite bound where it lies beyond, nan where there is nothing.
+        On a straight line inside its bucket. The highest finite bound where it lies beyond, nan
+        where there is nothing.
     """
     bounds = sorted(buckets)
     total = buckets[bounds[-1]] if bounds else 0
@@ -137,6 +149,7 @@ class Figures:
 
 def read_figures(grown: Samples, now: Samples, seconds: float) -> Figures:
     """Return the figures of a time in which the counters grew so much; what a server does not tell is 0 or nan."""
+
     def labelled(name, label):
         return {dict(key[1:])[label]: value for key, value in grown.items() if key[0] == name}
 
@@ -148,8 +161,11 @@ def read_figures(grown: Samples, now: Samples, seconds: float) -> Figures:
     failed = now.get(("slm_model_failed_version",), 0)
     return Figures(
         seconds=seconds,
-        outcomes={outcome: round(value) for outcome, value in sorted(labelled("slm_requests_total", "outcome").items())
-                  if value},
+        outcomes={
+            outcome: round(value)
+            for outcome, value in sorted(labelled("slm_requests_total", "outcome").items())
+            if value
+        },
         prompt_tokens=grown.get(("slm_prompt_tokens_total",), 0),
         completion_tokens=grown.get(("slm_completion_tokens_total",), 0),
         answer_tokens=grown.get(("slm_answer_tokens_sum",), 0) / answers if answers else math.nan,
@@ -157,19 +173,28 @@ def read_figures(grown: Samples, now: Samples, seconds: float) -> Figures:
         first_token_seconds=quantiles("slm_first_token_seconds"),
         running=now.get(("slm_requests_running",), math.nan),
         waiting=now.get(("slm_requests_waiting",), math.nan),
-        version=next((dict(key[1:])["version"] for key, value in now.items()
-                      if key[0] == "slm_model_version" and value), ""),
-        failed_version=f"{failed:.0f}" if failed else "")
+        version=next(
+            (
+                dict(key[1:])["version"]
+                for key, value in now.items()
+                if key[0] == "slm_model_version" and value
+            ),
+            "",
+        ),
+        failed_version=f"{failed:.0f}" if failed else "",
+    )
 
 
 class Dashboard:
     """A server's figures over time: HTML with a small chart for each, and a text twin.
 
-    ``at`` and ``now`` of a scrape go in: seconds since the first, and its samples or None where nobody answered.
+    ``at`` and ``now`` of a scrape go in: seconds since the first, and its samples or None where
+    nobody answered.
     """
 
     def __init__(self, title: str, span: float = 5.0):
-        self.title, self._span = title, span  # a point of a chart tells of so many seconds before it
+        # A point of a chart tells of so many seconds before it.
+        self.title, self._span = title, span
         self._scrapes: list[tuple[float, Samples | None]] = []
         self._grown: list[Samples] = []
         self._known: Samples | None = None
@@ -181,7 +206,9 @@ class Dashboard:
         self._known = self._known if now is None else now
         self._scrapes.append((at, now))
         if len(self._scrapes) > 1:
-            first = next(index for index, (then, _) in enumerate(self._scrapes) if then >= at - self._span)
+            first = next(
+                index for index, (then, _) in enumerate(self._scrapes) if then >= at - self._span
+            )
             self.points.append(self._between(min(first, len(self._scrapes) - 2)) if now else None)
 
     @property
@@ -191,7 +218,9 @@ class Dashboard:
 
     def _between(self, first):
         at, _ = self._scrapes[-1]
-        return read_figures(add_increases(self._grown[first + 1:]), self._known or {}, at - self._scrapes[first][0])
+        return read_figures(
+            add_increases(self._grown[first + 1 :]), self._known or {}, at - self._scrapes[first][0]
+        )
 
     def rows(self) -> list[tuple[str, str, list[float]]]:
         """Return for each figure its name, its value over the whole time, and its points."""
@@ -202,30 +231,45 @@ class Dashboard:
 
         def percentiles(name):
             values = [f"{getattr(whole, name)[share]:.2f}" for share in QUANTILES]
-            return " / ".join(values).replace("nan", "-"), points(lambda point: getattr(point, name)[0.95])
+            return " / ".join(values).replace("nan", "-"), points(
+                lambda point: getattr(point, name)[0.95]
+            )
 
         def rate(read):
-            return (f"{read(whole) / whole.seconds:.1f}" if whole.seconds else "-",
-                    points(lambda point: read(point) / point.seconds))
+            return (
+                f"{read(whole) / whole.seconds:.1f}" if whole.seconds else "-",
+                points(lambda point: read(point) / point.seconds),
+            )
 
-        # A restart makes a gauge fall to 0 at once, so of these two the highest says more than the last.
-        tops = {name: points(lambda point, name=name: getattr(point, name)) for name in ("running", "waiting")}
+        # A restart makes a gauge fall to 0 at once, so of these two the highest says more than the
+        # last.
+        tops = {
+            name: points(lambda point, name=name: getattr(point, name))
+            for name in ("running", "waiting")
+        }
         return [
             ("requests per second", *rate(lambda point: point.requests)),
             ("tokens per second, answers", *rate(lambda point: point.completion_tokens)),
             ("tokens per second, prompts", *rate(lambda point: point.prompt_tokens)),
             ("seconds to the first token, p50 / p95 / p99", *percentiles("first_token_seconds")),
             ("seconds to the end, p50 / p95 / p99", *percentiles("request_seconds")),
-            *((f"requests {name}, at most", f"{_highest(values):.0f}".replace("nan", "-"), values)
-              for name, values in tops.items()),
-            ("refused or failed, share", f"{whole.refused_share:.0%}".replace("nan%", "-"),
-             points(lambda point: point.refused_share)),
+            *(
+                (f"requests {name}, at most", f"{_highest(values):.0f}".replace("nan", "-"), values)
+                for name, values in tops.items()
+            ),
+            (
+                "refused or failed, share",
+                f"{whole.refused_share:.0%}".replace("nan%", "-"),
+                points(lambda point: point.refused_share),
+            ),
         ]
 
     def states(self) -> list[tuple[str, str]]:
         """Return what is no number over time: who serves, and how requests ended."""
         whole, away = self.whole, sum(now is None for _, now in self._scrapes)
-        serves = f"version {whole.version or 'unknown'}" if self._scrapes[-1][1] else "nobody answers"
+        serves = (
+            f"version {whole.version or 'unknown'}" if self._scrapes[-1][1] else "nobody answers"
+        )
         if whole.failed_version:
             serves += f"; version {whole.failed_version} did not load"
         if away:
@@ -235,13 +279,23 @@ class Dashboard:
 
     def _repr_html_(self) -> str:
         left = "text-align: left; vertical-align: top"
-        head = "".join(f'<th scope="col" style="{left}">{column}</th>' for column in self._columns())
-        body = "".join(f'<tr><th scope="row" style="{left}">{name}</th><td style="{left}">{html.escape(value)}</td>'
-                       f'<td style="{left}">{draw_line(points, name)}</td></tr>' for name, value, points in self.rows())
-        body += "".join(f'<tr><th scope="row" style="{left}">{name}</th><td colspan="2" style="{left}">'
-                        f"{html.escape(value)}</td></tr>" for name, value in self.states())
-        return (f'<table {NO_MATHEMATICS}><caption style="caption-side: top; white-space: nowrap; text-align: left">'
-                f"{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>")
+        head = "".join(
+            f'<th scope="col" style="{left}">{column}</th>' for column in self._columns()
+        )
+        body = "".join(
+            f'<tr><th scope="row" style="{left}">{name}</th><td style="{left}">{html.escape(value)}</td>'
+            f'<td style="{left}">{draw_line(points, name)}</td></tr>'
+            for name, value, points in self.rows()
+        )
+        body += "".join(
+            f'<tr><th scope="row" style="{left}">{name}</th><td colspan="2" style="{left}">'
+            f"{html.escape(value)}</td></tr>"
+            for name, value in self.states()
+        )
+        return (
+            f'<table {NO_MATHEMATICS}><caption style="caption-side: top; white-space: nowrap; text-align: left">'
+            f"{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
 
     def __repr__(self) -> str:
         rows = [(name, value, draw_bars(points)) for name, value, points in self.rows()]
@@ -256,26 +310,36 @@ def draw_line(values: list[float], name: str) -> str:
     """Return an SVG line over values from 0 up; nan leaves a gap. Its colour is the text's, dark or light."""
     width, height, highest = 180, 24, _highest(values)
     step = width / max(len(values) - 1, 1)
-    points = [None if math.isnan(value) else
-              (index * step, height - 1 - (height - 2) * value / (highest or 1)) for index, value in enumerate(values)]
+    points = [
+        None
+        if math.isnan(value)
+        else (index * step, height - 1 - (height - 2) * value / (highest or 1))
+        for index, value in enumerate(values)
+    ]
     path, before = "", None
     for point in points:
         if point:
-            path += f"{'L' if before else 'M'}{point[0]:.1f} {point[1]:.1f}" + ("" if before else "h0.1")
+            path += f"{'L' if before else 'M'}{point[0]:.1f} {point[1]:.1f}" + (
+                "" if before else "h0.1"
+            )
         before = point
     said = f"{name}, over time" + ("" if math.isnan(highest) else f": at most {highest:.3g}")
-    return (f'<svg role="img" aria-label="{html.escape(said)}" width="{width}" height="{height}" '
-            f'viewBox="-1 0 {width + 2} {height}"><path d="{path}" fill="none" stroke="currentColor" '
-            'stroke-width="1.5" stroke-linecap="round"/></svg>')
+    return (
+        f'<svg role="img" aria-label="{html.escape(said)}" width="{width}" height="{height}" '
+        f'viewBox="-1 0 {width + 2} {height}"><path d="{path}" fill="none" stroke="currentColor" '
+        'stroke-width="1.5" stroke-linecap="round"/></svg>'
+    )
 
 
 def draw_bars(values: list[float]) -> str:
     """Return the same as a line of text, at most 40 letters long: each the highest of its values."""
     size = math.ceil(len(values) / 40) or 1
-    groups = [_highest(values[start:start + size]) for start in range(0, len(values), size)]
+    groups = [_highest(values[start : start + size]) for start in range(0, len(values), size)]
     highest = _highest(groups)
-    return "".join(" " if math.isnan(value) else "▁▂▃▄▅▆▇█"[min(int(8 * value / (highest or 1)), 7)]
-                   for value in groups)
+    return "".join(
+        " " if math.isnan(value) else "▁▂▃▄▅▆▇█"[min(int(8 * value / (highest or 1)), 7)]
+        for value in groups
+    )
 
 
 def _highest(values):
@@ -290,7 +354,8 @@ def watch(address: str, work: Callable[[], Future], every: float = 0.25) -> tupl
     address : str
         Of the server, without ``/v1``.
     work : callable
-        Begins the work, such as `start_load`. It is called after the first look, so that nothing is missed.
+        Begins the work, such as `start_load`. It is called after the first look, so that nothing is
+        missed.
     every : float
         Seconds between two looks.
 
@@ -298,7 +363,12 @@ def watch(address: str, work: Callable[[], Future], every: float = 0.25) -> tupl
     -------
     tuple of Dashboard and the work's result
     """
-    dashboard, start, handle, begun = Dashboard(f"The server at {address}"), time.perf_counter(), None, None
+    dashboard, start, handle, begun = (
+        Dashboard(f"The server at {address}"),
+        time.perf_counter(),
+        None,
+        None,
+    )
     with _client(address) as http:
         while True:
             finished = begun is not None and begun.done()

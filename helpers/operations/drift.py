@@ -1,8 +1,8 @@
 """Says when a figure leaves its band: the figures of windows come in, a band and a verdict for each come out.
 
-The rule is that of the individuals chart of statistical process control (NIST/SEMATECH e-Handbook of Statistical
-Methods, 6.3.2.2): the mean of quiet windows, and 2.66 times their mean moving range on either side. That is three
-standard deviations where windows do not depend on each other.
+The rule is that of the individuals chart of statistical process control (NIST/SEMATECH e-Handbook
+of Statistical Methods, 6.3.2.2): the mean of quiet windows, and 2.66 times their mean moving range
+on either side. That is three standard deviations where windows do not depend on each other.
 """
 
 import html
@@ -34,8 +34,8 @@ def learn_band(values: list[float], least: float) -> Band:
     values : list of float
         One of each window; nan where the window was empty, and that one teaches nothing.
     least : float
-        How far the band reaches at least on either side of its mean. Without it, a figure that never changed would have
-        no room at all.
+        How far the band reaches at least on either side of its mean. Without it, a figure that
+        never changed would have no room at all.
 
     Raises
     ------
@@ -44,8 +44,11 @@ def learn_band(values: list[float], least: float) -> Band:
     """
     values = [value for value in values if not math.isnan(value)]
     if len(values) < FEWEST:
-        raise CourseError("few-windows", f"A band was to be learned from {len(values)} windows.",
-                          f"Take {FEWEST} or more in which something happened.")
+        raise CourseError(
+            "few-windows",
+            f"A band was to be learned from {len(values)} windows.",
+            f"Take {FEWEST} or more in which something happened.",
+        )
     middle = statistics.fmean(values)
     reach = max(2.66 * statistics.fmean(abs(b - a) for a, b in itertools.pairwise(values)), least)
     return Band(max(middle - reach, 0.0), middle, middle + reach)
@@ -70,15 +73,27 @@ class ControlChart:
     @property
     def first_outside(self) -> int | None:
         """The number of the first window, counted from 1, that is above or below; None if all stay."""
-        return next((number for number, value in enumerate(self.values, 1)
-                     if number > self.learned and judge(value, self.band) in ("above", "below")), None)
+        return next(
+            (
+                number
+                for number, value in enumerate(self.values, 1)
+                if number > self.learned and judge(value, self.band) in ("above", "below")
+            ),
+            None,
+        )
 
     @property
     def caption(self) -> str:
         """What there is to see, in words."""
-        ends = f"window {self.first_outside} leaves it" if self.first_outside else "no window leaves it"
-        return (f"{self.name}: a band from {self.band.low:.2f} to {self.band.high:.2f}, "
-                f"learned from windows 1 to {self.learned}; {ends}")
+        ends = (
+            f"window {self.first_outside} leaves it"
+            if self.first_outside
+            else "no window leaves it"
+        )
+        return (
+            f"{self.name}: a band from {self.band.low:.2f} to {self.band.high:.2f}, "
+            f"learned from windows 1 to {self.learned}; {ends}"
+        )
 
     def _repr_html_(self) -> str:
         width, height, edge = 420, 120, 8
@@ -94,22 +109,31 @@ class ControlChart:
             if not math.isnan(value):
                 out = judge(value, self.band) != "inside"
                 fill = "currentColor" if out else "none"  # a full dot: told apart without a colour
-                marks += (f'<circle cx="{edge + index * step:.1f}" cy="{place(value):.1f}" r="{5 if out else 3}" '
-                          f'fill="{fill}" stroke="currentColor"/>')
+                marks += (
+                    f'<circle cx="{edge + index * step:.1f}" cy="{place(value):.1f}" r="{5 if out else 3}" '
+                    f'fill="{fill}" stroke="currentColor"/>'
+                )
         border = edge + (self.learned - 0.5) * step
-        return (f'<figure {NO_MATHEMATICS} style="margin: 0"><figcaption>{html.escape(self.caption)}</figcaption>'
-                f'<svg role="img" aria-label="{html.escape(self.caption)}" width="{width}" height="{height}" '
-                f'viewBox="0 0 {width} {height}">'
-                f'<rect x="0" width="{width}" y="{place(self.band.high):.1f}" fill="currentColor" opacity="0.15" '
-                f'height="{place(self.band.low) - place(self.band.high):.1f}"/>'
-                f'<path d="M0 {place(self.band.middle):.1f}h{width}" stroke="currentColor" stroke-dasharray="4 4"/>'
-                f'<path d="M{border:.1f} 0v{height}" stroke="currentColor" stroke-dasharray="1 3"/>{marks}</svg>'
-                "</figure>")
+        return (
+            f'<figure {NO_MATHEMATICS} style="margin: 0"><figcaption>{html.escape(self.caption)}</figcaption>'
+            f'<svg role="img" aria-label="{html.escape(self.caption)}" width="{width}" height="{height}" '
+            f'viewBox="0 0 {width} {height}">'
+            f'<rect x="0" width="{width}" y="{place(self.band.high):.1f}" fill="currentColor" opacity="0.15" '
+            f'height="{place(self.band.low) - place(self.band.high):.1f}"/>'
+            f'<path d="M0 {place(self.band.middle):.1f}h{width}" stroke="currentColor" stroke-dasharray="4 4"/>'
+            f'<path d="M{border:.1f} 0v{height}" stroke="currentColor" stroke-dasharray="1 3"/>{marks}</svg>'
+            "</figure>"
+        )
 
     def __repr__(self) -> str:
-        rows = tuple((str(number), f"{value:.2f}".replace("nan", "-"),
-                      "learned from" if number <= self.learned else judge(value, self.band))
-                     for number, value in enumerate(self.values, 1))
+        rows = tuple(
+            (
+                str(number),
+                f"{value:.2f}".replace("nan", "-"),
+                "learned from" if number <= self.learned else judge(value, self.band),
+            )
+            for number, value in enumerate(self.values, 1)
+        )
         return repr(Table(self.caption, ("window", "value", "verdict"), rows))
 
 

@@ -1,6 +1,7 @@
 """Reads prompts with their expectations, judges an answer, and decides whether a challenger is promoted.
 
-Plain data comes in and goes out, and no model is asked: so every rule can be tried as a table of cases.
+Plain data comes in and goes out, and no model is asked: so every rule can be tried as a table of
+cases.
 """
 
 import json
@@ -37,9 +38,11 @@ class Expectations(_Strict):
     outcome: Literal["answered", "refused"] = "answered"
     contains: Names | None = None  # one of these, as whole words
     lacks: Names | None = None  # none of these, not even inside a word
-    matches: Annotated[str, AfterValidator(_correct)] | None = None  # this regular expression, somewhere
+    # This regular expression, somewhere.
+    matches: Annotated[str, AfterValidator(_correct)] | None = None
     words: Annotated[int, Field(ge=1)] | None = None  # so many words at most
-    fits: Annotated[dict, AfterValidator(_correct)] | None = Field(None, alias="schema")  # JSON of this schema
+    # JSON of this schema.
+    fits: Annotated[dict, AfterValidator(_correct)] | None = Field(None, alias="schema")
 
 
 class _Prompt(_Strict):
@@ -52,7 +55,8 @@ class _Prompt(_Strict):
 def read_prompts(path: Path) -> list[dict]:
     """Return the prompts of a file: on each line a JSON object with ``id``, ``family``, ``request``, ``expectations``.
 
-    A CourseError names the first line that is no prompt and what is wrong with it, or an ``id`` that comes twice.
+    A CourseError names the first line that is no prompt and what is wrong with it, or an ``id``
+    that comes twice.
     """
     prompts, seen = [], {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -62,11 +66,16 @@ def read_prompts(path: Path) -> list[dict]:
             wrong = f"has the id {name}, and so has line {seen[name]}" if name in seen else None
         except ValidationError as error:
             problem = error.errors()[0]
-            wrong = f"is no prompt: {'.'.join(map(str, problem['loc'])) or 'object'}: {problem['msg']}"
-        except (ValueError, RecursionError) as error:  # a ValueError, because it is no JSON or no UTF-8
+            wrong = (
+                f"is no prompt: {'.'.join(map(str, problem['loc'])) or 'object'}: {problem['msg']}"
+            )
+        # A ValueError, because it is no JSON or no UTF-8.
+        except (ValueError, RecursionError) as error:
             wrong = f"is no JSON: {error}"
         if wrong:
-            raise CourseError("bad-prompts", f"Line {number} of {path.name} {wrong}.", "Correct that line.")
+            raise CourseError(
+                "bad-prompts", f"Line {number} of {path.name} {wrong}.", "Correct that line."
+            )
         seen[name] = number
         prompts.append(prompt)
     return prompts
@@ -83,15 +92,22 @@ def meets(expectations: dict, outcome: dict | None) -> tuple[bool, str]:
     if "refused" in outcome:
         return expected.outcome == "refused", f"refused: {outcome['refused']}"
     answer = outcome["answer"]
-    complaint = ("is one, and none was due" if expected.outcome == "refused" else
-                 "is empty" if not answer.strip() else _complain(expected, answer))
+    complaint = (
+        "is one, and none was due"
+        if expected.outcome == "refused"
+        else "is empty"
+        if not answer.strip()
+        else _complain(expected, answer)
+    )
     return (False, f"answer {complaint}: {answer}") if complaint else (True, f"answer: {answer}")
 
 
 def _complain(expected, answer):
     """Return what is wrong with an answer, or None."""
     if expected.contains and not any(
-            re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE) for word in expected.contains):
+        re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE)
+        for word in expected.contains
+    ):
         return f"lacks {' or '.join(expected.contains)}"
     if found := [word for word in expected.lacks or () if word.casefold() in answer.casefold()]:
         return f"contains {found[0]}"

@@ -13,7 +13,9 @@ __all__ = ["CHECKS", "check"]
 @exercise("roll back")
 def _(find_former):
     def version(number, **tags):
-        return ModelVersion("slm", str(number), 0, tags=[ModelVersionTag(*tag) for tag in tags.items()])
+        return ModelVersion(
+            "slm", str(number), 0, tags=[ModelVersionTag(*tag) for tag in tags.items()]
+        )
 
     former = find_former(version(9, model="tiny-phi3", replaced="4"))
     if former is ...:
@@ -34,15 +36,24 @@ def _(ends_well):
         return DOTS
     if found is not True:
         return f"an answer that ends with a full stop is True, and yours is {found!r}."
-    for answer, expected in (("Is it? Yes!", True), ("Why is it so?", True), ("The capital of Spain is", False),
-                             ("First. And then", False), ("", False)):
+    for answer, expected in (
+        ("Is it? Yes!", True),
+        ("Why is it so?", True),
+        ("The capital of Spain is", False),
+        ("First. And then", False),
+        ("", False),
+    ):
         if (found := ends_well({"answer": answer})) is not expected:
             return f"for the answer {answer!r} it has to be {expected}, and yours is {found!r}."
     if ends_well({"answer": "Madrid. \n"}) is not True:
         return "a space or a line break after the full stop doesn't count: strip it first."
     if ends_well({"refused": "messages has to be a list."}) is not None:
         return "a refusal is no answer: return None for it."
-    return None if ends_well(None) is None else "a row that failed has None as its outputs: return None for it."
+    return (
+        None
+        if ends_well(None) is None
+        else "a row that failed has None as its outputs: return None for it."
+    )
 
 
 @exercise("failed calls")
@@ -50,8 +61,13 @@ def _(failures, experiment, refused):
     if not isinstance(failures, str):
         return "a filter is text, such as \"trace.name = 'chat'\"."
     try:
-        found = mlflow.search_traces(locations=[experiment.experiment_id], filter_string=failures,
-                                     max_results=500, include_spans=False, return_type="list")
+        found = mlflow.search_traces(
+            locations=[experiment.experiment_id],
+            filter_string=failures,
+            max_results=500,
+            include_spans=False,
+            return_type="list",
+        )
     except MlflowException as error:
         return f"MLflow can't read this filter: {error.message.splitlines()[0]}"
     if any(trace.info.state.value == "OK" for trace in found):
@@ -67,11 +83,22 @@ def _(read_stream):
 
     def chunk(delta, reason=None):
         return ChatCompletionChunk.model_validate(
-            head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]})
+            head | {"choices": [{"index": 0, "delta": delta, "finish_reason": reason}]}
+        )
 
-    chunks = [chunk({"role": "assistant", "content": ""}), chunk({"content": "Ma"}), chunk({"content": "drid"}),
-              chunk({}, "stop"), ChatCompletionChunk.model_validate(head | {"choices": [], "usage": {
-                  "prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11}})]
+    chunks = [
+        chunk({"role": "assistant", "content": ""}),
+        chunk({"content": "Ma"}),
+        chunk({"content": "drid"}),
+        chunk({}, "stop"),
+        ChatCompletionChunk.model_validate(
+            head
+            | {
+                "choices": [],
+                "usage": {"prompt_tokens": 9, "completion_tokens": 2, "total_tokens": 11},
+            }
+        ),
+    ]
     read = read_stream(chunks)
     if read is ...:
         return DOTS
@@ -80,8 +107,13 @@ def _(read_stream):
     text, tokens = read
     if text != "Madrid":
         return f"of a stream with the pieces 'Ma' and 'drid', the whole text is 'Madrid', and yours is {text!r}."
-    return None if tokens == 2 else (
-        f"that stream's usage counts 2 tokens of the answer, and yours are {tokens!r}: usage.completion_tokens.")
+    return (
+        None
+        if tokens == 2
+        else (
+            f"that stream's usage counts 2 tokens of the answer, and yours are {tokens!r}: usage.completion_tokens."
+        )
+    )
 
 
 @exercise("outside the band")
@@ -97,19 +129,32 @@ def _(find_outside):
         return "a value on the line is inside: 2 and 8 belong to a band from 2 to 8."
     if found == [4]:
         return "a value below the band is outside as well."
-    return None if found == [2, 4] else (
-        f"of the values 5, 1, 2, 9, 8, 5 and a band from 2 to 8, windows 2 and 4 are outside; yours are {found}.")
+    return (
+        None
+        if found == [2, 4]
+        else (
+            f"of the values 5, 1, 2, 9, 8, 5 and a band from 2 to 8, windows 2 and 4 are outside; yours are {found}."
+        )
+    )
 
 
 @exercise("retry")
 def _(pause):
-    for status, headers, right in [(429, {"retry-after": "2"}, 2), (503, {"retry-after": "7"}, 7), (429, {}, 1),
-                                   (400, {}, None), (200, {}, None), (404, {"retry-after": "5"}, None)]:
+    for status, headers, right in [
+        (429, {"retry-after": "2"}, 2),
+        (503, {"retry-after": "7"}, 7),
+        (429, {}, 1),
+        (400, {}, None),
+        (200, {}, None),
+        (404, {"retry-after": "5"}, None),
+    ]:
         found = pause(status, headers)
         if found is ...:
             return DOTS
         if isinstance(found, str):
             return "a header is text, and nobody can sleep for a text: make a number of it, with float."
         if found != right or isinstance(found, bool):
-            return f"a {status} with the headers {headers} asks for {right}, and yours says {found}."
+            return (
+                f"a {status} with the headers {headers} asks for {right}, and yours says {found}."
+            )
     return None

@@ -1,6 +1,7 @@
 """Sends requests from several clients at once: bodies of chat requests come in, a row for each comes out.
 
-A row has what its client saw. The clients run on a thread of their own, so that a page can watch meanwhile.
+A row has what its client saw. The clients run on a thread of their own, so that a page can watch
+meanwhile.
 """
 
 import asyncio
@@ -55,14 +56,17 @@ class Reply:
         if not line.startswith("data: "):
             return
         if line == "data: [DONE]":
-            self.outcome = "ok" if self.outcome == "broken off" else self.outcome  # an error came before it
+            # An error came before it.
+            self.outcome = "ok" if self.outcome == "broken off" else self.outcome
             return
         chunk = json.loads(line.removeprefix("data: "))
         if "error" in chunk:
             self.outcome = chunk["error"]["code"]
             return
         self.tokens = (chunk.get("usage") or {}).get("completion_tokens", self.tokens)
-        if self.first_token_seconds is None and any(choice["delta"].get("content") for choice in chunk["choices"]):
+        if self.first_token_seconds is None and any(
+            choice["delta"].get("content") for choice in chunk["choices"]
+        ):
             self.first_token_seconds = seconds
 
     def read_whole(self, body: dict) -> None:
@@ -71,7 +75,9 @@ class Reply:
         self.tokens = (body.get("usage") or {}).get("completion_tokens", 0)
 
 
-def start_load(address: str, requests: Iterable[dict], clients: int = 1, seconds: float = 60) -> Future:
+def start_load(
+    address: str, requests: Iterable[dict], clients: int = 1, seconds: float = 60
+) -> Future:
     """Let clients send requests, each its next one as soon as it has an answer, and return at once.
 
     Parameters
@@ -79,7 +85,8 @@ def start_load(address: str, requests: Iterable[dict], clients: int = 1, seconds
     address : str
         Of the server, without ``/v1``.
     requests : iterable of dict
-        Bodies of chat requests. The clients share them; with ``"stream": True``, an answer is streamed.
+        Bodies of chat requests. The clients share them; with ``"stream": True``, an answer is
+        streamed.
     clients : int
     seconds : float
         After them, no client begins another request.
@@ -98,15 +105,19 @@ def start_load(address: str, requests: Iterable[dict], clients: int = 1, seconds
 async def _send(address: str, requests: Iterator[dict], clients: int, seconds: float) -> list[Seen]:
     rows = []
     # trust_env=False: a proxy that a shell names would not find this machine's servers.
-    async with httpx.AsyncClient(base_url=address, timeout=120, trust_env=False,
-                                 limits=httpx.Limits(max_connections=clients)) as http:
+    async with httpx.AsyncClient(
+        base_url=address, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=clients)
+    ) as http:
         start = time.perf_counter()
 
         async def work():
-            while time.perf_counter() - start < seconds and (body := next(requests, None)) is not None:
+            while (
+                time.perf_counter() - start < seconds and (body := next(requests, None)) is not None
+            ):
                 rows.append(await _ask(http, body, start))
                 if rows[-1].outcome in AWAY or rows[-1].status == 503:
-                    await asyncio.sleep(0.2)  # it may come back; asking at once would only fill the table
+                    # It may come back; asking at once would only fill the table.
+                    await asyncio.sleep(0.2)
 
         await asyncio.gather(*(work() for _ in range(clients)))
     return rows
@@ -128,8 +139,14 @@ async def _ask(http, body, start):
         reply.outcome = "no connection"
     except httpx.TransportError:
         reply.outcome = "broken off"
-    return Seen(began - start, time.perf_counter() - began, reply.first_token_seconds, reply.tokens, status,
-                reply.outcome)
+    return Seen(
+        began - start,
+        time.perf_counter() - began,
+        reply.first_token_seconds,
+        reply.tokens,
+        status,
+        reply.outcome,
+    )
 
 
 def count_outcomes(rows: list[Seen]) -> list[tuple]:
@@ -137,5 +154,12 @@ def count_outcomes(rows: list[Seen]) -> list[tuple]:
     found = {}
     for row in rows:
         found.setdefault(row.outcome, []).append(row)
-    return [(outcome, len(same), sum(row.tokens for row in same),
-             f"{statistics.median(row.seconds for row in same):.2f}") for outcome, same in sorted(found.items())]
+    return [
+        (
+            outcome,
+            len(same),
+            sum(row.tokens for row in same),
+            f"{statistics.median(row.seconds for row in same):.2f}",
+        )
+        for outcome, same in sorted(found.items())
+    ]

@@ -1,7 +1,7 @@
 """Starts the servers of a page as programs of their own: a command comes in, an address goes out once it is ready.
 
-Each has a process group of its own, so that what it starts ends with it. All end with the kernel, also where that is
-killed: a watcher stands beside each.
+Each has a process group of its own, so that what it starts ends with it. All end with the kernel,
+also where that is killed: a watcher stands beside each.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from helpers.errors import CourseError
 from helpers.paths import ROOT
 
 READY_SECONDS = 120  # MLflow's server takes 10 s here, a small machine four times as long
-# Its input ends with the process that holds the other end. Windows has no signal that a program without a window gets.
+# Its input ends with the process that holds the other end. Windows has no signal that a program
+# without a window gets.
 WATCHER = """
 import os, signal, subprocess, sys, time
 sys.stdin.read()
@@ -51,8 +52,11 @@ class Program:
 
     def __init__(self, process: subprocess.Popen, log: Path):
         self.address, self.log, self._process = "", log, process
-        self._watcher = subprocess.Popen([sys.executable, "-S", "-c", WATCHER, str(process.pid)],
-                                         stdin=subprocess.PIPE, **_own_group())
+        self._watcher = subprocess.Popen(
+            [sys.executable, "-S", "-c", WATCHER, str(process.pid)],
+            stdin=subprocess.PIPE,
+            **_own_group(),
+        )
 
     @property
     def pid(self) -> int:
@@ -83,16 +87,24 @@ class Program:
             with contextlib.suppress(ProcessLookupError):  # nothing of it is left
                 os.killpg(self._process.pid, signal.Signals[name])
         elif self.running:
-            subprocess.run(["taskkill", "/t", "/f", "/pid", str(self._process.pid)], capture_output=True)
+            subprocess.run(
+                ["taskkill", "/t", "/f", "/pid", str(self._process.pid)], capture_output=True
+            )
 
     def _last_words(self):
-        lines = [line.strip() for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()]
+        lines = [
+            line.strip()
+            for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        ]
         last = next((line for line in reversed(lines) if line), None)
-        return f"the last line that it printed: {last.rstrip('.')}." if last else "it printed nothing."
+        return (
+            f"the last line that it printed: {last.rstrip('.')}." if last else "it printed nothing."
+        )
 
 
-def start_program(command: list[str], ready: str, log: Path, seconds: float = READY_SECONDS,
-                  **variables: str) -> Program:
+def start_program(
+    command: list[str], ready: str, log: Path, seconds: float = READY_SECONDS, **variables: str
+) -> Program:
     """Start a program, and return once it is ready.
 
     Parameters
@@ -100,10 +112,11 @@ def start_program(command: list[str], ready: str, log: Path, seconds: float = RE
     command : list of str
         The program and its words.
     ready : str
-        The ``http`` address that answers 200 when it is ready; or a regular expression for a line that it prints then,
-        whose first group is its address.
+        The ``http`` address that answers 200 when it is ready; or a regular expression for a line
+        that it prints then, whose first group is its address.
     log : Path
-        The file for its output. One program a log: who starts another with the same log ends the first.
+        The file for its output. One program a log: who starts another with the same log ends the
+        first.
     seconds : float, optional
         How long it may take.
     **variables : str
@@ -120,13 +133,22 @@ def start_program(command: list[str], ready: str, log: Path, seconds: float = RE
         _programs.pop(log).stop()
     by_address = ready.startswith(("http://", "https://"))
     if by_address and _is_taken(ready):  # or the stranger would pass for the program
-        raise CourseError("port-taken", f"Another program listens at {ready} already.",
-                          "End it, or choose another port.")
+        raise CourseError(
+            "port-taken",
+            f"Another program listens at {ready} already.",
+            "End it, or choose another port.",
+        )
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w", encoding="utf-8") as output:
         process = subprocess.Popen(
-            command, cwd=ROOT, env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables, stdin=subprocess.DEVNULL,
-            stdout=output, stderr=subprocess.STDOUT, **_own_group())
+            command,
+            cwd=ROOT,
+            env=os.environ | {"PYTHONUNBUFFERED": "1"} | variables,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            **_own_group(),
+        )
     program = _programs[log] = Program(process, log)
     try:
         program.address = _wait(program, ready, by_address, time.monotonic() + seconds)
@@ -138,8 +160,11 @@ def start_program(command: list[str], ready: str, log: Path, seconds: float = RE
 
 def _own_group():
     """Return what gives a process a group of its own, so that Ctrl-C in a terminal does not reach it."""
-    return {"start_new_session": True} if os.name == "posix" else {
-        "creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    return (
+        {"start_new_session": True}
+        if os.name == "posix"
+        else {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
+    )
 
 
 def free_port() -> int:
@@ -153,19 +178,28 @@ def _wait(program, ready, by_address, until):
     """Return the program's address once it is ready."""
     while time.monotonic() < until:
         if not program.running:
-            raise CourseError("program-ended", f"The program {program.log.stem} ended before it was ready; "
-                              f"{program._last_words()}", f"Read its log: {program.log}.")
+            raise CourseError(
+                "program-ended",
+                f"The program {program.log.stem} ended before it was ready; "
+                f"{program._last_words()}",
+                f"Read its log: {program.log}.",
+            )
         if by_address:
             with contextlib.suppress(httpx.TransportError):  # nobody listens yet
                 if httpx.get(ready, timeout=5, trust_env=False).status_code == 200:
                     return "{0.scheme}://{0.netloc}".format(urlsplit(ready))
         else:
-            whole_lines, _, _ = program.log.read_text(encoding="utf-8", errors="replace").rpartition("\n")
+            whole_lines, _, _ = program.log.read_text(
+                encoding="utf-8", errors="replace"
+            ).rpartition("\n")
             if found := re.search(ready, whole_lines, re.MULTILINE):
                 return found[1] if found.re.groups else ""
         time.sleep(0.1)
-    raise CourseError("program-not-ready", f"The program {program.log.stem} was not ready in time; "
-                      f"{program._last_words()}", f"Read its log: {program.log}.")
+    raise CourseError(
+        "program-not-ready",
+        f"The program {program.log.stem} was not ready in time; {program._last_words()}",
+        f"Read its log: {program.log}.",
+    )
 
 
 def _ask_without_proxy():
@@ -173,7 +207,8 @@ def _ask_without_proxy():
     hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
     if "127.0.0.1" not in hosts:
         hosts = ",".join([*filter(None, hosts), "127.0.0.1"])
-        os.environ.update(no_proxy=hosts, NO_PROXY=hosts)  # the libraries differ in which one they read
+        # The libraries differ in which one they read.
+        os.environ.update(no_proxy=hosts, NO_PROXY=hosts)
 
 
 def _is_taken(address):

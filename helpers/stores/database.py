@@ -13,8 +13,9 @@ from helpers.models.space import disk_full
 from helpers.paths import ROOT
 from helpers.paths import tracking_uri as course_tracking_uri
 
-# After the first comes a path as the system writes it. SQLAlchemy reads `%` and `?` as part of a URI: a path that has
-# them is quoted. Then the second stands before it, in which MLflow does not make a folder of the quoted name.
+# After the first comes a path as the system writes it. SQLAlchemy reads `%` and `?` as part of a
+# URI: a path that has them is quoted. Then the second stands before it, in which MLflow does not
+# make a folder of the quoted name.
 SQLITE, QUOTED_SQLITE = "sqlite:///", "sqlite+pysqlite:///"
 BUSY_SECONDS = 30
 START_ANEW = "choose another tracking_uri, or start anew: make clean"
@@ -28,13 +29,19 @@ def database_path(uri: str = "") -> Path | None:
     scheme, _, path = uri.partition(":///")
     if scheme + ":///" not in (SQLITE, QUOTED_SQLITE) or not path or "\0" in path:
         shown = re.sub("://.*@", "://***@", uri)
-        raise CourseError("store-kind", f"tracking_uri is {shown!r}, which is no store that the course can use.",
-                          "Give sqlite:/// with a path, or the http address of a tracking server.")
+        raise CourseError(
+            "store-kind",
+            f"tracking_uri is {shown!r}, which is no store that the course can use.",
+            "Give sqlite:/// with a path, or the http address of a tracking server.",
+        )
     database = (ROOT / (path if scheme + ":///" == SQLITE else unquote(path))).resolve()
     if quoted := re.search("%[0-9A-Fa-f]{2}", str(database)):
-        raise CourseError("store-path", f"MLflow would not find a model again in {database.parent}: it reads "
-                          f"{quoted[0]} as another letter.",
-                          "Rename that folder, or set tracking_uri to sqlite:/// with a path without such a name.")
+        raise CourseError(
+            "store-path",
+            f"MLflow would not find a model again in {database.parent}: it reads "
+            f"{quoted[0]} as another letter.",
+            "Rename that folder, or set tracking_uri to sqlite:/// with a path without such a name.",
+        )
     return database
 
 
@@ -53,8 +60,8 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
     Raises
     ------
     CourseError
-        A folder that cannot be written; a database that was moved here from another folder, that another program has
-        locked, or that this MLflow cannot use.
+        A folder that cannot be written; a database that was moved here from another folder, that
+        another program has locked, or that this MLflow cannot use.
     """
     from alembic.util import CommandError
     from filelock import FileLock
@@ -65,7 +72,8 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
     note = database.with_name(database.name + ".artifacts")
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        # A class opens the page in the same moment, and MLflow makes its tables without asking who else is at it.
+        # A class opens the page in the same moment, and MLflow makes its tables without asking who
+        # else is at it.
         with FileLock(database.with_name(database.name + ".lock")):
             if not database.exists() or not note.exists():
                 note.write_text(artifacts, encoding="utf-8")
@@ -74,10 +82,17 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
                 raise CourseError(
                     "store-moved",
                     f"The tracking store {database} was made elsewhere, and its models are still in {noted}.",
-                    f"Move it back, {START_ANEW}.")
+                    f"Move it back, {START_ANEW}.",
+                )
             with contextlib.closing(sqlite3.connect(database, timeout=BUSY_SECONDS)) as connection:
-                connection.execute("BEGIN IMMEDIATE")  # what MLflow would try again for minutes fails here
-                tables = [name for name, in connection.execute("SELECT name FROM sqlite_master WHERE type = 'table'")]
+                # What MLflow would try again for minutes fails here.
+                connection.execute("BEGIN IMMEDIATE")
+                tables = [
+                    name
+                    for (name,) in connection.execute(
+                        "SELECT name FROM sqlite_master WHERE type = 'table'"
+                    )
+                ]
                 connection.rollback()
                 if not tables:
                     _make_tables(connection, artifacts)
@@ -92,22 +107,29 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
         if "full" in str(error):
             raise _full(database) from error
         if "locked" in str(error):
-            raise CourseError("store-busy", f"Another program has locked the tracking store {database}.",
-                              "Close what writes to it, and run this again.") from error
+            raise CourseError(
+                "store-busy",
+                f"Another program has locked the tracking store {database}.",
+                "Close what writes to it, and run this again.",
+            ) from error
         raise _unreadable(database, error) from error
     except (MlflowException, SQLAlchemyError, CommandError) as error:
         if not re.search("schema|revision", str(error)):
             raise _unreadable(database, str(error).splitlines()[0]) from error
         raise CourseError(
-            "store-other-version", f"The tracking store {database} was made by another version of MLflow.",
+            "store-other-version",
+            f"The tracking store {database} was made by another version of MLflow.",
             f'If by an older one, copy it and run python -m mlflow db upgrade "{sqlite_uri(database)}"; '
             f"otherwise {START_ANEW}.",
         ) from error
 
 
 def _unreadable(database, why):
-    return CourseError("store-unreadable", f"{database} is no whole database of MLflow's: {why}.",
-                       f"Remove it, {START_ANEW}.")
+    return CourseError(
+        "store-unreadable",
+        f"{database} is no whole database of MLflow's: {why}.",
+        f"Remove it, {START_ANEW}.",
+    )
 
 
 def _full(database):
@@ -115,16 +137,23 @@ def _full(database):
 
 
 def _not_writable(database):
-    return CourseError("store-not-writable", f"The folder of the tracking store, {database.parent}, cannot be written.",
-                       "Choose another tracking_uri, or make the folder yours.")
+    return CourseError(
+        "store-not-writable",
+        f"The folder of the tracking store, {database.parent}, cannot be written.",
+        "Choose another tracking_uri, or make the folder yours.",
+    )
 
 
 def _make_tables(connection, artifacts):
     """Fill an empty database in one transaction: half of MLflow's tables, after an interruption, would stay half."""
     from mlflow import MlflowClient
 
-    # MLflow writes the working directory into a line of SQL, and stumbles where that has quotes of both kinds.
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, contextlib.chdir(folder):
+    # MLflow writes the working directory into a line of SQL, and stumbles where that has quotes of
+    # both kinds.
+    with (
+        tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
+        contextlib.chdir(folder),
+    ):
         made = Path(folder, "new.db")
         MlflowClient(sqlite_uri(made)).search_experiments(max_results=1)
         with contextlib.closing(sqlite3.connect(made)) as source:

@@ -26,7 +26,9 @@ def test_llama_cpp_does_not_know_a_story_that_comes_again():
         *_, last = llama_events(server, prompt=text, n_predict=2)
         return last["timings"]["prompt_n"]
 
-    ships, trees = (f"Tell me a long story about the {name} of the north. " * 5 for name in ("ships", "trees"))
+    ships, trees = (
+        f"Tell me a long story about the {name} of the north. " * 5 for name in ("ships", "trees")
+    )
     first = read(ships)
     assert first > 50 and read(ships) < 5  # the slot still has it
     assert read(trees) < first  # it has what both begin with
@@ -41,17 +43,20 @@ def test_a_model_is_prepared_in_an_empty_cache_and_found_again(tmp_path):
 
 
 def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, monkeypatch):
-    # A page itself, in a process of its own; then each comparison once, with answers of four tokens.
+    # A page itself, in a process of its own; then each comparison once, with answers of four
+    # tokens.
     store = "sqlite:///" + (tmp_path / "mlflow.db").as_posix()
     figures, metrics = bench_page("CustomPythonWrapper", "tiny-phi3", store, tmp_path)
-    assert figures["seconds"] > 1 and figures["peak_memory_bytes"] > metrics["peak_memory_bytes"] > 1e8
-    assert metrics.get("tokens_per_second", 1) > 0  # absent where the tiny model is done too soon to tell
+    assert (
+        figures["seconds"] > 1 and figures["peak_memory_bytes"] > metrics["peak_memory_bytes"] > 1e8
+    )
+    # Absent where the tiny model is done too soon to tell.
+    assert metrics.get("tokens_per_second", 1) > 0
     assert metrics["disk_bytes"] > 1e5
     # What the third page would register.
     mlflow.set_tracking_uri(store)
     mlflow.set_experiment("CustomPythonWrapper")
-    info = mlflow.pyfunc.log_model(
-        name="slm-onnx", **chat_model_for(tiny))
+    info = mlflow.pyfunc.log_model(name="slm-onnx", **chat_model_for(tiny))
     version = mlflow.register_model(info.model_uri, "slm-onnx")
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
     for module in (chat, turns):
@@ -59,32 +64,56 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     monkeypatch.setattr(service, "LOGS", tmp_path)
     monkeypatch.setattr(service, "SOAK", 200)
     monkeypatch.setattr(service, "GROWTH", (1, 2))
-    monkeypatch.setattr(spark, "take_turns", lambda works, repeats: {name: [work()] for name, work in works.items()})
+    monkeypatch.setattr(
+        spark, "take_turns", lambda works, repeats: {name: [work()] for name, work in works.items()}
+    )
     ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
-    against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}  # it has none
+    # It has none.
+    against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}
     assert len(against_gguf) == 9
     assert set(ratios) == set(REACH) - {"track_ratio"} - against_gguf
     # The tiny model's rows take less than a start of Spark differs from the next.
     assert all(ratio > 0 for name, ratio in ratios.items() if name not in BATCH)
     assert json.loads(json.dumps(raw)) == raw
-    assert set(raw) == {"single", "json_rate", "rows16", "callers8", "newcomer_ttft", "conversation", "growth",
-                        "fidelity", "service", "spark", "memory", "log_disk", "int8_instructions"}
+    assert set(raw) == {
+        "single",
+        "json_rate",
+        "rows16",
+        "callers8",
+        "newcomer_ttft",
+        "conversation",
+        "growth",
+        "fidelity",
+        "service",
+        "spark",
+        "memory",
+        "log_disk",
+        "int8_instructions",
+    }
     sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
     assert len(sizes) == 5 and sizes == sorted(set(sizes))
     assert set(raw["fidelity"]) == {"prompts", "reference_tokens", "chat_model"}
     assert 0 < raw["fidelity"]["reference_tokens"] <= 4
-    assert raw["fidelity"]["chat_model"]["equal_tokens"] > 0  # of text cut anew: noise may have more tokens then
+    # Of text cut anew: noise may have more tokens then.
+    assert raw["fidelity"]["chat_model"]["equal_tokens"] > 0
     assert 0.5 < raw["fidelity"]["chat_model"]["next_token_agreement"] <= 1
     assert list(raw["growth"]["tokens_per_second_by_callers"]) == ["1", "2", "4", "8", "16"]
-    assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7  # the longest prompts are longer than its context
+    # The longest prompts are longer than its context.
+    assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7
     assert raw["memory"]["callers8_bytes"] >= raw["memory"]["load_bytes"] > 1e8
     assert raw["log_disk"]["logged_bytes"] > raw["memory"]["model_bytes"]
     served = raw["service"]
     assert set(served) == {"overhead", "crowds", "first_token", "growth", "soak"}
-    assert {name: found["requests"] for name, found in served["crowds"].items()} == {"8": 32, "32": 128}
+    assert {name: found["requests"] for name, found in served["crowds"].items()} == {
+        "8": 32,
+        "32": 128,
+    }
     assert set(served["crowds"]["8"]["tokens_per_second"]) == {"openai_server", "mlflow"}
     assert list(served["growth"]) == ["1", "2"]
-    for found in (served["growth"]["2"]["openai_server"]["whole"], served["first_token"]["openai_server"]):
+    for found in (
+        served["growth"]["2"]["openai_server"]["whole"],
+        served["first_token"]["openai_server"],
+    ):
         assert 0 < found["median"] <= found["p95"]
     assert served["soak"]["requests"] == 200 and served["soak"]["settled"]["memory_bytes"] > 1e8
     assert mlflow.get_tracking_uri() == store

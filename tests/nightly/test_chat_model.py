@@ -31,7 +31,10 @@ def test_200_requests_of_32_threads_with_cancellations_change_no_answer(chat):
     requests = mixed_requests()
     expected = [ask(chat, one) for one in requests]
     chance = random.Random(2)
-    jobs = [(chance.randrange(len(requests)), chance.choice(["predict", "stream", "leave", "bad"])) for _ in range(200)]
+    jobs = [
+        (chance.randrange(len(requests)), chance.choice(["predict", "stream", "leave", "bad"]))
+        for _ in range(200)
+    ]
 
     def work(job):
         number, kind = job
@@ -55,7 +58,11 @@ def test_200_requests_of_32_threads_with_cancellations_change_no_answer(chat):
 
 
 def test_conversations_beside_others_get_the_answers_that_they_get_alone_without_reuse(fresh, cold):
-    jobs = [(f"{number}. " * (1 + 5 * number), WAYS[way]) for number in range(4) for way in ("greedy", "seeded")]
+    jobs = [
+        (f"{number}. " * (1 + 5 * number), WAYS[way])
+        for number in range(4)
+        for way in ("greedy", "seeded")
+    ]
     alone = [talk(cold, opening, **fields) for opening, fields in jobs]
     others = mixed_requests()
     expected = [ask(cold, one) for one in others]
@@ -83,14 +90,32 @@ def test_who_goes_back_in_a_conversation_gets_the_same_answers(fresh, cold, way)
         return [*before, last | {"content": text}]
 
     requests = [
-        held[-1][0], held[-1][0], edited("The end."), edited("The end, or not? " * 4), edited(""),
+        held[-1][0],
+        held[-1][0],
+        edited("The end."),
+        edited("The end, or not? " * 4),
+        edited(""),
         edited("The end. " * 60),
-        held[3][0], held[3][0], held[-1][0], held[4][0], held[0][0], held[1][0], held[-1][0],
-        [before[0] | {"content": "You are wordy. " * 8}, *before[1:], last], held[-1][0]]
+        held[3][0],
+        held[3][0],
+        held[-1][0],
+        held[4][0],
+        held[0][0],
+        held[1][0],
+        held[-1][0],
+        [before[0] | {"content": "You are wordy. " * 8}, *before[1:], last],
+        held[-1][0],
+    ]
     reused = 0
     for number, messages in enumerate(requests):
-        # The same once more, another draw, a short answer, and one that needs more room than was kept.
-        for more in ({}, {"seed": number}, {"max_tokens": 1}, {"max_tokens": 600 if number % 5 == 0 else 30}):
+        # The same once more, another draw, a short answer, and one that needs more room than was
+        # kept.
+        for more in (
+            {},
+            {"seed": number},
+            {"max_tokens": 1},
+            {"max_tokens": 600 if number % 5 == 0 else 30},
+        ):
             request = {"messages": messages} | fields | more
             assert ask(fresh, request) == ask(cold, request)
         before, reused = reused, stats_of(fresh)["reused_prompt_tokens"]
@@ -100,11 +125,24 @@ def test_who_goes_back_in_a_conversation_gets_the_same_answers(fresh, cold, way)
 def run(engine, prompts, seeds=(None, 5)):
     """Return the texts that an engine writes to prompts that come together, for each way to choose tokens."""
     answers = []
-    tokenizer = SimpleNamespace(decode=lambda tokens: "".join(chr(0x4E00 + token) for token in tokens))
+    tokenizer = SimpleNamespace(
+        decode=lambda tokens: "".join(chr(0x4E00 + token) for token in tokens)
+    )
     for seed in seeds:
-        request = None if seed is None else ChatRequest(messages=user("x"), temperature=1.0, seed=seed)
-        rows = [Row(prompt, 12, TextWriter(tokenizer, []), request and Sampler(request, 0), queue.SimpleQueue(), False)
-                for prompt in prompts]
+        request = (
+            None if seed is None else ChatRequest(messages=user("x"), temperature=1.0, seed=seed)
+        )
+        rows = [
+            Row(
+                prompt,
+                12,
+                TextWriter(tokenizer, []),
+                request and Sampler(request, 0),
+                queue.SimpleQueue(),
+                False,
+            )
+            for prompt in prompts
+        ]
         engine.submit(rows)
         for row in rows:
             wait_for(row)
@@ -124,21 +162,29 @@ def engines(tiny):
 
 
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 64, 127, 128, 129, 130, 256, 257, 258, 385, 386])
-def test_a_prompt_of_any_length_gets_the_same_answer_alone_beside_others_and_as_a_continuation(engines, length):
+def test_a_prompt_of_any_length_gets_the_same_answer_alone_beside_others_and_as_a_continuation(
+    engines, length
+):
     plain, sharing = engines
     prompt = np.random.default_rng(length).integers(4, 512, length).tolist()
     alone = run(plain, [prompt])
     assert run(sharing, [prompt]) == alone
     assert run(sharing, [prompt]) == alone  # the same prompt again
     other = np.random.default_rng(1000).integers(4, 512, 400).tolist()
-    for others in ([prompt], [other[:5]], [other[:length]], [other[:length + 1]], [other[:129]],
-                   [other, other[:50], [9]]):
+    for others in (
+        [prompt],
+        [other[:5]],
+        [other[:length]],
+        [other[: length + 1]],
+        [other[:129]],
+        [other, other[:50], [9]],
+    ):
         expected = [run(plain, [one]) for one in others]
         for way, texts in enumerate(run(plain, [prompt, *others])):
             assert texts == [*alone[way], *(one[way][0] for one in expected)]
     for cut in {*range(length - 3, length), 1, length // 2, 127, 128, 129, 130}:
         if 8 <= cut < length - 1:
-            for beginning in (prompt[:cut], [*prompt[:cut], *other[:cut // 2]]):
+            for beginning in (prompt[:cut], [*prompt[:cut], *other[: cut // 2]]):
                 run(sharing, [beginning], seeds=(None,))
                 assert run(sharing, [prompt]) == alone, cut
 
@@ -149,8 +195,16 @@ def test_ten_thousand_rows_leave_memory_as_it_was(tiny):
 
         def ask_many(first):
             for start in range(first, first + 2500, 250):
-                model.predict(None, [{"messages": user(f"{number} " * (number % 40)), "max_tokens": 1 + number % 4}
-                                     for number in range(start, start + 250)])
+                model.predict(
+                    None,
+                    [
+                        {
+                            "messages": user(f"{number} " * (number % 40)),
+                            "max_tokens": 1 + number % 4,
+                        }
+                        for number in range(start, start + 250)
+                    ],
+                )
             return process.memory_info().rss
 
         before = ask_many(0)
@@ -170,7 +224,9 @@ def test_any_request_within_the_contract_is_answered_by_it(chat, request_values)
 
 @given(REQUESTS, OTHER_FIELDS)
 @settings(max_examples=250)
-def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, request_values, fields):
+def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(
+    chat, request_values, fields
+):
     check_answer_or_refusal(chat, request_values | fields)
 
 
@@ -179,24 +235,38 @@ def test_any_other_request_is_answered_by_the_contract_or_refused_by_it(chat, re
 
 def test_usage_counts_what_the_tokenizer_counts(real_chat, smol):
     tokenizer = AutoTokenizer.from_pretrained(smol.transformers_dir)
-    messages = [*user("Name a fruit."), {"role": "assistant", "content": "Apple."}, *user("And another one?")]
+    messages = [
+        *user("Name a fruit."),
+        {"role": "assistant", "content": "Apple."},
+        *user("And another one?"),
+    ]
     (completion,) = real_chat.predict(None, {"messages": messages, "max_tokens": 12})
     prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert completion["usage"]["prompt_tokens"] == len(tokenizer.encode(prompt))
-    assert completion["usage"]["completion_tokens"] == len(tokenizer.encode(contents(completion)[0]))
+    assert completion["usage"]["completion_tokens"] == len(
+        tokenizer.encode(contents(completion)[0])
+    )
 
 
 def test_the_finish_reason_is_true_at_the_last_allowed_token(real_chat):
-    messages = [{"role": "system", "content": "Answer in one short sentence."}, *user("What is the capital of Spain?")]
+    messages = [
+        {"role": "system", "content": "Answer in one short sentence."},
+        *user("What is the capital of Spain?"),
+    ]
     (whole,) = real_chat.predict(None, {"messages": messages, "max_tokens": 64})
     tokens = whole["usage"]["completion_tokens"]
     assert contents(whole) == ["The capital of Spain is Madrid."]
-    for extra, reason in ((-1, "length"), (0, "length"), (1, "stop"), (2, "stop")):  # the end token is one more
-        (completion,) = real_chat.predict(None, {"messages": messages, "max_tokens": tokens + extra})
+    # The end token is one more.
+    for extra, reason in ((-1, "length"), (0, "length"), (1, "stop"), (2, "stop")):
+        (completion,) = real_chat.predict(
+            None, {"messages": messages, "max_tokens": tokens + extra}
+        )
         assert completion["choices"][0]["finish_reason"] == reason
         assert completion["usage"]["completion_tokens"] == min(tokens, tokens + extra)
     # The last allowed token may also be the one that ends a stop string.
-    (completion,) = real_chat.predict(None, {"messages": messages, "max_tokens": tokens, "stop": ["."]})
+    (completion,) = real_chat.predict(
+        None, {"messages": messages, "max_tokens": tokens, "stop": ["."]}
+    )
     assert contents(completion) == ["The capital of Spain is Madrid"]
     assert completion["choices"][0]["finish_reason"] == "stop"
 

@@ -20,8 +20,10 @@ def servers(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("clients")
     mlflow.pyfunc.save_model(folder / "onnx", **chat_model_for(tiny))
     save_pipeline(tiny, folder / "transformers", max_new_tokens=8, do_sample=False)
-    with (running(folder / "onnx", token=clients.TOKEN, name="model") as onnx,
-          running(folder / "transformers", token=clients.TOKEN) as transformers):
+    with (
+        running(folder / "onnx", token=clients.TOKEN, name="model") as onnx,
+        running(folder / "transformers", token=clients.TOKEN) as transformers,
+    ):
         yield onnx, transformers
 
 
@@ -34,25 +36,50 @@ def test_what_llama_indexs_calls_come_to(servers, tmp_path):
     """Run it in an environment of its own: it takes no openai as new as the course's."""
     client = "llama-index-llms-openai-like"
     uv = [sys.executable, "-m", "uv"]
-    subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "environment"], check=True)
+    subprocess.run(
+        [*uv, "venv", "--quiet", "--python", sys.executable, tmp_path / "environment"], check=True
+    )
     python = tmp_path / "environment" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    subprocess.run([*uv, "pip", "install", "--quiet", "--python", python, f"{client}==0.8.1"], check=True)
+    subprocess.run(
+        [*uv, "pip", "install", "--quiet", "--python", python, f"{client}==0.8.1"], check=True
+    )
     clients.check_script(client, *servers, tmp_path, python)
 
 
 def test_what_llm_says(servers, tmp_path):
     names = ("slm-onnx", "slm-transformers")
-    (tmp_path / "extra-openai-models.yaml").write_text("".join(
-        f"- {{model_id: {name}, model_name: model, api_key_name: course, api_base: \"{server.address}/v1\"}}\n"
-        for name, server in zip(names, servers, strict=True)), encoding="utf-8")
+    (tmp_path / "extra-openai-models.yaml").write_text(
+        "".join(
+            f'- {{model_id: {name}, model_name: model, api_key_name: course, api_base: "{server.address}/v1"}}\n'
+            for name, server in zip(names, servers, strict=True)
+        ),
+        encoding="utf-8",
+    )
     found = []
     for name in names:
         said = {}
         for call, options in (("llm -m NAME", []), ("llm -m NAME --no-stream", ["--no-stream"])):
-            result = run_python(tmp_path, "-m", "llm", "-m", name, "The sky is", "--key", clients.TOKEN, "-o",
-                                "max_tokens", "8", "--no-log", *options, network=False, LLM_USER_PATH=str(tmp_path))
+            result = run_python(
+                tmp_path,
+                "-m",
+                "llm",
+                "-m",
+                name,
+                "The sky is",
+                "--key",
+                clients.TOKEN,
+                "-o",
+                "max_tokens",
+                "8",
+                "--no-log",
+                *options,
+                network=False,
+                LLM_USER_PATH=str(tmp_path),
+            )
             assert result.returncode == 0, result.stderr
             said[call] = "text" if result.stdout.strip() else "nothing"
         found.append(said)
-    version = run_python(tmp_path, "-c", "from importlib.metadata import version; print(version('llm'))").stdout.strip()
+    version = run_python(
+        tmp_path, "-c", "from importlib.metadata import version; print(version('llm'))"
+    ).stdout.strip()
     clients.see_in_document("llm", clients.rows_of("llm", version, *found))

@@ -42,8 +42,22 @@ def environment(tmp_path_factory):
     folder = tmp_path_factory.mktemp("image") / "venv"
     uv = [sys.executable, "-m", "uv"]
     subprocess.run([*uv, "venv", "--quiet", "--python", sys.executable, folder], check=True)
-    subprocess.run([*uv, "pip", "install", "--quiet", "--python", folder / "bin" / "python", "--require-hashes",
-                    "--only-binary", ":all:", "--requirement", REQUIREMENTS], check=True)
+    subprocess.run(
+        [
+            *uv,
+            "pip",
+            "install",
+            "--quiet",
+            "--python",
+            folder / "bin" / "python",
+            "--require-hashes",
+            "--only-binary",
+            ":all:",
+            "--requirement",
+            REQUIREMENTS,
+        ],
+        check=True,
+    )
     return folder
 
 
@@ -64,9 +78,16 @@ def namespaces():
 
 def program_files():
     """Return the course's files in the image, by where they are there."""
-    copied = [[word for word in value.split() if not word.startswith("--")] for value in IMAGE.all("COPY")]
-    return {f"{target}{file.name}": file for *sources, target in copied if sources != [target]
-            for source in sources for file in ROOT.glob(source)}
+    copied = [
+        [word for word in value.split() if not word.startswith("--")] for value in IMAGE.all("COPY")
+    ]
+    return {
+        f"{target}{file.name}": file
+        for *sources, target in copied
+        if sources != [target]
+        for source in sources
+        for file in ROOT.glob(source)
+    }
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +97,9 @@ def contained(namespaces, environment):
     def image(folder, **variables):
         files = {"/opt/venv": environment} | program_files()
         variables = IMAGE.variables() | {command_line.TOKEN: TOKEN} | variables
-        return Image(files | {options_of().model: folder}, variables, IMAGE.one("USER"), IMAGE.one("WORKDIR"))
+        return Image(
+            files | {options_of().model: folder}, variables, IMAGE.one("USER"), IMAGE.one("WORKDIR")
+        )
 
     return image
 
@@ -100,7 +123,9 @@ def test_it_serves_without_rights_on_a_root_that_is_read_only(contained, model, 
         status, text = program.ask(PORT, **CHAT, body=body("The sky is", max_tokens=5).decode())
         assert status == 200 and json.loads(text)["usage"]["completion_tokens"] == 5
         for host in options_of(*manifest_args()).allowed_host:
-            assert program.ask(PORT, "/v1/models", headers=CALLER | {"Host": f"{host}:80"})[0] == 200
+            assert (
+                program.ask(PORT, "/v1/models", headers=CALLER | {"Host": f"{host}:80"})[0] == 200
+            )
         assert program.ask(PORT, "/v1/models", headers=CALLER | {"Host": "stranger"})[0] == 421
         assert program.ask(PORT, "/v1/models", headers={"Host": "slm"})[0] == 401
         assert program.ask(PORT, "/metrics", headers=CALLER)[1].count("slm_model_version{") == 1
@@ -110,15 +135,23 @@ def test_it_serves_without_rights_on_a_root_that_is_read_only(contained, model, 
         assert check.wait() == 0
         # A right would stand in one of these masks.
         proc = Path(f"/proc/{program.process().pid}")
-        masks = dict(line.split(":\t") for line in (proc / "status").read_text().splitlines() if line.startswith("Cap"))
+        masks = dict(
+            line.split(":\t")
+            for line in (proc / "status").read_text().splitlines()
+            if line.startswith("Cap")
+        )
         assert {masks[name] for name in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
         assert (proc / "uid_map").read_text().split()[0] == IMAGE.one("USER").split(":")[0]
         assert "NoNewPrivs:\t1" in (proc / "status").read_text()
         mounts = [line.split() for line in (proc / "mountinfo").read_text().splitlines()]
         writable = {mount[4] for mount in mounts if "rw" in mount[5].split(",")}
-        assert {place for place in writable if not place.startswith(("/proc", "/sys", *DEVICES))} == set(WRITABLE)
+        assert {
+            place for place in writable if not place.startswith(("/proc", "/sys", *DEVICES))
+        } == set(WRITABLE)
         said = program.said()
-        assert said.splitlines() == [f"Serving slm-onnx, version 1, at http://0.0.0.0:{PORT}/v1"], said
+        assert said.splitlines() == [f"Serving slm-onnx, version 1, at http://0.0.0.0:{PORT}/v1"], (
+            said
+        )
 
 
 def test_what_the_program_may_not_do_there(contained, model, tmp_path):
@@ -131,19 +164,42 @@ def test_what_the_program_may_not_do_there(contained, model, tmp_path):
     assert image.run(tmp_path / "mount", ["mount", "-t", "tmpfs", "tmpfs", "/tmp"]).returncode != 0
     networks = image.run(tmp_path / "net", ["cat", "/proc/self/net/dev"]).stdout
     assert re.findall(r"^ *(\w+):", networks, re.MULTILINE) == ["lo"]
-    assert image.run(tmp_path / "ls", ["ls", "/"]).stdout.split() == sorted({
-        "app", "bin", "dev", "etc", "lib", "lib64", "model", "opt", "proc", "sbin", "sys", "tmp", "usr",
-        Path(sys.base_prefix).parts[1]})
+    assert image.run(tmp_path / "ls", ["ls", "/"]).stdout.split() == sorted(
+        {
+            "app",
+            "bin",
+            "dev",
+            "etc",
+            "lib",
+            "lib64",
+            "model",
+            "opt",
+            "proc",
+            "sbin",
+            "sys",
+            "tmp",
+            "usr",
+            Path(sys.base_prefix).parts[1],
+        }
+    )
 
 
-def test_sigterm_under_load_ends_what_was_begun_and_then_the_program(contained, model, tmp_path, record_property):
+def test_sigterm_under_load_ends_what_was_begun_and_then_the_program(
+    contained, model, tmp_path, record_property
+):
     with contained(model).running(tmp_path, from_kubernetes()) as program:
         program.wait("Serving")
         long = LONG | {"max_tokens": 1000}
-        asked = [CHAT | {"body": body(f"{number}", stream=number % 2 == 0, **long).decode()} for number in range(16)]
+        asked = [
+            CHAT | {"body": body(f"{number}", stream=number % 2 == 0, **long).decode()}
+            for number in range(16)
+        ]
         client = program.begin(PORT, asked)
         metrics = {"path": "/metrics", "headers": CALLER}
-        wait_for(lambda: "slm_requests_running 16.0" in program.ask(PORT, **metrics)[1], "16 requests at work")
+        wait_for(
+            lambda: "slm_requests_running 16.0" in program.ask(PORT, **metrics)[1],
+            "16 requests at work",
+        )
         program.process().send_signal(signal.SIGTERM)
         came = answers(client)
         for number, (status, text) in enumerate(came):
@@ -169,9 +225,16 @@ def test_a_pod_that_loads_its_model_lives_and_is_not_ready(contained, tmp_path):
         assert program.shell.wait(60) == 0
 
 
-@pytest.mark.parametrize(("variables", "says"), [
-    ({command_line.TOKEN: OPTIONS["secret.yaml"]["stringData"]["token"]}, "the service has no token"),
-    ({}, "does not load")])
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        (
+            {command_line.TOKEN: OPTIONS["secret.yaml"]["stringData"]["token"]},
+            "the service has no token",
+        ),
+        ({}, "does not load"),
+    ],
+)
 def test_what_the_program_says_where_it_cannot_begin(variables, says, contained, tmp_path):
     (tmp_path / "empty").mkdir()
     ended = contained(tmp_path / "empty", **variables).run(tmp_path, from_docker())
@@ -180,13 +243,32 @@ def test_what_the_program_says_where_it_cannot_begin(variables, says, contained,
 
 
 @not_windows
-def test_the_images_packages_serve_a_model_of_a_tracking_server(environment, tiny, empty_database, tmp_path):
+def test_the_images_packages_serve_a_model_of_a_tracking_server(
+    environment, tiny, empty_database, tmp_path
+):
     shutil.copy(empty_database, tmp_path / "server.db")
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{tmp_path}/server.db",
-               "--artifacts-destination", str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", "0",
-               "--workers", "1"]
-    local = {"no_proxy": "127.0.0.1", "TMPDIR": str(tmp_path), "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{tmp_path}/server.db",
+        "--artifacts-destination",
+        str(tmp_path / "artifacts"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+        "--workers",
+        "1",
+    ]
+    local = {
+        "no_proxy": "127.0.0.1",
+        "TMPDIR": str(tmp_path),
+        "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
     with server(command, os.environ | local, tmp_path / "tracking.log", LISTENS) as tracking:
         before = mlflow.get_tracking_uri()
         mlflow.set_tracking_uri(tracking)
@@ -195,21 +277,44 @@ def test_the_images_packages_serve_a_model_of_a_tracking_server(environment, tin
             mlflow.set_experiment(experiment_id=experiment)
             logged = mlflow.pyfunc.log_model(name="slm-onnx", **chat_model_for(tiny))
             version = mlflow.register_model(logged.model_uri, "slm-onnx")
-            mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
+            mlflow.MlflowClient().set_registered_model_alias(
+                "slm-onnx", "champion", version.version
+            )
         finally:
             mlflow.set_tracking_uri(before)
         _, *words = IMAGE.words("ENTRYPOINT")
-        words = [str(environment / "bin" / "python"), *words,
-                 "--model", "models:/slm-onnx@champion", "--host", "127.0.0.1", "--port", "0"]
+        words = [
+            str(environment / "bin" / "python"),
+            *words,
+            "--model",
+            "models:/slm-onnx@champion",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            "0",
+        ]
         for place, file in program_files().items():
             copy = tmp_path / place.lstrip("/")
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(file, copy)
-        variables = IMAGE.variables() | local | {"HOME": str(tmp_path), "MLFLOW_TRACKING_URI": tracking,
-                                                 "PYTHONPATH": str(tmp_path / "app"), command_line.TOKEN: TOKEN}
+        variables = (
+            IMAGE.variables()
+            | local
+            | {
+                "HOME": str(tmp_path),
+                "MLFLOW_TRACKING_URI": tracking,
+                "PYTHONPATH": str(tmp_path / "app"),
+                command_line.TOKEN: TOKEN,
+            }
+        )
         with server(words, variables, tmp_path / "program.log", LISTENS) as address:
-            answer = httpx.post(f"{address}/v1/chat/completions", content=body("The sky is", max_tokens=5),
-                                headers={"Authorization": f"Bearer {TOKEN}"}, timeout=60, trust_env=False)
+            answer = httpx.post(
+                f"{address}/v1/chat/completions",
+                content=body("The sky is", max_tokens=5),
+                headers={"Authorization": f"Bearer {TOKEN}"},
+                timeout=60,
+                trust_env=False,
+            )
             assert answer.status_code == 200, answer.text
             assert answer.json()["system_fingerprint"] == "slm-onnx/1"
         said = (tmp_path / "program.log").read_text(encoding="utf-8")

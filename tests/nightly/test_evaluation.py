@@ -24,7 +24,9 @@ def test_mlflow_s_evaluate_gives_the_rows_that_the_gate_reads(tiny, store, tmp_p
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(store)
     mlflow.set_experiment("evaluation")
-    chosen = [prompt for prompt in PROMPTS if prompt["id"] in ("json-04", "json-05", "odd-12", "odd-16")]
+    chosen = [
+        prompt for prompt in PROMPTS if prompt["id"] in ("json-04", "json-05", "odd-12", "odd-16")
+    ]
 
     @scorer
     def met(outputs, expectations):
@@ -39,18 +41,30 @@ def test_mlflow_s_evaluate_gives_the_rows_that_the_gate_reads(tiny, store, tmp_p
             if id == "odd-16":
                 raise ValueError("not a refusal")
             try:
-                return {"answer": model.predict(None, request)[0]["choices"][0]["message"]["content"]}
+                return {
+                    "answer": model.predict(None, request)[0]["choices"][0]["message"]["content"]
+                }
             except MlflowException as error:
                 return {"refused": error.message}
 
         table = mlflow.genai.evaluate(
-            data=[{"inputs": {"id": prompt["id"], "request": prompt["request"]},
-                   "expectations": {"expected": prompt["expectations"]}} for prompt in chosen],
-            predict_fn=ask, scorers=[met]).result_df
+            data=[
+                {
+                    "inputs": {"id": prompt["id"], "request": prompt["request"]},
+                    "expectations": {"expected": prompt["expectations"]},
+                }
+                for prompt in chosen
+            ],
+            predict_fn=ask,
+            scorers=[met],
+        ).result_df
         model.close()
-        return [{"id": asked["id"], "family": asked["id"][:-3], "met": value is True, "reason": reason}
-                for asked, value, reason in zip(
-                    table["request"], table["met/value"], table["met/rationale"], strict=True)]
+        return [
+            {"id": asked["id"], "family": asked["id"][:-3], "met": value is True, "reason": reason}
+            for asked, value, reason in zip(
+                table["request"], table["met/value"], table["met/rationale"], strict=True
+            )
+        ]
 
     try:
         champion, challenger = evaluate(max_tokens=64), evaluate(max_tokens=2)

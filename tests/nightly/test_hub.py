@@ -54,31 +54,60 @@ def serve(monkeypatch, cache):
 
 def test_the_wrapper_s_page_needs_no_change_for_phi_4_mini(serve, real, python, store):
     hub = serve(real)
-    result = python("-m", "helpers", "notebook", "CustomPythonWrapper", "-p", "model", "phi-4-mini", "-p",
-                    "tracking_uri", store, network=False, HF_ENDPOINT=hub.url)
+    result = python(
+        "-m",
+        "helpers",
+        "notebook",
+        "CustomPythonWrapper",
+        "-p",
+        "model",
+        "phi-4-mini",
+        "-p",
+        "tracking_uri",
+        store,
+        network=False,
+        HF_ENDPOINT=hub.url,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     mlflow.set_tracking_uri(store)
     (run,) = mlflow.search_runs(experiment_names=["CustomPythonWrapper"], output_format="list")
     assert (run.data.params["model"], run.data.params["source"]) == (
-        "phi-4-mini", f"{PHI4_ONNX}@{hub.commit(PHI4_ONNX)}")
-    assert {version.name for version in mlflow.MlflowClient().search_model_versions()} == {"slm-onnx-prompt"}
+        "phi-4-mini",
+        f"{PHI4_ONNX}@{hub.commit(PHI4_ONNX)}",
+    )
+    assert {version.name for version in mlflow.MlflowClient().search_model_versions()} == {
+        "slm-onnx-prompt"
+    }
     prepared = prepare_model("phi-4-mini", "transformers")
     assert prepared.sources["transformers"] == f"{PHI4_TORCH}@{hub.commit(PHI4_TORCH)}"
-    pipeline = transformers.pipeline(prepared.entry.task, model=str(prepared.transformers_dir), trust_remote_code=False)
-    conversation = pipeline([{"role": "user", "content": "Hi"}], max_new_tokens=5)[0]["generated_text"]
+    pipeline = transformers.pipeline(
+        prepared.entry.task, model=str(prepared.transformers_dir), trust_remote_code=False
+    )
+    conversation = pipeline([{"role": "user", "content": "Hi"}], max_new_tokens=5)[0][
+        "generated_text"
+    ]
     assert conversation[-1]["role"] == "assistant"
 
 
 MESSAGES = [
-    [("user", "What is the capital of Spain?")], [("system", "Be brief."), ("user", "  Hi   there\n\n")],
-    [("user", "é 漢字 123 ")], [("user", "\nfirst a line")], [("user", "a"), ("assistant", " b c"), ("user", "d")],
+    [("user", "What is the capital of Spain?")],
+    [("system", "Be brief."), ("user", "  Hi   there\n\n")],
+    [("user", "é 漢字 123 ")],
+    [("user", "\nfirst a line")],
+    [("user", "a"), ("assistant", " b c"), ("user", "d")],
 ]
 
 
-@pytest.mark.parametrize(("name", "markup"), [
-    ("phi-3-mini-4k", "<|end|>\n<|system|> <s>"), ("phi-4-mini", "<|end|><|system|><|tool|>"),
-])
-def test_the_chat_model_reads_markup_as_transformers_does_and_its_stream_is_its_answer(serve, real, name, markup):
+@pytest.mark.parametrize(
+    ("name", "markup"),
+    [
+        ("phi-3-mini-4k", "<|end|>\n<|system|> <s>"),
+        ("phi-4-mini", "<|end|><|system|><|tool|>"),
+    ],
+)
+def test_the_chat_model_reads_markup_as_transformers_does_and_its_stream_is_its_answer(
+    serve, real, name, markup
+):
     serve(real)
     prepared = prepare_model(name)
     tokenizer = transformers.AutoTokenizer.from_pretrained(prepared.transformers_dir)
@@ -89,13 +118,21 @@ def test_the_chat_model_reads_markup_as_transformers_does_and_its_stream_is_its_
         assert encoder.encode(ChatRequest(messages=messages).messages, 4096) == expected
     control = set(tokenizer.get_added_vocab().values())
     (message,) = ChatRequest(messages=[{"role": "user", "content": markup}]).messages
-    assert sum(token in control for token in encoder.encode([message], 4096)) == 3  # the template's own
+    # The template's own.
+    assert sum(token in control for token in encoder.encode([message], 4096)) == 3
     model = load_chat(prepared.onnx_dir)
     for seed in range(8):
-        request = {"messages": [{"role": "user", "content": "Go on."}], "temperature": 1, "seed": seed,
-                   "max_tokens": 60}
+        request = {
+            "messages": [{"role": "user", "content": "Go on."}],
+            "temperature": 1,
+            "seed": seed,
+            "max_tokens": 60,
+        }
         (completion,) = model.predict(None, [request])
-        pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in model.predict_stream(None, request)]
+        pieces = [
+            chunk["choices"][0]["delta"].get("content", "")
+            for chunk in model.predict_stream(None, request)
+        ]
         assert "".join(pieces) == completion["choices"][0]["message"]["content"]
         assert len(pieces) > 5
     model.close()
@@ -108,7 +145,9 @@ def test_the_export_that_is_offered_works_and_counts_from_then_on(serve, real, c
     prepared = prepare_model(name)
     assert prepared.sources["onnx"] == f"{TORCH}@{hub.commit(TORCH)}, exported with int8 weights"
     model = load_chat(prepared.onnx_dir)
-    (completion,) = model.predict(None, [{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}])
+    (completion,) = model.predict(
+        None, [{"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}]
+    )
     assert completion["usage"]["completion_tokens"] > 0
     model.close()
 
@@ -116,14 +155,26 @@ def test_the_export_that_is_offered_works_and_counts_from_then_on(serve, real, c
 def test_two_at_once_download_once(serve, phi3):
     hub = serve(phi3)
     hub.faults = {SHARD: [("hold", 10_000)]}
-    command = [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k", "--track", "transformers"]
+    command = [
+        sys.executable,
+        "-m",
+        "helpers",
+        "prepare",
+        "--model",
+        "phi-3-mini-4k",
+        "--track",
+        "transformers",
+    ]
     options = {"cwd": ROOT, "stdout": subprocess.PIPE, "text": True, "encoding": "utf-8"}
     first = subprocess.Popen(command, **options)
     while not hub.sent[f"{TORCH}/{SHARD}"]:
         assert first.poll() is None, first.communicate()
         time.sleep(0.02)
     second = subprocess.Popen(command, **options)
-    assert "Another process prepares Phi-3-mini-4k-instruct; waiting for it." in second.stdout.readline()
+    assert (
+        "Another process prepares Phi-3-mini-4k-instruct; waiting for it."
+        in second.stdout.readline()
+    )
     hub.release.set()
     assert [process.wait() for process in (first, second)] == [0, 0]
     for process in (first, second):
@@ -153,7 +204,9 @@ def test_a_folder_on_another_disk_works_through_a_link(serve, phi3, cache, tmp_p
 
 
 @pytest.mark.parametrize(("first", "last"), [(-20, -10), (10, 20)])
-def test_a_certificate_out_of_its_time_says_what_the_clock_says(serve, phi3, tmp_path, monkeypatch, first, last):
+def test_a_certificate_out_of_its_time_says_what_the_clock_says(
+    serve, phi3, tmp_path, monkeypatch, first, last
+):
     file = certificate(tmp_path, timedelta(days=first), timedelta(days=last))
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.load_cert_chain(file)
@@ -167,17 +220,30 @@ def test_a_certificate_out_of_its_time_says_what_the_clock_says(serve, phi3, tmp
     assert "Set the clock if it is off" in says
 
 
-@pytest.mark.parametrize("packed", [
-    {"load_in_8bit": True}, {"quant_method": "awq", "bits": 4, "group_size": 128},
-    {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
-    {"quant_method": "fbgemm_fp8"}, {"quant_method": "torchao", "quant_type": "int8_weight_only"},
-    {"quant_method": "hqq", "quant_config": {}}, {"quant_method": "quanto"},
-    {"quant_method": "auto-round", "bits": 4}, {"quant_method": "exl3"},
-    {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-    {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
-    {"quant_method": "bitnet", "linear_class": "bitlinear"}], ids=str)
-def test_of_quantized_weights_those_come_that_load_and_save_without_more_packages(phi3, tmp_path, packed):
-    config = json.loads((phi3 / TORCH / "config.json").read_text(encoding="utf-8")) | {"quantization_config": packed}
+@pytest.mark.parametrize(
+    "packed",
+    [
+        {"load_in_8bit": True},
+        {"quant_method": "awq", "bits": 4, "group_size": 128},
+        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
+        {"quant_method": "fbgemm_fp8"},
+        {"quant_method": "torchao", "quant_type": "int8_weight_only"},
+        {"quant_method": "hqq", "quant_config": {}},
+        {"quant_method": "quanto"},
+        {"quant_method": "auto-round", "bits": 4},
+        {"quant_method": "exl3"},
+        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
+        {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+        {"quant_method": "bitnet", "linear_class": "bitlinear"},
+    ],
+    ids=str,
+)
+def test_of_quantized_weights_those_come_that_load_and_save_without_more_packages(
+    phi3, tmp_path, packed
+):
+    config = json.loads((phi3 / TORCH / "config.json").read_text(encoding="utf-8")) | {
+        "quantization_config": packed
+    }
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     if packed.get("linear_class") == "bitlinear":
         refuse_unknown_model(TORCH, tmp_path, config)
@@ -186,10 +252,15 @@ def test_of_quantized_weights_those_come_that_load_and_save_without_more_package
             refuse_unknown_model(TORCH, tmp_path, config)
 
 
-@pytest.mark.parametrize("fields", [
-    {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
-    {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
-    {"architectures": ["Phi3ForProcessRewardModel"]}], ids=str)
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
+        {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
+        {"architectures": ["Phi3ForProcessRewardModel"]},
+    ],
+    ids=str,
+)
 def test_other_kinds_of_models_are_refused(phi3, tmp_path, fields):
     config = json.loads((phi3 / TORCH / "config.json").read_text(encoding="utf-8")) | fields
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")

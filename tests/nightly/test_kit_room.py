@@ -53,18 +53,45 @@ def participant(folder, url):
     with zipfile.ZipFile(folder / "course.zip") as zipped:
         zipped.extractall(folder)
     course = folder / "slm-mlflow-course"
-    environment = {name: value for name, value in os.environ.items()
-                   if not name.upper().startswith(("COURSE_", "PIP_", "UV_", *OURS))}
-    # An index that would be asked if set-up did not shut it out, and would refuse: no log may name it.
-    environment |= {"COURSE_KIT": url, "PIP_CONFIG_FILE": os.devnull,
-                    "PIP_NO_CACHE_DIR": "1", "PIP_INDEX_URL": NOBODY, "PIP_EXTRA_INDEX_URL": NOBODY,
-                    "HTTPS_PROXY": NOBODY, "HTTP_PROXY": NOBODY, "http_proxy": NOBODY,
-                    "PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"),
-                    "REFUSED_LOG": str(folder / "refused.log")}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.upper().startswith(("COURSE_", "PIP_", "UV_", *OURS))
+    }
+    # An index that would be asked if set-up did not shut it out, and would refuse: no log may name
+    # it.
+    environment |= {
+        "COURSE_KIT": url,
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_CACHE_DIR": "1",
+        "PIP_INDEX_URL": NOBODY,
+        "PIP_EXTRA_INDEX_URL": NOBODY,
+        "HTTPS_PROXY": NOBODY,
+        "HTTP_PROXY": NOBODY,
+        "http_proxy": NOBODY,
+        "PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"),
+        "REFUSED_LOG": str(folder / "refused.log"),
+    }
     python = getattr(sys, "_base_executable", sys.executable)
-    command = [python, "-m", "helpers", "notebook", "TransformerPipeline", "-p", "model", "tiny-phi3"]
-    return course, subprocess.run(command, cwd=course, env=environment, stdout=subprocess.PIPE,
-                                  stderr=subprocess.STDOUT, text=True, encoding="utf-8")
+    command = [
+        python,
+        "-m",
+        "helpers",
+        "notebook",
+        "TransformerPipeline",
+        "-p",
+        "model",
+        "tiny-phi3",
+    ]
+    return course, subprocess.run(
+        command,
+        cwd=course,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def test_a_participant_runs_a_notebook_from_one_url_and_nothing_else(big, tmp_path):
@@ -82,19 +109,33 @@ def test_a_participant_runs_a_notebook_from_one_url_and_nothing_else(big, tmp_pa
     assert "Exporting" not in output
     assert "Making random weights" not in output
     home = course / "data" / "models" / "tiny-phi3"
-    in_kit = {name: entry["sha256"] for name, entry in kit.files.items()
-              if name.startswith("models/tiny-phi3/transformers/") and not name.endswith(".receipt.json")}
+    in_kit = {
+        name: entry["sha256"]
+        for name, entry in kit.files.items()
+        if name.startswith("models/tiny-phi3/transformers/") and not name.endswith(".receipt.json")
+    }
     assert len(in_kit) > 4
     assert {name: sha256(home.parent / name.removeprefix("models/")) for name in in_kit} == in_kit
     own = course / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     code = "from course.environment import differing_packages; print(differing_packages())"
-    assert subprocess.run([own, "-c", code], cwd=course, capture_output=True, text=True).stdout == "{}\n"
+    assert (
+        subprocess.run([own, "-c", code], cwd=course, capture_output=True, text=True).stdout
+        == "{}\n"
+    )
 
 
 def test_a_model_comes_from_a_folder_as_well(big, tmp_path, python, tiny):
     cache = tmp_path / "cache"
-    result = python("-m", "helpers", "prepare", "--model", "tiny-phi3", network=False, COURSE_KIT=str(big),
-                    COURSE_CACHE=str(cache))
+    result = python(
+        "-m",
+        "helpers",
+        "prepare",
+        "--model",
+        "tiny-phi3",
+        network=False,
+        COURSE_KIT=str(big),
+        COURSE_CACHE=str(cache),
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert "Exporting" not in result.stdout
     made, copied = tiny.onnx_dir / "model.onnx", cache / "tiny-phi3" / "onnx" / "model.onnx"
@@ -102,19 +143,31 @@ def test_a_model_comes_from_a_folder_as_well(big, tmp_path, python, tiny):
 
 
 def test_the_whole_kit_is_as_it_was_built_and_every_command_of_the_course_can_come_from_it(big):
-    result = subprocess.run([*COMMAND, "check", big], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    result = subprocess.run(
+        [*COMMAND, "check", big], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     assert result.returncode == 0, result.stdout + result.stderr
     assert " MB: as they were built." in result.stdout
-    names = {path.name.split("-")[0].lower().replace("_", "-") for path in (big / "wheels").glob("*.whl")}
+    names = {
+        path.name.split("-")[0].lower().replace("_", "-") for path in (big / "wheels").glob("*.whl")
+    }
     assert {*pins(("dev",)), "setuptools"} <= names
     with zipfile.ZipFile(big / "course.zip") as course:
         notebook = json.loads(course.read("slm-mlflow-course/notebooks/TransformerPipeline.ipynb"))
         inside = set(course.namelist())
     assert not any(cell.get("outputs") for cell in notebook["cells"])
-    for name in ("pyproject.toml", "constraints.txt", "helpers/models/kit.py", "course/commands.py",
-                 "serving/chat/engine.py", "data/kit.html"):
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "helpers/models/kit.py",
+        "course/commands.py",
+        "serving/chat/engine.py",
+        "data/kit.html",
+    ):
         assert f"slm-mlflow-course/{name}" in inside
-    assert not [name for name in inside if ".venv" in name or "/build/" in name or "data/models/" in name]
+    assert not [
+        name for name in inside if ".venv" in name or "/build/" in name or "data/models/" in name
+    ]
 
 
 # --- set-up from a kit that is not right --------------------------------------------------------

@@ -23,8 +23,13 @@ from helpers.models.sources import Export, RandomWeights, ensure_folder, source_
 def test_a_model_is_made_whole_from_nothing_in_an_odd_path(cache, tiny):
     prepared = prepare_model("tiny-phi3")
     assert prepared.transformers_dir == cache / "tiny-phi3" / "transformers"
-    assert {"model.safetensors", "config.json", "tokenizer.json", "chat_template.jinja", "README.md"} <= names(
-        prepared.transformers_dir)
+    assert {
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "chat_template.jinja",
+        "README.md",
+    } <= names(prepared.transformers_dir)
     assert {"model.onnx", "genai_config.json", "tokenizer.json"} <= names(prepared.onnx_dir)
     config = json.loads((prepared.onnx_dir / "genai_config.json").read_text())
     assert config["model"]["type"] == "phi3"
@@ -52,10 +57,13 @@ def test_nothing_is_asked_of_the_network_once_a_model_is_there(python):
         assert result.returncode == 0, result.stderr
 
 
-def test_an_export_is_its_model_beyond_the_window_too_alone_and_in_a_batch_of_one_length(tmp_path, monkeypatch):
+def test_an_export_is_its_model_beyond_the_window_too_alone_and_in_a_batch_of_one_length(
+    tmp_path, monkeypatch
+):
     home = tmp_path / "hömes"
     home.mkdir()
     monkeypatch.delenv("COURSE_KIT", raising=False)
+
     class Windowed(RandomWeights):
         def make(self, partial, folder):
             super().make(partial, folder)
@@ -63,19 +71,26 @@ def test_an_export_is_its_model_beyond_the_window_too_alone_and_in_a_batch_of_on
             Phi3ForCausalLM.from_pretrained(partial, config=config).save_pretrained(partial)
 
     monkeypatch.setattr("helpers.models.sources.PRECISION", "fp32")
-    ensure_folder(Export(entry_of("tiny-phi3"), Windowed(find_entry("tiny-phi3"), 1)), home / "onnx")
+    ensure_folder(
+        Export(entry_of("tiny-phi3"), Windowed(find_entry("tiny-phi3"), 1)), home / "onnx"
+    )
     assert not list(home.rglob("builder-*"))
     reference = AutoModelForCausalLM.from_pretrained(home / "transformers")
     engine = og.Model(str(home / "onnx"))
     assert reference.config.sliding_window == 32
-    # The graph gives the last place's logits alone, so og.Generator takes a batch of one length only.
+    # The graph gives the last place's logits alone, so og.Generator takes a batch of one length
+    # only.
     for lengths in ([20], [100], [40, 40, 40]):
-        rows = [[5 + (7 * place * place + length + number) % 500 for place in range(length)]
-                for number, length in enumerate(lengths)]
+        rows = [
+            [5 + (7 * place * place + length + number) % 500 for place in range(length)]
+            for number, length in enumerate(lengths)
+        ]
         settings = og.GeneratorParams(engine)
         settings.set_search_options(max_length=128, batch_size=len(rows), do_sample=False)
         generator = og.Generator(engine, settings)
-        generator.append_tokens(np.array([row + [0] * (max(lengths) - len(row)) for row in rows], dtype=np.int32))
+        generator.append_tokens(
+            np.array([row + [0] * (max(lengths) - len(row)) for row in rows], dtype=np.int32)
+        )
         for _ in range(20):
             found = np.array(generator.get_logits())[:, -1].copy()
             for row, logits in zip(rows, found, strict=True):

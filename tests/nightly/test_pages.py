@@ -10,11 +10,24 @@ import mlflow
 import pandas as pd
 import pytest
 from support import NAMES, PAGES, TRACKS
-from support.executed import OTHER, Executed, ask_in_fresh_process, assert_clean, checks, execute_once
+from support.executed import (
+    OTHER,
+    Executed,
+    ask_in_fresh_process,
+    assert_clean,
+    checks,
+    execute_once,
+)
 
 from helpers.tracking import tracking_store
 
-METRICS = {"load_seconds", "first_token_seconds", "tokens_per_second", "disk_bytes", "peak_memory_bytes"}
+METRICS = {
+    "load_seconds",
+    "first_token_seconds",
+    "tokens_per_second",
+    "disk_bytes",
+    "peak_memory_bytes",
+}
 
 
 @pytest.fixture(scope="module", params=PAGES)
@@ -26,8 +39,11 @@ def executed(request, smol) -> Executed:
 def run(executed):
     """Return the only run on the real model: the page runs itself once more as a project, on the tiny one."""
     mlflow.set_tracking_uri(executed.store)
-    (run,) = mlflow.search_runs(experiment_names=[executed.page], output_format="list",
-                                filter_string="params.model = 'smollm2-135m'")
+    (run,) = mlflow.search_runs(
+        experiment_names=[executed.page],
+        output_format="list",
+        filter_string="params.model = 'smollm2-135m'",
+    )
     return run
 
 
@@ -57,7 +73,9 @@ def test_the_run_holds_its_parameters_measurements_and_answers(executed, run):
     assert all(isinstance(answer, str) and answer.strip() for answer in table["answer"])
     assert not [answer for answer in table["answer"] if "<|" in answer]
     if "Paris" not in table["answer"][0]:
-        warnings.warn(f"{executed.page} says of the capital of France: {table['answer'][0]!r}", stacklevel=1)
+        warnings.warn(
+            f"{executed.page} says of the capital of France: {table['answer'][0]!r}", stacklevel=1
+        )
 
 
 def test_nothing_is_logged_outside_the_store(executed, run):
@@ -71,12 +89,22 @@ def test_nothing_is_logged_outside_the_store(executed, run):
 def test_a_fresh_process_loads_the_champion_and_gets_answers(python, executed):
     name = NAMES[executed.page]
     if name == "slm-onnx-prompt":
-        prompts = [f"<|im_start|>user\nName a {thing}.<|im_end|>\n<|im_start|>assistant\n"
-                   for thing in ("fruit", "city")]
-        answers = ask_in_fresh_process(python, executed.store, name, {"prompt": prompts}, {"max_tokens": 12})
+        prompts = [
+            f"<|im_start|>user\nName a {thing}.<|im_end|>\n<|im_start|>assistant\n"
+            for thing in ("fruit", "city")
+        ]
+        answers = ask_in_fresh_process(
+            python, executed.store, name, {"prompt": prompts}, {"max_tokens": 12}
+        )
     else:
-        messages = [{"role": "system", "content": "Answer in one short sentence."},
-                    {"role": "user", "content": "What colour is the sky?"}]
-        completions = ask_in_fresh_process(python, executed.store, name, {"messages": messages, "max_tokens": 12})
+        messages = [
+            {"role": "system", "content": "Answer in one short sentence."},
+            {"role": "user", "content": "What colour is the sky?"},
+        ]
+        completions = ask_in_fresh_process(
+            python, executed.store, name, {"messages": messages, "max_tokens": 12}
+        )
         answers = [completion["choices"][0]["message"]["content"] for completion in completions]
-    assert all(isinstance(answer, str) and answer.strip() and "<|" not in answer for answer in answers)
+    assert all(
+        isinstance(answer, str) and answer.strip() and "<|" not in answer for answer in answers
+    )

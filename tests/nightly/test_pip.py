@@ -19,7 +19,11 @@ def test_an_index_with_an_expired_certificate_says_what_the_clock_says(tmp_path,
     context.load_cert_chain(file)
     hub = LoopbackHub(tmp_path, lambda server: context.wrap_socket(server, server_side=True))
     variables = only_wheels(tmp_path / "index") | {
-        "PIP_NO_INDEX": "0", "PIP_INDEX_URL": f"{hub.url}/simple", "PIP_CERT": str(file), "PIP_RETRIES": "0"}
+        "PIP_NO_INDEX": "0",
+        "PIP_INDEX_URL": f"{hub.url}/simple",
+        "PIP_CERT": str(file),
+        "PIP_RETRIES": "0",
+    }
     for name, value in variables.items():
         if name.startswith("PIP_"):
             monkeypatch.setenv(name, value)

@@ -36,13 +36,20 @@ def server(tiny, tmp_path_factory):
         yield served
 
 
-@pytest.mark.parametrize(("mode", "rules"), [
-    (GenerationMode.POSITIVE, []), (GenerationMode.NEGATIVE, [checks.negative_data_rejection])],
-    ids=["as described", "otherwise"])
+@pytest.mark.parametrize(
+    ("mode", "rules"),
+    [(GenerationMode.POSITIVE, []), (GenerationMode.NEGATIVE, [checks.negative_data_rejection])],
+    ids=["as described", "otherwise"],
+)
 def test_requests_made_from_the_description_get_an_answer_or_a_refusal(server, mode, rules):
     description = schemathesis.openapi.from_url(f"{server.address}/openapi.json")
-    rules = [checks.not_a_server_error, checks.status_code_conformance, checks.response_schema_conformance,
-             checks.content_type_conformance, *rules]
+    rules = [
+        checks.not_a_server_error,
+        checks.status_code_conformance,
+        checks.response_schema_conformance,
+        checks.content_type_conformance,
+        *rules,
+    ]
     statuses = Counter()
     answers = server.count("slm_requests_total", outcome="ok")
 
@@ -51,11 +58,20 @@ def test_requests_made_from_the_description_get_an_answer_or_a_refusal(server, m
 
     operations = [found.ok() for found in description.get_all_operations()]
     assert {operation.path for operation in operations} == {
-        "/v1/chat/completions", "/v1/models", "/v1/models/{name}", "/health", "/ready", "/metrics"}
+        "/v1/chat/completions",
+        "/v1/models",
+        "/v1/models/{name}",
+        "/health",
+        "/ready",
+        "/metrics",
+    }
     for operation in operations:
-        if mode is GenerationMode.POSITIVE or operation.method == "post":  # the others take nothing that may be wrong
-            examples = settings(max_examples=40 if operation.method == "post" else 1,
-                                suppress_health_check=list(HealthCheck))
+        # The others take nothing that may be wrong.
+        if mode is GenerationMode.POSITIVE or operation.method == "post":
+            examples = settings(
+                max_examples=40 if operation.method == "post" else 1,
+                suppress_health_check=list(HealthCheck),
+            )
             examples(given(operation.as_strategy(generation_mode=mode))(ask))()
     answered = statuses["/v1/chat/completions", 200]
     assert server.count("slm_requests_total", outcome="ok") - answers == answered
@@ -82,8 +98,13 @@ def test_the_store_is_locked_by_another_writer(registry, store, record_property)
             assert server.ask("words 2").status_code == 200
             answers += 1
         record_property("answers while the store was locked", answers)
-        assert server.readiness() == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": None,
-                                      "retry_seconds": None}
+        assert server.readiness() == {
+            "status": "ready",
+            "model": "stand-in",
+            "version": "1",
+            "failed_version": None,
+            "retry_seconds": None,
+        }
         file.execute("ROLLBACK")
         file.execute("UPDATE registered_model_aliases SET version = 2")
         file.close()
@@ -93,19 +114,26 @@ def test_the_store_is_locked_by_another_writer(registry, store, record_property)
 def test_a_store_that_is_locked_when_the_program_starts(registry, store, monkeypatch, capsys):
     monkeypatch.setattr(tempfile, "tempdir", None)
     registry("Streams")
-    with contextlib.closing(sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None)) as file:
+    with contextlib.closing(
+        sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None)
+    ) as file:
         file.execute("BEGIN EXCLUSIVE")
         code = command_line.main(["--model", URI, "--port", "0"])
         file.execute("ROLLBACK")
     what, fix = capsys.readouterr().err.splitlines()[-2:]  # MLflow has its say, too
-    assert code == 1 and what.startswith("error: ") and "locked" in what and fix.endswith("--model.")
+    assert (
+        code == 1 and what.startswith("error: ") and "locked" in what and fix.endswith("--model.")
+    )
 
 
 def test_200_clients_that_leave_free_the_engine(tiny, tmp_path, record_property):
     mlflow.pyfunc.save_model(tmp_path / "model", **chat_model_for(tiny))
     with running(tmp_path / "model", concurrent=200) as server:
         threads = threading.active_count()
-        clients = [server.connect(raw(body(f"{number}", stream=number % 2 == 0, **LONG))) for number in range(200)]
+        clients = [
+            server.connect(raw(body(f"{number}", stream=number % 2 == 0, **LONG)))
+            for number in range(200)
+        ]
         model = server.service.active.current.model
         wait_for(lambda: server.requests() == (200, 0) and model.stats()["running"], "200 requests")
         for client in clients:
@@ -114,13 +142,17 @@ def test_200_clients_that_leave_free_the_engine(tiny, tmp_path, record_property)
         made = server.model.stats()["completion_tokens"]
         wait_for(lambda: server.requests() == (0, 0) and model.stats()["running"] == 0)
         made = server.model.stats()["completion_tokens"] - made
-        record_property("tokens per answer that the engine made for clients that had left", made / 200)
+        record_property(
+            "tokens per answer that the engine made for clients that had left", made / 200
+        )
         assert server.model.stats()["waiting"] == 0
         wait_for(lambda: threading.active_count() <= threads, "the end of the threads")
         assert server.ask("Hello", max_tokens=2).status_code == 200
 
 
-def test_kill_9_under_load_and_started_again_at_the_same_port(program, registry, store, record_property):
+def test_kill_9_under_load_and_started_again_at_the_same_port(
+    program, registry, store, record_property
+):
     registry("Streams")
     first = program("--port", 0)
     address = first.wait()
@@ -141,7 +173,9 @@ def test_kill_9_under_load_and_started_again_at_the_same_port(program, registry,
         first.process.kill()
         for one in callers:
             one.result()
-    record_property("how the clients' requests ended", {name: ended.count(name) for name in set(ended)})
+    record_property(
+        "how the clients' requests ended", {name: ended.count(name) for name in set(ended)}
+    )
     assert len(ended) == 32
     second = program("--port", address.rpartition(":")[2])
     assert second.wait() == address
@@ -153,13 +187,18 @@ def test_kill_9_under_load_and_started_again_at_the_same_port(program, registry,
 
 
 @pytest.mark.parametrize("kind", ["Streams", "Plain"])
-def test_a_short_drain_ends_answers_with_an_error_even_of_a_model_that_does_not_end(kind, program, registry):
+def test_a_short_drain_ends_answers_with_an_error_even_of_a_model_that_does_not_end(
+    kind, program, registry
+):
     registry(kind)
     server = program("--port", 0, "--drain", 1, "--concurrent", 4)
     address = server.wait()
     with ThreadPoolExecutor(4) as pool:
         texts = ["slow 5000", "slow 5000", "sleep 600", "sleep 600"]
-        callers = [pool.submit(ask, address, text, stream=number % 2 == 0) for number, text in enumerate(texts)]
+        callers = [
+            pool.submit(ask, address, text, stream=number % 2 == 0)
+            for number, text in enumerate(texts)
+        ]
         wait_for(lambda: "slm_requests_running 4.0" in get(f"{address}/metrics").text)
         server.process.send_signal(signal.SIGTERM)
         assert server.process.wait(60) == 0

@@ -42,8 +42,23 @@ TORCH = f"torch-{pins()['torch']}"
 def tools(tmp_path_factory):
     """Return a folder with the wheels of uv and setuptools, from the package index."""
     folder = tmp_path_factory.mktemp("tools")
-    subprocess.run([sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary", ":all:", "--dest",
-                    folder, f"uv=={pins()['uv']}", "setuptools"], check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--dest",
+            folder,
+            f"uv=={pins()['uv']}",
+            "setuptools",
+        ],
+        check=True,
+    )
     return folder
 
 
@@ -63,8 +78,14 @@ def checkout(tmp_path, tools):
     folder = make_checkout(tmp_path / "Kurs für Zoë")
     (folder / "pyproject.toml").write_text(PYPROJECT.format(**pins()), encoding="utf-8")
     (setuptools,) = (wheel.name.split("-")[1] for wheel in tools.glob("setuptools-*"))
-    lines = ["six==1.17.0", "soupsieve==4.1.2", f"torch=={pins()['torch']}", f"uv=={pins()['uv']}",
-             f"setuptools=={setuptools}", ""]
+    lines = [
+        "six==1.17.0",
+        "soupsieve==4.1.2",
+        f"torch=={pins()['torch']}",
+        f"uv=={pins()['uv']}",
+        f"setuptools=={setuptools}",
+        "",
+    ]
     (folder / "constraints.txt").write_text("\n".join(lines), encoding="utf-8")
     return folder
 
@@ -73,27 +94,48 @@ def set_up(checkout, variables, extras=()):
     """Set a checkout up as its commands do."""
     python = getattr(sys, "_base_executable", sys.executable)
     code = f"from course.__main__ import main; from course import environment; environment.set_up({extras!r})"
-    return subprocess.run([python, "-c", code], cwd=checkout, env=dict(os.environ, **variables), capture_output=True,
-                          text=True, encoding="utf-8")
+    return subprocess.run(
+        [python, "-c", code],
+        cwd=checkout,
+        env=dict(os.environ, **variables),
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
 
 
 def packages(checkout):
     """Return the version of each package in a checkout's environment."""
     (site,) = {path.parent for path in (checkout / ".venv").rglob("pip-*.dist-info")}
-    return {one.metadata["Name"]: one.version for one in importlib.metadata.distributions(path=[str(site)])}
+    return {
+        one.metadata["Name"]: one.version
+        for one in importlib.metadata.distributions(path=[str(site)])
+    }
 
 
 def test_set_up_installs_what_is_pinned_and_more_extras_later_and_takes_none_away(checkout, index):
     _, variables = index
-    hostile = {"UV_TARGET": str(checkout / "elsewhere"), "UV_DRY_RUN": "1", "PIP_TARGET": str(checkout / "elsewhere")}
+    hostile = {
+        "UV_TARGET": str(checkout / "elsewhere"),
+        "UV_DRY_RUN": "1",
+        "PIP_TARGET": str(checkout / "elsewhere"),
+    }
     first = user(checkout, "setup", **variables, **hostile)
     assert first.returncode == 0, first.stdout + first.stderr
     found = packages(checkout)
-    assert found.items() >= {
-        "six": "1.17.0", "torch": f"{pins()['torch']}+cpu", "small": "1", "uv": pins()["uv"]}.items()
+    assert (
+        found.items()
+        >= {
+            "six": "1.17.0",
+            "torch": f"{pins()['torch']}+cpu",
+            "small": "1",
+            "uv": pins()["uv"],
+        }.items()
+    )
     assert "soupsieve" not in found
     assert not (checkout / "elsewhere").exists()
-    assert first.stdout.count("\n") == 4  # a line a step: nothing is painted over where no terminal is
+    # A line a step: nothing is painted over where no terminal is.
+    assert first.stdout.count("\n") == 4
     assert user(checkout, "setup", **variables).stdout == ""
 
     assert set_up(checkout, variables, ("dev",)).returncode == 0
@@ -124,9 +166,16 @@ def said(checkout, text):
 def test_a_set_up_that_was_interrupted_goes_on_with_the_same_command(checkout, index, moment, how):
     _, variables = index
     python = getattr(sys, "_base_executable", sys.executable)
-    process = subprocess.Popen([python, "-m", "helpers", "setup"], cwd=checkout, env=dict(os.environ, **variables),
-                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    process = subprocess.Popen(
+        [python, "-m", "helpers", "setup"],
+        cwd=checkout,
+        env=dict(os.environ, **variables),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not MOMENTS[moment](checkout) and process.poll() is None:
         time.sleep(0.005)
     os.killpg(process.pid, how)
@@ -141,7 +190,9 @@ def test_a_set_up_that_was_interrupted_goes_on_with_the_same_command(checkout, i
 
 
 @pytest.mark.parametrize("uv_is_there", [False, True])
-def test_an_index_that_does_not_answer_is_an_error_with_pips_or_uvs_own_words(checkout, index, uv_is_there):
+def test_an_index_that_does_not_answer_is_an_error_with_pips_or_uvs_own_words(
+    checkout, index, uv_is_there
+):
     folder, variables = index
     variables |= {"PIP_RETRIES": "0", "UV_HTTP_RETRIES": "0"}
     gone = {"PIP_NO_INDEX": "0", "PIP_FIND_LINKS": "", "PIP_INDEX_URL": "http://127.0.0.1:9/simple"}
@@ -179,21 +230,42 @@ def kit(index, tmp_path):
     folder = tmp_path / "Kit, für alle"
     shutil.copytree(index[0], folder / "wheels")
     write_manifest(folder)
-    return folder, {"UV_CACHE_DIR": index[1]["UV_CACHE_DIR"], "PIP_NO_CACHE_DIR": "1", "COURSE_KIT": str(folder),
-                    "PIP_FIND_LINKS": index[0].as_uri(), "UV_FIND_LINKS": str(index[0])}
+    return folder, {
+        "UV_CACHE_DIR": index[1]["UV_CACHE_DIR"],
+        "PIP_NO_CACHE_DIR": "1",
+        "COURSE_KIT": str(folder),
+        "PIP_FIND_LINKS": index[0].as_uri(),
+        "UV_FIND_LINKS": str(index[0]),
+    }
 
 
 def write_manifest(folder):
     from helpers.files import sha256
 
-    wheels = {f"wheels/{path.name}": {"size": path.stat().st_size, "sha256": sha256(path)}
-              for path in (folder / "wheels").glob("*.whl")}
-    links = [f'<a href="{name.removeprefix("wheels/")}#sha256={entry["sha256"]}">{name.removeprefix("wheels/")}</a>'
-             for name, entry in wheels.items()]
-    (folder / "wheels" / "index.html").write_text("\n".join(["<!DOCTYPE html>", *links]), encoding="utf-8")
-    (folder / MANIFEST).write_text(json.dumps({
-        "format": 1, "complete": True, "files": wheels, "models": [], "platforms": ["linux", "windows", "macos"],
-        "pythons": ["3.9"]}), encoding="utf-8")
+    wheels = {
+        f"wheels/{path.name}": {"size": path.stat().st_size, "sha256": sha256(path)}
+        for path in (folder / "wheels").glob("*.whl")
+    }
+    links = [
+        f'<a href="{name.removeprefix("wheels/")}#sha256={entry["sha256"]}">{name.removeprefix("wheels/")}</a>'
+        for name, entry in wheels.items()
+    ]
+    (folder / "wheels" / "index.html").write_text(
+        "\n".join(["<!DOCTYPE html>", *links]), encoding="utf-8"
+    )
+    (folder / MANIFEST).write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "complete": True,
+                "files": wheels,
+                "models": [],
+                "platforms": ["linux", "windows", "macos"],
+                "pythons": ["3.9"],
+            }
+        ),
+        encoding="utf-8",
+    )
 
 
 @pytest.mark.parametrize("over_http", [False, True])
@@ -207,12 +279,20 @@ def test_set_up_from_a_kit(checkout, kit, over_http):
     assert packages(checkout).keys() >= {"six", "torch", "small", "uv"}
 
 
-@pytest.mark.parametrize(("wheel", "change", "code"), [
-    ("six", "absent", "The kit lacks wheels for Python"),
-    ("uv", "absent", "The kit lacks wheels for Python"), ("torch", "another", "is not as it was built"),
-    ("setuptools", "another", "is not as it was built"), ("uv", "another", "is not as it was built"),
-    ("six", "cut", "is not as it was built")])
-def test_a_wheel_that_a_kit_lacks_or_that_was_changed_is_refused(checkout, kit, wheel, change, code):
+@pytest.mark.parametrize(
+    ("wheel", "change", "code"),
+    [
+        ("six", "absent", "The kit lacks wheels for Python"),
+        ("uv", "absent", "The kit lacks wheels for Python"),
+        ("torch", "another", "is not as it was built"),
+        ("setuptools", "another", "is not as it was built"),
+        ("uv", "another", "is not as it was built"),
+        ("six", "cut", "is not as it was built"),
+    ],
+)
+def test_a_wheel_that_a_kit_lacks_or_that_was_changed_is_refused(
+    checkout, kit, wheel, change, code
+):
     folder, variables = kit
     (path,) = (folder / "wheels").glob(f"{wheel}-*.whl")
     if change == "absent":

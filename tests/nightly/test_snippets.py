@@ -20,12 +20,21 @@ from support.user import make_checkout
 
 from helpers.paths import model_cache
 
-# What is run, in this order: the rest wants what the pages log. Other tests run the other commands, but for those that
-# fetch gigabytes, or want an account or a cluster.
-RUN = (r"python -m helpers run -p .*", r"export [A-Z_]+=\S+", r"mlflow run \. .*", r"papermill .*",
-       r"mlflow artifacts download .*", r"python -m helpers deploy azureml --dry-run", r"python -m nbstripout .*",
-       r"(make|python -m helpers) clean", r"python -m helpers exercises")
-# The call with which a page ends here: it has its parameters, its checks and its store, and the third its model.
+# What is run, in this order: the rest wants what the pages log. Other tests run the other commands,
+# but for those that fetch gigabytes, or want an account or a cluster.
+RUN = (
+    r"python -m helpers run -p .*",
+    r"export [A-Z_]+=\S+",
+    r"mlflow run \. .*",
+    r"papermill .*",
+    r"mlflow artifacts download .*",
+    r"python -m helpers deploy azureml --dry-run",
+    r"python -m nbstripout .*",
+    r"(make|python -m helpers) clean",
+    r"python -m helpers exercises",
+)
+# The call with which a page ends here: it has its parameters, its checks and its store, and the
+# third its model.
 LAST_CALL = dict.fromkeys(PAGES, "mlflow.set_experiment(") | {"ChatModel": "log_model("}
 # What it does then, in place of the minute that it takes elsewhere.
 END = """
@@ -47,29 +56,42 @@ def checkout(tmp_path_factory):
         notebook = nbformat.read(file, as_version=4)
         code = [cell for cell in notebook.cells if cell.cell_type == "code"]
         (last, *_) = [number for number, cell in enumerate(code) if call in cell.source]
-        notebook.cells = [*code[:last + 1], nbformat.v4.new_code_cell(END)]
+        notebook.cells = [*code[: last + 1], nbformat.v4.new_code_cell(END)]
         nbformat.write(notebook, file)
     return folder
 
 
 def user_environment(checkout: Path) -> dict:
     """Return the environment of somebody who has activated ``.venv`` and prepared the models, in this checkout."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("COURSE_", "PYTHON", *OURS))}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("COURSE_", "PYTHON", *OURS))
+    }
     # The packages are this environment's own, and the course among them is another checkout.
-    return kept | {"PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
-                   "PYTHONPATH": str(checkout), "COURSE_CACHE": str(model_cache()), "OMP_NUM_THREADS": "1"}
+    return kept | {
+        "PATH": str(Path(sys.executable).parent) + os.pathsep + os.environ["PATH"],
+        "PYTHONPATH": str(checkout),
+        "COURSE_CACHE": str(model_cache()),
+        "OMP_NUM_THREADS": "1",
+    }
 
 
 def files_of(folder: Path) -> set[str]:
     """Return what stands in a checkout, but for what git ignores by name and a run may leave: build/ and bytecode."""
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*")
-            if path.relative_to(folder).parts[0] != "build" and "__pycache__" not in path.parts}
+    return {
+        path.relative_to(folder).as_posix()
+        for path in folder.rglob("*")
+        if path.relative_to(folder).parts[0] != "build" and "__pycache__" not in path.parts
+    }
 
 
 def test_the_commands_run_as_printed_and_leave_nothing_but_build(checkout, smol):
     environment = user_environment(checkout)
     where = [sys.executable, "-c", "from helpers.paths import ROOT; print(ROOT)"]
-    said = subprocess.run(where, cwd=checkout, env=environment, capture_output=True, text=True).stdout
+    said = subprocess.run(
+        where, cwd=checkout, env=environment, capture_output=True, text=True
+    ).stdout
     assert Path(said.strip()) == checkout.resolve()  # what is cleaned away below is this one's
     before = files_of(checkout)
     commands = [line for pattern in RUN for line in find_commands() if re.fullmatch(pattern, line)]
@@ -80,8 +102,16 @@ def test_the_commands_run_as_printed_and_leave_nothing_but_build(checkout, smol)
             continue
         if command.startswith("make ") and not shutil.which("make"):
             command = command.replace("make ", "python -m helpers ")
-        result = subprocess.run(command, shell=True, cwd=checkout, env=environment,
-                                capture_output=True, text=True, encoding="utf-8", errors="replace")
+        result = subprocess.run(
+            command,
+            shell=True,
+            cwd=checkout,
+            env=environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+            errors="replace",
+        )
         assert result.returncode == 0, (command, result.stdout + result.stderr)
         asked = re.search(r"question[ =]\"(.*?)\"", command)
         pages = "".join(path.read_text(encoding="utf-8") for path in checkout.glob("build/*.ipynb"))
@@ -103,11 +133,22 @@ def check_python_blocks(checkout):
     del environment["PYTHONPATH"]  # it imports nothing of the course
     mark = "print(chr(0))\n"
     last = "import sys; print({name.split('.')[0] for name in sys.modules} & {'helpers', 'course', 'serving'})\n"
-    result = subprocess.run([sys.executable, "-i", "-q"], cwd=checkout, env=environment, text=True, encoding="utf-8",
-                            input=mark.join(f"{block}\n" for block in [*blocks, last]), capture_output=True)
+    result = subprocess.run(
+        [sys.executable, "-i", "-q"],
+        cwd=checkout,
+        env=environment,
+        text=True,
+        encoding="utf-8",
+        input=mark.join(f"{block}\n" for block in [*blocks, last]),
+        capture_output=True,
+    )
     *said, imported = result.stdout.split("\0\n")
     assert "Traceback" not in result.stderr and "Error" not in result.stderr, result.stderr
     assert imported == "set()\n"
     assert said[0] == printed
     answer = json.loads(said[1])
-    assert (list(answer), type(answer["answer"]), type(answer["sure"])) == (["answer", "sure"], str, bool)
+    assert (list(answer), type(answer["answer"]), type(answer["sure"])) == (
+        ["answer", "sure"],
+        str,
+        bool,
+    )

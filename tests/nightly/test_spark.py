@@ -22,10 +22,19 @@ from course.cluster import running
 @pytest.fixture
 def batch(cluster, store, tmp_path):
     """Return a function that runs the program on prompts, and returns its exit code and what it said."""
-    def run(prompts, *words, model="models:/stand-in@champion", out=tmp_path / "öut 1.parquet", **variables):
+
+    def run(
+        prompts,
+        *words,
+        model="models:/stand-in@champion",
+        out=tmp_path / "öut 1.parquet",
+        **variables,
+    ):
         if not isinstance(prompts, Path):
             prompts = write(tmp_path / "prömpts 1.parquet", prompts)
-        process = cluster.batch(prompts, out, "--model", model, *words, MLFLOW_TRACKING_URI=store, **variables)
+        process = cluster.batch(
+            prompts, out, "--model", model, *words, MLFLOW_TRACKING_URI=store, **variables
+        )
         said, complained = process.communicate(timeout=600)
         return process.returncode, said, complained
 
@@ -33,7 +42,9 @@ def batch(cluster, store, tmp_path):
 
 
 def write(path, prompts):
-    pd.DataFrame({"prompt": prompts, "id": [f"id {number}" for number in range(len(prompts))]}).to_parquet(path)
+    pd.DataFrame(
+        {"prompt": prompts, "id": [f"id {number}" for number in range(len(prompts))]}
+    ).to_parquet(path)
     return path
 
 
@@ -45,12 +56,22 @@ def left_over(tmp_path):
     return [path.name for path in tmp_path.iterdir() if ".parquet." in path.name]
 
 
-def test_conversations_and_settings_reach_the_model_and_no_proxy_is_asked(batch, tiny, registry, tmp_path):
+def test_conversations_and_settings_reach_the_model_and_no_proxy_is_asked(
+    batch, tiny, registry, tmp_path
+):
     logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny, max_tokens=4))
-    talk = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"},
-            {"role": "user", "content": "And now?"}]
-    proxies = dict.fromkeys(("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"), "http://127.0.0.1:1")
-    code, _, complained = batch([talk], "--max-tokens", "7", "--system", "Be brief.", model=logged.model_uri, **proxies)
+    talk = [
+        {"role": "user", "content": "Hello"},
+        {"role": "assistant", "content": "Hi"},
+        {"role": "user", "content": "And now?"},
+    ]
+    proxies = dict.fromkeys(
+        ("HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "ALL_PROXY"),
+        "http://127.0.0.1:1",
+    )
+    code, _, complained = batch(
+        [talk], "--max-tokens", "7", "--system", "Be brief.", model=logged.model_uri, **proxies
+    )
     assert (code, complained) == (0, ""), complained
     asked = {"messages": [{"role": "system", "content": "Be brief."}, *talk], "max_tokens": 7}
     alone = mlflow.pyfunc.load_model(logged.model_uri).predict(asked)[0]
@@ -59,25 +80,55 @@ def test_conversations_and_settings_reach_the_model_and_no_proxy_is_asked(batch,
     assert row["prompt_tokens"] == alone["usage"]["prompt_tokens"] and row["completion_tokens"] == 7
 
 
-def test_mlflow_run_makes_of_no_rows_a_whole_output_with_its_columns(cluster, registry, store, tmp_path):
+def test_mlflow_run_makes_of_no_rows_a_whole_output_with_its_columns(
+    cluster, registry, store, tmp_path
+):
     registry("Rows")
     table = tmp_path / "none.parquet"
     pd.DataFrame({"prompt": pd.Series([], dtype="str")}).to_parquet(table)
-    words = project("batch", input=table, output=tmp_path / "öut 1.parquet", master=cluster.address,
-                    model="models:/stand-in@champion")
+    words = project(
+        "batch",
+        input=table,
+        output=tmp_path / "öut 1.parquet",
+        master=cluster.address,
+        model="models:/stand-in@champion",
+    )
     environment = cluster.environment(COURSE_TRACKING_URI=store, **activated(tmp_path))
     environment.pop("MLFLOW_EXPERIMENT_ID", None)  # MLflow sets it for the store of this test
-    ran = subprocess.run([sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True,
-                         timeout=600)
+    ran = subprocess.run(
+        [sys.executable, *words],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "\n0 rows in " in "\n" + ran.stdout
-    assert list(read(tmp_path).columns) == ["prompt", "row", "row_hash", "answer", "status", "reason",
-                                            "finish_reason", "prompt_tokens", "completion_tokens"]
+    assert list(read(tmp_path).columns) == [
+        "prompt",
+        "row",
+        "row_hash",
+        "answer",
+        "status",
+        "reason",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+    ]
 
 
 def start(cluster, store, prompts, out, *words):
-    return cluster.batch(prompts, out, "--model", "models:/stand-in@champion", "--rows-per-task", "50", *words,
-                         MLFLOW_TRACKING_URI=store)
+    return cluster.batch(
+        prompts,
+        out,
+        "--model",
+        "models:/stand-in@champion",
+        "--rows-per-task",
+        "50",
+        *words,
+        MLFLOW_TRACKING_URI=store,
+    )
 
 
 def finished(out):
@@ -113,7 +164,9 @@ def test_a_worker_that_is_killed_costs_no_row(store, registry, site, tmp_path, r
     assert retried >= 1
 
 
-def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(cluster, store, registry, tmp_path):
+def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(
+    cluster, store, registry, tmp_path
+):
     registry("Rows")
     prompts, out = write(tmp_path / "in.parquet", SLOWLY), tmp_path / "out.parquet"
     process = start(cluster, store, prompts, out)
@@ -124,7 +177,10 @@ def test_an_interrupted_run_goes_on_with_the_rows_that_are_missing(cluster, stor
     process.communicate()
     assert not (out / "_SUCCESS").exists()
     other = start(cluster, store, prompts, out, "--max-tokens", "3")
-    assert "is of a run with another max_tokens (None)" in other.communicate(timeout=600)[1] and other.returncode == 1
+    assert (
+        "is of a run with another max_tokens (None)" in other.communicate(timeout=600)[1]
+        and other.returncode == 1
+    )
     process = start(cluster, store, prompts, out)
     wait_for(lambda: lock_of(out).exists() or process.poll() is not None, "the lock", 180)
     second = start(cluster, store, prompts, out)
@@ -160,38 +216,74 @@ def test_a_lost_master_loses_nothing(store, registry, site, tmp_path):
 
 def test_a_worker_without_memory_is_told_with_its_settings(batch, tiny, registry, tmp_path):
     logged = mlflow.pyfunc.log_model(name="slm", **chat_model_for(tiny))
-    code, _, complained = batch(["Hello"], "--conf", "spark.executor.pyspark.memory=300m", model=logged.model_uri)
+    code, _, complained = batch(
+        ["Hello"], "--conf", "spark.executor.pyspark.memory=300m", model=logged.model_uri
+    )
     # Where the bound is met, Python raises an error or ends.
-    assert code == 1 and re.search("A worker ran out of memory|for want of memory", complained), complained
-    for name in ("spark.executor.memory ", "spark.executor.memoryOverhead", "spark.executor.pyspark.memory"):
+    assert code == 1 and re.search("A worker ran out of memory|for want of memory", complained), (
+        complained
+    )
+    for name in (
+        "spark.executor.memory ",
+        "spark.executor.memoryOverhead",
+        "spark.executor.pyspark.memory",
+    ):
         assert name in complained
     assert not (tmp_path / "öut 1.parquet" / "_SUCCESS").exists()
 
 
-def test_a_full_disk_leaves_nothing_half_written(store, registry, site, mounted, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_nothing_half_written(
+    store, registry, site, mounted, tmp_path, monkeypatch
+):
     registry("Rows")
     prompts = write(tmp_path / "in.parquet", ["big 9"] * 400)
     out = tmp_path / "disk" / "out.parquet"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", store)
-    command = [sys.executable, "-m", "course.cluster", tmp_path / "cluster", site, prompts, out,
-               "--model", "models:/stand-in@champion", "--rows-per-task", "20"]
+    command = [
+        sys.executable,
+        "-m",
+        "course.cluster",
+        tmp_path / "cluster",
+        site,
+        prompts,
+        out,
+        "--model",
+        "models:/stand-in@champion",
+        "--rows-per-task",
+        "20",
+    ]
     # The disk is gone with the command: what is on it is listed before.
-    result = mounted("size=200k", ["sh", "-c", f'"$@"; code=$?; find "{out.parent}"; exit $code', "sh", *command])
+    result = mounted(
+        "size=200k", ["sh", "-c", f'"$@"; code=$?; find "{out.parent}"; exit $code', "sh", *command]
+    )
     assert result.returncode == 1 and "A disk is full." in result.stderr, result.stderr
     assert f"{out}/_SUCCESS" not in result.stdout.split("\n")
 
 
-def test_200_000_rows_go_through_without_growing_memory(cluster, store, registry, tmp_path, record_property):
+def test_200_000_rows_go_through_without_growing_memory(
+    cluster, store, registry, tmp_path, record_property
+):
     registry("Rows")
     count, out = 200_000, tmp_path / "out.parquet"
     prompts = write(tmp_path / "in.parquet", ["word 1"] * count)
-    process = cluster.batch(prompts, out, "--model", "models:/stand-in@champion", "--rows-per-task", "2000",
-                            MLFLOW_TRACKING_URI=store)
+    process = cluster.batch(
+        prompts,
+        out,
+        "--model",
+        "models:/stand-in@champion",
+        "--rows-per-task",
+        "2000",
+        MLFLOW_TRACKING_URI=store,
+    )
     held = []
     while process.poll() is None:
         if tasks := finished(out):
             held.append((tasks, cluster.python_bytes()))
-        wait_for(lambda: process.poll() is not None or finished(out) != (held and held[-1][0]), "a task", 300)
+        wait_for(
+            lambda: process.poll() is not None or finished(out) != (held and held[-1][0]),
+            "a task",
+            300,
+        )
     assert process.wait() == 0, process.stderr.read()
     rows = read(tmp_path, "out.parquet")
     assert list(rows["row"]) == list(range(count)) and set(rows["answer"]) == {"word "}

@@ -16,7 +16,14 @@ from mlflow.entities import Metric
 from support import NAMES, PAGES, find_cell, refuses
 from support.small_model import make_stand, mend
 
-from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers, print_page, read_answers
+from course.execute import (
+    EXECUTION_TAG,
+    Execution,
+    _find_run,
+    print_answers,
+    print_page,
+    read_answers,
+)
 from helpers.exercises import find_hint
 
 # A word of each cell, and the cells that it needs to have run.
@@ -48,8 +55,11 @@ def change(stand, sql):
 def collect(stand):
     """Remove what was deleted, as `mlflow gc` does."""
     uri = stand.client.tracking_uri
-    subprocess.run([sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri],
-                   check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "mlflow", "gc", "--backend-store-uri", uri, "--tracking-uri", uri],
+        check=True,
+        capture_output=True,
+    )
 
 
 def log_by_hand(stand, **metrics):
@@ -62,27 +72,47 @@ def log_by_hand(stand, **metrics):
 CHANGES = {
     "nothing": lambda stand: None,
     "run deleted": lambda stand: stand.client.delete_run(stand.run_id),
-    "run deleted and collected": lambda stand: [stand.client.delete_run(stand.run_id), collect(stand)],
+    "run deleted and collected": lambda stand: [
+        stand.client.delete_run(stand.run_id),
+        collect(stand),
+    ],
     "run renamed": lambda stand: stand.client.update_run(stand.run_id, name="other"),
     "run failed": lambda stand: stand.client.set_terminated(stand.run_id, "FAILED"),
     "run running": lambda stand: stand.client.update_run(stand.run_id, status="RUNNING"),
     "answers deleted": lambda stand: shutil.rmtree(stand.artifacts / stand.run_id),
-    "experiment deleted": lambda stand: stand.client.delete_experiment(stand.names["experiment"].experiment_id),
-    "experiment renamed": lambda stand: stand.client.rename_experiment(stand.names["experiment"].experiment_id, "x"),
-    "experiment restored": lambda stand: [CHANGES["experiment deleted"](stand), stand.client.restore_experiment(
-        stand.names["experiment"].experiment_id)],
+    "experiment deleted": lambda stand: stand.client.delete_experiment(
+        stand.names["experiment"].experiment_id
+    ),
+    "experiment renamed": lambda stand: stand.client.rename_experiment(
+        stand.names["experiment"].experiment_id, "x"
+    ),
+    "experiment restored": lambda stand: [
+        CHANGES["experiment deleted"](stand),
+        stand.client.restore_experiment(stand.names["experiment"].experiment_id),
+    ],
     "foreign run without figures": log_by_hand,
     "foreign run of another schema": lambda stand: log_by_hand(stand, disk_bytes=1.0, accuracy=0.5),
-    "figures that are none": lambda stand: stand.client.log_batch(stand.run_id, [
-        Metric(name, value, 1, 1) for name, value in (
-            ("load_seconds", math.nan), ("first_token_seconds", math.inf), ("peak_memory_bytes", -math.inf))]),
-    "logged model deleted": lambda stand: stand.client.delete_logged_model(stand.names["model_info"].model_id),
+    "figures that are none": lambda stand: stand.client.log_batch(
+        stand.run_id,
+        [
+            Metric(name, value, 1, 1)
+            for name, value in (
+                ("load_seconds", math.nan),
+                ("first_token_seconds", math.inf),
+                ("peak_memory_bytes", -math.inf),
+            )
+        ],
+    ),
+    "logged model deleted": lambda stand: stand.client.delete_logged_model(
+        stand.names["model_info"].model_id
+    ),
     "files deleted": lambda stand: shutil.rmtree(stand.artifacts),
     "MLmodel deleted": lambda stand: next(stand.artifacts.rglob("MLmodel")).unlink(),
     "weights deleted": lambda stand: next(stand.artifacts.rglob("weights.bin")).unlink(),
     "weights cut off": lambda stand: next(stand.artifacts.rglob("weights.bin")).write_bytes(b"w"),
-    "database deleted": lambda stand: [stand.artifacts.with_name(name).unlink()
-                                       for name in ("mlflow.db", "mlflow.db.artifacts")],
+    "database deleted": lambda stand: [
+        stand.artifacts.with_name(name).unlink() for name in ("mlflow.db", "mlflow.db.artifacts")
+    ],
     "name of a prompt": lambda stand: mlflow.genai.register_prompt(stand.name, "Hello, {{name}}"),
     "name without versions": lambda stand: stand.client.create_registered_model(stand.name),
     "champion without tag": lambda stand: register(stand, {}),
@@ -90,12 +120,20 @@ CHANGES = {
     "champion that is in no catalogue": lambda stand: register(stand, {"model": "gone-9b"}),
     "champion of this model": lambda stand: register(stand, {"model": stand.names["model"]}),
     "champion of other fields": lambda stand: register(stand, {"model": "x"}, field="text"),
-    "champion deleted": lambda stand: stand.client.delete_model_version(stand.name, register(stand, {"model": "x"})),
-    "champion archived": lambda stand: [register(stand, {"model": "x"}), change(
-        stand, "UPDATE model_versions SET current_stage = 'Archived'")],
-    "champion failed": lambda stand: [register(stand, {"model": "x"}), change(
-        stand, "UPDATE model_versions SET status = 'FAILED_REGISTRATION'")],
-    "alias removed": lambda stand: stand.client.delete_registered_model_alias(stand.name, "champion"),
+    "champion deleted": lambda stand: stand.client.delete_model_version(
+        stand.name, register(stand, {"model": "x"})
+    ),
+    "champion archived": lambda stand: [
+        register(stand, {"model": "x"}),
+        change(stand, "UPDATE model_versions SET current_stage = 'Archived'"),
+    ],
+    "champion failed": lambda stand: [
+        register(stand, {"model": "x"}),
+        change(stand, "UPDATE model_versions SET status = 'FAILED_REGISTRATION'"),
+    ],
+    "alias removed": lambda stand: stand.client.delete_registered_model_alias(
+        stand.name, "champion"
+    ),
     "alias moved": lambda stand: register(stand, {}, field=""),
     "version deleted": lambda stand: stand.client.delete_model_version(stand.name, "1"),
     "tag deleted": lambda stand: stand.client.delete_model_version_tag(stand.name, "1", "model"),
@@ -159,8 +197,14 @@ STATES = [
     ("database deleted", "load", "store-gone"),
     ("experiment deleted", "addresses", "experiment-deleted"),
 ]
-SLOW = [("run deleted and collected", cell, expected) for cell, expected in (
-    ("figures", "run-gone"), ("side by side", "No finished run on .*{page}"), ("addresses", "run-gone"))]
+SLOW = [
+    ("run deleted and collected", cell, expected)
+    for cell, expected in (
+        ("figures", "run-gone"),
+        ("side by side", "No finished run on .*{page}"),
+        ("addresses", "run-gone"),
+    )
+]
 
 
 def run(stand, cell):
@@ -191,8 +235,10 @@ def see(page, state, cell, expected, store, tmp_path, capsys):
     return stand, None
 
 
-@pytest.mark.parametrize(("number", "state", "cell", "expected"), [
-    pytest.param(number, *row, id=f"{row[0]}, {row[1]}") for number, row in enumerate(STATES)])
+@pytest.mark.parametrize(
+    ("number", "state", "cell", "expected"),
+    [pytest.param(number, *row, id=f"{row[0]}, {row[1]}") for number, row in enumerate(STATES)],
+)
 def test_a_cell_says_what_somebody_changed(number, state, cell, expected, store, tmp_path, capsys):
     page = PAGES[number % 3]  # the cells of the three are alike: a test below says so
     stand, refusal = see(page, state, cell, expected, store, tmp_path, capsys)
@@ -202,31 +248,47 @@ def test_a_cell_says_what_somebody_changed(number, state, cell, expected, store,
 
 @pytest.mark.parametrize(("state", "cell", "expected"), SLOW)
 @pytest.mark.parametrize("page", PAGES)
-def test_a_cell_says_what_the_command_line_removed(page, state, cell, expected, store, tmp_path, capsys):
+def test_a_cell_says_what_the_command_line_removed(
+    page, state, cell, expected, store, tmp_path, capsys
+):
     see(page, state, cell, expected, store, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("cell", CELLS)
 def test_the_pages_ask_the_store_alike(cell):
     # The lines that call MLflow's store are the same on each page, but for the model's name.
-    lines = [[re.sub("  # .*", "", line).replace(f'"{NAMES[page]}"', "NAME").replace(f"{NAMES[page]}@", "NAME@")
-              for line in find_cell(page, CELLS[cell][0]).splitlines()
-              if re.search(r"check_\w+\(|search|client\.(get|set)|register|start_run|missing|status", line)]
-             for page in PAGES]
+    lines = [
+        [
+            re.sub("  # .*", "", line)
+            .replace(f'"{NAMES[page]}"', "NAME")
+            .replace(f"{NAMES[page]}@", "NAME@")
+            for line in find_cell(page, CELLS[cell][0]).splitlines()
+            if re.search(
+                r"check_\w+\(|search|client\.(get|set)|register|start_run|missing|status", line
+            )
+        ]
+        for page in PAGES
+    ]
     assert lines[0] == lines[1] == lines[2] != []
 
 
-@pytest.mark.parametrize(("state", "cell", "expected"), [
-    ("run deleted", "figures", "run-deleted"), ("experiment deleted", "figures", "experiment-deleted"),
-    ("name of a prompt", "register", "name-taken")])
+@pytest.mark.parametrize(
+    ("state", "cell", "expected"),
+    [
+        ("run deleted", "figures", "run-deleted"),
+        ("experiment deleted", "figures", "experiment-deleted"),
+        ("name of a prompt", "register", "name-taken"),
+    ],
+)
 def test_the_command_that_a_refusal_names_mends_it(state, cell, expected, store, tmp_path, capsys):
     stand, refusal = see("ChatModel", state, cell, expected, store, tmp_path, capsys)
     mend(refusal)
     run(stand, cell)
 
 
-@pytest.mark.parametrize(("state", "code"), [
-    ("name of a prompt", "name-taken"), ("weights deleted", "model-not-whole")])
+@pytest.mark.parametrize(
+    ("state", "code"), [("name of a prompt", "name-taken"), ("weights deleted", "model-not-whole")]
+)
 def test_what_is_refused_leaves_the_registry_as_it_was(state, code, store, tmp_path, capsys):
     stand, _ = see("CustomPythonWrapper", state, "register", code, store, tmp_path, capsys)
     assert "alias" not in stand.names
@@ -242,7 +304,9 @@ def test_what_is_refused_leaves_the_registry_as_it_was(state, code, store, tmp_p
 def test_a_project_is_not_begun_where_its_experiment_is_deleted(page, which, code, store, tmp_path):
     stand = make_stand(page, store, tmp_path)
     stand.client.create_experiment("Projects")
-    stand.client.delete_experiment(stand.client.get_experiment_by_name(("Projects", page)[which]).experiment_id)
+    stand.client.delete_experiment(
+        stand.client.get_experiment_by_name(("Projects", page)[which]).experiment_id
+    )
     with refuses(code):
         stand.cell("mlflow.projects.run(")
 
@@ -283,20 +347,36 @@ def printed(stand, capsys):
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("state", "says"), [
-    ("nothing", "Q  Where?\n  A  Madrid\n  Q  Who?\n  A  I\n  10 tokens per second; page: page.html"),
-    ("experiment renamed", "A  Madrid"), ("experiment deleted", "A  Madrid"), ("run deleted", "A  Madrid"),
-    ("run renamed", "A  Madrid"), ("answers deleted", "no answers.csv")])
-def test_a_command_prints_its_own_pages_answers_whatever_became_of_the_run(state, says, executed, capsys):
+@pytest.mark.parametrize(
+    ("state", "says"),
+    [
+        (
+            "nothing",
+            "Q  Where?\n  A  Madrid\n  Q  Who?\n  A  I\n  10 tokens per second; page: page.html",
+        ),
+        ("experiment renamed", "A  Madrid"),
+        ("experiment deleted", "A  Madrid"),
+        ("run deleted", "A  Madrid"),
+        ("run renamed", "A  Madrid"),
+        ("answers deleted", "no answers.csv"),
+    ],
+)
+def test_a_command_prints_its_own_pages_answers_whatever_became_of_the_run(
+    state, says, executed, capsys
+):
     CHANGES[state](executed)
     said = printed(executed, capsys)
     assert says in said
     assert "page.html" in said
 
 
-@pytest.mark.parametrize(("sql", "says"), [
-    ("DELETE FROM latest_metrics WHERE key = 'tokens_per_second'", "too short to tell a speed"),
-    ("DELETE FROM tags WHERE key = 'course.execution'", "not in the store")])
+@pytest.mark.parametrize(
+    ("sql", "says"),
+    [
+        ("DELETE FROM latest_metrics WHERE key = 'tokens_per_second'", "too short to tell a speed"),
+        ("DELETE FROM tags WHERE key = 'course.execution'", "not in the store"),
+    ],
+)
 def test_a_command_stands_a_run_that_was_edited(sql, says, executed, capsys):
     change(executed, sql)
     said = printed(executed, capsys)

@@ -1,7 +1,7 @@
 """Holds three tokenizers of the real model against each other: Hugging Face's, onnxruntime-genai's and llama.cpp's.
 
-llama.cpp reads the GGUF itself, so it is the judge of the tokenizer that helpers.models.convert builds from it.
-Run: python -m helpers test tests/nightly/test_tokenizers.py
+llama.cpp reads the GGUF itself, so it is the judge of the tokenizer that helpers.models.convert
+builds from it. Run: python -m helpers test tests/nightly/test_tokenizers.py
 """
 
 import http.client
@@ -11,7 +11,13 @@ from urllib.parse import urlsplit
 
 import pytest
 import xllamacpp
-from support.tokenizer_texts import all_texts, assert_agreement, assert_round_trips, assert_same_templates, load
+from support.tokenizer_texts import (
+    all_texts,
+    assert_agreement,
+    assert_round_trips,
+    assert_same_templates,
+    load,
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +35,9 @@ def smollm2(smol):
 
     def encode(text):
         # http.client asks no proxy, and a connection of its own cannot have gone stale meanwhile.
-        with closing(http.client.HTTPConnection(urlsplit(server.listening_address).netloc, timeout=60)) as connection:
+        with closing(
+            http.client.HTTPConnection(urlsplit(server.listening_address).netloc, timeout=60)
+        ) as connection:
             body = json.dumps({"content": text, "add_special": False, "parse_special": True})
             connection.request("POST", "/tokenize", body, {"Content-Type": "application/json"})
             return json.load(connection.getresponse())["tokens"]
@@ -60,7 +68,8 @@ def test_every_string_is_decoded_back(smollm2):
 
 @pytest.mark.parametrize("character", ["\x04", "\x06", "\x13", "\x14", "\x16", "\x1d"])
 def test_onnxruntime_genai_gives_minus_one_for_a_byte_that_the_vocabulary_lacks(smollm2, character):
-    # The others leave the byte out. To the engine -1 is the last row of the embeddings: a wrong token, and no error.
+    # The others leave the byte out. To the engine -1 is the last row of the embeddings: a wrong
+    # token, and no error.
     text = f"a{character}b"
     hugging_face, genai, llama_cpp = (encode(text) for encode in smollm2.encoders.values())
     a, b = smollm2.hugging_face.encode("a"), smollm2.hugging_face.encode("b")
@@ -75,14 +84,21 @@ def test_hugging_face_merges_across_a_byte_that_the_vocabulary_lacks(smollm2):
     assert smollm2.encoders["llama.cpp"](".\x04.") == dot + dot
 
 
-@pytest.mark.parametrize(("character", "knowing"), [
-    ("\u08be", ["Hugging Face", "onnxruntime-genai", "llama.cpp"]),  # a letter since Unicode 13
-    ("\u0870", ["Hugging Face", "llama.cpp"]),  # since Unicode 14
-    ("\u1c89", ["Hugging Face"]),  # since Unicode 16
-    ("\x85", ["Hugging Face", "llama.cpp"]),  # next line: white space in Unicode, and to \s in the pattern
-])
-def test_tokenizers_know_letters_and_spaces_of_different_unicode_versions(smollm2, character, knowing):
-    # After a letter or a space, 's is a word of its own; after a sign, the apostrophe belongs to the sign.
+@pytest.mark.parametrize(
+    ("character", "knowing"),
+    [
+        ("\u08be", ["Hugging Face", "onnxruntime-genai", "llama.cpp"]),  # a letter since Unicode 13
+        ("\u0870", ["Hugging Face", "llama.cpp"]),  # since Unicode 14
+        ("\u1c89", ["Hugging Face"]),  # since Unicode 16
+        # Next line: white space in Unicode, and to \s in the pattern.
+        ("\x85", ["Hugging Face", "llama.cpp"]),
+    ],
+)
+def test_tokenizers_know_letters_and_spaces_of_different_unicode_versions(
+    smollm2, character, knowing
+):
+    # After a letter or a space, 's is a word of its own; after a sign, the apostrophe belongs to
+    # the sign.
     encode = smollm2.hugging_face.encode
     word = encode(character) + encode("'s")
     sign = encode(character) + encode("'") + encode("s")

@@ -16,7 +16,9 @@ from helpers import tracking_store
 def test_a_making_that_was_interrupted_leaves_no_half_of_a_database(tmp_path, python):
     # It ends where MLflow has changed a table and not yet noted which version of it that makes.
     uri = f"sqlite:///{(tmp_path / 'mlflow.db').as_posix()}"
-    result = python("-c", f"""
+    result = python(
+        "-c",
+        f"""
 import os
 from sqlalchemy import event
 from sqlalchemy.engine import Engine
@@ -32,7 +34,8 @@ def end(connection, cursor, statement, *rest):
 
 from helpers import tracking_store
 tracking_store({uri!r})
-""")
+""",
+    )
     assert (result.returncode, result.stdout) == (9, "in the middle\n")
     assert MlflowClient(tracking_store(uri).uri).search_experiments()
 
@@ -40,13 +43,27 @@ tracking_store({uri!r})
 def test_a_class_that_opens_the_pages_in_the_same_moment_finds_one_store(tmp_path):
     # The pages' own cell, as Run All reaches it, in six kernels.
     uri = f"sqlite:///{(tmp_path / 'new' / 'mlflow.db').as_posix()}"
-    first_cell = "import sys\nimport helpers, mlflow\nfrom helpers import tracking_store\n" \
+    first_cell = (
+        "import sys\nimport helpers, mlflow\nfrom helpers import tracking_store\n"
         "tracking_uri = sys.argv[1]\nprint('ready', flush=True)\nsys.stdin.readline()\n"
+    )
     run = "\nmlflow.start_run()"
-    begun = [subprocess.Popen([sys.executable, "-c", first_cell + find_cell(page, "mlflow.set_experiment(") + run, uri],
-                              cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              text=True)
-             for page in [*PAGES, *PAGES]]
+    begun = [
+        subprocess.Popen(
+            [
+                sys.executable,
+                "-c",
+                first_cell + find_cell(page, "mlflow.set_experiment(") + run,
+                uri,
+            ],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for page in [*PAGES, *PAGES]
+    ]
     for process in begun:
         assert process.stdout.readline() == "ready\n"
     for process in begun:
@@ -56,7 +73,10 @@ def test_a_class_that_opens_the_pages_in_the_same_moment_finds_one_store(tmp_pat
         _, errors = process.communicate()
         assert process.returncode == 0, errors
     store = tracking_store(uri)
-    made = {experiment.name: experiment.artifact_location for experiment in MlflowClient(uri).search_experiments()}
+    made = {
+        experiment.name: experiment.artifact_location
+        for experiment in MlflowClient(uri).search_experiments()
+    }
     assert made.keys() == {*PAGES, "Default"}
     assert {made[page] for page in PAGES} == {store.artifact_location}
     mlflow.set_tracking_uri(uri)

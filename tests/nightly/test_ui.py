@@ -40,18 +40,34 @@ def ui(tmp_path_factory):
     for page in ("TransformerPipeline", "CustomPythonWrapper"):
         experiment = client.create_experiment(page, artifact_location=store.artifact_location)
         run = client.create_run(experiment, run_name=f"{NAME} of {page}")
-        client.log_batch(run.info.run_id, [Metric(name, value, 0, 0) for name, value in FIGURES.items()],
-                         [Param(*parameter) for parameter in PARAMETERS.items()])
+        client.log_batch(
+            run.info.run_id,
+            [Metric(name, value, 0, 0) for name, value in FIGURES.items()],
+            [Param(*parameter) for parameter in PARAMETERS.items()],
+        )
         client.set_terminated(run.info.run_id)
         runs.append(client.get_run(run.info.run_id))
     client.create_registered_model(MODEL)
-    version = client.create_model_version(MODEL, f"{runs[0].info.artifact_uri}/model", runs[0].info.run_id)
+    version = client.create_model_version(
+        MODEL, f"{runs[0].info.artifact_uri}/model", runs[0].info.run_id
+    )
     client.set_registered_model_alias(MODEL, "champion", version.version)
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")}
-    with server([sys.executable, "-m", "helpers", "ui", "--port", "0"],
-                environment | {"COURSE_TRACKING_URI": store.uri}, folder / "ui.log",
-                r"http://127\.0\.0\.1:[1-9]\d*") as address:
-        yield Ui(runs, {what: url.replace(UI, address) for what, url in ui_addresses(store, runs, MODEL).items()})
+    environment = {
+        name: value for name, value in os.environ.items() if not name.startswith("MLFLOW_")
+    }
+    with server(
+        [sys.executable, "-m", "helpers", "ui", "--port", "0"],
+        environment | {"COURSE_TRACKING_URI": store.uri},
+        folder / "ui.log",
+        r"http://127\.0\.0\.1:[1-9]\d*",
+    ) as address:
+        yield Ui(
+            runs,
+            {
+                what: url.replace(UI, address)
+                for what, url in ui_addresses(store, runs, MODEL).items()
+            },
+        )
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +86,9 @@ def test_the_runs_page_shows_its_name_and_its_parameters(ui, page):
     page.goto(ui.addresses["this run"])
     expect(page.get_by_role("heading", name=ui.runs[0].info.run_name)).to_be_visible()
     for name, value in PARAMETERS.items():
-        expect(page.get_by_role("row").filter(has_text=name).filter(has_text=value).first).to_be_visible()
+        expect(
+            page.get_by_role("row").filter(has_text=name).filter(has_text=value).first
+        ).to_be_visible()
     take(page, "mlflow-run")
 
 

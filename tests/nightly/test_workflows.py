@@ -1,6 +1,7 @@
 """The steps of the workflows, run by bash in a clean clone as a runner would; `gh` alone is a stand-in, elsewhere.
 
-Python is the one of these tests, which has the packages: a whole environment from nothing is another test's.
+Python is the one of these tests, which has the packages: a whole environment from nothing is
+another test's.
 
 Run: python -m helpers nightly tests/nightly/test_workflows.py
 """
@@ -39,11 +40,21 @@ def run(clone, folder, workflow, job, **variables):
 
 
 def test_the_steps_of_a_call_execute_a_page_and_leave_what_the_artifact_holds(clone, tmp_path):
-    done = run(clone, tmp_path, "pages.yml", "page", PAGE="ChatModel", MODEL="tiny-phi3", SOLVED="true",
-               PARAMETERS="question=Who wrote Hamlet?\nmax_tokens=8\n")
+    done = run(
+        clone,
+        tmp_path,
+        "pages.yml",
+        "page",
+        PAGE="ChatModel",
+        MODEL="tiny-phi3",
+        SOLVED="true",
+        PARAMETERS="question=Who wrote Hamlet?\nmax_tokens=8\n",
+    )
     assert done.returncode == 0, done.said
     pages = clone / "build" / "pages"
-    assert {"ChatModel.ipynb", "ChatModel.html", "junit.xml", "results.json"} <= {path.name for path in pages.iterdir()}
+    assert {"ChatModel.ipynb", "ChatModel.html", "junit.xml", "results.json"} <= {
+        path.name for path in pages.iterdir()
+    }
     results = json.loads((pages / "results.json").read_text(encoding="utf-8"))
     assert results["status"] == "passed"
     assert results["answers"][0]["question"] == "Who wrote Hamlet?"
@@ -54,11 +65,23 @@ def test_the_steps_of_a_call_execute_a_page_and_leave_what_the_artifact_holds(cl
 
 
 def test_the_steps_of_a_call_that_fails_leave_the_artifact_too(clone, tmp_path):
-    done = run(clone, tmp_path, "pages.yml", "page", PAGE="ChatModel", MODEL="gpt-5", SOLVED="false", PARAMETERS="")
+    done = run(
+        clone,
+        tmp_path,
+        "pages.yml",
+        "page",
+        PAGE="ChatModel",
+        MODEL="gpt-5",
+        SOLVED="false",
+        PARAMETERS="",
+    )
     assert done.returncode == 1
     assert "python -m helpers notebook ChatModel -p model gpt-5" in done.summary
     pages = clone / "build" / "pages"
-    assert json.loads((pages / "results.json").read_text(encoding="utf-8"))["error"]["code"] == "model-unknown"
+    assert (
+        json.loads((pages / "results.json").read_text(encoding="utf-8"))["error"]["code"]
+        == "model-unknown"
+    )
     assert (pages / "ChatModel.html").exists()
 
 
@@ -68,12 +91,15 @@ def test_the_steps_of_a_pull_request_find_its_pages(clone, tmp_path):
     assert done.output == 'pages=["ChatModel"]\n'
 
 
-@pytest.mark.parametrize(("workflow", "job", "options"), [
-    ("pull-request.yml", "check", ""),
-    # Their tests are run by these commands anyway; here they are only found.
-    ("main.yml", "test", "--collect-only"),
-    ("nightly.yml", "nightly", "--collect-only"),
-])
+@pytest.mark.parametrize(
+    ("workflow", "job", "options"),
+    [
+        ("pull-request.yml", "check", ""),
+        # Their tests are run by these commands anyway; here they are only found.
+        ("main.yml", "test", "--collect-only"),
+        ("nightly.yml", "nightly", "--collect-only"),
+    ],
+)
 def test_the_steps_that_run_a_tier_write_junit(clone, tmp_path, workflow, job, options):
     junit = Path(clone / "build" / "junit.xml")
     junit.unlink(missing_ok=True)

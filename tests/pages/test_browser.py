@@ -1,7 +1,7 @@
 """Walks a page in JupyterLab, in a real browser, as a learner does: top to bottom, single cells, exercises, keys.
 
-JupyterLab gets copies of the notebooks: it saves what it shows. Screenshots are left in build/browser.
-Run: python -m helpers test tests/pages/test_browser.py
+JupyterLab gets copies of the notebooks: it saves what it shows. Screenshots are left in
+build/browser. Run: python -m helpers test tests/pages/test_browser.py
 """
 
 import re
@@ -28,8 +28,10 @@ need_chromium()
 # The page with the most to press. tests/nightly/test_browser.py walks the others.
 WALKED = ["ChatModel"]
 
-REGISTERED = re.compile(r"Successfully registered model '[\w-]+'\.|Created version '\d+' of model '[\w-]+'\."
-                        r"|Registered model '[\w-]+' already exists\. Creating a new version of this model\.\.\.")
+REGISTERED = re.compile(
+    r"Successfully registered model '[\w-]+'\.|Created version '\d+' of model '[\w-]+'\."
+    r"|Registered model '[\w-]+' already exists\. Creating a new version of this model\.\.\."
+)
 OUTPUT = ".jp-OutputArea-output"
 # A cell that asks at a temperature, without a seed.
 BY_CHANCE = "**warm"
@@ -38,9 +40,9 @@ FORMULA = "mjx-container, .MathJax"
 SUMMARY = "table details > summary"
 TAB_STOPS = 10  # of one cell at most: its own buttons and what stands in its outputs
 WRAPPER_LINES = 45
-# axe judges no colour of a text that it takes for hidden: what JupyterLab leaves out of the layout while it is out of
-# view, and what any box clips, such as the page's body, whose height is 0. What then hangs out of the notebook needs
-# the notebook's background.
+# axe judges no colour of a text that it takes for hidden: what JupyterLab leaves out of the layout
+# while it is out of view, and what any box clips, such as the page's body, whose height is 0. What
+# then hangs out of the notebook needs the notebook's background.
 ALL_IN_VIEW = f"""
     body, body :has({OUTPUT}) {{
         overflow: visible !important; content-visibility: visible !important; contain: none !important }}
@@ -102,26 +104,35 @@ def lab(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def controls(chromium, lab):
     """Show a notebook in which the checks below find what they look for: their absence elsewhere says something."""
-    sources = ('from helpers import show_table\nshow_table("$a$ and $b$", {"$5": "costs $6"})',
-               'from IPython.display import HTML\nHTML("<p>$a$ and $b$</p>")',
-               """HTML('<p style="color: #777; background: #888">Not to be read</p>')""",
-               "1/0",
-               "2")
+    sources = (
+        'from helpers import show_table\nshow_table("$a$ and $b$", {"$5": "costs $6"})',
+        'from IPython.display import HTML\nHTML("<p>$a$ and $b$</p>")',
+        """HTML('<p style="color: #777; background: #888">Not to be read</p>')""",
+        "1/0",
+        "2",
+    )
     cells = [nbformat.v4.new_markdown_cell("$x^2$"), *map(nbformat.v4.new_code_cell, sources)]
     # Without a kernel's name JupyterLab asks for one.
     kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-    nbformat.write(nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}),
-                   lab.folder / "Controls.ipynb")
+    nbformat.write(
+        nbformat.v4.new_notebook(cells=cells, metadata={"kernelspec": kernel}),
+        lab.folder / "Controls.ipynb",
+    )
     with lab.open(chromium[0], "Controls", len(sources)) as notebook:
         notebook.run_all()
         outputs = [notebook.cell(index).locator(OUTPUT) for index in (1, 2)]
-        # JupyterLab loads MathJax when it needs it: once both formulas are there, a third one would be.
+        # JupyterLab loads MathJax when it needs it: once both formulas are there, a third one would
+        # be.
         expect(notebook.cell(0).locator(FORMULA)).to_have_count(1)
         expect(outputs[1].locator(FORMULA)).to_have_count(2)
         take(notebook.page, "Controls")
-        return SimpleNamespace(red_lines=notebook.red_lines(), prompts=notebook.prompts(),
-                               formulas=outputs[0].locator(FORMULA).count(), table=outputs[0].text_content(),
-                               faults=faults(notebook.page))
+        return SimpleNamespace(
+            red_lines=notebook.red_lines(),
+            prompts=notebook.prompts(),
+            formulas=outputs[0].locator(FORMULA).count(),
+            table=outputs[0].text_content(),
+            faults=faults(notebook.page),
+        )
 
 
 def test_an_error_would_be_seen(controls):
@@ -136,7 +147,10 @@ def test_two_dollar_signs_in_a_table_are_no_mathematics(controls):
 
 
 def test_grey_on_grey_would_be_seen(controls):
-    assert any(fault.startswith("color-contrast") and "Not to be read" in fault for fault in controls.faults)
+    assert any(
+        fault.startswith("color-contrast") and "Not to be read" in fault
+        for fault in controls.faults
+    )
 
 
 @pytest.fixture(scope="module", params=WALKED)
@@ -200,17 +214,25 @@ def surprises(lines):
 
 def test_an_untouched_exercise_gets_a_hint(walk):
     assert len(walk.checks()) >= 3
-    assert [walk.untouched[index] for index in walk.checks() if not UNSOLVED.match(walk.untouched[index])] == []
+    assert [
+        walk.untouched[index]
+        for index in walk.checks()
+        if not UNSOLVED.match(walk.untouched[index])
+    ] == []
     assert not any("Traceback" in walk.untouched[index] for index in walk.checks())
 
 
 def test_a_solution_passes(walk):
-    assert [walk.solved[index] for index in walk.checks() if not SOLVED.match(walk.solved[index])] == []
+    assert [
+        walk.solved[index] for index in walk.checks() if not SOLVED.match(walk.solved[index])
+    ] == []
 
 
 def test_each_cell_runs_again_by_itself_and_says_the_same(walk):
-    first, again = ({index: comparable(walk.cells[index].source, text) for index, text in texts.items()}
-                    for texts in (walk.solved, walk.again))
+    first, again = (
+        {index: comparable(walk.cells[index].source, text) for index, text in texts.items()}
+        for texts in (walk.solved, walk.again)
+    )
     assert sorted(again) == walk.code()
     assert {index: again[index] for index in again if again[index] != first[index]} == {}
 
@@ -236,18 +258,26 @@ def test_the_signature_is_a_table(walk):
     page, caption = walk.notebook.page, "Two signatures" if chat else "Signature"
     tables = page.locator(f"{CODE_CELL} table", has=page.locator(f"caption:text-is('{caption}')"))
     headings = ["llm/v1/chat", "slm-onnx"] if chat else ["Type", "Required", "Default"]
-    expect(tables.first.locator("thead").first.locator("th")).to_have_text(["Field", "Part", *headings])
+    expect(tables.first.locator("thead").first.locator("th")).to_have_text(
+        ["Field", "Part", *headings]
+    )
 
 
 def test_a_champion_is_shown(walk):
-    expect(walk.notebook.page.locator(f"{CODE_CELL} caption:text-is('The champion')")).to_have_count(1)
+    expect(
+        walk.notebook.page.locator(f"{CODE_CELL} caption:text-is('The champion')")
+    ).to_have_count(1)
 
 
 def test_a_folded_field_opens_by_keyboard(walk):
     if walk.name == "CustomPythonWrapper":  # its signature has no field inside a field
         expect(walk.notebook.page.locator(SUMMARY)).to_have_count(0)
         return
-    index = walk.find("show_signature(model_info)" if walk.name == "TransformerPipeline" else "compare_signatures(t")
+    index = walk.find(
+        "show_signature(model_info)"
+        if walk.name == "TransformerPipeline"
+        else "compare_signatures(t"
+    )
     page, summary = walk.notebook.page, walk.notebook.cell(index).locator(SUMMARY).first
     walk.notebook.cell(index).locator(".jp-InputPrompt").click()
     for _ in range(TAB_STOPS):
@@ -266,7 +296,11 @@ def test_a_folded_field_opens_by_keyboard(walk):
 def test_the_wrapper_fits_a_screen(walk):
     wrappers = [cell for cell in walk.cells if "wrapper" in cell.metadata.get("tags", [])]
     assert len(wrappers) == (walk.name == "CustomPythonWrapper")
-    assert [len(cell.source.splitlines()) for cell in wrappers if len(cell.source.splitlines()) > WRAPPER_LINES] == []
+    assert [
+        len(cell.source.splitlines())
+        for cell in wrappers
+        if len(cell.source.splitlines()) > WRAPPER_LINES
+    ] == []
 
 
 def test_the_playground_answers_stops_and_answers_again(walk):
@@ -309,9 +343,13 @@ def test_what_a_page_shows_can_be_read_in_both_themes(walk, theme):
     page = walk.notebook.page
     page.evaluate(CHANGE_THEME, theme)
     expect(page.locator("body")).to_have_attribute("data-jp-theme-name", theme)
-    expect(page.locator("#jupyterlab-splash")).to_have_count(0)  # it lies over the page while the theme comes
-    picture_of = {"TransformerPipeline": "show_tokens(", "CustomPythonWrapper": "compare_figures(",
-                  "ChatModel": "show_playground("}
+    # It lies over the page while the theme comes.
+    expect(page.locator("#jupyterlab-splash")).to_have_count(0)
+    picture_of = {
+        "TransformerPipeline": "show_tokens(",
+        "CustomPythonWrapper": "compare_figures(",
+        "ChatModel": "show_playground(",
+    }
     walk.notebook.cell(walk.find(picture_of[walk.name])).evaluate("cell => cell.scrollIntoView()")
     take(page, f"{walk.name}-{theme.split()[1].lower()}")
     assert faults(page) == []
@@ -326,9 +364,13 @@ def faults(page):
     style.evaluate("style => style.remove()")
     judged = sum(len(rule["nodes"]) for rule in colours["passes"] + colours["violations"])
     assert judged >= page.locator(OUTPUT).count(), "axe took some text for hidden"
-    return [f"{rule['id']}: {node['html'][:200]}: {node['failureSummary']}"
-            for rule in [rule for rule in found if rule["id"] != "color-contrast"] + colours["violations"]
-            if rule["impact"] in ("serious", "critical") for node in rule["nodes"]]
+    return [
+        f"{rule['id']}: {node['html'][:200]}: {node['failureSummary']}"
+        for rule in [rule for rule in found if rule["id"] != "color-contrast"]
+        + colours["violations"]
+        if rule["impact"] in ("serious", "critical")
+        for node in rule["nodes"]
+    ]
 
 
 def test_no_request_leaves_this_machine(walk, chromium):

@@ -50,7 +50,9 @@ def test_the_run_is_in_the_pages_own_experiment_whatever_the_shell_holds(odd):
     assert rows(odd, "SELECT name, run_id FROM model_versions") == [(model, run)]
     assert rows(odd, "SELECT alias FROM registered_model_aliases") == [("champion",)]
     assert set(rows(odd, "SELECT model_id FROM logged_model_metrics")) <= {(logged,)}
-    files = {path.name for path in (Path(odd.extra["checkout"]) / "build" / "mlartifacts").rglob("*")}
+    files = {
+        path.name for path in (Path(odd.extra["checkout"]) / "build" / "mlartifacts").rglob("*")
+    }
     assert {"MLmodel", "answers.csv"} <= files
 
 
@@ -59,13 +61,21 @@ def test_the_signature_is_the_prompt_contract(odd):
     prompt = find_signature("models:/slm-onnx-prompt@champion")
     assert str(prompt.inputs) == "['prompt': Any (required)]"
     assert str(prompt.outputs) == "[string (required)]"
-    assert {param.name: param.dtype.name for param in prompt.params} == {"max_tokens": "long", "temperature": "double"}
+    assert {param.name: param.dtype.name for param in prompt.params} == {
+        "max_tokens": "long",
+        "temperature": "double",
+    }
 
 
 def test_a_fresh_process_loads_the_champion_and_gets_a_text_for_each_row(python, odd):
     prompts = [f"<|user|>\nName a {thing}.<|end|>\n<|assistant|>\n" for thing in ("fruit", "city")]
-    answers = ask_in_fresh_process(python, odd.store, "slm-onnx-prompt", {"prompt": prompts},
-                                   {"max_tokens": 12, "temperature": 0.0})
+    answers = ask_in_fresh_process(
+        python,
+        odd.store,
+        "slm-onnx-prompt",
+        {"prompt": prompts},
+        {"max_tokens": 12, "temperature": 0.0},
+    )
     assert len(answers) == 2
     assert all(isinstance(answer, str) and answer for answer in answers)
     assert answers[0] != answers[1]

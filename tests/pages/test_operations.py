@@ -38,10 +38,15 @@ def test_the_gate_refuses_the_worse_challenger_with_the_rows_that_decided(execut
     assert [row.split("  ")[0] for row in table.splitlines()[4:]] == FAMILIES
     name = NAMES[track]
     client = mlflow.MlflowClient(executed.store)
-    versions = {version.tags["title"]: version for version in client.search_model_versions(f"name = '{name}'")}
+    versions = {
+        version.tags["title"]: version
+        for version in client.search_model_versions(f"name = '{name}'")
+    }
     assert set(versions) == {"steady", "lively"}  # the broken one is gone
     assert client.get_registered_model(name).aliases == {
-        "champion": versions["steady"].version, "challenger": versions["lively"].version}
+        "champion": versions["steady"].version,
+        "challenger": versions["lively"].version,
+    }
     assert versions["lively"].tags["gate"]
 
 
@@ -57,7 +62,10 @@ def test_the_service_serves_what_it_should_and_refuses_the_rest(executed, track)
     assert re.search(r"answered +8", executed.shown("Eight patient clients\n"))
     parsed = {"onnx": "City(city=", "transformers": "response_format"}[track]
     assert parsed in "\n".join(executed.output("class City"))
-    assert re.search(r"slm_model_failed_version +3", executed.shown("While the alias points to the broken version\n"))
+    assert re.search(
+        r"slm_model_failed_version +3",
+        executed.shown("While the alias points to the broken version\n"),
+    )
     table = executed.shown("In the store\n")
     before_after = re.findall(r"^(versions|models|runs) +(\d+) +(\d+)$", table, re.MULTILINE)
     assert len(before_after) == 3
@@ -71,8 +79,11 @@ def test_drift_leaves_its_band_when_the_traffic_changes(executed):
 
 def test_no_program_of_the_page_outlives_it(executed):
     def left():
-        return [process.cmdline() for process in psutil.process_iter(["cmdline"])
-                if executed.database in " ".join(process.info["cmdline"] or [])]
+        return [
+            process.cmdline()
+            for process in psutil.process_iter(["cmdline"])
+            if executed.database in " ".join(process.info["cmdline"] or [])
+        ]
 
     for _ in range(100):  # they end when their kernel has ended
         if not left():

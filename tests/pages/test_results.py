@@ -32,8 +32,13 @@ def run_page(tmp_path, monkeypatch, store):
     def run(*sources, refused=""):
         cells = [nbformat.v4.new_code_cell(source) for source in sources]
         kernel = {"name": "python3", "display_name": "Python 3", "language": "python"}
-        nbformat.write(nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Title"), *cells],
-                                                metadata={"kernelspec": kernel}), folder / "Page.ipynb")
+        nbformat.write(
+            nbformat.v4.new_notebook(
+                cells=[nbformat.v4.new_markdown_cell("# Title"), *cells],
+                metadata={"kernelspec": kernel},
+            ),
+            folder / "Page.ipynb",
+        )
         if refused:
             with refuses(refused):
                 execute("Page", {"tracking_uri": store}, tmp_path / "out", results=files)
@@ -57,7 +62,11 @@ def test_a_page_that_runs_to_its_end_has_its_runs_figures_and_answers(run_page, 
 
 def test_a_cell_that_is_refused_has_the_courses_code_and_what_was_logged_before_it(run_page):
     suite, found = run_page(LOGS, REFUSES, "1", refused="cell-refused")
-    assert [case.result[0].type if case.result else "" for case in suite][1:] == ["", "disk-full", None]
+    assert [case.result[0].type if case.result else "" for case in suite][1:] == [
+        "",
+        "disk-full",
+        None,
+    ]
     assert found["error"]["code"] == "disk-full"
     assert found["error"]["message"] == "The disk is full. Make room."
     assert found["run"]["metrics"] == {"tokens": 7.0}

@@ -31,7 +31,8 @@ def by_tools() -> Executed:
 def test_the_page_runs_clean_on_a_tracking_server(on_server):
     assert_clean(on_server)
     assert f"Q  {OTHER['question']}" in on_server.stdout
-    assert on_server.stdout.count("  Q  ") == 2  # those of the project that the page runs stay in the page
+    # Those of the project that the page runs stay in the page.
+    assert on_server.stdout.count("  Q  ") == 2
 
 
 def test_each_solution_of_an_exercise_passes(on_server):
@@ -46,10 +47,14 @@ def test_the_run_holds_parameters_and_figures_and_the_champion_is_its_model(on_s
     parameters = {name: str(value) for name, value in OTHER.items()} | {"model": "tiny-phi3"}
     assert run.info.status == "FINISHED"
     assert parameters.items() <= run.data.params.items()  # MLflow's flavor adds its model_config
-    assert {"load_seconds", "first_token_seconds", "disk_bytes", "peak_memory_bytes"} <= set(run.data.metrics)
+    assert {"load_seconds", "first_token_seconds", "disk_bytes", "peak_memory_bytes"} <= set(
+        run.data.metrics
+    )
     assert all(value > 0 for value in run.data.metrics.values())
-    assert run.info.run_name == ("tiny-phi3: question=What is the capital of France?, system_prompt=Answer in one "
-                                 "sentence., max_tokens=24, temperature=0.3")
+    assert run.info.run_name == (
+        "tiny-phi3: question=What is the capital of France?, system_prompt=Answer in one "
+        "sentence., max_tokens=24, temperature=0.3"
+    )
     assert champion.tags["model"] == "tiny-phi3"
 
 
@@ -60,14 +65,23 @@ def test_the_server_has_the_model_and_nothing_is_left_here(on_server):
     folder = Path(on_server.folder)
     kept = {path.name for path in folder.glob(f"artifacts/**/{model}/artifacts/*")}
     assert {"MLmodel", "requirements.txt"} <= kept
-    assert [path for path in (folder / "temporary").rglob("*") if path.is_file() and path.stat().st_size > 1000] == []
+    assert [
+        path
+        for path in (folder / "temporary").rglob("*")
+        if path.is_file() and path.stat().st_size > 1000
+    ] == []
     # Other pages may run at this moment: what is theirs belongs to a process that is alive.
-    assert [path for path in BUILD.glob("kernel-*")
-            if not psutil.pid_exists(int(path.name.removeprefix("kernel-")))] == []
+    assert [
+        path
+        for path in BUILD.glob("kernel-*")
+        if not psutil.pid_exists(int(path.name.removeprefix("kernel-")))
+    ] == []
 
 
 def test_no_file_and_no_output_shows_the_password(on_server):
-    written = "".join(on_server.file(ending).read_text("utf-8") for ending in (".ipynb", ".html", ".log"))
+    written = "".join(
+        on_server.file(ending).read_text("utf-8") for ending in (".ipynb", ".html", ".log")
+    )
     assert on_server.extra["host"] in written
     for text in (written, on_server.stdout, on_server.stderr):
         assert "ses%40me" not in text and "ses@me" not in text
@@ -80,17 +94,23 @@ def test_the_html_page_carries_its_images(on_server):
 
 
 def test_the_signature_is_the_chat_contract(by_tools):
-    version = mlflow.MlflowClient(by_tools.store).get_model_version_by_alias(NAMES[PAGE], "champion")
+    version = mlflow.MlflowClient(by_tools.store).get_model_version_by_alias(
+        NAMES[PAGE], "champion"
+    )
     mlflow.set_tracking_uri(by_tools.store)
     signature = mlflow.models.get_model_info(f"models:/{NAMES[PAGE]}/{version.version}").signature
-    assert (signature.inputs, signature.outputs) == (CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA)
+    assert (signature.inputs, signature.outputs) == (
+        CHAT_MODEL_INPUT_SCHEMA,
+        CHAT_MODEL_OUTPUT_SCHEMA,
+    )
 
 
 def test_papermill_and_nbmake_run_the_page_with_parameters_and_open_exercises(by_tools):
     assert_clean(by_tools)
     assert "1 passed" in by_tools.stdout
-    run, = mlflow.MlflowClient(by_tools.store).search_runs(
-        [mlflow.MlflowClient(by_tools.store).get_experiment_by_name(PAGE).experiment_id])
+    (run,) = mlflow.MlflowClient(by_tools.store).search_runs(
+        [mlflow.MlflowClient(by_tools.store).get_experiment_by_name(PAGE).experiment_id]
+    )
     assert (run.data.params["max_tokens"], run.data.params["model"]) == ("8", "tiny-phi3")
     assert len(checks(by_tools)) == 4
     assert all(said.startswith("Not yet: ") for said in checks(by_tools)), checks(by_tools)

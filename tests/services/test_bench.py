@@ -38,12 +38,20 @@ from course.generate import batch_table, ratios_table, service_table
 from helpers.servers import running
 
 
-@pytest.mark.parametrize(("value", "reach", "reached"), [
-    (0.97, {"at_least": 0.97}, True), (0.968, {"at_least": 0.97}, False), (0.9699999, {"at_least": 0.97}, False),
-    (2, {"at_least": 0.97}, True),
-    (1.0, {"under": 1.0}, False), (0.9999999, {"under": 1.0}, True), (1.0001, {"under": 1.0}, False),
-    (5, {}, True), (-5, {"what": "nothing to reach"}, True),
-])
+@pytest.mark.parametrize(
+    ("value", "reach", "reached"),
+    [
+        (0.97, {"at_least": 0.97}, True),
+        (0.968, {"at_least": 0.97}, False),
+        (0.9699999, {"at_least": 0.97}, False),
+        (2, {"at_least": 0.97}, True),
+        (1.0, {"under": 1.0}, False),
+        (0.9999999, {"under": 1.0}, True),
+        (1.0001, {"under": 1.0}, False),
+        (5, {}, True),
+        (-5, {"what": "nothing to reach"}, True),
+    ],
+)
 def test_a_gate_compares_the_figure_as_it_was_measured(value, reach, reached):
     assert reaches(value, reach) is reached
 
@@ -55,8 +63,11 @@ def test_a_run_says_what_it_misses():
     slow["raw"]["pages"]["TransformerPipeline on smollm2-135m"]["seconds"] = 300
     slow["raw"]["prepare"]["warm_seconds"] = 0.5
     slow["raw"]["test"] = {"seconds": 899.9, "tests_seconds": 661, "disk_bytes": 1}
-    assert misses(slow) == ["pages: TransformerPipeline on smollm2-135m: seconds", "prepare: warm_seconds",
-                            "test: tests_seconds"]
+    assert misses(slow) == [
+        "pages: TransformerPipeline on smollm2-135m: seconds",
+        "prepare: warm_seconds",
+        "test: tests_seconds",
+    ]
     assert set(run()["ratios"]) == set(REACH)
 
 
@@ -74,20 +85,29 @@ def test_the_oldest_runs_of_a_machine_make_way_and_those_of_another_stay(tmp_pat
 
     runs = [numbered("other", cores=4), numbered("more memory", memory_bytes=32e9)]
     for number in range(KEPT + 2):
-        runs = keep_run(runs, numbered(number, memory_bytes=15.7e9 + number))  # a system tells a little more or less
+        # A system tells a little more or less.
+        runs = keep_run(runs, numbered(number, memory_bytes=15.7e9 + number))
     assert [one["raw"] for one in runs] == ["other", "more memory", *range(2, KEPT + 2)]
     assert keep_run(runs, runs[3]) == runs
     assert {machine_name(one) for one in runs} == {
-        "4 cores (Fast, Linux, 16 GB)", "2 cores (Fast, Linux, 32 GB)", "2 cores (Fast, Linux, 16 GB)"}
+        "4 cores (Fast, Linux, 16 GB)",
+        "2 cores (Fast, Linux, 32 GB)",
+        "2 cores (Fast, Linux, 16 GB)",
+    }
     write_runs(runs, tmp_path / "bench.json")
     assert read_runs(tmp_path / "bench.json") == runs
     assert read_runs(tmp_path / "none.json") == []
 
 
-@pytest.mark.parametrize(("values", "digits", "shown"), [
-    ([2.5], 2, "2.50"), ([3.98, 8.7829, 5], 2, "3.98 to 8.78"), ([17.2, 17.4], 0, "17"),
-    ([1234.4, 10], 0, "10 to 1,234"),
-])
+@pytest.mark.parametrize(
+    ("values", "digits", "shown"),
+    [
+        ([2.5], 2, "2.50"),
+        ([3.98, 8.7829, 5], 2, "3.98 to 8.78"),
+        ([17.2, 17.4], 0, "17"),
+        ([1234.4, 10], 0, "10 to 1,234"),
+    ],
+)
 def test_a_range_is_the_smallest_and_the_largest(values, digits, shown):
     assert show_range(iter(values), digits) == shown
 
@@ -118,10 +138,19 @@ def test_works_take_turns_and_the_warm_up_is_left_out(monkeypatch):
     assert chat._race({name: lambda name=name: work(name) for name in costs}, 3) == {"a": 2, "b": 5}
 
 
-@pytest.mark.parametrize(("values", "share", "value"), [
-    ([7], 0.95, 7), ([3, 1, 2], 0.5, 2), ([4, 3, 2, 1], 0.5, 2), (range(1, 101), 0.95, 95), (range(1, 22), 0.95, 20),
-    (range(1, 21), 0.95, 19), ([1, 2], 1.0, 2), ([1, 9], 0.95, 9),
-])
+@pytest.mark.parametrize(
+    ("values", "share", "value"),
+    [
+        ([7], 0.95, 7),
+        ([3, 1, 2], 0.5, 2),
+        ([4, 3, 2, 1], 0.5, 2),
+        (range(1, 101), 0.95, 95),
+        (range(1, 22), 0.95, 20),
+        (range(1, 21), 0.95, 19),
+        ([1, 2], 1.0, 2),
+        ([1, 9], 0.95, 9),
+    ],
+)
 def test_a_percentile_is_one_of_the_values(values, share, value):
     assert percentile(values, share) == value
 
@@ -134,8 +163,13 @@ async def _stand_in(scope, receive, send):
     usage = {"usage": {"completion_tokens": length}}
     if asked.get("stream"):
         events = [{"choices": [{"delta": {"content": text}}]} for text in ("", "a", "b")]
-        end = [{"error": {"code": "failed"}}] if length == 14 else [{"choices": []} | usage, "[DONE]"]
-        body = "".join(f"data: {event if event == '[DONE]' else json.dumps(event)}\n\n" for event in events + end)
+        end = (
+            [{"error": {"code": "failed"}}] if length == 14 else [{"choices": []} | usage, "[DONE]"]
+        )
+        body = "".join(
+            f"data: {event if event == '[DONE]' else json.dumps(event)}\n\n"
+            for event in events + end
+        )
     else:
         body = json.dumps({"predictions": ["text"]} if "inputs" in asked else usage)
     await send({"type": "http.response.start", "status": status, "headers": []})
@@ -149,10 +183,22 @@ def test_clients_tell_of_each_request_in_order_what_it_took():
             seconds, replies = clients.ask(address, bodies * 4, 3)
             assert [reply["tokens"] for reply in replies] == [3, 4, 0] * 4
             assert [reply.get("texts") for reply in replies] == [None, None, ["text"]] * 4
-            assert [reply["first_token_seconds"] is not None for reply in replies] == [False, True, False] * 4
-            assert all(0 < (reply["first_token_seconds"] or reply["seconds"]) <= reply["seconds"] <= seconds
-                       for reply in replies)
-        for wrong, says in (({"max_tokens": 13}, "500"), ({"max_tokens": 14, "stream": True}, "failed")):
+            assert [reply["first_token_seconds"] is not None for reply in replies] == [
+                False,
+                True,
+                False,
+            ] * 4
+            assert all(
+                0
+                < (reply["first_token_seconds"] or reply["seconds"])
+                <= reply["seconds"]
+                <= seconds
+                for reply in replies
+            )
+        for wrong, says in (
+            ({"max_tokens": 13}, "500"),
+            ({"max_tokens": 14, "stream": True}, "failed"),
+        ):
             with refuses("bench-request") as refusal:
                 clients.ask(address, [bodies[0], wrong], 2)
             assert f"1 of 2 requests to {address} failed. The first: '{says}" in refusal.value.what
@@ -161,20 +207,38 @@ def test_clients_tell_of_each_request_in_order_what_it_took():
     assert "3 of 3 requests" in refusal.value.what
 
 
-@pytest.mark.parametrize(("answer", "reference", "count"), [
-    ([1, 2, 3], [1, 2, 3], 3), ([1, 2, 3], [1, 2, 4], 2), ([7, 2, 3], [1, 2, 3], 0), ([1, 9, 3], [1, 2, 3], 1),
-    ([1, 2], [1, 2, 3], 2), ([1, 2, 3, 4], [1, 2, 3], 3), ([], [1], 0), ([1], [], 0), ([], [], 0),
-])
+@pytest.mark.parametrize(
+    ("answer", "reference", "count"),
+    [
+        ([1, 2, 3], [1, 2, 3], 3),
+        ([1, 2, 3], [1, 2, 4], 2),
+        ([7, 2, 3], [1, 2, 3], 0),
+        ([1, 9, 3], [1, 2, 3], 1),
+        ([1, 2], [1, 2, 3], 2),
+        ([1, 2, 3, 4], [1, 2, 3], 3),
+        ([], [1], 0),
+        ([1], [], 0),
+        ([], [], 0),
+    ],
+)
 def test_answers_are_equal_up_to_the_first_difference(answer, reference, count):
     assert equal_tokens(answer, reference) == count
 
 
-@pytest.mark.parametrize(("cpuinfo", "names"), [
-    ("model name\t: AMD\nflags\t\t: fpu avx2 avx512_vnni avx_vnni amx_int8\nbugs\t: amx_bug\n",
-     ["amx_int8", "avx512_vnni", "avx_vnni"]),
-    ("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n", ["i8mm", "asimddp"]),
-    ("flags\t: fpu sse2\n", []), ("", []), ("bugs\t: avx_vnni\n", []), ("flags\t: avx_vnni_int16\n", []),
-])
+@pytest.mark.parametrize(
+    ("cpuinfo", "names"),
+    [
+        (
+            "model name\t: AMD\nflags\t\t: fpu avx2 avx512_vnni avx_vnni amx_int8\nbugs\t: amx_bug\n",
+            ["amx_int8", "avx512_vnni", "avx_vnni"],
+        ),
+        ("processor\t: 0\nFeatures\t: fp asimd asimddp i8mm\n", ["i8mm", "asimddp"]),
+        ("flags\t: fpu sse2\n", []),
+        ("", []),
+        ("bugs\t: avx_vnni\n", []),
+        ("flags\t: avx_vnni_int16\n", []),
+    ],
+)
 def test_the_processors_instructions_for_int8_are_told(cpuinfo, names):
     assert int8_instructions(cpuinfo) == names
 
@@ -223,22 +287,38 @@ def test_a_fleet_is_longer_than_a_story():
 
 def test_the_service_has_its_own_ratios_and_shows_how_the_last_run_that_measured_it_grew():
     def grown(date, scale, **ratios):
-        seconds = {"whole": {"median": 1.004 * scale, "p95": 2.0 * scale},
-                   "first_token": {"median": 0.25 * scale, "p95": 0.5 * scale}}
+        seconds = {
+            "whole": {"median": 1.004 * scale, "p95": 2.0 * scale},
+            "first_token": {"median": 0.25 * scale, "p95": 0.5 * scale},
+        }
         one = run(date, **ratios)
         one["raw"]["chat"]["service"] = {
-            "growth": {"1": {"openai_server": seconds, "llama_cpp": seconds}, "64": {"openai_server": seconds}}}
+            "growth": {
+                "1": {"openai_server": seconds, "llama_cpp": seconds},
+                "64": {"openai_server": seconds},
+            }
+        }
         return one
 
     unmeasured = run("2026-01-04")
     for name in SERVICE:
         del unmeasured["ratios"][name]
     assert service_table([unmeasured]) == "No run has measured it.\n"
-    runs = [grown("2026-01-02", 1, service8_llamacpp=0.9), grown("2026-01-03", 10, service8_llamacpp=1.25), unmeasured]
+    runs = [
+        grown("2026-01-02", 1, service8_llamacpp=0.9),
+        grown("2026-01-03", 10, service8_llamacpp=1.25),
+        unmeasured,
+    ]
     table, chat_models = service_table(runs), ratios_table(runs)
     assert "| 0.900 to 1.250 | at least 1.15; missed on 2026-01-02 |" in table
-    assert "Missed on 2026-01-02, 8 HTTP clients, answers of mixed length, half of them streamed: no reason" in table
-    assert "| 1 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n| 1 | llama.cpp's | 10.04 s |" in table
+    assert (
+        "Missed on 2026-01-02, 8 HTTP clients, answers of mixed length, half of them streamed: no reason"
+        in table
+    )
+    assert (
+        "| 1 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n| 1 | llama.cpp's | 10.04 s |"
+        in table
+    )
     assert table.endswith("| 64 | this server | 10.04 s | 20.00 s | 2.50 s | 5.00 s |\n")
     assert "HTTP" not in chat_models and "10,000" not in chat_models and "16 rows" in chat_models
     assert "issed" not in chat_models and "16 rows" not in table
@@ -247,7 +327,10 @@ def test_the_service_has_its_own_ratios_and_shows_how_the_last_run_that_measured
 def test_the_batch_has_its_own_ratios_and_rows_per_second():
     one = run("2026-01-02", spark_two_workers=1.5)
     assert batch_table([one]) == "No run has measured it.\n"
-    one["raw"]["chat"]["spark"] = {"rows_per_second": {"1": 1.0, "2": 1.5, "predict": 2.04}, "few_rows_seconds": 20.4}
+    one["raw"]["chat"]["spark"] = {
+        "rows_per_second": {"1": 1.0, "2": 1.5, "predict": 2.04},
+        "few_rows_seconds": 20.4,
+    }
     table = batch_table([one, run("2026-01-03", spark_two_workers=1.7)])
     assert "| rows per second on two workers | on one worker | 1.500 to 1.700 |" in table
     assert "one worker 1.0; two workers 1.5; one `predict` 2.0" in table and "takes 20 s" in table
@@ -258,7 +341,9 @@ def test_the_services_chart_has_a_line_for_each_server_that_was_measured(tmp_pat
     seconds = {part: {"median": 1.0, "p95": 2.0} for part in ("whole", "first_token")}
     monkeypatch.setattr(generate, "SERVICE_CHART", tmp_path / "service.svg")
     for servers in (["openai_server"], ["openai_server", "llama_cpp"]):
-        generate.draw_service_chart({clients: dict.fromkeys(servers, seconds) for clients in ("1", "2", "64")})
+        generate.draw_service_chart(
+            {clients: dict.fromkeys(servers, seconds) for clients in ("1", "2", "64")}
+        )
         drawn = (tmp_path / "service.svg").read_text(encoding="utf-8")
         assert generate.bench_digest() in drawn and "clients at once" in drawn and ">64<" in drawn
         assert ("llama.cpp's" in drawn) is ("llama_cpp" in servers)
@@ -266,7 +351,9 @@ def test_the_services_chart_has_a_line_for_each_server_that_was_measured(tmp_pat
 
 def test_peak_memory_is_that_of_a_program_and_its_children(tmp_path):
     child = "import time; held = bytearray(200_000_000); time.sleep(0.5)"
-    code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print('done')"
+    code = (
+        f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}]); print('done')"
+    )
     seconds, peak = run_measured([sys.executable, "-c", code], ROOT, tmp_path / "log.txt")
     assert 200e6 < peak < 400e6
     assert seconds >= 0.5
@@ -276,17 +363,26 @@ def test_peak_memory_is_that_of_a_program_and_its_children(tmp_path):
     assert "ended with 3" in refusal.value.what
 
 
-def test_a_measurement_is_written_unrounded_and_kept_beside_the_others_when_asked(tmp_path, monkeypatch, capsys):
+def test_a_measurement_is_written_unrounded_and_kept_beside_the_others_when_asked(
+    tmp_path, monkeypatch, capsys
+):
     folder, kept = tmp_path / "bench", tmp_path / "bench.json"
     rates = {"TransformerPipeline": 17.5, "CustomPythonWrapper": 153.7, "ChatModel": 150.0}
     measured, other = run(), run(cores=4)
     measured["ratios"].pop("track_ratio")
     page = measured["raw"]["pages"]["TransformerPipeline on tiny-phi3"]
-    monkeypatch.setattr(notebooks, "_bench_test", lambda folder: {"seconds": 5399.9, "tests_seconds": 4800.0})
+    monkeypatch.setattr(
+        notebooks, "_bench_test", lambda folder: {"seconds": 5399.9, "tests_seconds": 4800.0}
+    )
     monkeypatch.setattr(notebooks, "bench_prepare", lambda folder: measured["raw"]["prepare"])
-    monkeypatch.setattr(notebooks, "bench_page",
-                        lambda page_name, model, store, folder: (page, {"tokens_per_second": rates[page_name]}))
-    monkeypatch.setattr(notebooks, "bench_chat", lambda store: (measured["ratios"], measured["raw"]["chat"]))
+    monkeypatch.setattr(
+        notebooks,
+        "bench_page",
+        lambda page_name, model, store, folder: (page, {"tokens_per_second": rates[page_name]}),
+    )
+    monkeypatch.setattr(
+        notebooks, "bench_chat", lambda store: (measured["ratios"], measured["raw"]["chat"])
+    )
     with refuses("bench-missing"):
         bench(keep=True, folder=folder, kept=kept)
     write_runs([other], kept)

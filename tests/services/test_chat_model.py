@@ -33,11 +33,16 @@ def traced(store, monkeypatch):
 def children(span):
     """Return the spans below one, of a trace that has ended."""
     trace = mlflow.get_trace(span.trace_id, flush=True)
-    return sorted((one for one in trace.data.spans if one.parent_id == span.span_id), key=lambda one: one.start_time_ns)
+    return sorted(
+        (one for one in trace.data.spans if one.parent_id == span.span_id),
+        key=lambda one: one.start_time_ns,
+    )
 
 
 def own(span):
-    return {name: value for name, value in span.attributes.items() if not name.startswith("mlflow.")}
+    return {
+        name: value for name, value in span.attributes.items() if not name.startswith("mlflow.")
+    }
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -46,7 +51,9 @@ def test_under_a_span_each_row_tells_what_it_spent_its_time_on(fresh, traced, st
     started = time.time_ns()
     with mlflow.start_span("caller") as caller:
         if stream:
-            *_, last = fresh.predict_stream(None, request | {"stream_options": {"include_usage": True}})
+            *_, last = fresh.predict_stream(
+                None, request | {"stream_options": {"include_usage": True}}
+            )
         else:
             (last,) = fresh.predict(None, request)
     ended = time.time_ns()
@@ -54,8 +61,11 @@ def test_under_a_span_each_row_tells_what_it_spent_its_time_on(fresh, traced, st
     assert [span.name for span in spans] == ["read", "wait", "prefill", "decode"]
     prompt, completion = last["usage"]["prompt_tokens"], last["usage"]["completion_tokens"]
     assert [own(span) for span in spans] == [
-        {}, {}, {"prompt_tokens": prompt, "reused_prompt_tokens": 0},
-        {"completion_tokens": completion, "finish_reason": "length" if completion == 6 else "stop"}]
+        {},
+        {},
+        {"prompt_tokens": prompt, "reused_prompt_tokens": 0},
+        {"completion_tokens": completion, "finish_reason": "length" if completion == 6 else "stop"},
+    ]
     # One begins where the other ends.
     times = [started, *(span.start_time_ns for span in spans), spans[-1].end_time_ns, ended]
     assert times == sorted(times)
@@ -73,7 +83,9 @@ def test_each_row_of_a_call_has_its_spans_and_a_continuation_says_what_it_reused
     reused = children(caller)[2].attributes["reused_prompt_tokens"]
     assert reused == children(caller)[2].attributes["prompt_tokens"] - 2
     with mlflow.start_span("caller") as caller:
-        fresh.predict(None, [AS_SHOWN | {"n": 2, "max_tokens": 3}, {"messages": user("y"), "max_tokens": 4}])
+        fresh.predict(
+            None, [AS_SHOWN | {"n": 2, "max_tokens": 3}, {"messages": user("y"), "max_tokens": 4}]
+        )
     names = [span.name for span in children(caller)]
     assert sorted(names) == sorted(["read", "wait", "prefill", "decode"] * 3)
 
@@ -87,7 +99,10 @@ def test_a_row_that_is_left_or_refused_has_spans_that_end(fresh, traced):
     assert [span.name for span in spans] == ["read", "wait", "prefill", "decode"]
     assert own(spans[-1])["finish_reason"] is None
     fresh.close()
-    with mlflow.start_span("caller") as caller, pytest.raises(MlflowException, match="This model is closed"):
+    with (
+        mlflow.start_span("caller") as caller,
+        pytest.raises(MlflowException, match="This model is closed"),
+    ):
         fresh.predict(None, AS_SHOWN)
     assert sorted(span.name for span in children(caller)) == ["decode", "prefill", "read", "wait"]
     with mlflow.start_span("caller") as caller, pytest.raises(MlflowException, match="temperature"):
@@ -97,7 +112,9 @@ def test_a_row_that_is_left_or_refused_has_spans_that_end(fresh, traced):
 
 def test_without_a_callers_span_none_is_made(fresh, traced, monkeypatch):
     made = []
-    monkeypatch.setattr(mlflow, "start_span_no_context", lambda *arguments, **named: made.append(arguments))
+    monkeypatch.setattr(
+        mlflow, "start_span_no_context", lambda *arguments, **named: made.append(arguments)
+    )
     ask(fresh, AS_SHOWN)
     list(fresh.predict_stream(None, AS_SHOWN))
     with mlflow.start_span("before"):
@@ -130,7 +147,9 @@ def test_two_versions_with_different_code_answer_each_by_its_own(versions):
         model.unwrap_python_model().close()
 
 
-def test_two_versions_that_are_loaded_at_the_same_moment_answer_each_by_its_own_code(versions, monkeypatch):
+def test_two_versions_that_are_loaded_at_the_same_moment_answer_each_by_its_own_code(
+    versions, monkeypatch
+):
     both, real, waits = threading.Barrier(2, timeout=60), mlflow.models.set_model, [True, True]
 
     def set_model(model):
@@ -143,20 +162,32 @@ def test_two_versions_that_are_loaded_at_the_same_moment_answer_each_by_its_own_
     with ThreadPoolExecutor(2) as pool:
         models = list(pool.map(mlflow.pyfunc.load_model, versions))
     sys.modules.pop("dbutils", None)  # which MLflow leaves behind where two threads load
-    assert models[0].unwrap_python_model() is models[1].unwrap_python_model()  # what MLflow mixes up
+    # What MLflow mixes up.
+    assert models[0].unwrap_python_model() is models[1].unwrap_python_model()
     assert [kind_of(model) for model in models * 2] == ["chatcmpl", "changed"] * 2
 
 
 # --- in another process ---------------------------------------------------------------------
 
 
-def test_it_loads_in_another_process_without_pickles_and_without_the_course(tiny, as_shown, python, tmp_path):
+def test_it_loads_in_another_process_without_pickles_and_without_the_course(
+    tiny, as_shown, python, tmp_path
+):
     saved = tmp_path / "störe 1" / "slm-onnx"
     mlflow.pyfunc.save_model(saved, **chat_model_for(tiny, model="toy", max_tokens=16))
-    code = ("import sys, json, mlflow; sys.modules |= dict.fromkeys(['helpers', 'course', 'serving']); "
-            "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(json.loads(sys.argv[2]))))")
-    result = python("-c", code, saved, json.dumps(AS_SHOWN), cwd=tmp_path, network=False,
-                    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    code = (
+        "import sys, json, mlflow; sys.modules |= dict.fromkeys(['helpers', 'course', 'serving']); "
+        "print(json.dumps(mlflow.pyfunc.load_model(sys.argv[1]).predict(json.loads(sys.argv[2]))))"
+    )
+    result = python(
+        "-c",
+        code,
+        saved,
+        json.dumps(AS_SHOWN),
+        cwd=tmp_path,
+        network=False,
+        MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false",
+    )
     assert result.returncode == 0, result.stderr
     assert json.loads(result.stdout.splitlines()[-1])[0]["choices"] == as_shown
     assert "Warning" not in result.stderr

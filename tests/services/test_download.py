@@ -36,40 +36,84 @@ CONTENT = {"big": random.Random(1).randbytes(200_000), "small.json": b"{}", "dee
 RATE = {"RateLimit": '"api";r=0;t=55'}
 
 
-@pytest.mark.parametrize(("status", "attempt", "headers", "seconds"), [
-    # What a server asks for is respected, at every attempt, and capped.
-    (429, 1, {"Retry-After": "7"}, 7), (429, 4, {"Retry-After": "7"}, 7), (503, 2, {"Retry-After": "0"}, 0),
-    (429, 1, {"Retry-After": "3600"}, 60), (429, 1, RATE, 55), (429, 3, RATE | {"Retry-After": "9"}, 9),
-    # Where it does not say, twice as long each time.
-    (429, 1, {}, 1), (500, 2, {}, 2), (502, 3, {}, 4), (504, 4, {}, 8), (408, 1, {}, 1),
-    (503, 2, {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}, 2), (503, 1, {"Retry-After": "-5"}, 1),
-    # A connection that broke.
-    (None, 1, {}, 1), (None, 4, {}, 8),
-    # No more than five times.
-    (429, 5, {"Retry-After": "7"}, None), (500, 5, {}, None), (None, 5, {}, None), (503, 6, {}, None),
-    # What another try does not change.
-    (400, 1, {}, None), (401, 1, {}, None), (403, 1, {"Retry-After": "7"}, None), (404, 1, {}, None),
-    (416, 1, {}, None), (501, 1, {}, None)])
+@pytest.mark.parametrize(
+    ("status", "attempt", "headers", "seconds"),
+    [
+        # What a server asks for is respected, at every attempt, and capped.
+        (429, 1, {"Retry-After": "7"}, 7),
+        (429, 4, {"Retry-After": "7"}, 7),
+        (503, 2, {"Retry-After": "0"}, 0),
+        (429, 1, {"Retry-After": "3600"}, 60),
+        (429, 1, RATE, 55),
+        (429, 3, RATE | {"Retry-After": "9"}, 9),
+        # Where it does not say, twice as long each time.
+        (429, 1, {}, 1),
+        (500, 2, {}, 2),
+        (502, 3, {}, 4),
+        (504, 4, {}, 8),
+        (408, 1, {}, 1),
+        (503, 2, {"Retry-After": "Wed, 21 Oct 2037 07:28:00 GMT"}, 2),
+        (503, 1, {"Retry-After": "-5"}, 1),
+        # A connection that broke.
+        (None, 1, {}, 1),
+        (None, 4, {}, 8),
+        # No more than five times.
+        (429, 5, {"Retry-After": "7"}, None),
+        (500, 5, {}, None),
+        (None, 5, {}, None),
+        (503, 6, {}, None),
+        # What another try does not change.
+        (400, 1, {}, None),
+        (401, 1, {}, None),
+        (403, 1, {"Retry-After": "7"}, None),
+        (404, 1, {}, None),
+        (416, 1, {}, None),
+        (501, 1, {}, None),
+    ],
+)
 def test_when_a_request_is_made_again(status, attempt, headers, seconds):
     assert seconds_to_wait(status, attempt, httpx.Headers(headers)) == seconds
 
 
-@pytest.mark.parametrize(("status", "failures", "silent", "lost", "seconds"), [
-    # Refused at once, as where a name is not found: asked after 0, 1 and 3 seconds, and said after 7.
-    (None, 1, 0, 9, 1), (None, 2, 1, 9, 2), (None, 3, 3, 9, 4), (None, 4, 7, 9, None),
-    # Still for 6 seconds, and one more connection.
-    (None, 1, 6, 9, 1), (None, 2, 9, 9, None), (None, 1, 7.9, 9, 1), (None, 1, 8, 9, None),
-    # Whoever has set a longer time waits for it.
-    (None, 1, 60, 90, 1), (None, 2, 89, 90, None),
-    # A server that answers is there, however long it is busy.
-    (503, 1, 30, 9, 1), (429, 4, 100, 9, 8)])
+@pytest.mark.parametrize(
+    ("status", "failures", "silent", "lost", "seconds"),
+    [
+        # Refused at once, as where a name is not found: asked after 0, 1 and 3 seconds, and said after
+        # 7.
+        (None, 1, 0, 9, 1),
+        (None, 2, 1, 9, 2),
+        (None, 3, 3, 9, 4),
+        (None, 4, 7, 9, None),
+        # Still for 6 seconds, and one more connection.
+        (None, 1, 6, 9, 1),
+        (None, 2, 9, 9, None),
+        (None, 1, 7.9, 9, 1),
+        (None, 1, 8, 9, None),
+        # Whoever has set a longer time waits for it.
+        (None, 1, 60, 90, 1),
+        (None, 2, 89, 90, None),
+        # A server that answers is there, however long it is busy.
+        (503, 1, 30, 9, 1),
+        (429, 4, 100, 9, 8),
+    ],
+)
 def test_a_network_that_is_lost_is_not_waited_for(status, failures, silent, lost, seconds):
     assert seconds_to_wait(status, failures, httpx.Headers(), silent, lost) == seconds
 
 
-@pytest.mark.parametrize(("asked", "limits"), [
-    (None, (5, 8)), ("", (5, 8)), ("soon", (5, 8)), ("0", (5, 8)), ("-5", (5, 8)), ("10", (10, 15)), ("60", (60, 90)),
-    ("2", (2, 8))])
+@pytest.mark.parametrize(
+    ("asked", "limits"),
+    [
+        (None, (5, 8)),
+        ("", (5, 8)),
+        ("soon", (5, 8)),
+        ("0", (5, 8)),
+        ("-5", (5, 8)),
+        ("10", (10, 15)),
+        ("60", (60, 90)),
+        ("2", (2, 8)),
+    ],
+)
 def test_how_long_nothing_may_come_is_what_a_user_has_set(asked, limits):
     assert patience(asked) == limits
     assert patience(None).lost < 10
@@ -98,7 +142,9 @@ def clock(monkeypatch):
 
 
 def answer(status, **headers):
-    return HfHubHTTPError("no", response=httpx.Response(status, headers=headers, request=httpx.Request("GET", "x:/")))
+    return HfHubHTTPError(
+        "no", response=httpx.Response(status, headers=headers, request=httpx.Request("GET", "x:/"))
+    )
 
 
 def calls(*outcomes):
@@ -122,18 +168,42 @@ def refused_certificate():
 
 
 def test_a_call_is_made_again_as_the_policy_says(clock, capsys):
-    assert retried(calls(answer(429, **{"Retry-After": "7"}), answer(500), httpx.ReadError("reset"), "good"),
-                   BROKEN, patience(None)) == "good"
+    assert (
+        retried(
+            calls(
+                answer(429, **{"Retry-After": "7"}), answer(500), httpx.ReadError("reset"), "good"
+            ),
+            BROKEN,
+            patience(None),
+        )
+        == "good"
+    )
     assert clock.pauses == [7, 2, 4]
-    assert capsys.readouterr().out.splitlines() == ["Busy: the next try is in 7 s", "Busy: the next try is in 2 s"]
-    for final in (answer(404), answer(401), refused_certificate(), httpx.ProxyError("no"), OSError("the disk's")):
+    assert capsys.readouterr().out.splitlines() == [
+        "Busy: the next try is in 7 s",
+        "Busy: the next try is in 2 s",
+    ]
+    for final in (
+        answer(404),
+        answer(401),
+        refused_certificate(),
+        httpx.ProxyError("no"),
+        OSError("the disk's"),
+    ):
         with pytest.raises(type(final)):
             retried(calls(final), BROKEN, patience(None))
     assert clock.pauses == [7, 2, 4]
 
 
-@pytest.mark.parametrize("error", [httpx.ConnectError("refused"), httpx.ConnectError("Name or service not known"),
-                                   httpx.RemoteProtocolError("cut"), httpx.ReadError("reset")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        httpx.ConnectError("refused"),
+        httpx.ConnectError("Name or service not known"),
+        httpx.RemoteProtocolError("cut"),
+        httpx.ReadError("reset"),
+    ],
+)
 def test_what_fails_at_once_is_said_within_ten_seconds(clock, error):
     with pytest.raises(type(error)):
         retried(calls(*[error] * 9), BROKEN, patience(None))
@@ -195,8 +265,14 @@ def test_what_the_disk_takes_is_no_silence(clock):
 
 
 def test_a_server_that_is_busy_for_long_is_not_lost(clock):
-    assert retried(calls(answer(503, **{"Retry-After": "60"}), httpx.ConnectError("restarts"), "good"),
-                   BROKEN, patience(None)) == "good"
+    assert (
+        retried(
+            calls(answer(503, **{"Retry-After": "60"}), httpx.ConnectError("restarts"), "good"),
+            BROKEN,
+            patience(None),
+        )
+        == "good"
+    )
     assert clock.pauses == [60, 2]
 
 
@@ -224,8 +300,10 @@ def served(tmp_path, monkeypatch):
 
 
 def listed(url, *names):
-    return {name: File(f"{url}/{name}", len(CONTENT[name]), hashlib.sha256(CONTENT[name]).hexdigest())
-            for name in names or CONTENT}
+    return {
+        name: File(f"{url}/{name}", len(CONTENT[name]), hashlib.sha256(CONTENT[name]).hexdigest())
+        for name in names or CONTENT
+    }
 
 
 def download(url, tmp_path, *names, finished="none"):
@@ -240,8 +318,11 @@ def half_of(download, name, content):
 
 
 def got(tmp_path):
-    return {path.relative_to(tmp_path / "got").as_posix(): path.read_bytes()
-            for path in (tmp_path / "got").rglob("*") if path.is_file()}
+    return {
+        path.relative_to(tmp_path / "got").as_posix(): path.read_bytes()
+        for path in (tmp_path / "got").rglob("*")
+        if path.is_file()
+    }
 
 
 def test_files_arrive_over_http_or_from_a_folder_and_are_listed(served, tmp_path, capsys):
@@ -283,9 +364,13 @@ def test_half_a_file_is_completed(served, tmp_path, over_http):
     assert log == ([("/big", "bytes=7000-")] if over_http else [])
 
 
-@pytest.mark.parametrize("half", [b"not of this file", b"?", CONTENT["big"] + b"and more", b"x" * 200_000])
+@pytest.mark.parametrize(
+    "half", [b"not of this file", b"?", CONTENT["big"] + b"and more", b"x" * 200_000]
+)
 @pytest.mark.parametrize("over_http", [True, False])
-def test_half_a_file_that_is_wrong_or_longer_than_the_file_is_thrown_away(served, tmp_path, half, over_http):
+def test_half_a_file_that_is_wrong_or_longer_than_the_file_is_thrown_away(
+    served, tmp_path, half, over_http
+):
     web, _ = served
     log = []
     with web_server(web, log=log) as url:
@@ -384,33 +469,45 @@ def test_a_busy_server_is_asked_as_often_as_the_policy_says_and_no_more(served, 
     assert pauses[3:] == [2] * (TRIES - 1)
 
 
-@pytest.mark.parametrize(("cuts", "ranges"), [({}, [None]), ({"/big": 70_000}, [None, "bytes=70000-"])])
-def test_a_network_that_is_lost_is_said_after_a_few_seconds_and_what_came_stays(served, tmp_path, monkeypatch, cuts,
-                                                                                ranges):
+@pytest.mark.parametrize(
+    ("cuts", "ranges"), [({}, [None]), ({"/big": 70_000}, [None, "bytes=70000-"])]
+)
+def test_a_network_that_is_lost_is_said_after_a_few_seconds_and_what_came_stays(
+    served, tmp_path, monkeypatch, cuts, ranges
+):
     web, _ = served
     log, pauses = [], []
     clock = SimpleNamespace(sleep=pauses.append, monotonic=lambda: time.monotonic() + sum(pauses))
     monkeypatch.setattr("helpers.models.download.time", clock)
-    with web_server(web, cuts, log=log, leaves=True, gone=[] if cuts else ["/big"]) as url, \
-            pytest.raises(httpx.RemoteProtocolError):
+    with (
+        web_server(web, cuts, log=log, leaves=True, gone=[] if cuts else ["/big"]) as url,
+        pytest.raises(httpx.RemoteProtocolError),
+    ):
         download(url, tmp_path, "big").fetch(["big"])
-    # After the last byte: at once, and after 1, 3 and 7 seconds. Nobody else's tries are around them.
+    # After the last byte: at once, and after 1, 3 and 7 seconds. Nobody else's tries are around
+    # them.
     assert [asked for _, asked in log] == ranges + ranges[-1:] * (4 - len(ranges))
     assert pauses == [1, 2, 4]
-    assert [path.stat().st_size for path in (tmp_path / "got").iterdir()] == ([70_000] if cuts else [])
+    assert [path.stat().st_size for path in (tmp_path / "got").iterdir()] == (
+        [70_000] if cuts else []
+    )
     with web_server(web) as url:
         download(url, tmp_path, "big").fetch(["big"])
     assert got(tmp_path) == {"big": CONTENT["big"]}
 
 
 @pytest.mark.parametrize(("asked", "seconds"), [(None, 5), ("45", 45)])
-def test_a_connection_waits_as_long_as_a_user_has_set(served, tmp_path, monkeypatch, asked, seconds):
+def test_a_connection_waits_as_long_as_a_user_has_set(
+    served, tmp_path, monkeypatch, asked, seconds
+):
     web, _ = served
     monkeypatch.delenv("HF_HUB_DOWNLOAD_TIMEOUT", raising=False)
     if asked:
         monkeypatch.setenv("HF_HUB_DOWNLOAD_TIMEOUT", asked)
     timeouts = []
-    get_session().event_hooks["request"].append(lambda request: timeouts.append(request.extensions["timeout"]))
+    get_session().event_hooks["request"].append(
+        lambda request: timeouts.append(request.extensions["timeout"])
+    )
     with web_server(web) as url:
         download(url, tmp_path, "big").fetch(["big"])
     assert timeouts == [dict.fromkeys(("connect", "read", "write", "pool"), seconds)]
@@ -421,8 +518,11 @@ def test_a_page_in_place_of_a_file_does_no_harm_to_the_next_try(served, tmp_path
     web, _ = served
     (tmp_path / "portal").mkdir()
     (tmp_path / "portal" / "big").write_bytes(b"<title>Welcome to Hotel WiFi</title>")
-    for place, options in ((web, {"answer": b"<title>Welcome to Hotel WiFi</title>"}),
-                           (tmp_path / "portal", {"ranges": False})):  # without its length, and with it
+    for place, options in (
+        (web, {"answer": b"<title>Welcome to Hotel WiFi</title>"}),
+        # Without its length, and with it.
+        (tmp_path / "portal", {"ranges": False}),
+    ):
         with web_server(place, **options) as url, pytest.raises(LengthError):
             one = download(url, tmp_path, "big")
             if half:

@@ -19,7 +19,16 @@ from support.phi3_layout import CPU, ONNX
 from helpers import prepare_model
 from helpers.models.prepare import cache_state
 
-COMMAND = [sys.executable, "-m", "helpers", "prepare", "--model", "phi-3-mini-4k", "--track", "onnx"]
+COMMAND = [
+    sys.executable,
+    "-m",
+    "helpers",
+    "prepare",
+    "--model",
+    "phi-3-mini-4k",
+    "--track",
+    "onnx",
+]
 TOKENIZER = "tokenizer.json"
 
 
@@ -54,7 +63,10 @@ def test_a_proxy_that_answers_html_is_seen(hub, monkeypatch):
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
 def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(hub, cache, monkeypatch):
     hub.faults = {TOKENIZER: [("hold", 20_000)]}
-    interrupt(COMMAND, lambda: any(path.stat().st_size == 20_000 for path in cache.rglob(f"{TOKENIZER}.*")))
+    interrupt(
+        COMMAND,
+        lambda: any(path.stat().st_size == 20_000 for path in cache.rglob(f"{TOKENIZER}.*")),
+    )
     assert cache_state("phi-3-mini-4k") == "not prepared"
     hub.asked.clear()
     download_here(monkeypatch, hub.url)
@@ -74,4 +86,5 @@ def test_a_download_ends_with_the_process_that_wants_it(hub):
     (child,) = psutil.Process(process.pid).children()
     process.kill()
     process.wait()
-    child.wait(timeout=6)  # raises an error where it goes on: without an answer, the client gives up after ten seconds
+    # Raises an error where it goes on: without an answer, the client gives up after ten seconds.
+    child.wait(timeout=6)

@@ -1,7 +1,7 @@
 """Models of the Hugging Face Hub: the real client against a Hub on loopback, with one case for each error code.
 
-What a repository's files say is decided in ``helpers.models.usable`` (test_usable.py), and when a request is made again
-in ``helpers.models.download`` (test_download.py).
+What a repository's files say is decided in ``helpers.models.usable`` (test_usable.py), and when a
+request is made again in ``helpers.models.download`` (test_download.py).
 
 Run: python -m helpers test tests/services/test_hub_files.py
 """
@@ -59,7 +59,11 @@ def own(serve, phi3, tmp_path):
 
 
 def files_asked(hub):
-    return {path.split("/resolve/")[1].split("/", 1)[1] for _, path, _ in hub.asked if "/resolve/" in path}
+    return {
+        path.split("/resolve/")[1].split("/", 1)[1]
+        for _, path, _ in hub.asked
+        if "/resolve/" in path
+    }
 
 
 def no_weights_asked(hub):
@@ -83,9 +87,20 @@ def refused(code, name="phi-3-mini-4k", track="transformers", **options):
 
 def test_track_b_fetches_the_one_folder_for_the_cpu(hub, cache):
     prepared = prepare_model("phi-3-mini-4k", "onnx")
-    assert files_asked(hub) == {f"{CPU}/{name}" for name in (
-        "model.onnx", "model.onnx.data", "genai_config.json", "config.json", "tokenizer.json", "tokenizer.model",
-        "tokenizer_config.json", "added_tokens.json", "special_tokens_map.json")}
+    assert files_asked(hub) == {
+        f"{CPU}/{name}"
+        for name in (
+            "model.onnx",
+            "model.onnx.data",
+            "genai_config.json",
+            "config.json",
+            "tokenizer.json",
+            "tokenizer.model",
+            "tokenizer_config.json",
+            "added_tokens.json",
+            "special_tokens_map.json",
+        )
+    }
     assert prepared.onnx_dir == cache / "phi-3-mini-4k" / "onnx"
     assert prepared.transformers_dir is None
     for name in ("model.onnx", "model.onnx.data"):
@@ -109,7 +124,10 @@ def test_track_a_fetches_safetensors_and_no_code_and_asks_nothing_again(hub, cac
 def test_the_commit_is_recorded_and_a_lost_file_comes_from_the_same_one(own, cache, capsys):
     commit = own.commit(TORCH)
     prepared = prepare_model("phi-3-mini-4k")
-    assert prepared.sources == {"transformers": f"{TORCH}@{commit}", "onnx": f"{ONNX}@{own.commit(ONNX)}"}
+    assert prepared.sources == {
+        "transformers": f"{TORCH}@{commit}",
+        "onnx": f"{ONNX}@{own.commit(ONNX)}",
+    }
     (prepared.transformers_dir / SHARD).unlink()
     own.asked.clear()
     prepare_model("phi-3-mini-4k", "transformers")
@@ -119,16 +137,25 @@ def test_the_commit_is_recorded_and_a_lost_file_comes_from_the_same_one(own, cac
 
 def test_a_commit_that_is_gone_gives_way_to_the_newest(own):
     prepared = prepare_model("phi-3-mini-4k", "transformers")
-    (own.root / TORCH / "config.json").write_text((own.root / TORCH / "config.json").read_text() + "\n")
+    (own.root / TORCH / "config.json").write_text(
+        (own.root / TORCH / "config.json").read_text() + "\n"
+    )
     (prepared.transformers_dir / SHARD).unlink()
-    assert prepare_model("phi-3-mini-4k", "transformers").sources["transformers"] == f"{TORCH}@{own.commit(TORCH)}"
+    assert (
+        prepare_model("phi-3-mini-4k", "transformers").sources["transformers"]
+        == f"{TORCH}@{own.commit(TORCH)}"
+    )
 
 
 def test_any_repository_can_be_named(hub):
     names = [f"hub:{TORCH}", f"hub:{ONNX}@{hub.commit(ONNX)}"]
     for name, track, repo in zip(names, ("transformers", "onnx"), (TORCH, ONNX), strict=True):
         prepared = prepare_model(name, track)
-        assert (prepared.entry.name, prepared.entry.context_length, prepared.entry.licence) == (name, 4096, "mit")
+        assert (prepared.entry.name, prepared.entry.context_length, prepared.entry.licence) == (
+            name,
+            4096,
+            "mit",
+        )
         assert prepared.entry.memory >= 1000
         assert prepared.sources[track] == f"{repo}@{hub.commit(repo)}"
         assert cache_state(name) == "ready"
@@ -180,7 +207,9 @@ def test_other_content_than_the_hub_lists_is_not_used(hub):
     assert cache_state("phi-3-mini-4k") == "not prepared"
     hub.wrong = set()
     prepare_model("phi-3-mini-4k", "transformers")
-    assert hub.sent[f"{TORCH}/tokenizer.json"] == (hub.root / TORCH / "tokenizer.json").stat().st_size
+    assert (
+        hub.sent[f"{TORCH}/tokenizer.json"] == (hub.root / TORCH / "tokenizer.json").stat().st_size
+    )
 
 
 def test_a_file_that_the_hub_lists_and_lacks_is_named(hub):
@@ -223,26 +252,43 @@ EXPIRED = ssl.SSLCertVerificationError()
 EXPIRED.verify_message = "certificate has expired"
 
 
-@pytest.mark.parametrize(("error", "code", "says"), [
-    (answered(403, errors.GatedRepoError), "hub-gated", "org/name"),
-    (answered(401, errors.RepositoryNotFoundError), "hub-no-repository", "org/name"),
-    (errors.HFValidationError("no"), "hub-no-repository", "org/name"),
-    (answered(404, errors.RevisionNotFoundError), "hub-no-revision", "org/name"),
-    (answered(404, errors.RemoteEntryNotFoundError, "Not found\nhttps://hub/org/name/resolve/c1/a/b.json."),
-     "hub-no-file", "a/b.json"),
-    (answered(404, errors.RemoteEntryNotFoundError), "hub-no-file", "a file"),
-    (answered(401), "hub-token", "huggingface/token"), (answered(403), "hub-token", "hf auth login"),
-    (answered(503), "hub-busy", "503 for org/name, also after 5 tries"), (answered(418), "hub-status", "418 for org/"),
-    (caused_by(httpx.ConnectError("no"), EXPIRED), "hub-certificate", "certificate has expired; this machine's clock"),
-    (httpx.ProxyError("407 who are {you}?"), "hub-proxy", "407 who are {you}?"),
-    (httpx.ConnectError("no"), "hub-no-answer", "HTTPS_PROXY"),
-    (httpx.ReadTimeout("no"), "hub-no-answer", "HTTPS_PROXY"),
-    (json.JSONDecodeError("no", "<", 0), "hub-other-answer", "Log in"),
-    (LengthError("9 bytes came"), "hub-other-answer", "Log in"),
-    (httpx.InvalidURL("no port"), "hub-settings", "InvalidURL: no port"),
-    (OSError("odd"), "hub-settings", "OSError: odd"),
-    (ValueError("x" * 999), "hub-settings", "ValueError: " + "x" * 200 + "."),
-    (TypeError("no"), "hub-unreadable", "TypeError")])
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (answered(403, errors.GatedRepoError), "hub-gated", "org/name"),
+        (answered(401, errors.RepositoryNotFoundError), "hub-no-repository", "org/name"),
+        (errors.HFValidationError("no"), "hub-no-repository", "org/name"),
+        (answered(404, errors.RevisionNotFoundError), "hub-no-revision", "org/name"),
+        (
+            answered(
+                404,
+                errors.RemoteEntryNotFoundError,
+                "Not found\nhttps://hub/org/name/resolve/c1/a/b.json.",
+            ),
+            "hub-no-file",
+            "a/b.json",
+        ),
+        (answered(404, errors.RemoteEntryNotFoundError), "hub-no-file", "a file"),
+        (answered(401), "hub-token", "huggingface/token"),
+        (answered(403), "hub-token", "hf auth login"),
+        (answered(503), "hub-busy", "503 for org/name, also after 5 tries"),
+        (answered(418), "hub-status", "418 for org/"),
+        (
+            caused_by(httpx.ConnectError("no"), EXPIRED),
+            "hub-certificate",
+            "certificate has expired; this machine's clock",
+        ),
+        (httpx.ProxyError("407 who are {you}?"), "hub-proxy", "407 who are {you}?"),
+        (httpx.ConnectError("no"), "hub-no-answer", "HTTPS_PROXY"),
+        (httpx.ReadTimeout("no"), "hub-no-answer", "HTTPS_PROXY"),
+        (json.JSONDecodeError("no", "<", 0), "hub-other-answer", "Log in"),
+        (LengthError("9 bytes came"), "hub-other-answer", "Log in"),
+        (httpx.InvalidURL("no port"), "hub-settings", "InvalidURL: no port"),
+        (OSError("odd"), "hub-settings", "OSError: odd"),
+        (ValueError("x" * 999), "hub-settings", "ValueError: " + "x" * 200 + "."),
+        (TypeError("no"), "hub-unreadable", "TypeError"),
+    ],
+)
 def test_what_stopped_a_download_is_said_in_two_sentences(error, code, says):
     explained = explain(error, "org/name")
     assert explained.code == code
@@ -254,13 +300,17 @@ def test_what_stopped_a_download_is_said_in_two_sentences(error, code, says):
 # --- repositories that a track cannot use: each is refused before its weights travel ------------
 
 
-@pytest.mark.parametrize(("track", "repo", "folder"), [("transformers", TORCH, TORCH), ("onnx", ONNX, f"{ONNX}/{CPU}")])
+@pytest.mark.parametrize(
+    ("track", "repo", "folder"), [("transformers", TORCH, TORCH), ("onnx", ONNX, f"{ONNX}/{CPU}")]
+)
 def test_without_a_chat_template_the_user_may_write_one(own, cache, track, repo, folder):
     file = own.root / folder / "tokenizer_config.json"
     template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
     change_json(file, chat_template=None)
     says = refused("hub-no-template", track=track)
-    assert f"{repo} has no chat template: nothing says how a conversation becomes its prompt" in says
+    assert (
+        f"{repo} has no chat template: nothing says how a conversation becomes its prompt" in says
+    )
     assert no_weights_asked(own)
     # What the error says to do, works.
     written = cache / "phi-3-mini-4k" / track / "chat_template.jinja"
@@ -275,12 +325,17 @@ def test_without_a_chat_template_the_user_may_write_one(own, cache, track, repo,
 
 def test_templates_come_from_where_transformers_reads_them(own):
     folder = own.root / TORCH
-    template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))["chat_template"]
+    template = json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8"))[
+        "chat_template"
+    ]
     change_json(folder / "tokenizer_config.json", chat_template=None)
-    (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": template}), encoding="utf-8"
+    )
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text(template, encoding="utf-8")
-    refused("hub-no-template")  # the first is a processor's, which no tokenizer reads; the second is not the default
+    # The first is a processor's, which no tokenizer reads; the second is not the default.
+    refused("hub-no-template")
     (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
     prepared = prepare_model("phi-3-mini-4k", "transformers")
     assert (prepared.transformers_dir / "additional_chat_templates" / "rag.jinja").is_file()
@@ -292,7 +347,9 @@ def test_without_onnx_files_the_export_is_offered(own):
     for name in ("cpu_and_mobile", "directml"):
         shutil.rmtree(own.root / ONNX / name)
     says = refused("hub-no-onnx", f"hub:{ONNX}", "onnx")
-    assert "has no ONNX files for the CPU: it has cuda/cuda-fp16, cuda/cuda-int4-rtn-block-32." in says
+    assert (
+        "has no ONNX files for the CPU: it has cuda/cuda-fp16, cuda/cuda-int4-rtn-block-32." in says
+    )
     assert f"--model hub:{TORCH} --export" in says
 
 
@@ -311,7 +368,10 @@ def test_pickles_are_refused_and_the_model_that_another_was_made_from_is_named(o
 
 def test_an_index_cannot_name_anything_but_safetensors(own):
     (own.root / TORCH / "pytorch_model.bin").write_bytes(b"\x80\x04.")
-    change_json(own.root / TORCH / "model.safetensors.index.json", weight_map={"a": SHARD, "b": "pytorch_model.bin"})
+    change_json(
+        own.root / TORCH / "model.safetensors.index.json",
+        weight_map={"a": SHARD, "b": "pytorch_model.bin"},
+    )
     assert "says that it has pytorch_model.bin, and" in refused("hub-weights")
     assert no_weights_asked(own)
     change_json(own.root / TORCH / "model.safetensors.index.json", weight_map={})
@@ -345,7 +405,9 @@ def test_weights_of_an_onnx_model_come_under_any_of_their_names(own):
     names = {"model.onnx_data", "model.onnx_data.1", "model.onnx.data.1"}
     for name in names:
         (folder / name).write_bytes(b"weights")
-    assert names <= {path.name for path in prepare_model("phi-3-mini-4k", "onnx").onnx_dir.iterdir()}
+    assert names <= {
+        path.name for path in prepare_model("phi-3-mini-4k", "onnx").onnx_dir.iterdir()
+    }
 
 
 def test_of_several_folders_for_the_cpu_the_fastest_is_taken_and_that_is_said(own, capsys):
@@ -353,16 +415,25 @@ def test_of_several_folders_for_the_cpu_the_fastest_is_taken_and_that_is_said(ow
     prepare_model(f"hub:{ONNX}", "onnx")
     assert {name.rsplit("/", 1)[0] for name in files_asked(own)} == {CPU}
     said = capsys.readouterr().out
-    assert f"cpu_and_mobile/cpu-int4-rtn-block-32, {CPU}, cpu_and_mobile/cpu-zz-fp32. {CPU} is taken" in said
+    assert (
+        f"cpu_and_mobile/cpu-int4-rtn-block-32, {CPU}, cpu_and_mobile/cpu-zz-fp32. {CPU} is taken"
+        in said
+    )
     assert "data/models.toml" in said
     prepare_model("phi-3-mini-4k", "onnx")  # whose entry names the folder
     assert "is taken" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("fields", "code"), [
-    ({"model_type": "homemade"}, "hub-code"), ({"max_position_embeddings": "4k"}, "hub-context"),
-    ({"architectures": ["BertModel"]}, "hub-architecture"), ({"quantization": {"bits": 4}}, "hub-quantized"),
-    ({"dtype": "int8"}, "hub-dtype")])
+@pytest.mark.parametrize(
+    ("fields", "code"),
+    [
+        ({"model_type": "homemade"}, "hub-code"),
+        ({"max_position_embeddings": "4k"}, "hub-context"),
+        ({"architectures": ["BertModel"]}, "hub-architecture"),
+        ({"quantization": {"bits": 4}}, "hub-quantized"),
+        ({"dtype": "int8"}, "hub-dtype"),
+    ],
+)
 def test_a_configuration_that_the_course_cannot_run_is_refused(own, fields, code):
     change_json(own.root / TORCH / "config.json", **fields)
     assert TORCH in refused(code)
@@ -377,9 +448,15 @@ def test_a_configuration_that_is_missing_or_no_json_is_named(own, content):
     assert no_weights_asked(own)
 
 
-@pytest.mark.parametrize(("track", "folder", "content"), [
-    ("transformers", TORCH, None), ("transformers", TORCH, "{"), ("onnx", f"{ONNX}/{CPU}", None),
-    ("onnx", f"{ONNX}/{CPU}", "{}")])
+@pytest.mark.parametrize(
+    ("track", "folder", "content"),
+    [
+        ("transformers", TORCH, None),
+        ("transformers", TORCH, "{"),
+        ("onnx", f"{ONNX}/{CPU}", None),
+        ("onnx", f"{ONNX}/{CPU}", "{}"),
+    ],
+)
 def test_without_a_tokenizer_that_can_be_made_no_weights_travel(own, track, folder, content):
     file = own.root / folder / "tokenizer.json"
     file.unlink() if content is None else file.write_text(content, encoding="utf-8")
@@ -401,9 +478,14 @@ def test_a_model_for_another_task_is_refused(hub):
     assert "text-to-image" in refused("hub-task", track=None)
 
 
-@pytest.mark.parametrize(("says", "code"), [
-    ({"siblings": None}, "hub-no-safetensors"), ({"siblings": [{"rfilename": "config.json"}]}, "hub-no-safetensors"),
-    ({"cardData": "x"}, "hub-unreadable")])
+@pytest.mark.parametrize(
+    ("says", "code"),
+    [
+        ({"siblings": None}, "hub-no-safetensors"),
+        ({"siblings": [{"rfilename": "config.json"}]}, "hub-no-safetensors"),
+        ({"cardData": "x"}, "hub-unreadable"),
+    ],
+)
 def test_a_listing_that_makes_no_sense_is_refused_in_sentences(hub, says, code):
     hub.says = {TORCH: says}
     refused(code)
@@ -414,17 +496,21 @@ def test_a_listing_that_makes_no_sense_is_refused_in_sentences(hub, says, code):
 
 def test_what_transformers_does_not_load_stays_there_and_that_is_said(own, capsys):
     folder = own.root / TORCH
-    shutil.copy(folder / SHARD, folder / "model.safetensors")  # which transformers takes before an index
+    # Which transformers takes before an index.
+    shutil.copy(folder / SHARD, folder / "model.safetensors")
     shutil.copy(folder / SHARD, folder / "consolidated.safetensors")
     (folder / "original").mkdir()
     (folder / "original" / "tokenizer.json").write_bytes(b"{}")
-    (folder / "..\\evil.json").write_text("{}", encoding="utf-8")  # leads out of the folder on Windows
-    (folder / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")  # which nobody can read
+    # Leads out of the folder on Windows.
+    (folder / "..\\evil.json").write_text("{}", encoding="utf-8")
+    # Which nobody can read.
+    (folder / "README.md").write_text("---\nlicense: [\n---\n", encoding="utf-8")
     prepared = prepare_model("phi-3-mini-4k", "transformers")
     asked = files_asked(own)
     assert {name for name in asked if name.endswith(".safetensors")} == {"model.safetensors"}
     assert not [name for name in asked if "/" in name or "evil" in name]
-    assert ModelCard.load(prepared.transformers_dir / "README.md").data.license == "mit"  # the course's own
+    # The course's own.
+    assert ModelCard.load(prepared.transformers_dir / "README.md").data.license == "mit"
     said = capsys.readouterr().out
     assert "model.safetensors are taken" in said
     assert f"not consolidated.safetensors, {SHARD}" in said
@@ -436,7 +522,10 @@ def test_shards_in_a_folder_come_where_the_index_names_them(own):
     shards = [SHARD, SHARD.replace("1", "2", 1)]
     for shard in shards:
         (folder / shard).rename(folder / "shards" / shard)
-    change_json(folder / "model.safetensors.index.json", weight_map={shard: f"shards/{shard}" for shard in shards})
+    change_json(
+        folder / "model.safetensors.index.json",
+        weight_map={shard: f"shards/{shard}" for shard in shards},
+    )
     prepared = prepare_model("phi-3-mini-4k", "transformers")
     assert (prepared.transformers_dir / "shards" / SHARD).is_file()
     assert cache_state("phi-3-mini-4k") == "ready"
@@ -444,7 +533,8 @@ def test_shards_in_a_folder_come_where_the_index_names_them(own):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a disk that tells the two names apart")
 def test_of_two_names_that_differ_in_case_alone_one_comes(own):
-    (own.root / TORCH / "Tokenizer.json").write_text("{}", encoding="utf-8")  # the Hub lists capitals first
+    # The Hub lists capitals first.
+    (own.root / TORCH / "Tokenizer.json").write_text("{}", encoding="utf-8")
     (own.root / TORCH / "ReadMe.md").write_text("another", encoding="utf-8")
     refused("hub-no-tokenizer")
     (own.root / TORCH / "Tokenizer.json").unlink()
@@ -472,10 +562,17 @@ def token_file(tmp_path, monkeypatch):
 STALE = "hf_" + "s" * 30
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    (f"  {STALE}\r\n".encode(), "is not accepted by the Hub"),
-    ("hf_größe".encode(), "has characters that no token has"), (b"\xff\xfe\x00", "cannot be read")])
-def test_a_token_that_does_not_work_is_no_obstacle_to_a_public_repository(hub, token_file, capsys, content, says):
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (f"  {STALE}\r\n".encode(), "is not accepted by the Hub"),
+        ("hf_größe".encode(), "has characters that no token has"),
+        (b"\xff\xfe\x00", "cannot be read"),
+    ],
+)
+def test_a_token_that_does_not_work_is_no_obstacle_to_a_public_repository(
+    hub, token_file, capsys, content, says
+):
     token_file.write_bytes(content)
     hub.expired = {STALE}
     prepare_model("phi-3-mini-4k", "transformers")
@@ -512,13 +609,18 @@ def test_an_empty_token_is_none(hub, token_file, monkeypatch, capsys):
     assert "token" not in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("environment", "place"), [
-    ({}, "~/.cache/huggingface/token"), ({"HF_HOME": "/x"}, "$HF_HOME/token"),
-    ({"XDG_CACHE_HOME": "/x"}, "$XDG_CACHE_HOME/huggingface/token"),
-    ({"HF_TOKEN_PATH": "/x", "HF_HOME": "/y"}, "the file that HF_TOKEN_PATH names"),
-    ({"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b", "HF_TOKEN_PATH": "/x"}, "HF_TOKEN"),
-    ({"HF_TOKEN": " ", "HUGGING_FACE_HUB_TOKEN": "b"}, "HUGGING_FACE_HUB_TOKEN"),
-    ({"HF_TOKEN": "", "HF_HOME": "/x"}, "$HF_HOME/token")])
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        ({}, "~/.cache/huggingface/token"),
+        ({"HF_HOME": "/x"}, "$HF_HOME/token"),
+        ({"XDG_CACHE_HOME": "/x"}, "$XDG_CACHE_HOME/huggingface/token"),
+        ({"HF_TOKEN_PATH": "/x", "HF_HOME": "/y"}, "the file that HF_TOKEN_PATH names"),
+        ({"HF_TOKEN": "a", "HUGGING_FACE_HUB_TOKEN": "b", "HF_TOKEN_PATH": "/x"}, "HF_TOKEN"),
+        ({"HF_TOKEN": " ", "HUGGING_FACE_HUB_TOKEN": "b"}, "HUGGING_FACE_HUB_TOKEN"),
+        ({"HF_TOKEN": "", "HF_HOME": "/x"}, "$HF_HOME/token"),
+    ],
+)
 def test_where_a_token_is_from_is_said_and_what_helps_there(environment, place):
     where, fix = token_place(environment)
     assert where == place
@@ -529,7 +631,12 @@ def test_where_a_token_is_from_is_said_and_what_helps_there(environment, place):
 def test_the_listing_waits_as_long_as_a_user_has_set(hub, monkeypatch):
     timeouts = []
     get_session().event_hooks["request"].append(
-        lambda request: timeouts.append(request.extensions["timeout"]["read"]) if "/api/" in str(request.url) else None)
+        lambda request: (
+            timeouts.append(request.extensions["timeout"]["read"])
+            if "/api/" in str(request.url)
+            else None
+        )
+    )
     hub.private = {TORCH}  # the listing is all that is asked for
     for value in ("", "40"):
         monkeypatch.setenv("HF_HUB_ETAG_TIMEOUT", value)
@@ -549,7 +656,8 @@ def test_a_model_that_memory_cannot_hold_is_refused_before_it_travels(hub):
 
 
 def test_a_model_that_the_disk_cannot_hold_is_refused_before_it_travels(hub, monkeypatch):
-    monkeypatch.setattr("helpers.models.space.free_disk", lambda folder: 0.3)  # MB: the small files fit
+    # MB: the small files fit.
+    monkeypatch.setattr("helpers.models.space.free_disk", lambda folder: 0.3)
     assert f"The disk is too full: {TORCH} takes 1 MB in " in refused("disk-full")
     assert files_asked(hub) and no_weights_asked(hub)
 
@@ -559,7 +667,9 @@ def test_a_disk_that_fills_up_while_a_file_comes_is_an_error_of_the_disk(hub, mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("helpers.models.download.Download._get", full)
-    assert "The disk is too full: Phi-3-mini-4k-instruct takes 10,400 MB in " in refused("disk-full")
+    assert "The disk is too full: Phi-3-mini-4k-instruct takes 10,400 MB in " in refused(
+        "disk-full"
+    )
 
 
 def test_a_truncated_file_alone_is_fetched_again_and_the_users_own_stays(hub, capsys):
@@ -580,7 +690,9 @@ def test_a_truncated_file_alone_is_fetched_again_and_the_users_own_stays(hub, ca
     assert (prepared.transformers_dir / "notes.txt").read_text(encoding="utf-8") == "mine"
 
 
-def test_files_that_were_moved_before_an_interruption_are_not_fetched_again(hub, cache, monkeypatch):
+def test_files_that_were_moved_before_an_interruption_are_not_fetched_again(
+    hub, cache, monkeypatch
+):
     folder, move = cache / "phi-3-mini-4k" / "transformers", Path.replace
 
     def replace(self, target):

@@ -21,11 +21,19 @@ from helpers.models.kit import MANIFEST, read_kit
 # --- wheels for other systems ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("platform", "python", "has", "has_not"), [
-    ("windows", "3.12", {"pywin32", "waitress", "colorama"}, {"gunicorn", "appnope", "pexpect", "nvidia-cublas"}),
-    ("macos", "3.13", {"appnope", "gunicorn", "pexpect"}, {"pywin32", "pywinpty", "waitress"}),
-    ("linux", "3.11", {"gunicorn", "pexpect", "overrides"}, {"pywin32", "appnope", "colorama"}),
-])
+@pytest.mark.parametrize(
+    ("platform", "python", "has", "has_not"),
+    [
+        (
+            "windows",
+            "3.12",
+            {"pywin32", "waitress", "colorama"},
+            {"gunicorn", "appnope", "pexpect", "nvidia-cublas"},
+        ),
+        ("macos", "3.13", {"appnope", "gunicorn", "pexpect"}, {"pywin32", "pywinpty", "waitress"}),
+        ("linux", "3.11", {"gunicorn", "pexpect", "overrides"}, {"pywin32", "appnope", "colorama"}),
+    ],
+)
 def test_a_marker_speaks_of_the_participants_machine(platform, python, has, has_not):
     for patch in (0, 99):
         wanted = {one.name for one in Target(platform, python).requirements(patch)}
@@ -34,8 +42,14 @@ def test_a_marker_speaks_of_the_participants_machine(platform, python, has, has_
 
 
 def test_a_marker_of_a_patch_release_is_asked_at_both_ends():
-    versions = [{str(one.specifier) for one in Target("linux", "3.11").requirements(patch) if one.name == "soupsieve"}
-                for patch in (0, 99)]
+    versions = [
+        {
+            str(one.specifier)
+            for one in Target("linux", "3.11").requirements(patch)
+            if one.name == "soupsieve"
+        }
+        for patch in (0, 99)
+    ]
     assert versions[0] != versions[1]
     assert all(len(found) == 1 for found in versions)
 
@@ -60,11 +74,20 @@ def built(tmp_path_factory, tiny, index):
 def test_a_kit_has_the_wheels_of_each_system_and_patch_release(built):
     names = sorted(path.name for path in (built / "wheels").glob("*.whl"))
     for system in ("win_amd64", "macosx_11_0_arm64", "manylinux2014_x86_64"):
-        assert [name for name in names if name.startswith("markupsafe-3.0.4-cp311-") and system in name], names
-    assert [name for name in names if name.startswith("pywinpty-3.1.2-cp311-cp311-win_amd64")], names
-    assert not [name for name in names if name.startswith("pywinpty") and "win" not in name.split("-")[-1]]
-    assert {"six-1.17.0-py2.py3-none-any.whl", "soupsieve-2.10-py3-none-any.whl",
-            "soupsieve-4.1.2-py3-none-any.whl"} <= set(names)
+        assert [
+            name for name in names if name.startswith("markupsafe-3.0.4-cp311-") and system in name
+        ], names
+    assert [name for name in names if name.startswith("pywinpty-3.1.2-cp311-cp311-win_amd64")], (
+        names
+    )
+    assert not [
+        name for name in names if name.startswith("pywinpty") and "win" not in name.split("-")[-1]
+    ]
+    assert {
+        "six-1.17.0-py2.py3-none-any.whl",
+        "soupsieve-2.10-py3-none-any.whl",
+        "soupsieve-4.1.2-py3-none-any.whl",
+    } <= set(names)
     kit = read_kit(str(built))
     assert kit.manifest["platforms"] == ["windows", "macos", "linux"]
     page = (built / "wheels" / "index.html").read_text(encoding="utf-8")
@@ -75,8 +98,23 @@ def test_a_kit_has_the_wheels_of_each_system_and_patch_release(built):
 
 def test_pip_chooses_the_wheels_that_each_target_can_use_and_leaves_the_rest(built):
     names = {path.name for path in (built / "wheels").glob("*.whl")}
-    assert not [name for name in names if any(word in name for word in (
-        "cp312", "cp313", "win32.whl", "x86_64.whl-", "musllinux", "aarch64", "macosx_10_9", "1.16.0"))]
+    assert not [
+        name
+        for name in names
+        if any(
+            word in name
+            for word in (
+                "cp312",
+                "cp313",
+                "win32.whl",
+                "x86_64.whl-",
+                "musllinux",
+                "aarch64",
+                "macosx_10_9",
+                "1.16.0",
+            )
+        )
+    ]
     assert len(names) == 3 + 1 + 3
 
 
@@ -89,8 +127,11 @@ def test_a_package_that_the_index_lacks_is_named_with_the_machine(tmp_path, inde
 
 
 def test_the_cuda_build_of_torch_is_refused(tmp_path, monkeypatch):
-    index = only_wheels(tmp_path / "index", "torch-9.9-cp312-cp312-manylinux_2_28_x86_64.whl",
-                        requires="Requires-Dist: nvidia-cublas\n")
+    index = only_wheels(
+        tmp_path / "index",
+        "torch-9.9-cp312-cp312-manylinux_2_28_x86_64.whl",
+        requires="Requires-Dist: nvidia-cublas\n",
+    )
     for name, value in index.items():
         monkeypatch.setenv(name, value)
     (tmp_path / "constraints.txt").write_text("torch==9.9\n", encoding="utf-8")
@@ -123,10 +164,15 @@ def test_a_second_build_keeps_what_is_there_drops_what_is_stale_and_leaves_the_u
     assert kit.unknown() == ["my.txt", "wheels/my notes.txt"]
 
 
-@pytest.mark.parametrize("there", [
-    {"index.html": "my site"}, {"manifest.json": '{"name": "my app"}'}, {"photos/a.jpg": "mine"},
-    {"manifest.json": '{"files": {"thesis.txt": {"size": 4}}}', "thesis.txt": "mine"},
-])
+@pytest.mark.parametrize(
+    "there",
+    [
+        {"index.html": "my site"},
+        {"manifest.json": '{"name": "my app"}'},
+        {"photos/a.jpg": "mine"},
+        {"manifest.json": '{"files": {"thesis.txt": {"size": 4}}}', "thesis.txt": "mine"},
+    ],
+)
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, there):
     folder = tmp_path / "kit"
     for name, text in there.items():
@@ -134,7 +180,9 @@ def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, there):
         (folder / name).write_text(text, encoding="utf-8")
     with refuses("kit-other-folder"):
         build(folder, ["tiny-phi3"], ["linux"], ["3.13"])
-    assert {name: (folder / name).read_text(encoding="utf-8") for name in list_files(folder)} == there
+    assert {
+        name: (folder / name).read_text(encoding="utf-8") for name in list_files(folder)
+    } == there
 
 
 @pytest.mark.parametrize("folder", [ROOT, ROOT.parent, ROOT / "data", ROOT / "data" / "models"])
@@ -145,8 +193,12 @@ def test_a_kit_is_not_built_over_the_course_or_its_models(folder):
 
 def test_a_manifest_cannot_make_a_build_remove_what_is_outside(small, tmp_path):
     (tmp_path / "precious").write_text("mine", encoding="utf-8")
-    change_manifest(small, lambda manifest: manifest["files"].update(
-        {"../precious": {"size": 4, "sha256": sha256(tmp_path / "precious")}}))
+    change_manifest(
+        small,
+        lambda manifest: manifest["files"].update(
+            {"../precious": {"size": 4, "sha256": sha256(tmp_path / "precious")}}
+        ),
+    )
     with refuses("kit-other-folder"):
         build(small, ["tiny-phi3"], ["linux"], ["3.13"])
     assert (tmp_path / "precious").exists()
@@ -154,7 +206,9 @@ def test_a_manifest_cannot_make_a_build_remove_what_is_outside(small, tmp_path):
 
 def test_the_course_in_a_kit_is_all_of_it_and_nothing_else():
     ours = {path.relative_to(ROOT).as_posix() for path in course_files()}
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
+    listed = subprocess.run(
+        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
+    )
     if listed.returncode:
         pytest.skip("not a git checkout")
     assert {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()} == ours
@@ -189,7 +243,9 @@ def test_two_builds_do_not_write_into_one_folder(small):
         build(small, ["tiny-phi3"])
 
 
-def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(tmp_path, index, monkeypatch, capsys):
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
+    tmp_path, index, monkeypatch, capsys
+):
     monkeypatch.setattr("course.kit.build.free_disk", lambda folder: 9.0)
     with refuses("disk-short") as refusal:
         build(tmp_path / "kit", ["tiny-phi3"])
@@ -209,13 +265,20 @@ def test_a_disk_that_fills_up_is_an_error_that_says_so(tmp_path, index, monkeypa
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
-def test_whoever_gets_a_kit_may_read_it_also_where_the_builders_files_are_private(index, tiny, tmp_path):
+def test_whoever_gets_a_kit_may_read_it_also_where_the_builders_files_are_private(
+    index, tiny, tmp_path
+):
     before = os.umask(0o077)
     try:
         build(tmp_path / "kit", ["tiny-phi3"])
         assert os.umask(0o077) == 0o077
     finally:
         os.umask(before)
-    private = [path for path in (tmp_path / "kit", *(tmp_path / "kit").rglob("*")) if path.name != ".lock"
-               and path.stat().st_mode & (0o055 if path.is_dir() else 0o044) != (0o055 if path.is_dir() else 0o044)]
+    private = [
+        path
+        for path in (tmp_path / "kit", *(tmp_path / "kit").rglob("*"))
+        if path.name != ".lock"
+        and path.stat().st_mode & (0o055 if path.is_dir() else 0o044)
+        != (0o055 if path.is_dir() else 0o044)
+    ]
     assert not private

@@ -37,9 +37,14 @@ def built(tmp_path_factory, tiny, index):
 # --- checking ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("damage", "says"), [
-    ("changed", "has been changed: its sha256 is another."), ("truncated", "has 100 bytes, and "),
-    ("missing", "is missing")])
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        ("changed", "has been changed: its sha256 is another."),
+        ("truncated", "has 100 bytes, and "),
+        ("missing", "is missing"),
+    ],
+)
 @pytest.mark.parametrize("over_http", [False, True])
 def test_check_names_a_file_that_is_not_as_it_was_built(small, damage, says, over_http, capsys):
     name = "models/tiny-phi3/onnx/model.onnx.data"
@@ -54,7 +59,9 @@ def test_check_names_a_file_that_is_not_as_it_was_built(small, damage, says, ove
     printed = capsys.readouterr().out
     assert f"FAIL  {name} {says}" in printed
     assert printed.count("FAIL") == 1
-    assert ("Tell whoever serves it" if over_http else "Build it again: python -m helpers kit build") in printed
+    assert (
+        "Tell whoever serves it" if over_http else "Build it again: python -m helpers kit build"
+    ) in printed
 
 
 def test_check_names_a_file_that_is_the_users_and_does_not_fail(small, capsys):
@@ -70,10 +77,16 @@ def test_check_names_a_file_that_is_the_users_and_does_not_fail(small, capsys):
 def test_a_link_that_leads_out_of_a_kit_is_named_and_not_served(small, tmp_path, capsys):
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (small / "link.txt").symlink_to(tmp_path / "secret")
-    change_manifest(small, lambda manifest: manifest["files"].update(
-        {"link.txt": {"size": 6, "sha256": sha256(tmp_path / "secret")}}))
+    change_manifest(
+        small,
+        lambda manifest: manifest["files"].update(
+            {"link.txt": {"size": 6, "sha256": sha256(tmp_path / "secret")}}
+        ),
+    )
     assert check(str(small)) == 1
-    assert "FAIL  link.txt lies outside of the kit's folder, behind a link." in capsys.readouterr().out
+    assert (
+        "FAIL  link.txt lies outside of the kit's folder, behind a link." in capsys.readouterr().out
+    )
     with refuses("kit-damaged") as refusal:
         serve(small, "127.0.0.1", 0)
     assert "link.txt lies outside" in refusal.value.what
@@ -93,7 +106,12 @@ def test_what_changes_while_a_kit_is_served_is_looked_at_for_each_request(small,
             return answer.status
 
         found = [ask()]
-        for change in (course.unlink, lambda: course.symlink_to(tmp_path / "secret"), course.unlink, course.mkdir):
+        for change in (
+            course.unlink,
+            lambda: course.symlink_to(tmp_path / "secret"),
+            course.unlink,
+            course.mkdir,
+        ):
             change()
             found.append(ask())
     assert found == [200, 404, 404, 404, 404]
@@ -111,23 +129,44 @@ def test_the_server_gives_what_the_manifest_lists_and_nothing_else(small, tmp_pa
             answer = connection.getresponse()
             return answer, answer.read()
 
-        for path in ("/../secret", "/%2e%2e/secret", "/..%2fsecret", "/wheels/../../secret", "/%2e%2e%5csecret",
-                     f"/{quote(str(tmp_path))}/secret", f"//{quote(str(tmp_path))}/secret",
-                     "/notes.txt", "/.lock", "/wheels",
-                     "/models/", "/nothing", "/wheels/index.html/", "/%00", "/%ff"):
+        for path in (
+            "/../secret",
+            "/%2e%2e/secret",
+            "/..%2fsecret",
+            "/wheels/../../secret",
+            "/%2e%2e%5csecret",
+            f"/{quote(str(tmp_path))}/secret",
+            f"//{quote(str(tmp_path))}/secret",
+            "/notes.txt",
+            "/.lock",
+            "/wheels",
+            "/models/",
+            "/nothing",
+            "/wheels/index.html/",
+            "/%00",
+            "/%ff",
+        ):
             answer, body = ask(path)
             assert (path, answer.status) == (path, 404)
             assert b"secret" not in body
             assert str(tmp_path).encode() not in body
             assert b"Traceback" not in body
         assert ask("/")[1] == (small / "index.html").read_bytes()
-        assert ask("/wheels/")[1] == ask("/wheels/index.html")[1] == (small / "wheels" / "index.html").read_bytes()
+        assert (
+            ask("/wheels/")[1]
+            == ask("/wheels/index.html")[1]
+            == (small / "wheels" / "index.html").read_bytes()
+        )
         assert json.loads(ask("/manifest.json")[1])["complete"] is True
         assert ask("/course.zip")[1] == course
         answer, body = ask("/course.zip", Range="bytes=100-")
         assert (answer.status, body) == (206, course[100:])
         answer, body = ask("/course.zip", "HEAD")
-        assert (answer.status, int(answer.headers["content-length"]), body) == (200, len(course), b"")
+        assert (answer.status, int(answer.headers["content-length"]), body) == (
+            200,
+            len(course),
+            b"",
+        )
         for method in ("POST", "PUT", "DELETE", "OPTIONS"):
             assert ask("/course.zip", method)[0].status == 405
         assert "uvicorn" not in str(answer.headers).lower()
@@ -185,9 +224,13 @@ def test_serve_says_when_its_port_is_taken_and_when_a_file_is_missing(small):
     assert "Build it again: python -m helpers kit build" in refusal.value.fix
 
 
-@pytest.mark.parametrize(("host", "says"), [
-    ("127.0.0.1", "--host 0.0.0.0"), ("0.0.0.0", "Participants open that address."),
-])
+@pytest.mark.parametrize(
+    ("host", "says"),
+    [
+        ("127.0.0.1", "--host 0.0.0.0"),
+        ("0.0.0.0", "Participants open that address."),
+    ],
+)
 def test_serve_tells_how_to_reach_the_room_and_what_participants_type(small, host, says):
     with served(small, "--host", host) as (_, lines):
         assert "Ctrl-C ends it" in lines[0]

@@ -29,24 +29,51 @@ from helpers.models.pip import (
 )
 
 
-@pytest.mark.parametrize(("output", "kind", "package"), [
-    ("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device", "disk-full", ""),
-    ("WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'\n"
-     "ERROR: No matching distribution found for torch==2.13.0", "unreachable", "torch==2.13.0"),
-    ("socket.gaierror: [Errno -2] Name or service not known", "unreachable", ""),
-    ("SSLCertVerificationError: [SSL: CERTIFICATE_VERIFY_FAILED]\nWARNING: Retrying", "certificate", ""),
-    ("ERROR: Could not find a version that satisfies the requirement six==9 (from versions: none)\n"
-     "ERROR: No matching distribution found for six==9", "missing", "six==9"),
-    ("error: metadata-generation-failed", "other", ""), ("", "other", "")])
+@pytest.mark.parametrize(
+    ("output", "kind", "package"),
+    [
+        (
+            "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device",
+            "disk-full",
+            "",
+        ),
+        (
+            "WARNING: Retrying (Retry(total=4)) after connection broken by 'NewConnectionError'\n"
+            "ERROR: No matching distribution found for torch==2.13.0",
+            "unreachable",
+            "torch==2.13.0",
+        ),
+        ("socket.gaierror: [Errno -2] Name or service not known", "unreachable", ""),
+        (
+            "SSLCertVerificationError: [SSL: CERTIFICATE_VERIFY_FAILED]\nWARNING: Retrying",
+            "certificate",
+            "",
+        ),
+        (
+            "ERROR: Could not find a version that satisfies the requirement six==9 (from versions: none)\n"
+            "ERROR: No matching distribution found for six==9",
+            "missing",
+            "six==9",
+        ),
+        ("error: metadata-generation-failed", "other", ""),
+        ("", "other", ""),
+    ],
+)
 def test_why_pip_failed(output, kind, package):
     failure = read_failure(output)
     assert (failure.kind, failure.package) == (kind, package)
     assert failure.line == (output.splitlines()[-1].strip() if output else "no output")
 
 
-@pytest.mark.parametrize(("kind", "code"), [
-    ("certificate", "pip-certificate"), ("missing", "pip-unreachable"), ("unreachable", "pip-unreachable"),
-    ("other", "pip-failed")])
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("certificate", "pip-certificate"),
+        ("missing", "pip-unreachable"),
+        ("unreachable", "pip-unreachable"),
+        ("other", "pip-failed"),
+    ],
+)
 def test_a_failure_is_told_in_two_sentences(kind, code):
     with refuses(code) as refusal:
         raise explain(PipFailure(kind, "six", "pip's last line"), "Downloading six")
@@ -85,7 +112,9 @@ def get_words(folder):
 def test_a_wheel_arrives_behind_a_bar(index, tmp_path, capsys):
     only_wheels(index, "llm_words-1.0-py3-none-any.whl")
     get_words(tmp_path / "got")
-    assert [path.name for path in (tmp_path / "got").iterdir()] == ["llm_words-1.0-py3-none-any.whl"]
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [
+        "llm_words-1.0-py3-none-any.whl"
+    ]
     assert "Downloading llm-words==1.0: 100%" in capsys.readouterr().out
 
 
@@ -121,21 +150,98 @@ def test_a_login_page_in_place_of_the_index_says_what_to_check(index, tmp_path, 
 
 # Where pip would install, what it would take and how it would tell so: the course says that itself.
 OURS = {
-    "abi", "all-releases", "break-system-packages", "check-build-dependencies", "compile", "config-settings", "debug",
-    "dest", "destination-dir", "destination-directory", "disable-pip-version-check", "dry-run", "editable",
-    "exists-action", "force-reinstall", "group", "help", "ignore-installed", "ignore-requires-python",
-    "implementation", "isolated", "json", "local-log", "log", "log-file", "no-binary", "no-build-isolation",
-    "no-clean", "no-color", "no-compile", "no-dependencies", "no-deps", "no-python-version-warning",
-    "no-require-hashes", "no-user", "no-warn-conflicts", "no-warn-script-location", "only-dependencies", "only-deps",
-    "only-final", "platform", "pre", "prefer-binary", "prefix", "progress-bar", "python", "python-version", "quiet",
-    "refresh-package", "report", "require-venv", "require-virtualenv", "requirement", "requirements-from-script",
-    "root", "root-user-action", "source", "source-dir", "source-directory", "src", "target", "upgrade",
-    "upgrade-strategy", "use-pep517", "user", "verbose"}
-HOSTILE = {"TARGET": "elsewhere", "USER": "1", "PREFIX": "elsewhere", "ROOT": "elsewhere", "DRY_RUN": "1", "QUIET": "3",
-           "REPORT": "elsewhere.json", "PYTHON": "elsewhere", "REQUIRE_VIRTUALENV": "1", "NO_BINARY": ":all:",
-           "IGNORE_INSTALLED": "1", "NO_BUILD_ISOLATION": "0", "LOG": os.devnull + "/pip.log", "VERSION": "26.0",
-           "PROGRESS_BAR": "off", "DEST": "elsewhere", "PLATFORM": "win32", "ISOLATED": "1", "REQUIREMENT": "none.txt",
-           "EDITABLE": "elsewhere", "VERBOSE": "perhaps", "GROUP": "none", "ONLY_DEPS": "1"}
+    "abi",
+    "all-releases",
+    "break-system-packages",
+    "check-build-dependencies",
+    "compile",
+    "config-settings",
+    "debug",
+    "dest",
+    "destination-dir",
+    "destination-directory",
+    "disable-pip-version-check",
+    "dry-run",
+    "editable",
+    "exists-action",
+    "force-reinstall",
+    "group",
+    "help",
+    "ignore-installed",
+    "ignore-requires-python",
+    "implementation",
+    "isolated",
+    "json",
+    "local-log",
+    "log",
+    "log-file",
+    "no-binary",
+    "no-build-isolation",
+    "no-clean",
+    "no-color",
+    "no-compile",
+    "no-dependencies",
+    "no-deps",
+    "no-python-version-warning",
+    "no-require-hashes",
+    "no-user",
+    "no-warn-conflicts",
+    "no-warn-script-location",
+    "only-dependencies",
+    "only-deps",
+    "only-final",
+    "platform",
+    "pre",
+    "prefer-binary",
+    "prefix",
+    "progress-bar",
+    "python",
+    "python-version",
+    "quiet",
+    "refresh-package",
+    "report",
+    "require-venv",
+    "require-virtualenv",
+    "requirement",
+    "requirements-from-script",
+    "root",
+    "root-user-action",
+    "source",
+    "source-dir",
+    "source-directory",
+    "src",
+    "target",
+    "upgrade",
+    "upgrade-strategy",
+    "use-pep517",
+    "user",
+    "verbose",
+}
+HOSTILE = {
+    "TARGET": "elsewhere",
+    "USER": "1",
+    "PREFIX": "elsewhere",
+    "ROOT": "elsewhere",
+    "DRY_RUN": "1",
+    "QUIET": "3",
+    "REPORT": "elsewhere.json",
+    "PYTHON": "elsewhere",
+    "REQUIRE_VIRTUALENV": "1",
+    "NO_BINARY": ":all:",
+    "IGNORE_INSTALLED": "1",
+    "NO_BUILD_ISOLATION": "0",
+    "LOG": os.devnull + "/pip.log",
+    "VERSION": "26.0",
+    "PROGRESS_BAR": "off",
+    "DEST": "elsewhere",
+    "PLATFORM": "win32",
+    "ISOLATED": "1",
+    "REQUIREMENT": "none.txt",
+    "EDITABLE": "elsewhere",
+    "VERBOSE": "perhaps",
+    "GROUP": "none",
+    "ONLY_DEPS": "1",
+}
 LIST = r"""global.index-url='https://name:p%40ss@index.example/simple'
 global.extra-index-url='\nhttps://a.example\nhttps://b.example'
 global.target='/elsewhere'
@@ -148,38 +254,73 @@ install.find-links='C:\\wheels'
 
 
 def test_each_option_of_pip_is_the_users_or_the_courses():
-    code = ("from pip._internal.commands import create_command\n"
-            "for name in ('install', 'download', 'index'):\n"
-            "    for option in create_command(name).parser.option_list_all:\n"
-            "        print(*(long[2:] for long in option._long_opts), sep='\\n')")
-    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True)
+    code = (
+        "from pip._internal.commands import create_command\n"
+        "for name in ('install', 'download', 'index'):\n"
+        "    for option in create_command(name).parser.option_list_all:\n"
+        "        print(*(long[2:] for long in option._long_opts), sep='\\n')"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
+    )
     assert set(said.stdout.split()) == USERS | OURS
     assert not USERS & OURS
 
 
-@pytest.mark.parametrize(("command", "settings"), [
-    ("install", {"timeout": "9", "find-links": "C:\\wheels"}), ("download", {"timeout": "5"}),
-    ("index", {"timeout": "3"})])
+@pytest.mark.parametrize(
+    ("command", "settings"),
+    [
+        ("install", {"timeout": "9", "find-links": "C:\\wheels"}),
+        ("download", {"timeout": "5"}),
+        ("index", {"timeout": "3"}),
+    ],
+)
 def test_what_pips_files_say_of_where_packages_come_from_is_kept(command, settings):
-    assert read_settings(command, LIST) == {
-        "index-url": "https://name:p%40ss@index.example/simple",
-        "extra-index-url": "\nhttps://a.example\nhttps://b.example"} | settings
+    assert (
+        read_settings(command, LIST)
+        == {
+            "index-url": "https://name:p%40ss@index.example/simple",
+            "extra-index-url": "\nhttps://a.example\nhttps://b.example",
+        }
+        | settings
+    )
 
 
 def test_a_variable_wins_over_a_file_and_other_options_are_emptied(tmp_path):
     file = tmp_path / "pip.conf"
-    file.write_text("[global]\nproxy = http://file\ntimeout = 3\nquiet = 3\n"
-                    f"log = {os.devnull}/pip.log\n"
-                    "[install]\nretries = 1\nuser = 1\n", encoding="utf-8")
-    variables = dict(os.environ, PIP_CONFIG_FILE=str(file), PIP_TIMEOUT="7", PIP_TARGET="elsewhere", PIP_NO_INPUT="1",
-                     ALL_PROXY="http://shell")
+    file.write_text(
+        "[global]\nproxy = http://file\ntimeout = 3\nquiet = 3\n"
+        f"log = {os.devnull}/pip.log\n"
+        "[install]\nretries = 1\nuser = 1\n",
+        encoding="utf-8",
+    )
+    variables = dict(
+        os.environ,
+        PIP_CONFIG_FILE=str(file),
+        PIP_TIMEOUT="7",
+        PIP_TARGET="elsewhere",
+        PIP_NO_INPUT="1",
+        ALL_PROXY="http://shell",
+    )
     settings = users_settings("install", sys.executable, variables)
-    assert settings.items() >= {
-        "PIP_PROXY": "http://file", "PIP_RETRIES": "1", "PIP_TARGET": "", "PIP_CONFIG_FILE": os.devnull}.items()
+    assert (
+        settings.items()
+        >= {
+            "PIP_PROXY": "http://file",
+            "PIP_RETRIES": "1",
+            "PIP_TARGET": "",
+            "PIP_CONFIG_FILE": os.devnull,
+        }.items()
+    )
     assert {"PIP_TIMEOUT", "PIP_NO_INPUT", "PIP_USER", "ALL_PROXY"} & set(settings) == set()
-    assert users_options("install", sys.executable, variables).items() >= {
-        "proxy": "http://file", "timeout": "7", "retries": "1"}.items()
-    assert not {"user", "target", "log", "quiet"} & users_options("install", sys.executable, variables).keys()
+    assert (
+        users_options("install", sys.executable, variables).items()
+        >= {"proxy": "http://file", "timeout": "7", "retries": "1"}.items()
+    )
+    assert (
+        not {"user", "target", "log", "quiet"}
+        & users_options("install", sys.executable, variables).keys()
+    )
 
 
 def make_hostile(monkeypatch, tmp_path, way):
@@ -188,8 +329,12 @@ def make_hostile(monkeypatch, tmp_path, way):
         for name, value in HOSTILE.items():
             monkeypatch.setenv(f"PIP_{name}", value)
         return
-    lines = [f"{name.lower().replace('_', '-')} = {value}" for name, value in HOSTILE.items()
-             if name not in ("VERBOSE", "VERSION", "PYTHON", "ISOLATED")]  # with the first two, pip does not even list
+    lines = [
+        f"{name.lower().replace('_', '-')} = {value}"
+        for name, value in HOSTILE.items()
+        # With the first two, pip does not even list.
+        if name not in ("VERBOSE", "VERSION", "PYTHON", "ISOLATED")
+    ]
     (tmp_path / "pip.conf").write_text("\n".join(["[global]", *lines]), encoding="utf-8")
     monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
 
@@ -199,7 +344,9 @@ def test_a_wheel_arrives_whatever_else_pip_is_told(index, tmp_path, monkeypatch,
     only_wheels(index, "llm_words-1.0-py3-none-any.whl")
     make_hostile(monkeypatch, tmp_path, way)
     get_words(tmp_path / "got")
-    assert [path.name for path in (tmp_path / "got").iterdir()] == ["llm_words-1.0-py3-none-any.whl"]
+    assert [path.name for path in (tmp_path / "got").iterdir()] == [
+        "llm_words-1.0-py3-none-any.whl"
+    ]
     assert "Downloading llm-words==1.0: 100%" in capsys.readouterr().out
 
 

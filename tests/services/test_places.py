@@ -30,10 +30,31 @@ from helpers.models.kit import as_word, build_command, read_kit
 from helpers.paths import NOTEBOOKS
 from helpers.strangers import refuse_strangers
 
-# Letters that a URI, a template, a pattern, a configuration file or a shell takes for its own. Windows has only some.
+# Letters that a URI, a template, a pattern, a configuration file or a shell takes for its own.
+# Windows has only some.
 ODD = (
-    "My%20Repo", "100%25", "100%", "a#b", "it's", "{x}", "{0}", "[x]", "$HOME", "${HOME}", "%(here)s", "a;b&c", "-x",
-    ".hidden", "~x", "!x", unicodedata.normalize("NFD", "é"), "コース", "x" * 200, "a.ipynb", "`id`", "a=b,c",
+    "My%20Repo",
+    "100%25",
+    "100%",
+    "a#b",
+    "it's",
+    "{x}",
+    "{0}",
+    "[x]",
+    "$HOME",
+    "${HOME}",
+    "%(here)s",
+    "a;b&c",
+    "-x",
+    ".hidden",
+    "~x",
+    "!x",
+    unicodedata.normalize("NFD", "é"),
+    "コース",
+    "x" * 200,
+    "a.ipynb",
+    "`id`",
+    "a=b,c",
     *(() if os.name == "nt" else ("what?", 'say "hi"', "a\\b", "a\\", "end ", "a*", "<b>", "a|b")),
 )
 posix = pytest.mark.skipif(os.name == "nt", reason="Windows has no such names")
@@ -64,10 +85,16 @@ def test_a_links_address_leads_from_a_page_to_its_file(odd, monkeypatch):
     monkeypatch.setattr("course.static_page.NOTEBOOKS", notebooks)
     out = odd.parent / "out"
     out.mkdir()
-    cell = new_markdown_cell("[a](../see%20me.md#part) [b](ChatModel.ipynb) [c](mailto:zoe@example.org)")
+    cell = new_markdown_cell(
+        "[a](../see%20me.md#part) [b](ChatModel.ipynb) [c](mailto:zoe@example.org)"
+    )
     nbformat.write(new_notebook(cells=[cell]), out / "page.ipynb")
-    links = [link["href"] for link in BeautifulSoup(write_page(out / "page.ipynb").read_text(encoding="utf-8"),
-                                                    "html.parser").select("a[href]")]
+    links = [
+        link["href"]
+        for link in BeautifulSoup(
+            write_page(out / "page.ipynb").read_text(encoding="utf-8"), "html.parser"
+        ).select("a[href]")
+    ]
     parts = urlsplit(links[0])
     assert (parts.scheme, parts.netloc, parts.query, parts.fragment) == ("", "", "", "part")
     assert (out / unquote(parts.path)).resolve() == odd / "see me.md"
@@ -76,8 +103,18 @@ def test_a_links_address_leads_from_a_page_to_its_file(odd, monkeypatch):
 
 def write_kit(folder):
     folder.mkdir(exist_ok=True)
-    (folder / "manifest.json").write_text(json.dumps({
-        "format": 1, "complete": True, "files": {}, "models": ["tiny-phi3"], "platforms": [], "pythons": []}))
+    (folder / "manifest.json").write_text(
+        json.dumps(
+            {
+                "format": 1,
+                "complete": True,
+                "files": {},
+                "models": ["tiny-phi3"],
+                "platforms": [],
+                "pythons": [],
+            }
+        )
+    )
 
 
 def test_a_kit_is_read_from_its_folder_and_named_as_a_shell_reads_it(odd, monkeypatch):
@@ -86,8 +123,15 @@ def test_a_kit_is_read_from_its_folder_and_named_as_a_shell_reads_it(odd, monkey
     kit = environment.open_kit()
     assert kit.address == str(odd)
     if os.name == "posix":
-        assert str(odd) in subprocess.run(["bash", "-c", f"printf '%s\\n' {as_word(odd)}"], capture_output=True,
-                                          text=True, encoding="utf-8").stdout.splitlines()
+        assert (
+            str(odd)
+            in subprocess.run(
+                ["bash", "-c", f"printf '%s\\n' {as_word(odd)}"],
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+            ).stdout.splitlines()
+        )
         assert str(odd) in shlex.split(build_command(kit))
 
 
@@ -119,11 +163,15 @@ def test_a_folder_is_made_anew_beside_what_another_try_left(odd):
 
     (odd / f"{odd.name}.0000.partial").mkdir()
     ensure(odd / odd.name, {"by": 1}, make)
-    assert sorted(path.name for path in odd.iterdir()) == sorted([odd.name, f"{odd.name}.receipt.json"])
+    assert sorted(path.name for path in odd.iterdir()) == sorted(
+        [odd.name, f"{odd.name}.receipt.json"]
+    )
 
 
 @posix
-def test_a_folder_with_the_paths_separator_is_refused_before_python_is_blamed(tmp_path, monkeypatch):
+def test_a_folder_with_the_paths_separator_is_refused_before_python_is_blamed(
+    tmp_path, monkeypatch
+):
     monkeypatch.setattr(environment, "ROOT", tmp_path / "a:b")
     monkeypatch.setattr(environment, "VENV_PYTHON", tmp_path / "none")
     with refuses("folder-name") as refusal:
@@ -149,11 +197,19 @@ def test_lab_opens_a_page_whose_name_is_odd(here, odd, monkeypatch):
     page.touch()
     monkeypatch.setattr("course.commands.ROOT", odd)
     monkeypatch.setattr("course.execute.NOTEBOOKS", page.parent)
-    monkeypatch.setattr("course.commands._serve", lambda command, **variables: started.append(command) or 0)
+    monkeypatch.setattr(
+        "course.commands._serve", lambda command, **variables: started.append(command) or 0
+    )
     run_command(["lab", odd.name] if not odd.name.startswith("-") else ["lab", "--", odd.name])
-    (url,) = [word.split("=", 1)[1] for word in started[0] if word.startswith("--LabApp.default_url=")]
+    (url,) = [
+        word.split("=", 1)[1] for word in started[0] if word.startswith("--LabApp.default_url=")
+    ]
     parts = urlsplit(url)
-    assert (unquote(parts.path), parts.query, parts.fragment) == (f"/lab/tree/notebooks/{odd.name}.ipynb", "", "")
+    assert (unquote(parts.path), parts.query, parts.fragment) == (
+        f"/lab/tree/notebooks/{odd.name}.ipynb",
+        "",
+        "",
+    )
     assert f"--ServerApp.root_dir={odd}" in started[0]
 
 
@@ -202,12 +258,26 @@ def test_jupyter_has_a_home_where_the_user_has_none(tmp_path, monkeypatch, home)
 # --- files in the way ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("file", "refused"), [
-    ("random.py", True), ("mlflow.py", True), ("torch/__init__.py", True), ("transformers.pyc", True),
-    ("pathlib.py", True), ("_bz2.cpython-311-x86_64-linux-gnu.so", True),
-    ("mine.py", False), ("torch/weights.bin", False), ("torch.txt", False), ("test.py", False), ("helpers.py", False),
-    ("Random.py", False), ("sitecustomize.py", False), ("mlflow.old.py", False), ("torch.numpy", False),
-])
+@pytest.mark.parametrize(
+    ("file", "refused"),
+    [
+        ("random.py", True),
+        ("mlflow.py", True),
+        ("torch/__init__.py", True),
+        ("transformers.pyc", True),
+        ("pathlib.py", True),
+        ("_bz2.cpython-311-x86_64-linux-gnu.so", True),
+        ("mine.py", False),
+        ("torch/weights.bin", False),
+        ("torch.txt", False),
+        ("test.py", False),
+        ("helpers.py", False),
+        ("Random.py", False),
+        ("sitecustomize.py", False),
+        ("mlflow.old.py", False),
+        ("torch.numpy", False),
+    ],
+)
 def test_a_file_with_a_librarys_name_is_named(tmp_path, file, refused):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).touch()
@@ -239,35 +309,61 @@ def test_nothing_is_in_the_way_of_the_course_itself(tmp_path, cwd):
     code = "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); " if cwd == "gone" else ""
     code += "from helpers.strangers import refuse_strangers; refuse_strangers()"
     (tmp_path / "gone").mkdir()
-    result = subprocess.run([sys.executable, "-c", code, tmp_path / "gone"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [sys.executable, "-c", code, tmp_path / "gone"], cwd=ROOT, capture_output=True, text=True
+    )
     assert (result.returncode, result.stderr) == (0, "")
 
 
-@pytest.mark.parametrize("file", ["random.py", "argparse.py", "pathlib.py", "tomllib.py", "mlflow.py"])
+@pytest.mark.parametrize(
+    "file", ["random.py", "argparse.py", "pathlib.py", "tomllib.py", "mlflow.py"]
+)
 def test_a_command_names_the_file_that_is_in_its_way(tmp_path, file):
     (tmp_path / file).write_text("x = 1\n")
-    result = subprocess.run([sys.executable, "-m", "helpers", "help"], cwd=tmp_path, capture_output=True, text=True,
-                            env=os.environ | {"PYTHONPATH": str(ROOT)})
+    result = subprocess.run(
+        [sys.executable, "-m", "helpers", "help"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
     assert result.returncode == 1
     assert re.fullmatch(r"error: .*\n       Rename .*\n", result.stderr), result.stderr
     assert str(tmp_path / file) in result.stderr
 
 
-@pytest.mark.parametrize(("page", "file"), [
-    *((page, "helpers.py") for page in PAGES), ("ChatModel", "helpers/__init__.py"),
-    ("ChatModel", "helpers/notes.txt"), ("ChatModel", "mlflow.py"), ("TransformerPipeline", "torch/__init__.py"),
-    ("CustomPythonWrapper", "pandas.py"),
-])
-def test_a_page_in_a_plain_jupyter_names_the_file_that_is_in_its_way(tmp_path, monkeypatch, page, file):
+@pytest.mark.parametrize(
+    ("page", "file"),
+    [
+        *((page, "helpers.py") for page in PAGES),
+        ("ChatModel", "helpers/__init__.py"),
+        ("ChatModel", "helpers/notes.txt"),
+        ("ChatModel", "mlflow.py"),
+        ("TransformerPipeline", "torch/__init__.py"),
+        ("CustomPythonWrapper", "pandas.py"),
+    ],
+)
+def test_a_page_in_a_plain_jupyter_names_the_file_that_is_in_its_way(
+    tmp_path, monkeypatch, page, file
+):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text("x = 1")
-    (cell,) = [cell.source for cell in nbformat.read(NOTEBOOKS / f"{page}.ipynb", as_version=4).cells
-               if cell.source.startswith("try:\n    from helpers import")]
-    # IPython puts the page's folder before the libraries, where a folder without modules comes before set-up's link.
+    (cell,) = [
+        cell.source
+        for cell in nbformat.read(NOTEBOOKS / f"{page}.ipynb", as_version=4).cells
+        if cell.source.startswith("try:\n    from helpers import")
+    ]
+    # IPython puts the page's folder before the libraries, where a folder without modules comes
+    # before set-up's link.
     monkeypatch.delenv("PYTHONPATH", raising=False)
     code = "import sys, json; sys.path[:] = [sys.argv[2], *sys.path[1:]]; exec(json.loads(sys.argv[1]))"
-    result = subprocess.run([sys.executable, "-c", code, json.dumps(cell), str(tmp_path)], cwd=tmp_path,
-                            capture_output=True, text=True, encoding="utf-8")
+    result = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(cell), str(tmp_path)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     said = result.stderr.splitlines()[-1]
     assert file.split("/")[0].partition(".")[0] in said
     assert "ename or remove it" in said
@@ -278,11 +374,14 @@ def test_a_page_in_a_plain_jupyter_names_the_file_that_is_in_its_way(tmp_path, m
 
 
 @pytest.mark.parametrize("fault", ["file", "closed"])
-def test_a_pages_folder_that_cannot_be_written_is_refused_with_the_option(tmp_path, monkeypatch, fault):
+def test_a_pages_folder_that_cannot_be_written_is_refused_with_the_option(
+    tmp_path, monkeypatch, fault
+):
     place = tmp_path / "place"
     if fault == "file":
         place.touch()
     else:
+
         def refuse(*arguments, **options):
             raise PermissionError(13, "Permission denied", str(place))
 
@@ -294,6 +393,14 @@ def test_a_pages_folder_that_cannot_be_written_is_refused_with_the_option(tmp_pa
 
 @pytest.mark.parametrize("command", [["notebook", "ChatModel"], ["ui"]])
 def test_a_command_says_so_before_anything_long(python, command):
-    result = python("-m", "helpers", *command, MLFLOW_RUN_CONTEXT="{tags", COURSE_TRACKING_URI="sqlite:///build/none.db")
+    result = python(
+        "-m",
+        "helpers",
+        *command,
+        MLFLOW_RUN_CONTEXT="{tags",
+        COURSE_TRACKING_URI="sqlite:///build/none.db",
+    )
     assert result.returncode == 1
-    assert re.fullmatch(r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct it.*\n", result.stderr)
+    assert re.fullmatch(
+        r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct it.*\n", result.stderr
+    )

@@ -48,7 +48,8 @@ class PromptModel(mlflow.pyfunc.PythonModel):
 
 mlflow.models.set_model(PromptModel())
 """
-KINDS = ["stream", "prompt"]  # the third, of MLflow's transformers flavor, is in tests/nightly/test_playground.py
+# The third, of MLflow's transformers flavor, is in tests/nightly/test_playground.py.
+KINDS = ["stream", "prompt"]
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +67,14 @@ def uris(tiny, empty_database, tmp_path_factory):
             return mlflow.pyfunc.log_model(name=kind, **chat_model_for(tiny))
         (folder / "prompt_model.py").write_text(PROMPT_MODEL, encoding="utf-8")
         return mlflow.pyfunc.log_model(
-            name=kind, python_model=str(folder / "prompt_model.py"),
-            signature=infer_signature({"prompt": "a"}, "b", params={"max_tokens": 16, "temperature": 0.0}),
-            artifacts={"model": str(tiny.onnx_dir)}, pip_requirements=["onnxruntime-genai"])
+            name=kind,
+            python_model=str(folder / "prompt_model.py"),
+            signature=infer_signature(
+                {"prompt": "a"}, "b", params={"max_tokens": 16, "temperature": 0.0}
+            ),
+            artifacts={"model": str(tiny.onnx_dir)},
+            pip_requirements=["onnxruntime-genai"],
+        )
 
     def uri(kind):
         if kind not in logged:
@@ -81,12 +87,21 @@ def uris(tiny, empty_database, tmp_path_factory):
 @pytest.fixture
 def make(monkeypatch):
     """Return a function that makes a form, as JupyterLab would get it."""
-    monkeypatch.setattr(MODULE, "get_ipython", lambda: SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=True)))
-    gc.freeze()  # a form that drops a model collects garbage, and the libraries of all tests are no part of that
+    monkeypatch.setattr(
+        MODULE, "get_ipython", lambda: SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=True))
+    )
+    # A form that drops a model collects garbage, and the libraries of all tests are no part of
+    # that.
+    gc.freeze()
 
     def form(models, question=QUESTION, max_tokens=16):
-        return show_playground(models, question=question, system_prompt="Be brief.", max_tokens=max_tokens,
-                               temperature=0.0)
+        return show_playground(
+            models,
+            question=question,
+            system_prompt="Be brief.",
+            max_tokens=max_tokens,
+            temperature=0.0,
+        )
 
     yield form
     MODULE._drop()
@@ -125,7 +140,9 @@ class Talker(mlflow.pyfunc.PythonModel):
     def predict_stream(self, context, model_input, params=None):
         try:
             if model_input["messages"][-1]["content"] == "fail":
-                raise MlflowException("It broke at <b>$5 $6</b>.\nTraceback (most recent call last)")
+                raise MlflowException(
+                    "It broke at <b>$5 $6</b>.\nTraceback (most recent call last)"
+                )
             if model_input["messages"][-1]["content"] == "fail otherwise":
                 raise KeyError("<b>")
             for number in range(50):
@@ -143,10 +160,15 @@ def talker(events=None, inputs=None):
     python_model = Talker(events)
     meta = Model(signature=infer_signature(inputs or {"messages": user("a")}))
     meta.add_flavor("python_function", loader_module="none")
-    return mlflow.pyfunc.PyFuncModel(meta, SimpleNamespace(
-        python_model=python_model, predict=None,
-        predict_stream=lambda values, params=None: python_model.predict_stream(None, values)),
-        predict_stream_fn="predict_stream")
+    return mlflow.pyfunc.PyFuncModel(
+        meta,
+        SimpleNamespace(
+            python_model=python_model,
+            predict=None,
+            predict_stream=lambda values, params=None: python_model.predict_stream(None, values),
+        ),
+        predict_stream_fn="predict_stream",
+    )
 
 
 NUMBERS = "".join(f"{number} " for number in range(50))
@@ -165,7 +187,9 @@ def test_an_answer_is_what_predict_gives_whatever_the_kind_of_model(uris, make, 
         expected = model.predict({"prompt": request["prompt"]}, params=request["params"])[0]
     else:
         assert [message["content"] for message in request["messages"]] == ["Be brief.", QUESTION]
-        (completion,) = model.predict({"messages": request["messages"], "max_tokens": 16, "temperature": 0.0})
+        (completion,) = model.predict(
+            {"messages": request["messages"], "max_tokens": 16, "temperature": 0.0}
+        )
         expected = completion["choices"][0]["message"]["content"]
         assert status.startswith(f"{completion['usage']['completion_tokens']} tokens in ")
     assert expected
@@ -192,13 +216,16 @@ def test_stop_ends_an_answer_at_the_next_piece_and_the_next_one_is_whole(make, m
 
     def keep(make_iterator):
         def made(*values):
-            kept.append(make_iterator(*values))  # an iterator that nobody refers to ends without being closed
+            # An iterator that nobody refers to ends without being closed.
+            kept.append(make_iterator(*values))
             return kept[-1]
+
         return made
 
     monkeypatch.setattr(MODULE, "pieces", keep(pieces))
     monkeypatch.setattr(model, "predict_stream", keep(model.predict_stream))
-    form.answer.observe(lambda change: form.stop.click(), "value")  # as soon as something is to be seen
+    # As soon as something is to be seen.
+    form.answer.observe(lambda change: form.stop.click(), "value")
     assert press(form).startswith("Stopped after ")
     assert form.answer.value == "0 "
     assert model.unwrap_python_model().events == ["ended"]
@@ -210,7 +237,8 @@ def test_stop_ends_an_answer_at_the_next_piece_and_the_next_one_is_whole(make, m
 @pytest.mark.parametrize("kind", ["stream", "prompt"])
 def test_stop_before_the_first_piece_asks_nothing(uris, make, monkeypatch, kind):
     form = make({"m": uris(kind)})
-    form.raw.observe(lambda change: form.stop.click(), "value")  # the request stands there, the answer does not
+    # The request stands there, the answer does not.
+    form.raw.observe(lambda change: form.stop.click(), "value")
     assert press(form).startswith("Stopped after ")
     (model,) = MODULE._held.values()
     for name in ("predict", "predict_stream"):
@@ -287,7 +315,8 @@ def test_a_model_of_a_uri_is_loaded_once_and_the_former_one_is_gone_before(make,
         return model
 
     monkeypatch.setattr(mlflow.pyfunc, "load_model", load)
-    monkeypatch.setattr("helpers.playground.check_model", lambda uri: None)  # these addresses are no store's
+    # These addresses are no store's.
+    monkeypatch.setattr("helpers.playground.check_model", lambda uri: None)
     form = make({"a": "a", "b": "b", "gone": "gone", "loaded": talker})
     for name in ("a", "a", "loaded", "a", "b", "gone", "b"):
         form.model.value = name
@@ -318,11 +347,20 @@ def test_the_page_is_updated_ten_times_a_second_at_most(make, monkeypatch):
     assert [len(text.split()) for text in seen] == [*range(1, 50, 4), 50]  # a piece each 1/32 s
 
 
-@pytest.mark.parametrize("shell", [
-    None, SimpleNamespace(), SimpleNamespace(kernel=None), SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=False))])
+@pytest.mark.parametrize(
+    "shell",
+    [
+        None,
+        SimpleNamespace(),
+        SimpleNamespace(kernel=None),
+        SimpleNamespace(kernel=SimpleNamespace(_allow_stdin=False)),
+    ],
+)
 def test_where_nobody_can_press_a_button_a_note_stands_and_nothing_is_loaded(monkeypatch, shell):
     monkeypatch.setattr(MODULE, "get_ipython", lambda: shell)
-    note = show_playground({"m": "models:/none@champion"}, question="", system_prompt="", max_tokens=1, temperature=0.0)
+    note = show_playground(
+        {"m": "models:/none@champion"}, question="", system_prompt="", max_tokens=1, temperature=0.0
+    )
     assert not isinstance(note, ipywidgets.Widget) and not hasattr(note, "_repr_mimebundle_")
     for text in (repr(note), read(note._repr_html_())[1]):
         assert "JupyterLab" in text and "make lab" in text and "python -m helpers lab" in text
@@ -344,13 +382,30 @@ SETTINGS = {"max_tokens": 5, "temperature": 0.5}
 TEMPLATE = SimpleNamespace(apply_chat_template=lambda messages, **options: f"{messages} {options}")
 
 
-@pytest.mark.parametrize(("kind", "system_prompt", "request_"), [
-    ("messages", "", {"messages": user("Hi"), **SETTINGS}),
-    ("messages", "S", {"messages": [{"role": "system", "content": "S"}, *user("Hi")], **SETTINGS}),
-    ("stream", "", {"messages": user("Hi"), **SETTINGS, "stream_options": {"include_usage": True}}),
-    ("prompt", "", {"params": SETTINGS,
-                    "prompt": f"{user('Hi')} {{'tokenize': False, 'add_generation_prompt': True}}"}),
-])
+@pytest.mark.parametrize(
+    ("kind", "system_prompt", "request_"),
+    [
+        ("messages", "", {"messages": user("Hi"), **SETTINGS}),
+        (
+            "messages",
+            "S",
+            {"messages": [{"role": "system", "content": "S"}, *user("Hi")], **SETTINGS},
+        ),
+        (
+            "stream",
+            "",
+            {"messages": user("Hi"), **SETTINGS, "stream_options": {"include_usage": True}},
+        ),
+        (
+            "prompt",
+            "",
+            {
+                "params": SETTINGS,
+                "prompt": f"{user('Hi')} {{'tokenize': False, 'add_generation_prompt': True}}",
+            },
+        ),
+    ],
+)
 def test_each_kind_has_its_request(kind, system_prompt, request_):
     assert build_request(kind, "Hi", system_prompt, 5, 0.5, TEMPLATE) == request_
 

@@ -24,7 +24,17 @@ import mlflow
 import openai
 import pytest
 from support import clients, stand_ins
-from support.chat import AS_SHOWN, SECRET, change_code, chat_model_for, contents, deltas, parts, schema, user
+from support.chat import (
+    AS_SHOWN,
+    SECRET,
+    change_code,
+    chat_model_for,
+    contents,
+    deltas,
+    parts,
+    schema,
+    user,
+)
 from support.served_program import URI
 from support.service import (
     body,
@@ -61,7 +71,9 @@ def chat_service(tiny, tmp_path_factory):
 @pytest.fixture(scope="module")
 def pipeline_service(tiny, tmp_path_factory):
     """Serve track A's model, greedily and with 8 tokens where a request says nothing."""
-    folder = save_pipeline(tiny, tmp_path_factory.mktemp("pipeline") / "model", max_new_tokens=8, do_sample=False)
+    folder = save_pipeline(
+        tiny, tmp_path_factory.mktemp("pipeline") / "model", max_new_tokens=8, do_sample=False
+    )
     with running(folder, token=clients.TOKEN) as server:
         yield server
 
@@ -98,40 +110,60 @@ def said(choices):
     return [(choice["message"]["content"], choice["finish_reason"]) for choice in choices]
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"temperature": 1.5, "seed": 7, "n": 3}, {"stop": ["a", "e"]}, {"max_completion_tokens": 5},
-    {"messages": user(parts("a", "b")), "top_p": 0.5, "temperature": 1, "seed": 1},
-    {"messages": [{"role": "developer", "content": "日本語 🙂"}, *user("b")], "frequency_penalty": 1},
-    schema({"const": {"ok": True}}, strict=True) | {"max_tokens": 40},
-], ids=lambda fields: repr(fields)[:60])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 1.5, "seed": 7, "n": 3},
+        {"stop": ["a", "e"]},
+        {"max_completion_tokens": 5},
+        {"messages": user(parts("a", "b")), "top_p": 0.5, "temperature": 1, "seed": 1},
+        {
+            "messages": [{"role": "developer", "content": "日本語 🙂"}, *user("b")],
+            "frequency_penalty": 1,
+        },
+        schema({"const": {"ok": True}}, strict=True) | {"max_tokens": 40},
+    ],
+    ids=lambda fields: repr(fields)[:60],
+)
 def test_the_chat_model_answers_over_http_as_it_does_itself(fields, chat_service, chat):
     (direct,) = chat.predict(None, AS_SHOWN | fields)
     whole = post(chat_service, fields).json()
     assert said(whole["choices"]) == said(direct["choices"])
     assert whole["usage"] == direct["usage"]
-    streamed = events(post(chat_service, fields | {"stream": True, "stream_options": {"include_usage": True}}))
+    streamed = events(
+        post(chat_service, fields | {"stream": True, "stream_options": {"include_usage": True}})
+    )
     pieces = deltas(streamed, len(direct["choices"]))
-    assert ["".join(text for text, index in pieces if index == choice) for choice in range(len(direct["choices"]))] == \
-        contents(direct)
+    assert [
+        "".join(text for text, index in pieces if index == choice)
+        for choice in range(len(direct["choices"]))
+    ] == contents(direct)
     assert streamed[-1]["usage"] == direct["usage"]
 
 
 LONG_TEXT = {"messages": user(f"{SECRET} " * 3000), "max_tokens": 1}
 
 
-@pytest.mark.parametrize(("fields", "status", "code", "param"), [
-    ({"messages": []}, 400, "invalid_value", "messages"),  # the service's own refusal
-    ({"top_k": SECRET}, 400, "invalid_value", "top_k"),  # the model's
-    ({SECRET: 1}, 400, "unknown_field", None),
-    ({"stream_options": {}}, 400, "invalid_value", "stream_options"),
-    (schema({"type": SECRET}), 400, "invalid_value", "response_format.json_schema.schema"),
-    ({"model": SECRET}, 404, "model_not_found", "model"),
-    (LONG_TEXT, 400, "context_length_exceeded", "messages"),
-    ({"messages": user("x" * (1 << 20))}, 413, "request_too_large", None),
-], ids=lambda value: repr(value)[:40])
+@pytest.mark.parametrize(
+    ("fields", "status", "code", "param"),
+    [
+        ({"messages": []}, 400, "invalid_value", "messages"),  # the service's own refusal
+        ({"top_k": SECRET}, 400, "invalid_value", "top_k"),  # the model's
+        ({SECRET: 1}, 400, "unknown_field", None),
+        ({"stream_options": {}}, 400, "invalid_value", "stream_options"),
+        (schema({"type": SECRET}), 400, "invalid_value", "response_format.json_schema.schema"),
+        ({"model": SECRET}, 404, "model_not_found", "model"),
+        (LONG_TEXT, 400, "context_length_exceeded", "messages"),
+        ({"messages": user("x" * (1 << 20))}, 413, "request_too_large", None),
+    ],
+    ids=lambda value: repr(value)[:40],
+)
 @pytest.mark.parametrize("stream", [False, True])
 def test_what_is_refused_before_an_answer(fields, status, code, param, stream, chat_service):
-    answer = post(chat_service, fields if "stream_options" in fields else fields | {"stream": stream})
+    answer = post(
+        chat_service, fields if "stream_options" in fields else fields | {"stream": stream}
+    )
     error = answer.json()["error"]
     assert (answer.status_code, error["code"], error["param"]) == (status, code, param)
     assert set(answer.json()) == {"error"} and set(error) == {"message", "type", "code", "param"}
@@ -139,29 +171,50 @@ def test_what_is_refused_before_an_answer(fields, status, code, param, stream, c
     assert post(chat_service, {"max_tokens": 1}).status_code == 200
 
 
-@pytest.mark.parametrize("fields", [
-    {}, {"max_tokens": 3.0}, {"max_completion_tokens": 2}, {"stop": ["a", "日本"]}, {"temperature": 0},
-    {"temperature": 0.7}, {"messages": user("")}, {"messages": [user("a")[0] | {"name": "Bob"}]}, {"n": 1, "tools": []},
-], ids=lambda fields: repr(fields)[:60])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"max_tokens": 3.0},
+        {"max_completion_tokens": 2},
+        {"stop": ["a", "日本"]},
+        {"temperature": 0},
+        {"temperature": 0.7},
+        {"messages": user("")},
+        {"messages": [user("a")[0] | {"name": "Bob"}]},
+        {"n": 1, "tools": []},
+    ],
+    ids=lambda fields: repr(fields)[:60],
+)
 def test_the_pipeline_answers_what_it_can(fields, pipeline_service):
     answer = post(pipeline_service, fields)
     assert answer.status_code == 200, answer.text
     (choice,) = answer.json()["choices"]
-    assert type(choice["message"]["content"]) is str and choice["finish_reason"] in ("stop", "length")
+    assert type(choice["message"]["content"]) is str and choice["finish_reason"] in (
+        "stop",
+        "length",
+    )
     assert 1 <= answer.json()["usage"]["completion_tokens"] <= (fields.get("max_tokens") or 8)
 
 
 def test_the_pipeline_reads_parts_as_lines_and_a_developer_as_the_system(pipeline_service):
-    plain, sent = ({"messages": [{"role": role, "content": "Be brief."}, *user(content)]}
-                   for role, content in (("system", "a\nb"), ("developer", parts("a", "b"))))
-    answers = [post(pipeline_service, values).json() for values in (plain, sent, {"messages": user("a\nb")})]
+    plain, sent = (
+        {"messages": [{"role": role, "content": "Be brief."}, *user(content)]}
+        for role, content in (("system", "a\nb"), ("developer", parts("a", "b")))
+    )
+    answers = [
+        post(pipeline_service, values).json()
+        for values in (plain, sent, {"messages": user("a\nb")})
+    ]
     assert answers[0]["usage"]["prompt_tokens"] == answers[1]["usage"]["prompt_tokens"]
     assert said(answers[0]["choices"]) == said(answers[1]["choices"])
     assert answers[2]["usage"]["prompt_tokens"] < answers[0]["usage"]["prompt_tokens"]
 
 
 def test_a_stream_of_the_pipeline_is_one_chunk(pipeline_service):
-    streamed = events(post(pipeline_service, {"stream": True, "stream_options": {"include_usage": True}}))
+    streamed = events(
+        post(pipeline_service, {"stream": True, "stream_options": {"include_usage": True}})
+    )
     ((text, _),) = deltas(streamed)
     whole = post(pipeline_service, {}).json()
     assert text == contents(whole)[0]
@@ -178,13 +231,23 @@ def test_the_pipeline_refuses_what_it_cannot(stream, pipeline_service, chat_serv
 
 
 def test_a_template_that_takes_no_such_conversation_is_the_callers_matter(tiny, tmp_path):
-    folder = save_pipeline(tiny, tmp_path / "model", "{% if messages[0]['role'] == 'system' %}{{ raise_exception('" +
-                           SECRET + "') }}{% endif %}x", max_new_tokens=4)
+    folder = save_pipeline(
+        tiny,
+        tmp_path / "model",
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('"
+        + SECRET
+        + "') }}{% endif %}x",
+        max_new_tokens=4,
+    )
     with running(folder) as served:
         assert post(served, {}).status_code == 200
         refused = post(served, {"messages": [{"role": "system", "content": SECRET}, *user("a")]})
     error = refused.json()["error"]
-    assert (refused.status_code, error["param"], error["code"]) == (400, "messages", "invalid_value")
+    assert (refused.status_code, error["param"], error["code"]) == (
+        400,
+        "messages",
+        "invalid_value",
+    )
     assert SECRET not in refused.text
 
 
@@ -204,7 +267,9 @@ def test_a_full_queue_is_a_rate_limit_error_after_the_clients_own_retries(stream
     with running(streams, concurrent=1, waiting=1) as server:
         before = [server.connect(raw(body("gated 1"))) for _ in range(2)]
         wait_for(lambda: server.requests() == (1, 1))
-        with openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=1) as client:
+        with openai.OpenAI(
+            base_url=f"{server.address}/v1", api_key="none", max_retries=1
+        ) as client:
             ask = partial(client.chat.completions.create, model="model")
             with pytest.raises(openai.RateLimitError) as refusal:
                 ask(messages=user("words 1"))
@@ -220,12 +285,24 @@ def test_a_full_queue_is_a_rate_limit_error_after_the_clients_own_retries(stream
 def test_the_real_model_answers_in_words(smol, tmp_path):
     folder = tmp_path / "model"
     mlflow.pyfunc.save_model(folder, **chat_model_for(smol))
-    asked = {"model": "slm-onnx", "max_tokens": 32, "messages": [
-        {"role": "system", "content": "Answer in one short sentence."}, *user("What is the capital of Spain?")]}
-    with running(folder) as server, openai.OpenAI(base_url=f"{server.address}/v1", api_key="none") as client:
+    asked = {
+        "model": "slm-onnx",
+        "max_tokens": 32,
+        "messages": [
+            {"role": "system", "content": "Answer in one short sentence."},
+            *user("What is the capital of Spain?"),
+        ],
+    }
+    with (
+        running(folder) as server,
+        openai.OpenAI(base_url=f"{server.address}/v1", api_key="none") as client,
+    ):
         whole = client.chat.completions.create(**asked).choices[0].message.content
         assert "Madrid" in whole
-        streamed = [chunk.choices[0].delta.content for chunk in client.chat.completions.create(**asked, stream=True)]
+        streamed = [
+            chunk.choices[0].delta.content
+            for chunk in client.chat.completions.create(**asked, stream=True)
+        ]
         assert "".join(filter(None, streamed)) == whole
         assert len(streamed) > 3
 
@@ -238,19 +315,34 @@ def test_an_answer_is_the_same_whole_and_streamed(kind, request):
     with running(request.getfixturevalue(kind)) as server:
         whole = server.ask("words 3").json()
         assert whole["object"] == "chat.completion" and whole["system_fingerprint"] == "model/1"
-        assert whole["choices"] == [{"index": 0, "message": {"role": "assistant", "content": "word word word "},
-                                     "logprobs": None, "finish_reason": "stop"}]
+        assert whole["choices"] == [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "word word word "},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ]
         chunks = events(server.ask("words 3", stream=True))
-        assert "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks) == "word word word "
+        assert (
+            "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+            == "word word word "
+        )
         assert [chunk["choices"][0]["finish_reason"] for chunk in chunks][-2:] == [None, "stop"]
         assert not any("usage" in chunk for chunk in chunks)
-        *others, last = events(server.ask("words 3", stream=True, stream_options={"include_usage": True}))
+        *others, last = events(
+            server.ask("words 3", stream=True, stream_options={"include_usage": True})
+        )
         assert all(chunk["usage"] is None for chunk in others)
         assert last["choices"] == [] and last["usage"] == whole["usage"] == stand_ins.USAGE
         assert {chunk["object"] for chunk in chunks} == {"chat.completion.chunk"}
         assert server.count("slm_requests_total", outcome="ok") == 3
         assert server.count("slm_completion_tokens_total") == 6
-        assert server.count("slm_request_seconds_count") == server.count("slm_first_token_seconds_count") == 3
+        assert (
+            server.count("slm_request_seconds_count")
+            == server.count("slm_first_token_seconds_count")
+            == 3
+        )
         assert server.requests() == (0, 0)
 
 
@@ -275,34 +367,51 @@ def test_a_model_without_streams_is_asked_by_one_caller_at_a_time(kind, together
 def test_two_servers_in_one_process_do_not_mix(streams):
     with running(streams) as one, running(streams) as other:
         one.ask("words 2")
-        assert [server.count("slm_requests_total", outcome="ok") for server in (one, other)] == [1, 0]
-        assert "slm_requests_total{outcome=\"ok\"} 1.0" in one.client.get("/metrics").text
+        assert [server.count("slm_requests_total", outcome="ok") for server in (one, other)] == [
+            1,
+            0,
+        ]
+        assert 'slm_requests_total{outcome="ok"} 1.0' in one.client.get("/metrics").text
         assert "slm_requests_total{" not in other.client.get("/metrics").text
 
 
 # --- callers that leave, and limits ---------------------------------------------------------
 
 
-def test_200_clients_that_leave_in_the_middle_stop_their_answers_within_one_step(streams, record_property):
+def test_200_clients_that_leave_in_the_middle_stop_their_answers_within_one_step(
+    streams, record_property
+):
     with running(streams) as server:
         assert server.ask("words 2").status_code == 200
         wait_for(lambda: server.requests() == (0, 0))
         threads, open_files = threading.active_count(), handles()
-        clients = [server.connect(raw(body("gated 1000", stream=number % 2 == 0))) for number in range(200)]
-        wait_for(lambda: server.model.running == 64 and server.requests() == (64, 136), "200 requests")
+        clients = [
+            server.connect(raw(body("gated 1000", stream=number % 2 == 0))) for number in range(200)
+        ]
+        wait_for(
+            lambda: server.model.running == 64 and server.requests() == (64, 136), "200 requests"
+        )
         before = server.model.steps
         server.model.gate.release(640)
         wait_for(lambda: server.model.steps == before + 640)
         for client in clients:
             client.close()
-        wait_for(lambda: server.count("slm_requests_total", outcome="cancelled") == 200, "200 that left")
-        assert server.requests() == (64, 0)  # the model has them still: each is in the middle of a step
+        wait_for(
+            lambda: server.count("slm_requests_total", outcome="cancelled") == 200, "200 that left"
+        )
+        # The model has them still: each is in the middle of a step.
+        assert server.requests() == (64, 0)
         server.model.gate.release(1000)
-        wait_for(lambda: server.requests() == (0, 0) and server.model.running == 0, "the end of all rows")
+        wait_for(
+            lambda: server.requests() == (0, 0) and server.model.running == 0, "the end of all rows"
+        )
         steps = server.model.steps - before - 640
         record_property("steps per answer after its client left", steps / 64)
         assert steps == 64
-        wait_for(lambda: threading.active_count() <= threads and handles() <= open_files, "as few threads and files")
+        wait_for(
+            lambda: threading.active_count() <= threads and handles() <= open_files,
+            "as few threads and files",
+        )
         assert server.ask("words 2").status_code == 200
 
 
@@ -330,8 +439,12 @@ def test_who_finds_no_place_is_told_when_to_come_again(streams):
         assert server.requests() == (2, 3)
         refused = server.ask("words 1")
         assert refused.status_code == 429 and int(refused.headers["retry-after"]) >= 1
-        assert refused.json()["error"] == {"message": "The service is busy: 3 requests wait. Try again later.",
-                                           "type": "rate_limit_error", "code": "busy", "param": None}
+        assert refused.json()["error"] == {
+            "message": "The service is busy: 3 requests wait. Try again later.",
+            "type": "rate_limit_error",
+            "code": "busy",
+            "param": None,
+        }
         clients[3].close()
         wait_for(lambda: server.requests() == (2, 2))
         clients.append(server.connect(raw(body("gated 15", stream=True))))
@@ -340,7 +453,12 @@ def test_who_finds_no_place_is_told_when_to_come_again(streams):
         wait_for(lambda: server.requests() == (0, 0))
         asked = [text for text in server.model.asked if text != "Hello"]  # that is the trial's
         assert sorted(asked[:2]) + asked[2:] == [
-            "gated 10", "gated 11", "gated 12", "gated 14", "gated 15"]
+            "gated 10",
+            "gated 11",
+            "gated 12",
+            "gated 14",
+            "gated 15",
+        ]
         assert server.count("slm_requests_total", outcome="busy") == 1
         for client in clients:
             client.close()
@@ -351,8 +469,11 @@ def test_a_timeout_ends_the_answer_and_says_so(streams):
         whole = server.ask("gated 9")
         assert whole.status_code == 504 and whole.headers["x-should-retry"] == "false"
         assert whole.json()["error"] == {
-            "message": "The answer took longer than 0.3 seconds. Ask for less: max_tokens.", "type": "server_error",
-            "code": "timeout", "param": None}
+            "message": "The answer took longer than 0.3 seconds. Ask for less: max_tokens.",
+            "type": "server_error",
+            "code": "timeout",
+            "param": None,
+        }
         server.model.gate.release(2)
         wait_for(lambda: server.model.running == 0 and server.requests() == (0, 0))
         server.model.gate.release(2)
@@ -375,7 +496,9 @@ def test_a_request_that_waits_too_long_gives_up_its_place(plain):
         client.close()
 
 
-@pytest.mark.parametrize("text, streamed", [("raise", False), ("raise", True), ("exit", False), ("exit", True)])
+@pytest.mark.parametrize(
+    "text, streamed", [("raise", False), ("raise", True), ("exit", False), ("exit", True)]
+)
 def test_a_model_that_raises_fails_one_request_and_quotes_nothing(text, streamed, streams):
     with running(streams) as server:
         answer = server.ask(f"{text} {SECRET}", stream=streamed)
@@ -417,14 +540,24 @@ def test_an_answer_that_is_no_chat_completion_is_an_error(guarded, monkeypatch):
 @pytest.mark.parametrize("expect", [False, True])
 def test_20_mb_that_are_announced_are_refused_before_they_come(expect, guarded, record_property):
     with guarded.connect() as connection:
-        connection.sendall(raw(b"", TOKEN_HEADER, "Content-Length: 20000000", "Connection: close",
-                               *(["Expect: 100-continue"] if expect else []), length=False))
+        connection.sendall(
+            raw(
+                b"",
+                TOKEN_HEADER,
+                "Content-Length: 20000000",
+                "Connection: close",
+                *(["Expect: 100-continue"] if expect else []),
+                length=False,
+            )
+        )
         record_property("bytes of the body that were sent", 0)
         assert refused(read_all(connection)) == (413, "request_too_large")
 
 
 @pytest.mark.parametrize("chunked", [False, True])
-def test_20_mb_that_come_all_the_same_are_refused_and_the_connection_ends(chunked, guarded, record_property):
+def test_20_mb_that_come_all_the_same_are_refused_and_the_connection_ends(
+    chunked, guarded, record_property
+):
     piece, sent = b"x" * 65536, []
     coded = ("Transfer-Encoding: chunked",) if chunked else ("Content-Length: 20971520",)
     frame = b"10000\r\n%s\r\n" % piece if chunked else piece
@@ -442,7 +575,10 @@ def test_20_mb_that_come_all_the_same_are_refused_and_the_connection_ends(chunke
         answer = HTTPResponse(connection)
         answer.begin()
         record_property("bytes of the body that had been sent when the answer came", sum(sent))
-        assert answer.status == 413 and json.loads(answer.read())["error"]["code"] == "request_too_large"
+        assert (
+            answer.status == 413
+            and json.loads(answer.read())["error"]["code"] == "request_too_large"
+        )
         assert answer.getheader("connection") == "close"
         sender.join(60)
         assert not sender.is_alive()
@@ -453,28 +589,54 @@ def test_20_mb_that_come_all_the_same_are_refused_and_the_connection_ends(chunke
 def test_after_a_refusal_whose_body_has_not_come_the_connection_ends(path, guarded):
     head = f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1\r\nTransfer-Encoding: chunked\r\n\r\n"
     with guarded.connect(head.encode() + b"1\r\n{\r\n") as connection:
-        status, code = refused(read_all(connection))  # which reads until the service ends the connection
+        # Which reads until the service ends the connection.
+        status, code = refused(read_all(connection))
     assert (status, code) == (401, "invalid_api_key")
 
 
 def test_a_body_that_is_expected_to_be_asked_for_is_asked_for(guarded):
     content = body("words 1")
-    with guarded.connect(raw(b"", TOKEN_HEADER, f"Content-Length: {len(content)}", "Expect: 100-continue",
-                             "Connection: close", length=False)) as connection:
+    with guarded.connect(
+        raw(
+            b"",
+            TOKEN_HEADER,
+            f"Content-Length: {len(content)}",
+            "Expect: 100-continue",
+            "Connection: close",
+            length=False,
+        )
+    ) as connection:
         assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
         connection.sendall(content)
         assert read_all(connection).startswith(b"HTTP/1.1 200")
 
 
-@pytest.mark.parametrize("authorization, status", [
-    (None, 401), ("Bearer", 401), ("Bearer geheim", 401), ("Bearer geheim-ß", 200),
-    ("geheim-ß", 401),
-    ("Basic geheim-ß", 401), ("bearer geheim-ß", 200), ("Bearer \xff\xfe", 401), ("Bearer geheim-ß, Bearer x", 401)])
+@pytest.mark.parametrize(
+    "authorization, status",
+    [
+        (None, 401),
+        ("Bearer", 401),
+        ("Bearer geheim", 401),
+        ("Bearer geheim-ß", 200),
+        ("geheim-ß", 401),
+        ("Basic geheim-ß", 401),
+        ("bearer geheim-ß", 200),
+        ("Bearer \xff\xfe", 401),
+        ("Bearer geheim-ß, Bearer x", 401),
+    ],
+)
 def test_without_the_token_there_is_nothing_to_read(authorization, status, guarded):
-    with httpx.Client(base_url=guarded.address, trust_env=False, verify=False,
-                      headers={"authorization": authorization.encode()} if authorization else {}) as client:
-        paths = [client.get("/v1/models"), client.get("/metrics"),
-                 client.post("/v1/chat/completions", content=body("words 1"))]
+    with httpx.Client(
+        base_url=guarded.address,
+        trust_env=False,
+        verify=False,
+        headers={"authorization": authorization.encode()} if authorization else {},
+    ) as client:
+        paths = [
+            client.get("/v1/models"),
+            client.get("/metrics"),
+            client.post("/v1/chat/completions", content=body("words 1")),
+        ]
     for answer in paths:
         assert answer.status_code == status
         if status == 401:
@@ -484,32 +646,51 @@ def test_without_the_token_there_is_nothing_to_read(authorization, status, guard
 
 def test_of_two_tokens_only_the_first_one_counts(guarded):
     for first, second, status in (("x", "geheim-ß", b"401"), ("geheim-ß", "x", b"200")):
-        with guarded.connect(raw(body("words 1"), f"Authorization: Bearer {first}", f"Authorization: Bearer {second}",
-                                 "Connection: close")) as connection:
+        with guarded.connect(
+            raw(
+                body("words 1"),
+                f"Authorization: Bearer {first}",
+                f"Authorization: Bearer {second}",
+                "Connection: close",
+            )
+        ) as connection:
             assert read_all(connection).split()[1] == status
 
 
-@pytest.mark.parametrize("head, answer", [
-    ("Host: evil.example", (421, "unknown_host")), ("Host: 127.0.0.1.evil.example", (421, "unknown_host")),
-    ("Host: ", (421, "unknown_host")),
-    ("Host: localhost\r\nHost: evil.example", (400, "invalid_request")), ("Accept: */*", (400, "invalid_request")),
-    ("Host: localhost\r\nContent-Length: x", (400, "invalid_request")),
-    ("Host: localhost\r\nTransfer-Encoding: gzip", (400, "invalid_request")),
-    ("Host: localhost\r\nbroken", (400, "invalid_request")),
-])
+@pytest.mark.parametrize(
+    "head, answer",
+    [
+        ("Host: evil.example", (421, "unknown_host")),
+        ("Host: 127.0.0.1.evil.example", (421, "unknown_host")),
+        ("Host: ", (421, "unknown_host")),
+        ("Host: localhost\r\nHost: evil.example", (400, "invalid_request")),
+        ("Accept: */*", (400, "invalid_request")),
+        ("Host: localhost\r\nContent-Length: x", (400, "invalid_request")),
+        ("Host: localhost\r\nTransfer-Encoding: gzip", (400, "invalid_request")),
+        ("Host: localhost\r\nbroken", (400, "invalid_request")),
+    ],
+)
 def test_a_head_that_is_wrong(head, answer, guarded):
     request = f"POST /v1/chat/completions HTTP/1.1\r\n{head}\r\nConnection: close\r\n\r\n"
     with guarded.connect(request.encode()) as connection:
         assert refused(read_all(connection)) == answer
 
 
-@pytest.mark.parametrize(("version", "head", "streamed"), [
-    ("1.0", "Host: localhost:1", False), ("1.0", "Host: [::1]", True), ("1.1", "Host: 127.0.0.1", False),
-    ("1.1", "Host: LOCALHOST.", True)])
+@pytest.mark.parametrize(
+    ("version", "head", "streamed"),
+    [
+        ("1.0", "Host: localhost:1", False),
+        ("1.0", "Host: [::1]", True),
+        ("1.1", "Host: 127.0.0.1", False),
+        ("1.1", "Host: LOCALHOST.", True),
+    ],
+)
 def test_a_proper_host_is_answered_also_by_http_1_0(version, head, streamed, guarded):
     content = body("words 1", stream=streamed)
-    request = (f"POST /v1/chat/completions HTTP/{version}\r\n{head}\r\n{TOKEN_HEADER}\r\n"
-               f"Connection: close\r\nContent-Length: {len(content)}\r\n\r\n").encode() + content
+    request = (
+        f"POST /v1/chat/completions HTTP/{version}\r\n{head}\r\n{TOKEN_HEADER}\r\n"
+        f"Connection: close\r\nContent-Length: {len(content)}\r\n\r\n"
+    ).encode() + content
     with guarded.connect(request) as connection:
         said = read_all(connection)
     assert said.startswith(b"HTTP/1.1 200") and b"word " in said
@@ -521,13 +702,19 @@ def test_http_1_0_without_a_host_is_refused(guarded):
         assert refused(read_all(connection)) == (421, "unknown_host")
 
 
-@pytest.mark.parametrize("method, path, status, code", [
-    ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
-    ("DELETE", "/health", 405, "method_not_allowed"),
-    ("POST", "/v1/completions", 404, "not_found"), ("GET", "/", 404, "not_found"), ("GET", "/docs", 404, "not_found"),
-    ("GET", "/v1/models/", 404, "model_not_found"), ("GET", "/../../etc/passwd", 404, "not_found"),
-    ("GET", "/zqsecret", 404, "not_found"),
-])
+@pytest.mark.parametrize(
+    "method, path, status, code",
+    [
+        ("GET", "/v1/chat/completions", 405, "method_not_allowed"),
+        ("DELETE", "/health", 405, "method_not_allowed"),
+        ("POST", "/v1/completions", 404, "not_found"),
+        ("GET", "/", 404, "not_found"),
+        ("GET", "/docs", 404, "not_found"),
+        ("GET", "/v1/models/", 404, "model_not_found"),
+        ("GET", "/../../etc/passwd", 404, "not_found"),
+        ("GET", "/zqsecret", 404, "not_found"),
+    ],
+)
 def test_a_path_or_method_that_is_not_there(method, path, status, code, guarded):
     answer = guarded.client.request(method, path)
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
@@ -545,7 +732,9 @@ def test_head_is_refused_without_a_body(guarded):
 def test_no_answer_waits_for_its_own_beginning_to_be_confirmed(guarded):
     guarded.client.get("/health")
     (connection, *_) = guarded.server.server_state.connections
-    option = connection.transport.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+    option = connection.transport.get_extra_info("socket").getsockopt(
+        socket.IPPROTO_TCP, socket.TCP_NODELAY
+    )
     assert option  # without it, each answer takes 40 ms more
 
 
@@ -596,8 +785,13 @@ def test_callers_of_different_names_share_no_prompts(tiny, tmp_path):
 
         def reused(caller, **fields):
             before = server.model.stats()["reused_prompt_tokens"]
-            request = {"messages": user("The harbour is full of ships. " * 5), "max_tokens": 1} | fields
-            answer = server.client.post("/v1/chat/completions", json=request, headers={"x-caller": caller})
+            request = {
+                "messages": user("The harbour is full of ships. " * 5),
+                "max_tokens": 1,
+            } | fields
+            answer = server.client.post(
+                "/v1/chat/completions", json=request, headers={"x-caller": caller}
+            )
             assert answer.status_code == 200
             return server.model.stats()["reused_prompt_tokens"] - before
 
@@ -614,7 +808,9 @@ def test_callers_of_one_address_share_prompts_where_no_header_names_them(tiny, t
     mlflow.pyfunc.save_model(tmp_path / "model", **chat_model_for(tiny))
     with running(tmp_path / "model", separates_addresses=True) as server:
         for _ in range(2):
-            server.client.post("/v1/chat/completions", json={"messages": user("word " * 40), "max_tokens": 1})
+            server.client.post(
+                "/v1/chat/completions", json={"messages": user("word " * 40), "max_tokens": 1}
+            )
         assert server.model.stats()["reused_prompt_tokens"] > 20
 
 
@@ -643,9 +839,13 @@ def test_the_time_to_the_first_token_is_not_that_to_the_last(streams):
 
 def test_a_token_is_compared_in_the_same_time_wherever_it_differs(guarded, monkeypatch):
     compared = []
-    monkeypatch.setattr(app.hmac, "compare_digest", lambda one, other: compared.append((one, other)) or one == other)
+    monkeypatch.setattr(
+        app.hmac, "compare_digest", lambda one, other: compared.append((one, other)) or one == other
+    )
     assert guarded.client.get("/v1/models").status_code == 200
-    assert guarded.client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
+    assert (
+        guarded.client.get("/v1/models", headers={"Authorization": "Bearer x"}).status_code == 401
+    )
     assert compared == [(TOKEN.encode(), TOKEN.encode()), (b"x", TOKEN.encode())]
 
 
@@ -654,7 +854,9 @@ def test_a_token_is_compared_in_the_same_time_wherever_it_differs(guarded, monke
 
 def test_a_body_in_very_many_pieces_is_refused(guarded, monkeypatch):
     monkeypatch.setattr(service_connection, "MAX_PIECES", 100)
-    with guarded.connect(raw(b"", TOKEN_HEADER, "Transfer-Encoding: chunked", length=False)) as connection:
+    with guarded.connect(
+        raw(b"", TOKEN_HEADER, "Transfer-Encoding: chunked", length=False)
+    ) as connection:
         with contextlib.suppress(ConnectionError):
             for _ in range(101):
                 connection.sendall(b"1\r\n{\r\n")
@@ -696,7 +898,9 @@ def test_a_head_that_never_ends_is_cut_off(streams, monkeypatch, record_property
 
 
 def test_a_head_of_more_than_64_kib_is_refused(guarded):
-    with guarded.connect(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000) as connection:
+    with guarded.connect(
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"x" * 70_000
+    ) as connection:
         assert refused(read_all(connection)) == (400, "invalid_request")
 
 
@@ -746,7 +950,10 @@ def test_a_client_that_reads_byte_by_byte_gets_all(streams):
 
 @pytest.mark.parametrize("kind", ["streams", "plain"])
 def test_a_short_drain_ends_answers_with_an_error_even_of_a_model_that_does_not_end(kind, request):
-    with running(request.getfixturevalue(kind), drain=1, concurrent=2) as server, ThreadPoolExecutor(2) as pool:
+    with (
+        running(request.getfixturevalue(kind), drain=1, concurrent=2) as server,
+        ThreadPoolExecutor(2) as pool,
+    ):
         model = server.model
         callers = [pool.submit(server.ask, "gated 9", stream=stream) for stream in (False, True)]
         wait_for(lambda: model.running == 2)
@@ -758,7 +965,9 @@ def test_a_short_drain_ends_answers_with_an_error_even_of_a_model_that_does_not_
             answer = caller.result()
             last = answer.text.strip().rpartition("data: ")[2]
             assert json.loads(last)["error"]["code"] == "closed", answer.text[-300:]
-            assert answer.status_code in ((200, 503) if (kind, streamed) == ("streams", True) else (503,))
+            assert answer.status_code in (
+                (200, 503) if (kind, streamed) == ("streams", True) else (503,)
+            )
         model.gate.release(99)
 
 
@@ -781,11 +990,14 @@ def test_the_alias_moves_under_load_and_no_request_fails(registry, record_proper
             seen = []
             with httpx.Client(base_url=server.address, timeout=60, trust_env=False) as client:
                 while go_on.is_set():
-                    answer = client.post("/v1/chat/completions", content=body("slow 5", stream=number % 2 == 0))
+                    answer = client.post(
+                        "/v1/chat/completions", content=body("slow 5", stream=number % 2 == 0)
+                    )
                     assert answer.status_code == 200, answer.text
                     answers = events(answer) if number % 2 == 0 else [answer.json()]
                     prints = {chunk["system_fingerprint"] for chunk in answers}
-                    assert len(prints) == 1  # one version makes an answer, from its first to its last chunk
+                    # One version makes an answer, from its first to its last chunk.
+                    assert len(prints) == 1
                     seen += prints
             return seen
 
@@ -800,11 +1012,17 @@ def test_the_alias_moves_under_load_and_no_request_fails(registry, record_proper
         go_on.clear()
         answers = [answer for caller in callers for answer in caller.result()]
         assert set(answers) == {"stand-in/1", "stand-in/2"} and answers[-1] == "stand-in/2"
-        outcomes = {sample.labels["outcome"] for metric in server.service.metrics.requests.collect()
-                    for sample in metric.samples}
+        outcomes = {
+            sample.labels["outcome"]
+            for metric in server.service.metrics.requests.collect()
+            for sample in metric.samples
+        }
         assert outcomes == {"ok"}
         record_property("answers while the alias moved three times, none failed", len(answers))
-        wait_for(lambda: server.requests() == (0, 0) and (gc.collect() or old() is None), "the old version's end")
+        wait_for(
+            lambda: server.requests() == (0, 0) and (gc.collect() or old() is None),
+            "the old version's end",
+        )
         assert server.count("slm_model_version", model="stand-in", version="1") == 0
         wait_for(lambda: threading.active_count() <= before + 8)  # the callers' own
 
@@ -839,7 +1057,8 @@ def test_a_request_that_waited_is_answered_by_the_version_that_serves_then(regis
         move_alias("2")
         wait_for_version(server, "2")
         old.gate.release()
-        wait_for(lambda: server.model.running == 5)  # the new one streams, so it takes them all at once
+        # The new one streams, so it takes them all at once.
+        wait_for(lambda: server.model.running == 5)
         server.model.gate.release(5)
         assert first.result().json()["system_fingerprint"] == "stand-in/1"
         assert {other.result().json()["system_fingerprint"] for other in others} == {"stand-in/2"}
@@ -856,7 +1075,12 @@ def test_a_version_that_does_not_load_leaves_the_old_one_serving_and_is_told(kin
         seconds = readiness.pop("retry_seconds")
         # Nobody can end the thread of a model that does not answer, so it is not tried again.
         assert seconds is None if kind == "Thinks" else 0 <= seconds <= active_version.FIRST_PAUSE
-        assert readiness == {"status": "ready", "model": "stand-in", "version": "1", "failed_version": "2"}
+        assert readiness == {
+            "status": "ready",
+            "model": "stand-in",
+            "version": "1",
+            "failed_version": "2",
+        }
         assert server.client.get("/ready").status_code == 200
         assert server.ask("words 1").json()["system_fingerprint"] == "stand-in/1"
         assert server.count("slm_model_failed_version") == 2
@@ -925,6 +1149,7 @@ def test_a_store_in_the_temporary_folder_is_never_removed(registry, monkeypatch,
 @pytest.fixture
 def engines(registry, tiny, tmp_path, monkeypatch):
     """Register two versions of the chat model, the second with other code; return how many engines' threads run."""
+
     def log():
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # there is no input example
@@ -935,18 +1160,24 @@ def engines(registry, tiny, tmp_path, monkeypatch):
     move_alias(log())
     change_code(monkeypatch, tmp_path)
     log()
-    return lambda: sum(thread.name == "chat-model-engine" for thread in set(threading.enumerate()) - before)
+    return lambda: sum(
+        thread.name == "chat-model-engine" for thread in set(threading.enumerate()) - before
+    )
 
 
 def test_the_old_engine_ends_when_the_alias_moves_to_a_version_with_other_code(engines):
     with running(URI, poll=0.05) as server, ThreadPoolExecutor(8) as pool:
         old = weakref.ref(server.model)
-        asked = [pool.submit(server.ask, "Hello", max_tokens=60, stream=number % 2 == 0) for number in range(8)]
+        asked = [
+            pool.submit(server.ask, "Hello", max_tokens=60, stream=number % 2 == 0)
+            for number in range(8)
+        ]
         assert engines() == 1
         move_alias("2")
         wait_for_version(server, "2")
         assert {answer.result().status_code for answer in asked} == {200}
-        assert server.ask("Hello", max_tokens=2).json()["id"].startswith("changed-")  # its own code answers
+        # Its own code answers.
+        assert server.ask("Hello", max_tokens=2).json()["id"].startswith("changed-")
         wait_for(lambda: engines() == 1 and (gc.collect() or old() is None), "the old engine's end")
         assert server.ask("Hello", max_tokens=2).json()["system_fingerprint"] == "stand-in/2"
 
@@ -955,7 +1186,9 @@ def test_the_old_engine_ends_when_the_alias_moves_to_a_version_with_other_code(e
 
 
 @pytest.mark.parametrize("texts", [False, True])
-def test_traces_hold_sizes_and_times_and_texts_only_where_that_was_asked_for(texts, registry, store, tmp_path):
+def test_traces_hold_sizes_and_times_and_texts_only_where_that_was_asked_for(
+    texts, registry, store, tmp_path
+):
     registry("Streams")
     with running(URI, traces="the traces", trace_texts=texts) as server:
         server.ask(f"words {SECRET}")
@@ -975,13 +1208,21 @@ def test_traces_hold_sizes_and_times_and_texts_only_where_that_was_asked_for(tex
     for span in spans[:2]:
         assert span.attributes["outcome"] == "ok" and span.attributes["finish_reason"] == "stop"
         assert 0 < span.attributes["first_token_seconds"] < 60
-        assert span.attributes["mlflow.chat.tokenUsage"] == {"input_tokens": 3, "output_tokens": 2, "total_tokens": 5}
+        assert span.attributes["mlflow.chat.tokenUsage"] == {
+            "input_tokens": 3,
+            "output_tokens": 2,
+            "total_tokens": 5,
+        }
         assert span.outputs == ("word word " if texts else None)
     assert spans[2].attributes["outcome"] == "failed" and spans[2].status.status_code == "ERROR"
     written = json.dumps([trace.to_json() for trace in found])
     assert (SECRET in written) == texts
-    stored = b"".join(file.read_bytes() for folder in (Path(store.removeprefix("sqlite:///")).parent, tmp_path)
-                      for file in folder.rglob("*") if file.is_file() and file.suffix != ".py")
+    stored = b"".join(
+        file.read_bytes()
+        for folder in (Path(store.removeprefix("sqlite:///")).parent, tmp_path)
+        for file in folder.rglob("*")
+        if file.is_file() and file.suffix != ".py"
+    )
     assert (SECRET.encode() in stored) == texts
 
 

@@ -19,7 +19,9 @@ def test_sigterm_finishes_what_began_and_takes_nothing_new(program, registry, tm
     server = program("--port", 0, "--drain", 60, "--concurrent", 8)
     address = server.wait()
     with ThreadPoolExecutor(16) as pool:
-        callers = [pool.submit(ask, address, "slow 100", stream=number % 2 == 0) for number in range(16)]
+        callers = [
+            pool.submit(ask, address, "slow 100", stream=number % 2 == 0) for number in range(16)
+        ]
         wait_for(lambda: "slm_requests_waiting 8.0" in get(f"{address}/metrics").text)
         server.process.send_signal(signal.SIGTERM)
 
@@ -36,14 +38,20 @@ def test_sigterm_finishes_what_began_and_takes_nothing_new(program, registry, tm
             assert answer.status_code == 200 and answer.text.count("word ") == 100
             assert number % 2 or answer.text.endswith("data: [DONE]\n\n")
     assert server.process.wait(60) == 0
-    assert server.said().splitlines()[-1].startswith("Serving stand-in") and not list(tmp_path.glob("openai-server-*"))
+    assert server.said().splitlines()[-1].startswith("Serving stand-in") and not list(
+        tmp_path.glob("openai-server-*")
+    )
 
 
 def test_a_loading_server_tells_its_clients_to_come_again_and_ends_at_ctrl_c(program, registry):
     registry("Thinks")
     server = program("--port", 0)
     process = psutil.Process(server.process.pid)
-    wait_for(lambda: any(place.status == "LISTEN" for place in process.net_connections()), "the listener", 120)
+    wait_for(
+        lambda: any(place.status == "LISTEN" for place in process.net_connections()),
+        "the listener",
+        120,
+    )
     port = next(place.laddr.port for place in process.net_connections() if place.status == "LISTEN")
     answer = ask(f"http://127.0.0.1:{port}", "words 1")
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")

@@ -20,7 +20,8 @@ from support.chat import chat_model_for, user
 from support.service import wait_for
 
 MODEL = "models:/stand-in@champion"
-# Runs the commands that it reads, a line of JSON each, in one Spark session; prints a line for each: what it came to.
+# Runs the commands that it reads, a line of JSON each, in one Spark session; prints a line for
+# each: what it came to.
 DRIVER = """
 import json, sys
 from pathlib import Path
@@ -47,9 +48,14 @@ class Driver:
         environment = cluster.environment(MLFLOW_TRACKING_URI=store, TMPDIR=str(folder))
         environment["PYTHONPATH"] += os.pathsep + str(ROOT)
         self.log = folder / "driver.log"
-        self.process = subprocess.Popen([sys.executable, "-c", DRIVER, cluster.address, folder], env=environment,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-                                        stderr=self.log.open("w", encoding="utf-8"))
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER, cluster.address, folder],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            stderr=self.log.open("w", encoding="utf-8"),
+        )
 
     def begin(self, *words):
         """Send a command."""
@@ -66,7 +72,10 @@ class Driver:
     def kill(self):
         """End it and its Java at once."""
         if self.process.poll() is None:
-            for process in [*psutil.Process(self.process.pid).children(recursive=True), self.process]:
+            for process in [
+                *psutil.Process(self.process.pid).children(recursive=True),
+                self.process,
+            ]:
                 process.kill()
         self.process.wait()
         self.process.stdin.close()
@@ -98,7 +107,9 @@ def driver(cluster, registered, tmp_path_factory):
 
 
 def write(path, prompts):
-    pd.DataFrame({"prompt": prompts, "id": [f"id {number}" for number in range(len(prompts))]}).to_parquet(path)
+    pd.DataFrame(
+        {"prompt": prompts, "id": [f"id {number}" for number in range(len(prompts))]}
+    ).to_parquet(path)
     return path
 
 
@@ -107,16 +118,29 @@ def read(out):
 
 
 def test_every_row_is_answered_and_a_bad_one_says_why(cluster, driver, chat_uri, tmp_path):
-    prompts = [*(f"Tell me about the number {number}." for number in range(20)), None, "", "word " * 5000, "a\x00b"]
+    prompts = [
+        *(f"Tell me about the number {number}." for number in range(20)),
+        None,
+        "",
+        "word " * 5000,
+        "a\x00b",
+    ]
     out = tmp_path / "öut 1.parquet"
     report = driver.run(write(tmp_path / "prömpts 1.parquet", prompts), out, "--model", chat_uri)
     assert (report["rows"], report["kept"], report["failed"], report["cut"]) == (24, 0, 4, 20)
     assert sum(report["errors"].values()) == 4
-    assert list(cluster.folder.glob("work-*/**/MLmodel"))  # what a worker unpacks goes with its folder
+    # What a worker unpacks goes with its folder.
+    assert list(cluster.folder.glob("work-*/**/MLmodel"))
     rows = read(out)
-    assert list(rows["row"]) == list(range(24)) and list(rows["id"]) == [f"id {number}" for number in range(24)]
+    assert list(rows["row"]) == list(range(24)) and list(rows["id"]) == [
+        f"id {number}" for number in range(24)
+    ]
     assert list(rows["status"]) == ["ok"] * 20 + ["error"] * 4
-    assert rows["reason"][20] == rows["reason"][21] == "There is nothing to ask: the cell is empty or null."
+    assert (
+        rows["reason"][20]
+        == rows["reason"][21]
+        == "There is nothing to ask: the cell is empty or null."
+    )
     assert "context" in rows["reason"][22] and "NUL" in rows["reason"][23]
     alone = mlflow.pyfunc.load_model(chat_uri).predict({"messages": user(prompts[7])})[0]
     assert rows["answer"][7] == alone["choices"][0]["message"]["content"]
@@ -127,8 +151,16 @@ def test_every_row_is_answered_and_a_bad_one_says_why(cluster, driver, chat_uri,
 
 def test_conversations_and_settings_reach_the_model(driver, chat_uri, tmp_path):
     talk = [*user("Hello"), {"role": "assistant", "content": "Hi"}, *user("And now?")]
-    driver.run(write(tmp_path / "in.parquet", [talk]), tmp_path / "out.parquet", "--model", chat_uri, "--max-tokens", 7,
-               "--system", "Be brief.")
+    driver.run(
+        write(tmp_path / "in.parquet", [talk]),
+        tmp_path / "out.parquet",
+        "--model",
+        chat_uri,
+        "--max-tokens",
+        7,
+        "--system",
+        "Be brief.",
+    )
     asked = {"messages": [{"role": "system", "content": "Be brief."}, *talk], "max_tokens": 7}
     alone = mlflow.pyfunc.load_model(chat_uri).predict(asked)[0]
     row = read(tmp_path / "out.parquet").iloc[0]
@@ -142,8 +174,17 @@ def test_an_output_is_replaced_only_when_told_and_no_rows_are_an_output(driver, 
     out = tmp_path / "out.parquet"
     pd.DataFrame({"prompt": pd.Series([], dtype="str")}).to_parquet(none)
     assert driver.run(none, out, "--model", MODEL)["rows"] == 0
-    assert list(read(out).columns) == ["prompt", "row", "row_hash", "answer", "status", "reason", "finish_reason",
-                                       "prompt_tokens", "completion_tokens"]
+    assert list(read(out).columns) == [
+        "prompt",
+        "row",
+        "row_hash",
+        "answer",
+        "status",
+        "reason",
+        "finish_reason",
+        "prompt_tokens",
+        "completion_tokens",
+    ]
     what, fix = driver.run(one, out, "--model", MODEL)
     assert "is there already" in what and "--overwrite" in fix and len(read(out)) == 0
     assert driver.run(one, out, "--model", MODEL, "--overwrite")["rows"] == 1
@@ -153,17 +194,28 @@ def test_an_output_is_replaced_only_when_told_and_no_rows_are_an_output(driver, 
 
 def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tmp_path):
     good = write(tmp_path / "good.parquet", ["word 1"])
-    pd.DataFrame({"text": ["a"], "Answer": ["b"], "number": [1]}).to_parquet(other := tmp_path / "other.parquet")
+    pd.DataFrame({"text": ["a"], "Answer": ["b"], "number": [1]}).to_parquet(
+        other := tmp_path / "other.parquet"
+    )
     (text := tmp_path / "text.parquet").write_text("no Parquet", encoding="utf-8")
     for path, words, says in (
-            (other, (), "has no column prompt: it has text, Answer, number"),
-            (other, ("--column", "text"), "has columns with names that the output needs: Answer"),
-            (other, ("--column", "number"), "its type is bigint"),
-            (tmp_path / "nowhere.parquet", (), "is not there"),
-            (text, (), f"Spark can't read the file file:{text}."),
-            (good, ("--model", "models:/nobody@champion"), "There is no model nobody whose alias champion"),
-            (good, ("--model", "models:/stand-in@nobody"), "There is no model stand-in whose alias nobody"),
-            (good, ("--model", "models:/stand-in/9"), "Could not load the model models:/stand-in/9")):
+        (other, (), "has no column prompt: it has text, Answer, number"),
+        (other, ("--column", "text"), "has columns with names that the output needs: Answer"),
+        (other, ("--column", "number"), "its type is bigint"),
+        (tmp_path / "nowhere.parquet", (), "is not there"),
+        (text, (), f"Spark can't read the file file:{text}."),
+        (
+            good,
+            ("--model", "models:/nobody@champion"),
+            "There is no model nobody whose alias champion",
+        ),
+        (
+            good,
+            ("--model", "models:/stand-in@nobody"),
+            "There is no model stand-in whose alias nobody",
+        ),
+        (good, ("--model", "models:/stand-in/9"), "Could not load the model models:/stand-in/9"),
+    ):
         refusal = driver.run(path, tmp_path / "out.parquet", "--model", MODEL, *words)
         assert says in refusal[0] and all(sentence.endswith(".") for sentence in refusal), refusal
     assert not list(tmp_path.glob("out*"))
@@ -177,10 +229,20 @@ def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tm
 
 def test_columns_come_out_as_they_went_in(driver, tmp_path):
     times = pd.to_datetime(["2026-01-02", None]).astype("datetime64[us]")
-    table = pd.DataFrame({"user.id": [1, 2], "a `b` *": ["x", None], "prompt": ["word 1", "word 2"],
-                          "Prompt": [[1], []], "when": times})
+    table = pd.DataFrame(
+        {
+            "user.id": [1, 2],
+            "a `b` *": ["x", None],
+            "prompt": ["word 1", "word 2"],
+            "Prompt": [[1], []],
+            "when": times,
+        }
+    )
     table.to_parquet(tmp_path / "in.parquet")
-    assert driver.run(tmp_path / "in.parquet", tmp_path / "out.parquet", "--model", MODEL)["failed"] == 0
+    assert (
+        driver.run(tmp_path / "in.parquet", tmp_path / "out.parquet", "--model", MODEL)["failed"]
+        == 0
+    )
     rows = read(tmp_path / "out.parquet")
     assert list(rows.columns)[:5] == list(table.columns)
     for name in ("user.id", "prompt", "when"):
@@ -203,8 +265,13 @@ def test_a_file_that_spark_cannot_read_is_named(driver, tmp_path):
     assert "b.parquet" in driver.run(folder, tmp_path / "out", "--model", MODEL)[0]
     (folder / "b.parquet").unlink()
     times = pd.to_datetime(["2026-01-02"]).astype("datetime64[ns]")
-    pd.DataFrame({"prompt": ["a"], "when": times}).to_parquet(tmp_path / "ns.parquet", version="2.6")
-    assert "TIMESTAMP(NANOS" in driver.run(tmp_path / "ns.parquet", tmp_path / "out", "--model", MODEL)[0]
+    pd.DataFrame({"prompt": ["a"], "when": times}).to_parquet(
+        tmp_path / "ns.parquet", version="2.6"
+    )
+    assert (
+        "TIMESTAMP(NANOS"
+        in driver.run(tmp_path / "ns.parquet", tmp_path / "out", "--model", MODEL)[0]
+    )
     assert not (tmp_path / "out").exists()
 
 
@@ -219,7 +286,10 @@ def test_an_interrupted_run_goes_on_with_the_same_content_alone(driver, tmp_path
         part.unlink()
     for words in (["--max-tokens", 3], ["--system", "Be brief."]):
         what, fix = driver.run(whole, out, "--model", MODEL, *words)
-        assert f"is of a run with another {words[0][2:].replace('-', '_')} (" in what and "--overwrite" in fix
+        assert (
+            f"is of a run with another {words[0][2:].replace('-', '_')} (" in what
+            and "--overwrite" in fix
+        )
     write(whole, ["another " + prompt for prompt in prompts])
     assert "is of a run with another input" in driver.run(whole, out, "--model", MODEL)[0]
     write(whole, prompts)
@@ -228,7 +298,8 @@ def test_an_interrupted_run_goes_on_with_the_same_content_alone(driver, tmp_path
     report = driver.run(whole, out, "--model", MODEL, "--overwrite")
     assert (report["rows"], report["kept"]) == (40, kept) and 0 < kept < 40
     assert list(read(out)["answer"]) == ["word " * (number % 3 + 1) for number in range(40)]
-    assert len({tuple(parquet.read_schema(part).names) for part in out.glob("part-*")}) == 1  # both runs' files
+    # Both runs' files.
+    assert len({tuple(parquet.read_schema(part).names) for part in out.glob("part-*")}) == 1
     write(whole, prompts[:4])
     assert driver.run(whole, out, "--model", MODEL, "--overwrite")["kept"] == 0
     assert len(read(out)) == 4
@@ -237,8 +308,14 @@ def test_an_interrupted_run_goes_on_with_the_same_content_alone(driver, tmp_path
 def test_a_driver_and_a_worker_that_are_killed_cost_no_row(cluster, driver, registered, tmp_path):
     """Kill the module's driver in its job, begin again by the program itself, and kill a worker then: the last test."""
     count, out = 600, tmp_path / "out.parquet"
-    command = [write(tmp_path / "in.parquet", [f"slow {number % 3 + 1}" for number in range(count)]), out, "--model",
-               MODEL, "--rows-per-task", 25]
+    command = [
+        write(tmp_path / "in.parquet", [f"slow {number % 3 + 1}" for number in range(count)]),
+        out,
+        "--model",
+        MODEL,
+        "--rows-per-task",
+        25,
+    ]
 
     def finished():
         return len(list(out.glob("part-*")))
@@ -260,4 +337,8 @@ def test_a_driver_and_a_worker_that_are_killed_cost_no_row(cluster, driver, regi
     assert f"{count} rows in {out}: {count} answered, 0 errors" in said
     assert 100 <= int(re.search(r"kept from a run before: (\d+)", said)[1]) < count
     assert int(re.search(r"tasks tried again: (\d+)", said)[1]) >= 1
-    assert [path.name for path in tmp_path.iterdir() if ".parquet." in path.name or "spark-batch" in path.name] == []
+    assert [
+        path.name
+        for path in tmp_path.iterdir()
+        if ".parquet." in path.name or "spark-batch" in path.name
+    ] == []

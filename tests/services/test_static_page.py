@@ -39,19 +39,29 @@ def page(request, chromium, written):
 def test_axe_finds_nothing_serious(page):
     page.locator("details").evaluate_all("all => all.forEach(one => one.open = true)")
     found = Axe().run(page).response["violations"]
-    assert [(one["id"], one["nodes"][0]["html"]) for one in found if one["impact"] in ("serious", "critical")] == []
+    assert [
+        (one["id"], one["nodes"][0]["html"])
+        for one in found
+        if one["impact"] in ("serious", "critical")
+    ] == []
 
 
 def test_nothing_but_wide_parts_scrolls_sideways(page):
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     scrolling = page.locator(".wide").evaluate_all(
-        "all => all.filter(one => one.scrollWidth > one.clientWidth).map(one => one.ariaLabel)")
+        "all => all.filter(one => one.scrollWidth > one.clientWidth).map(one => one.ariaLabel)"
+    )
     assert set(scrolling) == {"Code", "Output", "Table"}
     narrow = page.viewport_size["width"] == 420
     code = page.locator(".jp-InputArea-editor").bounding_box()
     assert code["width"] > 380 if narrow else code["width"] <= 800
     # A line of more than 90 letters is hard to read.
-    assert page.locator("p").last.evaluate("one => one.clientWidth / parseFloat(getComputedStyle(one).fontSize)") <= 45
+    assert (
+        page.locator("p").last.evaluate(
+            "one => one.clientWidth / parseFloat(getComputedStyle(one).fontSize)"
+        )
+        <= 45
+    )
 
 
 def test_the_contents_lead_to_the_headings(page):
@@ -84,4 +94,7 @@ def test_the_text_reads_as_it_was_written(page):
 def test_a_dark_screen_gets_a_dark_page(chromium, written):
     with chromium.new_page(color_scheme="dark") as page:
         page.goto(written.as_uri())
-        assert page.evaluate("getComputedStyle(document.documentElement).backgroundColor") == "rgb(13, 17, 23)"
+        assert (
+            page.evaluate("getComputedStyle(document.documentElement).backgroundColor")
+            == "rgb(13, 17, 23)"
+        )

@@ -35,10 +35,13 @@ def collector(monkeypatch):
     with HTTPServer(("127.0.0.1", 0), Receiver) as server:
         threading.Thread(target=server.serve_forever).start()
         for name, value in {
-                "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{server.server_port}/v1/traces",
-                "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf", "OTEL_BSP_SCHEDULE_DELAY": "50",
-                "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": "true", "NO_PROXY": "127.0.0.1",
-                "no_proxy": "127.0.0.1"}.items():
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"http://127.0.0.1:{server.server_port}/v1/traces",
+            "OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf",
+            "OTEL_BSP_SCHEDULE_DELAY": "50",
+            "MLFLOW_TRACE_ENABLE_OTLP_DUAL_EXPORT": "true",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }.items():
             monkeypatch.setenv(name, value)
         mlflow.tracing.reset()
         yield bodies
@@ -72,8 +75,13 @@ def spans_in(bodies):
             break
         threading.Event().wait(0.05)
     sent = [ExportTraceServiceRequest.FromString(body) for body in bodies]
-    return [span.name for request in sent for of in request.resource_spans for by in of.scope_spans
-            for span in by.spans]
+    return [
+        span.name
+        for request in sent
+        for of in request.resource_spans
+        for by in of.scope_spans
+        for span in by.spans
+    ]
 
 
 def everything(store, bodies):
@@ -99,7 +107,10 @@ def test_an_error_leaves_its_kind_and_not_its_sentence(store, collector):
     completion, trace = ask_on_the_page(Echo(), store)
     assert spans_in(collector) == ["chat"]
     assert completion is None
-    assert (trace.info.state.value, trace.data.spans[0].attributes["error"]) == ("ERROR", "ValueError")
+    assert (trace.info.state.value, trace.data.spans[0].attributes["error"]) == (
+        "ERROR",
+        "ValueError",
+    )
     assert SECRET not in everything(store, collector)
 
 

@@ -19,7 +19,11 @@ class NoStore(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         found = "logged-models" in self.path
-        body = b"{}" if found else b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such experiment"}'
+        body = (
+            b"{}"
+            if found
+            else b'{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such experiment"}'
+        )
         self.send_response(200 if found else 404)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -43,13 +47,17 @@ def address():
 
 
 def test_a_disk_that_is_full_is_said_to_be(mounted):
-    code = "import os, sys; from helpers import CourseError, tracking_store\n" \
-        "try: tracking_store(f\"sqlite:///{os.environ['COURSE_CACHE']}/mlflow.db\")\n" \
+    code = (
+        "import os, sys; from helpers import CourseError, tracking_store\n"
+        "try: tracking_store(f\"sqlite:///{os.environ['COURSE_CACHE']}/mlflow.db\")\n"
         "except CourseError as error: print(error.code)"
+    )
     assert mounted("size=100k", [sys.executable, "-c", code]).stdout == "disk-full\n"
 
 
-def test_copies_of_a_servers_models_go_away_with_the_process_and_those_of_killed_ones_at_the_next(python, address):
+def test_copies_of_a_servers_models_go_away_with_the_process_and_those_of_killed_ones_at_the_next(
+    python, address
+):
     code = f"""
 import os, sys, tempfile
 from pathlib import Path

@@ -64,19 +64,23 @@ def test_a_scrape_is_read_by_name_and_labels():
     assert samples["slm_requests_running",] == 3
 
 
-@pytest.mark.parametrize(("before", "after", "grown"), [
-    ({}, {}, {}),
-    ({OK: 5}, {OK: 5}, {OK: 0}),
-    ({OK: 5}, {OK: 12}, {OK: 7}),
-    ({OK: 5}, {OK: 6, BUSY: 2}, {OK: 1, BUSY: 2}),  # an outcome that had not come before
-    # A restart: a counter that fell, and then all of them began at 0, the one that did not fall as well.
-    ({OK: 5, BUSY: 1}, {OK: 3, BUSY: 4}, {OK: 3, BUSY: 4}),
-    # A restart that no counter shows, since more has come since than there was before.
-    ({BEGUN: 100.0, OK: 5}, {BEGUN: 160.0, OK: 9}, {OK: 9}),
-    ({BEGUN: 100.0, OK: 5}, {BEGUN: 100.0, OK: 9}, {OK: 4}),
-    # A gauge may fall: that is no restart, and no increase.
-    ({OK: 5, ("slm_requests_running",): 3}, {OK: 6, ("slm_requests_running",): 0}, {OK: 1}),
-])
+@pytest.mark.parametrize(
+    ("before", "after", "grown"),
+    [
+        ({}, {}, {}),
+        ({OK: 5}, {OK: 5}, {OK: 0}),
+        ({OK: 5}, {OK: 12}, {OK: 7}),
+        ({OK: 5}, {OK: 6, BUSY: 2}, {OK: 1, BUSY: 2}),  # an outcome that had not come before
+        # A restart: a counter that fell, and then all of them began at 0, the one that did not fall as
+        # well.
+        ({OK: 5, BUSY: 1}, {OK: 3, BUSY: 4}, {OK: 3, BUSY: 4}),
+        # A restart that no counter shows, since more has come since than there was before.
+        ({BEGUN: 100.0, OK: 5}, {BEGUN: 160.0, OK: 9}, {OK: 9}),
+        ({BEGUN: 100.0, OK: 5}, {BEGUN: 100.0, OK: 9}, {OK: 4}),
+        # A gauge may fall: that is no restart, and no increase.
+        ({OK: 5, ("slm_requests_running",): 3}, {OK: 6, ("slm_requests_running",): 0}, {OK: 1}),
+    ],
+)
 def test_counters_grow_between_two_scrapes(before, after, grown):
     assert increase(before, after) == grown
 
@@ -88,66 +92,116 @@ def test_increases_add_up_over_a_restart():
     assert add_increases([]) == {}
 
 
-@pytest.mark.parametrize(("share", "buckets", "value"), [
-    (0.5, {}, NAN),  # the metric is missing
-    (0.5, {1: 0, INF: 0}, NAN),  # nothing came
-    (0.5, {INF: 4}, NAN),  # no bound at all
-    (0.5, {1: 2, 2: 4}, NAN),  # no histogram: its last bound has to be infinite
-    (0.5, {1: 10, 2: 10, INF: 10}, 0.5),  # inside the first bucket, from 0
-    (0.5, {1: 0, 2: 10, INF: 10}, 1.5),  # inside the second
-    (0.95, {1: 50, 2: 90, 4: 100, INF: 100}, 3.0),
-    (0.9, {1: 50, 2: 90, 4: 100, INF: 100}, 2.0),  # just at a bound
-    (0.99, {1: 5, 2: 6, INF: 10}, 2),  # beyond the last finite bound: that bound
-    (0.0, {1: 0, 2: 3, INF: 3}, 1),
-    (1.0, {1: 0, 2: 3, 4: 3, INF: 3}, 2),
-    (0.5, {INF: 10, 2: 10, 1: 0}, 1.5),  # in any order
-])
+@pytest.mark.parametrize(
+    ("share", "buckets", "value"),
+    [
+        (0.5, {}, NAN),  # the metric is missing
+        (0.5, {1: 0, INF: 0}, NAN),  # nothing came
+        (0.5, {INF: 4}, NAN),  # no bound at all
+        (0.5, {1: 2, 2: 4}, NAN),  # no histogram: its last bound has to be infinite
+        (0.5, {1: 10, 2: 10, INF: 10}, 0.5),  # inside the first bucket, from 0
+        (0.5, {1: 0, 2: 10, INF: 10}, 1.5),  # inside the second
+        (0.95, {1: 50, 2: 90, 4: 100, INF: 100}, 3.0),
+        (0.9, {1: 50, 2: 90, 4: 100, INF: 100}, 2.0),  # just at a bound
+        (0.99, {1: 5, 2: 6, INF: 10}, 2),  # beyond the last finite bound: that bound
+        (0.0, {1: 0, 2: 3, INF: 3}, 1),
+        (1.0, {1: 0, 2: 3, 4: 3, INF: 3}, 2),
+        (0.5, {INF: 10, 2: 10, 1: 0}, 1.5),  # in any order
+    ],
+)
 def test_a_quantile_is_prometheus_estimate(share, buckets, value):
     assert quantile(share, buckets) == pytest.approx(value, nan_ok=True)
 
 
 def test_figures_of_a_window():
-    grown = {OK: 6, BUSY: 2, ("slm_requests_total", ("outcome", "cancelled")): 2,
-             ("slm_requests_total", ("outcome", "timeout")): 0,
-             ("slm_prompt_tokens_total",): 90, ("slm_completion_tokens_total",): 48,
-             ("slm_answer_tokens_sum",): 48, ("slm_answer_tokens_count",): 6,
-             ("slm_request_seconds_bucket", ("le", "1.0")): 0, ("slm_request_seconds_bucket", ("le", "2.0")): 6,
-             ("slm_request_seconds_bucket", ("le", "+Inf")): 6}
-    now = {("slm_requests_running",): 3, ("slm_requests_waiting",): 1, ("slm_model_failed_version",): 9,
-           ("slm_model_version", ("model", "slm"), ("version", "6")): 0,
-           ("slm_model_version", ("model", "slm"), ("version", "7")): 1}
+    grown = {
+        OK: 6,
+        BUSY: 2,
+        ("slm_requests_total", ("outcome", "cancelled")): 2,
+        ("slm_requests_total", ("outcome", "timeout")): 0,
+        ("slm_prompt_tokens_total",): 90,
+        ("slm_completion_tokens_total",): 48,
+        ("slm_answer_tokens_sum",): 48,
+        ("slm_answer_tokens_count",): 6,
+        ("slm_request_seconds_bucket", ("le", "1.0")): 0,
+        ("slm_request_seconds_bucket", ("le", "2.0")): 6,
+        ("slm_request_seconds_bucket", ("le", "+Inf")): 6,
+    }
+    now = {
+        ("slm_requests_running",): 3,
+        ("slm_requests_waiting",): 1,
+        ("slm_model_failed_version",): 9,
+        ("slm_model_version", ("model", "slm"), ("version", "6")): 0,
+        ("slm_model_version", ("model", "slm"), ("version", "7")): 1,
+    }
     figures = read_figures(grown, now, 4.0)
     assert figures.outcomes == {"busy": 2, "cancelled": 2, "ok": 6}
-    assert (figures.requests, figures.seconds, figures.prompt_tokens, figures.completion_tokens) == (10, 4, 90, 48)
+    assert (
+        figures.requests,
+        figures.seconds,
+        figures.prompt_tokens,
+        figures.completion_tokens,
+    ) == (10, 4, 90, 48)
     assert figures.answer_tokens == 8
     assert figures.refused_share == 2 / 8  # who left was not refused
     assert figures.request_seconds[0.5] == 1.5
     assert all(map(math.isnan, figures.first_token_seconds.values()))
-    assert (figures.running, figures.waiting, figures.version, figures.failed_version) == (3, 1, "7", "9")
+    assert (figures.running, figures.waiting, figures.version, figures.failed_version) == (
+        3,
+        1,
+        "7",
+        "9",
+    )
 
 
 def test_figures_of_a_server_that_tells_nothing():
     figures = read_figures({}, {}, 1.0)
-    assert (figures.requests, figures.outcomes, figures.version, figures.failed_version) == (0, {}, "", "")
-    assert all(map(math.isnan, (figures.answer_tokens, figures.refused_share, figures.running, figures.waiting)))
+    assert (figures.requests, figures.outcomes, figures.version, figures.failed_version) == (
+        0,
+        {},
+        "",
+        "",
+    )
+    assert all(
+        map(
+            math.isnan,
+            (figures.answer_tokens, figures.refused_share, figures.running, figures.waiting),
+        )
+    )
 
 
 # --- the dashboard ----------------------------------------------------------------------------
 
+
 def scrape_of(ok, running=0, begun=100.0, version="1"):
-    return {BEGUN: begun, OK: ok, ("slm_requests_running",): running, ("slm_requests_waiting",): 0,
-            ("slm_model_version", ("model", "slm"), ("version", version)): 1}
+    return {
+        BEGUN: begun,
+        OK: ok,
+        ("slm_requests_running",): running,
+        ("slm_requests_waiting",): 0,
+        ("slm_model_version", ("model", "slm"), ("version", version)): 1,
+    }
 
 
 def test_a_dashboard_counts_over_a_restart_and_says_that_nobody_answered():
     dashboard = Dashboard("The server", span=1.5)
-    for at, now in enumerate([scrape_of(10), scrape_of(14, 2), None, None, scrape_of(3, begun=103.0, version="2"),
-                              scrape_of(5, begun=103.0, version="2")]):
+    for at, now in enumerate(
+        [
+            scrape_of(10),
+            scrape_of(14, 2),
+            None,
+            None,
+            scrape_of(3, begun=103.0, version="2"),
+            scrape_of(5, begun=103.0, version="2"),
+        ]
+    ):
         dashboard.add(float(at), now)
     assert dashboard.whole.requests == 4 + 3 + 2
     assert [point and point.requests for point in dashboard.points] == [4, None, None, 3, 2]
     assert dict(dashboard.states()) == {
-        "serves": "version 2; 2 of 6 looks had no answer", "requests ended": "ok 9"}
+        "serves": "version 2; 2 of 6 looks had no answer",
+        "requests ended": "ok 9",
+    }
     rows = {name: (value, points) for name, value, points in dashboard.rows()}
     assert rows["requests per second"][0] == "1.8"
     assert rows["requests running, at most"][0] == "2"
@@ -170,13 +224,16 @@ def test_a_dashboard_that_has_seen_nothing_shows_dashes():
     assert len(page.find_all("tr")) == 1 + len(dashboard.rows()) + len(dashboard.states())
 
 
-@pytest.mark.parametrize(("values", "path", "bars"), [
-    ([], "", ""),
-    ([NAN], "", " "),
-    ([0], "M0.0 23.0h0.1", "▁"),
-    ([0, 4], "M0.0 23.0h0.1L180.0 1.0", "▁█"),
-    ([4, NAN, 4], "M0.0 1.0h0.1M180.0 1.0h0.1", "█ █"),  # a gap where nobody answered
-])
+@pytest.mark.parametrize(
+    ("values", "path", "bars"),
+    [
+        ([], "", ""),
+        ([NAN], "", " "),
+        ([0], "M0.0 23.0h0.1", "▁"),
+        ([0, 4], "M0.0 23.0h0.1L180.0 1.0", "▁█"),
+        ([4, NAN, 4], "M0.0 1.0h0.1M180.0 1.0h0.1", "█ █"),  # a gap where nobody answered
+    ],
+)
 def test_lines_and_bars(values, path, bars):
     svg = BeautifulSoup(draw_line(values, "a <name>"), "html.parser").svg
     assert svg.path["d"] == path
@@ -192,16 +249,23 @@ def test_bars_fit_a_line_and_keep_the_highest():
 
 # --- the band ---------------------------------------------------------------------------------
 
-@pytest.mark.parametrize(("values", "least", "band"), [
-    # Mean 10, moving ranges 2: 10 +- 2.66 * 2.
-    ([9, 11, 9, 11, 9, 11], 0, Band(10 - 5.32, 10, 10 + 5.32)),
-    ([5, 5, 5, 5, 5, 5], 1, Band(4, 5, 6)),  # nothing changes: the least room
-    ([0, 0, 0, 0, 0, 0], 0.1, Band(0, 0, 0.1)),  # no count and no share is below 0
-    ([9, NAN, 11, 9, 11, 9, 11], 0, Band(10 - 5.32, 10, 10 + 5.32)),  # an empty window teaches nothing
-])
+
+@pytest.mark.parametrize(
+    ("values", "least", "band"),
+    [
+        # Mean 10, moving ranges 2: 10 +- 2.66 * 2.
+        ([9, 11, 9, 11, 9, 11], 0, Band(10 - 5.32, 10, 10 + 5.32)),
+        ([5, 5, 5, 5, 5, 5], 1, Band(4, 5, 6)),  # nothing changes: the least room
+        ([0, 0, 0, 0, 0, 0], 0.1, Band(0, 0, 0.1)),  # no count and no share is below 0
+        # An empty window teaches nothing.
+        ([9, NAN, 11, 9, 11, 9, 11], 0, Band(10 - 5.32, 10, 10 + 5.32)),
+    ],
+)
 def test_a_band_is_learned(values, least, band):
     learned = learn_band(values, least)
-    assert (learned.low, learned.middle, learned.high) == pytest.approx((band.low, band.middle, band.high))
+    assert (learned.low, learned.middle, learned.high) == pytest.approx(
+        (band.low, band.middle, band.high)
+    )
 
 
 def test_a_band_needs_windows_in_which_something_happened():
@@ -209,14 +273,17 @@ def test_a_band_needs_windows_in_which_something_happened():
         learn_band([1, 2, 3, 4, 5, NAN, NAN], 0)
 
 
-@pytest.mark.parametrize(("value", "verdict"), [
-    (1.9, "below"), (2, "inside"), (3, "inside"), (4, "inside"), (4.1, "above"), (NAN, "empty")])
+@pytest.mark.parametrize(
+    ("value", "verdict"),
+    [(1.9, "below"), (2, "inside"), (3, "inside"), (4, "inside"), (4.1, "above"), (NAN, "empty")],
+)
 def test_a_value_is_judged(value, verdict):
     assert judge(value, Band(2, 3, 4)) == verdict
 
 
-@pytest.mark.parametrize(("then", "first"), [
-    ([5, 6, 5], None), ([5, 60, 5], 8), ([0, 60, 5], 7), ([NAN, NAN, 60], 9)])
+@pytest.mark.parametrize(
+    ("then", "first"), [([5, 6, 5], None), ([5, 60, 5], 8), ([0, 60, 5], 7), ([NAN, NAN, 60], 9)]
+)
 def test_a_chart_names_the_first_window_outside(then, first):
     # The first window is far off itself; it made the band, so it is not judged.
     chart = chart_drift("tokens", [9, 5, 5, 5, 5, 5, *then], learned=6, least=1)
@@ -230,6 +297,7 @@ def test_a_chart_names_the_first_window_outside(then, first):
 
 # --- the load ---------------------------------------------------------------------------------
 
+
 def event(**chunk):
     return f"data: {json.dumps(chunk)}"
 
@@ -240,13 +308,21 @@ END = event(choices=[{"delta": {}, "finish_reason": "stop"}], usage=None)
 USAGE, DONE = event(choices=[], usage={"completion_tokens": 3}), "data: [DONE]"
 
 
-@pytest.mark.parametrize(("lines", "outcome", "first", "tokens"), [
-    ([], "broken off", None, 0),
-    ([HEAD, "", TEXT, TEXT, END, USAGE, DONE], "ok", 2, 3),  # the first text, not the first chunk
-    ([HEAD, TEXT, TEXT], "broken off", 1, 0),
-    ([HEAD, TEXT, event(error={"code": "failed"})], "failed", 1, 0),
-    ([": a comment", HEAD, END, DONE], "ok", None, 0),
-])
+@pytest.mark.parametrize(
+    ("lines", "outcome", "first", "tokens"),
+    [
+        ([], "broken off", None, 0),
+        (
+            [HEAD, "", TEXT, TEXT, END, USAGE, DONE],
+            "ok",
+            2,
+            3,
+        ),  # the first text, not the first chunk
+        ([HEAD, TEXT, TEXT], "broken off", 1, 0),
+        ([HEAD, TEXT, event(error={"code": "failed"})], "failed", 1, 0),
+        ([": a comment", HEAD, END, DONE], "ok", None, 0),
+    ],
+)
 def test_a_stream_is_read(lines, outcome, first, tokens):
     reply = Reply()
     for seconds, line in enumerate(lines):
@@ -255,7 +331,11 @@ def test_a_stream_is_read(lines, outcome, first, tokens):
 
 
 def test_outcomes_are_counted():
-    rows = [Seen(0, 1.0, None, 4, 200, "ok"), Seen(0, 3.0, None, 6, 200, "ok"), Seen(1, 0.01, None, 0, 429, "busy")]
+    rows = [
+        Seen(0, 1.0, None, 4, 200, "ok"),
+        Seen(0, 3.0, None, 6, 200, "ok"),
+        Seen(1, 0.01, None, 0, 429, "busy"),
+    ]
     assert count_outcomes(rows) == [("busy", 1, 0, "0.01"), ("ok", 2, 10, "2.00")]
     assert count_outcomes([]) == []
 
@@ -270,10 +350,14 @@ class Small:
         within = {"registry": self.registry}
         self.requests = Counter("slm_requests", "By outcome.", ["outcome"], **within)
         self.tokens = Counter("slm_completion_tokens", "Of answers.", **within)
-        self.answer_tokens = Histogram("slm_answer_tokens", "Of an answer.", buckets=[1, 2, 4, 8], **within)
+        self.answer_tokens = Histogram(
+            "slm_answer_tokens", "Of an answer.", buckets=[1, 2, 4, 8], **within
+        )
         self.seconds = Histogram("slm_request_seconds", "Of a request.", **within)
         self.running = Gauge("slm_requests_running", "Now.", **within)
-        Gauge("slm_model_version", "Serves.", ["model", "version"], **within).labels("small", "3").set(1)
+        Gauge("slm_model_version", "Serves.", ["model", "version"], **within).labels(
+            "small", "3"
+        ).set(1)
         self.app.get("/metrics")(lambda: Response(generate_latest(self.registry)))
         self.app.post("/v1/chat/completions")(self.answer)
 
@@ -324,7 +408,8 @@ def test_clients_share_the_requests_and_each_row_is_what_one_saw(small):
     asked = [body(stream=True)] * 6 + [body(4)] * 6 + [body(0)] * 2
     rows = start_load(small.address, asked, clients=3).result()
     assert sorted((row.outcome, row.status, row.tokens) for row in rows) == sorted(
-        [("ok", 200, 2)] * 6 + [("ok", 200, 4)] * 6 + [("invalid_value", 400, 0)] * 2)
+        [("ok", 200, 2)] * 6 + [("ok", 200, 4)] * 6 + [("invalid_value", 400, 0)] * 2
+    )
     streamed = [row for row in rows if row.tokens == 2]
     assert all(0 < row.first_token_seconds < row.seconds for row in streamed)
     assert all(row.first_token_seconds is None for row in rows if row.tokens != 2)
@@ -358,12 +443,16 @@ def test_a_window_is_what_happened_between_two_scrapes(small):
 def test_a_load_is_watched_from_before_its_start_to_its_end(small, capsys):
     start_load(small.address, [body()] * 5).result()
     dashboard, rows = watch(
-        small.address, lambda: start_load(small.address, [body(stream=True)] * 40 + [body(0)], clients=4), every=0.05)
+        small.address,
+        lambda: start_load(small.address, [body(stream=True)] * 40 + [body(0)], clients=4),
+        every=0.05,
+    )
     assert len(rows) == 41
     assert dashboard.whole.outcomes == {"invalid_value": 1, "ok": 40}
     assert dashboard.whole.completion_tokens == 80
     assert len(dashboard.points) > 1
-    assert "invalid_value 1, ok 40" in capsys.readouterr().out  # the text twin, where there is no notebook
+    # The text twin, where there is no notebook.
+    assert "invalid_value 1, ok 40" in capsys.readouterr().out
 
 
 def test_what_ends_just_before_the_end_is_seen_by_a_last_look(small):

@@ -24,7 +24,14 @@ from transformers import PreTrainedTokenizerFast
 
 from helpers import running
 
-PROMPTS = ["The sky is", "1 2 3", "Once upon a time, there was", "x", "日本語 🙂", "A much longer prompt. " * 20]
+PROMPTS = [
+    "The sky is",
+    "1 2 3",
+    "Once upon a time, there was",
+    "x",
+    "日本語 🙂",
+    "A much longer prompt. " * 20,
+]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +43,9 @@ def wrapper_file(tmp_path_factory):
 @pytest.fixture(scope="module")
 def model(wrapper_file, tiny, tmp_path_factory):
     """Return the logged wrapper, as MLflow loads it."""
-    return mlflow.pyfunc.load_model(log_wrapper(wrapper_file, tiny.onnx_dir, tmp_path_factory.mktemp("störe 1")))
+    return mlflow.pyfunc.load_model(
+        log_wrapper(wrapper_file, tiny.onnx_dir, tmp_path_factory.mktemp("störe 1"))
+    )
 
 
 @pytest.fixture(scope="module")
@@ -94,15 +103,20 @@ def test_max_tokens_bounds_the_answer(model, reference, max_tokens):
 
 def test_temperature_0_repeats_itself_and_temperature_2_does_not(model):
     greedy = {model.predict({"prompt": "The sky is"})[0] for _ in range(3)}
-    sampled = {model.predict({"prompt": "The sky is"}, params={"temperature": 2.0})[0] for _ in range(6)}
+    sampled = {
+        model.predict({"prompt": "The sky is"}, params={"temperature": 2.0})[0] for _ in range(6)
+    }
     assert len(greedy) == 1
     assert len(sampled) > 1
 
 
 def test_an_answer_holds_no_markup(model):
     # 30 sampled answers of noise: many of them draw a token of markup.
-    answers = [model.predict({"prompt": prompt}, params={"temperature": 2.0, "max_tokens": 48})[0]
-               for prompt in PROMPTS for _ in range(5)]
+    answers = [
+        model.predict({"prompt": prompt}, params={"temperature": 2.0, "max_tokens": 48})[0]
+        for prompt in PROMPTS
+        for _ in range(5)
+    ]
     assert any(answers)
     for markup in ("<|end|>", "<|assistant|>", "<|user|>", "<|system|>", "<|endoftext|>"):
         assert not [answer for answer in answers if markup in answer]
@@ -118,25 +132,30 @@ def test_a_prompt_may_fill_the_context_to_the_last_token(model, tiny):
         model.predict({"prompt": prompt}, params={"max_tokens": room + 1})
 
 
-@pytest.mark.parametrize(("prompts", "params", "says"), [
-    (["good", ""], {}, "Give a text"),
-    (["good", None], {}, "Give a text"),
-    (float("nan"), {}, "Give a text"),
-    (["good", float("nan")], {}, "Give a text"),
-    ([5, "good"], {}, "Give a text"),
-    (True, {}, "Give a text"),
-    (["good", {"x": 1}], {}, "Give a text"),  # the keys are no prompts
-    ([["good", None]], {}, "Give a text"),
-    ("\ud83d", {}, "surrogates not allowed"),  # by MLflow itself
-    (["word " * 5000], {}, r"from 1 to -\d+ "),
-    (["good"], {"max_tokens": 0}, r"from 1 to 40\d\d "),
-    (["good"], {"max_tokens": -1}, r"from 1 to 40\d\d "),
-    (["good"], {"max_tokens": 10**9}, r"from 1 to 40\d\d "),
-    (["good"], {"max_tokens": "4"}, "Invalid parameters"),
-    (["good"], {"temperature": -1.0}, "temperature from 0 to 2"),
-    (["good"], {"temperature": float("nan")}, "temperature from 0 to 2"),
-])
-def test_bad_input_is_refused_and_the_next_request_is_answered(model, reference, prompts, params, says):
+@pytest.mark.parametrize(
+    ("prompts", "params", "says"),
+    [
+        (["good", ""], {}, "Give a text"),
+        (["good", None], {}, "Give a text"),
+        (float("nan"), {}, "Give a text"),
+        (["good", float("nan")], {}, "Give a text"),
+        ([5, "good"], {}, "Give a text"),
+        (True, {}, "Give a text"),
+        (["good", {"x": 1}], {}, "Give a text"),  # the keys are no prompts
+        ([["good", None]], {}, "Give a text"),
+        ("\ud83d", {}, "surrogates not allowed"),  # by MLflow itself
+        (["word " * 5000], {}, r"from 1 to -\d+ "),
+        (["good"], {"max_tokens": 0}, r"from 1 to 40\d\d "),
+        (["good"], {"max_tokens": -1}, r"from 1 to 40\d\d "),
+        (["good"], {"max_tokens": 10**9}, r"from 1 to 40\d\d "),
+        (["good"], {"max_tokens": "4"}, "Invalid parameters"),
+        (["good"], {"temperature": -1.0}, "temperature from 0 to 2"),
+        (["good"], {"temperature": float("nan")}, "temperature from 0 to 2"),
+    ],
+)
+def test_bad_input_is_refused_and_the_next_request_is_answered(
+    model, reference, prompts, params, says
+):
     with pytest.raises(MlflowException, match=says) as refusal:
         model.predict({"prompt": prompts}, params=params)
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE" or "Invalid parameters" in says
@@ -144,19 +163,22 @@ def test_bad_input_is_refused_and_the_next_request_is_answered(model, reference,
     assert model.predict({"prompt": "The sky is"}) == [reference("The sky is", 16)[0]]
 
 
-@pytest.mark.parametrize("body", [
-    {"inputs": {"prompt": None}},
-    {"inputs": {"prompt": [None]}},
-    {"inputs": {"prompt": ["good", None]}},
-    {"inputs": [{"prompt": "good"}, {"prompt": None}]},
-    {"instances": [{"prompt": None}]},
-    {"instances": ["good", None]},
-    {"dataframe_split": {"columns": ["prompt"], "data": [["good"], [None]]}},
-    {"dataframe_records": [{"prompt": "good"}, {}]},
-    {"inputs": {"prompt": 5}},
-    {"inputs": {"prompt": True}},
-    {"inputs": {"prompt": ["good", 1.5]}},
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": {"prompt": None}},
+        {"inputs": {"prompt": [None]}},
+        {"inputs": {"prompt": ["good", None]}},
+        {"inputs": [{"prompt": "good"}, {"prompt": None}]},
+        {"instances": [{"prompt": None}]},
+        {"instances": ["good", None]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [["good"], [None]]}},
+        {"dataframe_records": [{"prompt": "good"}, {}]},
+        {"inputs": {"prompt": 5}},
+        {"inputs": {"prompt": True}},
+        {"inputs": {"prompt": ["good", 1.5]}},
+    ],
+)
 def test_what_is_no_text_is_refused_by_mlflows_server_too(server, body):
     reply = httpx.post(server, json=body, timeout=60, trust_env=False)
     assert (reply.status_code, "Error: Give a text" in reply.json()["message"]) == (400, True)
@@ -167,10 +189,17 @@ def test_what_is_no_text_is_refused_by_mlflows_server_too(server, body):
     assert "Failed to predict data" in text
 
 
-@pytest.mark.parametrize("body", [
-    {"inputs": {"prompt": "a"}}, {"inputs": {"prompt": ["a"]}}, {"inputs": ["a"]}, {"inputs": [{"prompt": "a"}]},
-    {"instances": ["a"]}, {"dataframe_split": {"columns": ["prompt"], "data": [["a"]]}},
-])
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"inputs": {"prompt": "a"}},
+        {"inputs": {"prompt": ["a"]}},
+        {"inputs": ["a"]},
+        {"inputs": [{"prompt": "a"}]},
+        {"instances": ["a"]},
+        {"dataframe_split": {"columns": ["prompt"], "data": [["a"]]}},
+    ],
+)
 def test_a_prompt_may_come_to_mlflows_server_in_each_of_its_forms(server, model, body):
     reply = httpx.post(server, json=body, timeout=60, trust_env=False)
     assert reply.json() == {"predictions": model.predict({"prompt": "a"})}
@@ -186,7 +215,9 @@ def server(model):
 def load(wrapper_file, folder):
     """Return the wrapper, as MLflow loads it on a model's folder."""
     loaded = []
-    code = wrapper_file.read_text(encoding="utf-8").replace("mlflow.models.set_model(", "loaded.append(")
+    code = wrapper_file.read_text(encoding="utf-8").replace(
+        "mlflow.models.set_model(", "loaded.append("
+    )
     exec(code, {"loaded": loaded})
     settings = {"provider": "cpu", "context_length": 4096}
     loaded[0].load_context(SimpleNamespace(artifacts={"model": str(folder)}, model_config=settings))
@@ -205,18 +236,29 @@ def test_a_limit_and_a_padding_that_training_has_left_are_not_obeyed(wrapper_fil
     assert [wrapper.encode(prompt, 1, 0.0) for prompt in prompts] == whole
 
 
-@pytest.mark.parametrize(("usable", "physical", "threads"), [
-    (8, 4, 4),  # two threads in each core
-    (2, 4, 2),  # a container's share
-    (4, None, 4),  # a board that does not say
-])
-def test_the_engine_takes_the_cores_that_there_are(wrapper_file, tiny, monkeypatch, usable, physical, threads):
+@pytest.mark.parametrize(
+    ("usable", "physical", "threads"),
+    [
+        (8, 4, 4),  # two threads in each core
+        (2, 4, 2),  # a container's share
+        (4, None, 4),  # a board that does not say
+    ],
+)
+def test_the_engine_takes_the_cores_that_there_are(
+    wrapper_file, tiny, monkeypatch, usable, physical, threads
+):
     monkeypatch.setattr("joblib.cpu_count", lambda: usable)
     monkeypatch.setattr("psutil.cpu_count", lambda logical: physical)
     overlays = []
-    monkeypatch.setattr(og, "Config", lambda folder: SimpleNamespace(
-        overlay=overlays.append, append_provider=lambda provider: None))
+    monkeypatch.setattr(
+        og,
+        "Config",
+        lambda folder: SimpleNamespace(
+            overlay=overlays.append, append_provider=lambda provider: None
+        ),
+    )
     monkeypatch.setattr(og, "Model", lambda config: None)
     load(wrapper_file, tiny.onnx_dir)
     assert [json.loads(overlay) for overlay in overlays] == [
-        {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}]
+        {"model": {"decoder": {"session_options": {"intra_op_num_threads": threads}}}}
+    ]

@@ -48,37 +48,56 @@ def user_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if not name.startswith(OURS)}
 
 
-def run_python(folder: Path, *arguments, network: bool = True, cwd: Path = ROOT,
-               **variables: str) -> subprocess.CompletedProcess:
+def run_python(
+    folder: Path, *arguments, network: bool = True, cwd: Path = ROOT, **variables: str
+) -> subprocess.CompletedProcess:
     """Run this Python as a user would, and return what it printed.
 
-    ``network=False`` refuses every address but this machine's, and fails the test if one was asked for; ``folder`` gets
-    the note of it.
+    ``network=False`` refuses every address but this machine's, and fails the test if one was asked
+    for; ``folder`` gets the note of it.
     """
     environment = user_environment() | variables
     refused = folder / "refused.log"
     if not network:
-        paths = [str(ROOT / "tests" / "support" / "no_network"), *filter(None, [variables.get("PYTHONPATH")])]
+        paths = [
+            str(ROOT / "tests" / "support" / "no_network"),
+            *filter(None, [variables.get("PYTHONPATH")]),
+        ]
         environment |= {"PYTHONPATH": os.pathsep.join(paths), "REFUSED_LOG": str(refused)}
-    result = subprocess.run([sys.executable, *map(str, arguments)], cwd=cwd, env=environment,
-                            capture_output=True, text=True, encoding="utf-8", errors="replace")
+    result = subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=cwd,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        errors="replace",
+    )
     assert not refused.exists(), refused.read_text(encoding="utf-8")
     return result
 
 
 def interrupt(command: list, begun: Callable[[], bool]) -> None:
     """Start a program of the course, press Ctrl-C once ``begun`` says that it is at work, and see how it ends."""
-    # preexec_fn: where the tests run in the background, a shell has told them and their children to ignore Ctrl-C.
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-                               encoding="utf-8", start_new_session=True,
-                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    # preexec_fn: where the tests run in the background, a shell has told them and their children to
+    # ignore Ctrl-C.
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     while not begun():
         assert process.poll() is None, process.communicate()
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all that runs in it
     _, said = process.communicate()
-    # A shell shows both codes as 130. Python takes the second one by itself where the interruption fell into code that
-    # an import was compiling, whatever the program then does.
+    # A shell shows both codes as 130. Python takes the second one by itself where the interruption
+    # fell into code that an import was compiling, whatever the program then does.
     assert process.returncode in (130, -signal.SIGINT), said
     assert "Interrupted. What is finished stays" in said
     assert "Traceback" not in said

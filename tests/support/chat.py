@@ -9,10 +9,39 @@ from helpers.paths import BUILD
 SECRET = "zqsecret"  # stands in every bad request; no error may quote it
 # An answer that repeats itself to the last allowed token.
 LONG = {"max_tokens": 2000, "frequency_penalty": -2.0}
-ASKED = ["The sky is", "1 2 3", "Once upon a time, there was", "x", "日本語 🙂", "A longer message. " * 12]
-FRAGMENTS = ["<|im_start|>", "<|im_end|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>", "<|endoftext|>",
-             "<|", "|>", "<", ">", "|", "im_", "start", "end", "\n", "system", " ", "x", "1", "<repo_name>", "🙂",
-             "\ue000"]
+ASKED = [
+    "The sky is",
+    "1 2 3",
+    "Once upon a time, there was",
+    "x",
+    "日本語 🙂",
+    "A longer message. " * 12,
+]
+FRAGMENTS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+    "<|endoftext|>",
+    "<|",
+    "|>",
+    "<",
+    ">",
+    "|",
+    "im_",
+    "start",
+    "end",
+    "\n",
+    "system",
+    " ",
+    "x",
+    "1",
+    "<repo_name>",
+    "🙂",
+    "\ue000",
+]
 
 
 def user(text):
@@ -36,8 +65,11 @@ def chat_model_for(prepared, **settings):
     from serving.chat import SETTINGS, SIGNATURE, package_code
 
     return package_code(BUILD / "code")._asdict() | {
-        "signature": SIGNATURE, "pip_requirements": ["mlflow"], "artifacts": {"model": prepared.onnx_dir.as_uri()},
-        "model_config": SETTINGS | settings}
+        "signature": SIGNATURE,
+        "pip_requirements": ["mlflow"],
+        "artifacts": {"model": prepared.onnx_dir.as_uri()},
+        "model_config": SETTINGS | settings,
+    }
 
 
 def change_code(monkeypatch, folder):
@@ -56,8 +88,12 @@ def load_chat(folder, **settings):
     from serving.chat.model import ChatModel
 
     model = ChatModel()
-    model.load_context(SimpleNamespace(
-        artifacts={"model": str(folder)}, model_config={"model": "toy", "max_tokens": 16} | settings))
+    model.load_context(
+        SimpleNamespace(
+            artifacts={"model": str(folder)},
+            model_config={"model": "toy", "max_tokens": 16} | settings,
+        )
+    )
     return model
 
 
@@ -68,8 +104,20 @@ def mixed_requests():
         requests += [
             {"messages": user(text), "max_tokens": 3 + 7 * number},
             {"messages": user(text), "max_tokens": 20, "temperature": 1.5, "seed": number},
-            {"messages": user(text), "temperature": 0.7, "seed": 5, "top_p": 0.8, "top_k": 50, "n": 2},
-            {"messages": user(text), "max_tokens": 12, "frequency_penalty": 1.5, "presence_penalty": 0.5},
+            {
+                "messages": user(text),
+                "temperature": 0.7,
+                "seed": 5,
+                "top_p": 0.8,
+                "top_k": 50,
+                "n": 2,
+            },
+            {
+                "messages": user(text),
+                "max_tokens": 12,
+                "frequency_penalty": 1.5,
+                "presence_penalty": 0.5,
+            },
         ]
     return requests
 
@@ -110,27 +158,54 @@ def parts(*texts):
 
 def schema(definition, /, **more):
     """Return a request's field that asks for JSON of this schema."""
-    return {"response_format": {"type": "json_schema",
-                                "json_schema": {"name": "answer", "schema": definition} | more}}
+    return {
+        "response_format": {
+            "type": "json_schema",
+            "json_schema": {"name": "answer", "schema": definition} | more,
+        }
+    }
 
 
 A_TOOL = {"type": "function", "function": {"name": SECRET, "parameters": {}}}
-# The fields that change no answer: the name, the range, values that are accepted, values that are refused.
+# The fields that change no answer: the name, the range, values that are accepted, values that are
+# refused.
 HABITS = [
-    *((name, "a text", ["", "a text", "gpt-4.1", "日本語"], [5, [SECRET]])
-      for name in ("prompt_cache_key", "model", "user", "safety_identifier", "service_tier")),
+    *(
+        (name, "a text", ["", "a text", "gpt-4.1", "日本語"], [5, [SECRET]])
+        for name in ("prompt_cache_key", "model", "user", "safety_identifier", "service_tier")
+    ),
     ("metadata", "an object", [{}, {"a label": "x"}, {"a": {"b": [1, None]}}], [SECRET, []]),
     ("prediction", "an object", [{}, {"type": "content", "content": "x"}], [SECRET, []]),
-    *((name, "true or false", [True, False], [SECRET, 1]) for name in ("store", "parallel_tool_calls")),
+    *(
+        (name, "true or false", [True, False], [SECRET, 1])
+        for name in ("store", "parallel_tool_calls")
+    ),
     ("logprobs", "false or left out", [False], [True, SECRET]),
     ("top_logprobs", "0 or left out", [0], [3, SECRET]),
-    *((name, "empty or left out", [[], {}], [[A_TOOL], {SECRET: 1}, SECRET])
-      for name in ("tools", "functions")),
+    *(
+        (name, "empty or left out", [[], {}], [[A_TOOL], {SECRET: 1}, SECRET])
+        for name in ("tools", "functions")
+    ),
     ("logit_bias", "empty or left out", [{}, []], [{"5": 0}, SECRET]),
-    *((name, "none, auto or left out", ["none", "auto"], ["required", {"name": SECRET}])
-      for name in ("tool_choice", "function_call")),
-    ("modalities", "a list of text, and of nothing else", [["text"], []], [["audio"], ["text", "audio"], "text"]),
+    *(
+        (name, "none, auto or left out", ["none", "auto"], ["required", {"name": SECRET}])
+        for name in ("tool_choice", "function_call")
+    ),
+    (
+        "modalities",
+        "a list of text, and of nothing else",
+        [["text"], []],
+        [["audio"], ["text", "audio"], "text"],
+    ),
 ]
-# An answer as clients send it back in the next request: OpenAI's SDK makes it with ``message.model_dump()``.
-SENT_BACK = {"content": "Paris.", "refusal": None, "role": "assistant", "annotations": [], "audio": None,
-             "function_call": None, "tool_calls": None}
+# An answer as clients send it back in the next request: OpenAI's SDK makes it with
+# ``message.model_dump()``.
+SENT_BACK = {
+    "content": "Paris.",
+    "refusal": None,
+    "role": "assistant",
+    "annotations": [],
+    "audio": None,
+    "function_call": None,
+    "tool_calls": None,
+}

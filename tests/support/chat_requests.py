@@ -7,11 +7,18 @@ from serving.chat.contract import ChatRequest
 from support.chat import FRAGMENTS, HABITS, deltas, parts, user
 
 TEXTS = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=40) | st.lists(
-    st.sampled_from(FRAGMENTS), max_size=8).map("".join)
+    st.sampled_from(FRAGMENTS), max_size=8
+).map("".join)
 CONTENTS = TEXTS | st.lists(TEXTS, min_size=1, max_size=3).map(lambda texts: parts(*texts))
 A_MESSAGE = st.fixed_dictionaries(
     {"role": st.sampled_from(["system", "developer", "user", "assistant"]), "content": CONTENTS},
-    optional={"name": TEXTS, "tool_calls": st.none() | st.just([]), "annotations": st.just([]), "refusal": st.none()})
+    optional={
+        "name": TEXTS,
+        "tool_calls": st.none() | st.just([]),
+        "annotations": st.just([]),
+        "refusal": st.none(),
+    },
+)
 STOPS = st.text(min_size=1, max_size=3)
 GOOD = {
     "temperature": st.floats(0, 2),
@@ -27,21 +34,45 @@ GOOD = {
     **{name: st.sampled_from([*harmless, None]) for name, _, harmless, _ in HABITS},
 }
 REQUESTS = st.fixed_dictionaries(
-    {"messages": st.builds(lambda earlier, last: [*earlier, *user(last)], st.lists(A_MESSAGE, max_size=3), CONTENTS)},
-    optional=GOOD)
+    {
+        "messages": st.builds(
+            lambda earlier, last: [*earlier, *user(last)], st.lists(A_MESSAGE, max_size=3), CONTENTS
+        )
+    },
+    optional=GOOD,
+)
 ANYTHING = st.one_of(
-    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=8), st.binary(max_size=4),
+    st.none(),
+    st.booleans(),
+    st.integers(),
+    st.floats(),
+    st.text(max_size=8),
+    st.binary(max_size=4),
     st.lists(st.none() | st.integers() | st.text(max_size=4) | A_MESSAGE, max_size=5),
     st.dictionaries(st.text(max_size=5), st.integers(), max_size=2),
     st.fixed_dictionaries({"include_usage": st.booleans()}),
-    st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object", "json_schema", 5])}, optional={
-        "json_schema": st.none() | st.fixed_dictionaries({"schema": st.none() | st.dictionaries(
-            st.sampled_from(["type", "enum", "not", "const"]), st.integers() | st.sampled_from(["string", "object"]),
-            max_size=2)})}))
+    st.fixed_dictionaries(
+        {"type": st.sampled_from(["text", "json_object", "json_schema", 5])},
+        optional={
+            "json_schema": st.none()
+            | st.fixed_dictionaries(
+                {
+                    "schema": st.none()
+                    | st.dictionaries(
+                        st.sampled_from(["type", "enum", "not", "const"]),
+                        st.integers() | st.sampled_from(["string", "object"]),
+                        max_size=2,
+                    )
+                }
+            )
+        },
+    ),
+)
 
 
-OTHER_FIELDS = st.dictionaries(st.sampled_from([*ChatRequest.model_fields, "verbosity"]), ANYTHING, min_size=1,
-                               max_size=2)
+OTHER_FIELDS = st.dictionaries(
+    st.sampled_from([*ChatRequest.model_fields, "verbosity"]), ANYTHING, min_size=1, max_size=2
+)
 
 
 def check_answer(chat, request):
@@ -63,7 +94,11 @@ def check_answer(chat, request):
 def check_stream(chat, request):
     """Check the answer and the stream to a request within the contract."""
     completion = check_answer(chat, request)
-    chunks = list(chat.predict_stream(None, request | {"stream": True, "stream_options": {"include_usage": True}}))
+    chunks = list(
+        chat.predict_stream(
+            None, request | {"stream": True, "stream_options": {"include_usage": True}}
+        )
+    )
     deltas(chunks, len(completion["choices"]))  # checks the shape of the chunks
     assert chunks[-1]["usage"]["prompt_tokens"] == completion["usage"]["prompt_tokens"]
 

@@ -1,7 +1,7 @@
 """What the tests of OpenAI's clients share: a script for each client, and the table of docs/serving.md.
 
-A script runs in a process that reaches this machine alone. A test fails where the table is not what its calls came to,
-and prints the rows to put there.
+A script runs in a process that reaches this machine alone. A test fails where the table is not what
+its calls came to, and prints the rows to put there.
 """
 
 import json
@@ -15,9 +15,13 @@ from pathlib import Path
 from support import ROOT
 
 TOKEN = "a token of this test's"
-QUIET = {"LITELLM_LOCAL_MODEL_COST_MAP": "True", "LANGSMITH_TRACING": "false", "LANGCHAIN_TRACING_V2": "false"}
+QUIET = {
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "LANGSMITH_TRACING": "false",
+    "LANGCHAIN_TRACING_V2": "false",
+}
 # What each script begins and ends with: it prints what its calls came to.
-HARNESS = '''
+HARNESS = """
 import json, sys
 from importlib.metadata import version
 address, model, token = sys.argv[1:]
@@ -39,9 +43,9 @@ def chunks(texts):
     texts = [part for part in texts if part]
     assert texts
     return "one chunk" if len(texts) == 1 else "chunks"
-'''
+"""
 SCRIPTS = {
-    "openai": '''
+    "openai": """
         import asyncio
         from typing import Literal
         import openai
@@ -105,8 +109,8 @@ SCRIPTS = {
         call("temperature=9", lambda: whole(temperature=9))
         call("another model", lambda: whole(model="gpt-4.1"))
         call("a wrong token", lambda: openai.OpenAI(base_url=address, api_key="wrong", max_retries=0).models.list())
-        ''',
-    "litellm": '''
+        """,
+    "litellm": """
         import asyncio
         import litellm
         common = {"model": f"openai/{model}", "api_base": address, "api_key": token, "messages": messages,
@@ -115,8 +119,8 @@ SCRIPTS = {
         call("acompletion", lambda: text(asyncio.run(litellm.acompletion(**common)).choices[0].message.content))
         call("completion(stream=True)", lambda: chunks(
             [part.choices[0].delta.content for part in litellm.completion(**common, stream=True)]))
-        ''',
-    "langchain-openai": '''
+        """,
+    "langchain-openai": """
         from typing import Literal
         from langchain_openai import ChatOpenAI
         from pydantic import BaseModel
@@ -129,8 +133,8 @@ SCRIPTS = {
         call("invoke", lambda: text(chat.invoke(pairs).content))
         call("stream", lambda: chunks([part.content for part in chat.stream(pairs)]))
         call("with_structured_output", lambda: type(chat.with_structured_output(Answer).invoke(pairs)).__name__)
-        ''',
-    "llama-index-llms-openai-like": '''
+        """,
+    "llama-index-llms-openai-like": """
         from llama_index.core.llms import ChatMessage
         from llama_index.llms.openai_like import OpenAILike
         chat = OpenAILike(model=model, api_base=address, api_key=token, is_chat_model=True, context_window=2048,
@@ -139,26 +143,41 @@ SCRIPTS = {
         call("complete", lambda: text(chat.complete("The sky is").text))
         call("chat", lambda: text(chat.chat(turns).message.content))
         call("stream_chat", lambda: chunks([part.delta for part in chat.stream_chat(turns)]))
-        ''',
+        """,
 }
 
 
-def run_script(client: str, server, folder: Path, python: str | Path = sys.executable) -> tuple[dict, str]:
+def run_script(
+    client: str, server, folder: Path, python: str | Path = sys.executable
+) -> tuple[dict, str]:
     """Return what a client's calls came to on a server, and its version; it may reach this machine alone."""
     script = folder / "script.py"
     end = f"print(json.dumps([said, version({client!r})]))\n"
     script.write_text(f"{HARNESS}\n{textwrap.dedent(SCRIPTS[client])}\n{end}", encoding="utf-8")
     refused = folder / "refused.log"
-    variables = QUIET | {"PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"), "REFUSED_LOG": str(refused)}
-    variables |= {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
-    result = subprocess.run([python, str(script), f"{server.address}/v1", "model", TOKEN], env=variables, cwd=folder,
-                            capture_output=True, text=True, encoding="utf-8")
+    variables = QUIET | {
+        "PYTHONPATH": str(ROOT / "tests" / "support" / "no_network"),
+        "REFUSED_LOG": str(refused),
+    }
+    variables |= {
+        name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ
+    }
+    result = subprocess.run(
+        [python, str(script), f"{server.address}/v1", "model", TOKEN],
+        env=variables,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     assert result.returncode == 0, result.stderr[-2000:]
     assert not refused.exists(), refused.read_text(encoding="utf-8")
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def check_script(client: str, onnx, transformers, folder: Path, python: str | Path = sys.executable) -> None:
+def check_script(
+    client: str, onnx, transformers, folder: Path, python: str | Path = sys.executable
+) -> None:
     """See that the document has what the calls of a client come to on the servers of both tracks."""
     found = [run_script(client, server, folder, python) for server in (onnx, transformers)]
     see_in_document(client, rows_of(client, found[0][1], *(calls for calls, _ in found)))
@@ -170,18 +189,42 @@ def check_curl(onnx, transformers) -> None:
     for server in (onnx, transformers):
         said = {}
         for call, options in (("curl", []), ("curl -N", ["-N"])):
-            asked = {"messages": [{"role": "user", "content": "The sky is"}], "max_tokens": 8, "stream": bool(options)}
-            result = subprocess.run(["curl", "-sS", *options, f"{server.address}/v1/chat/completions", "-H",
-                                     f"Authorization: Bearer {TOKEN}", "-d", json.dumps(asked)],
-                                    capture_output=True, text=True, encoding="utf-8", check=True)
+            asked = {
+                "messages": [{"role": "user", "content": "The sky is"}],
+                "max_tokens": 8,
+                "stream": bool(options),
+            }
+            result = subprocess.run(
+                [
+                    "curl",
+                    "-sS",
+                    *options,
+                    f"{server.address}/v1/chat/completions",
+                    "-H",
+                    f"Authorization: Bearer {TOKEN}",
+                    "-d",
+                    json.dumps(asked),
+                ],
+                capture_output=True,
+                text=True,
+                encoding="utf-8",
+                check=True,
+            )
             if options:
                 *events, done = [line for line in result.stdout.split("\n\n") if line]
                 assert done == "data: [DONE]"
-                texts = [choice["delta"].get("content") for event in events
-                         for choice in json.loads(event.removeprefix("data: "))["choices"]]
+                texts = [
+                    choice["delta"].get("content")
+                    for event in events
+                    for choice in json.loads(event.removeprefix("data: "))["choices"]
+                ]
                 said[call] = "one chunk" if len(list(filter(None, texts))) == 1 else "chunks"
             else:
-                said[call] = "text" if json.loads(result.stdout)["choices"][0]["message"]["content"] else "nothing"
+                said[call] = (
+                    "text"
+                    if json.loads(result.stdout)["choices"][0]["message"]["content"]
+                    else "nothing"
+                )
         found.append(said)
     see_in_document("curl", rows_of("curl", "", *found))
 

@@ -15,15 +15,23 @@ from support.markdown import DOCUMENTS, read_html
 MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 # What stands for a word of the reader's own, and one that could stand there.
 PLACEHOLDERS = {"COMMAND": "help", "NAME": "ChatModel"}
-A_COMMAND = re.compile(r"(\.venv/bin/)?(make|python3?|mlflow|papermill|conda|az|docker|kubectl|curl|export) \S"
-                       r"|(\$env:)?[A-Z_]+=\S+ \S")
+A_COMMAND = re.compile(
+    r"(\.venv/bin/)?(make|python3?|mlflow|papermill|conda|az|docker|kubectl|curl|export) \S"
+    r"|(\$env:)?[A-Z_]+=\S+ \S"
+)
 
 
 def find_commands() -> list[str]:
     """Return the commands of the documents and the pages, each once; the changelog names those of its day."""
-    codes = [code.text for path in DOCUMENTS if path.name != "CHANGELOG.md"
-             for code in read_html(path).select("code:not([class])")]
-    return list(dict.fromkeys(line for code in codes for line in code.splitlines() if A_COMMAND.match(line)))
+    codes = [
+        code.text
+        for path in DOCUMENTS
+        if path.name != "CHANGELOG.md"
+        for code in read_html(path).select("code:not([class])")
+    ]
+    return list(
+        dict.fromkeys(line for code in codes for line in code.splitlines() if A_COMMAND.match(line))
+    )
 
 
 def read_settings(command: str) -> tuple[dict[str, str], list[str]]:
@@ -42,8 +50,10 @@ def read_helpers(words: list[str]) -> tuple:
     """
     read = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("course.commands._in_environment",
-                      lambda command, options, arguments: read.append((command, options)))
+        patch.setattr(
+            "course.commands._in_environment",
+            lambda command, options, arguments: read.append((command, options)),
+        )
         run_command([PLACEHOLDERS.get(word, word) for word in words])
     ((command, options),) = read
     for model in (getattr(options, "model", None) or [], options.parameters.get("model", [])):
@@ -61,9 +71,15 @@ def find_fault(command: str) -> str | None:
     """
     settings, words = read_settings(command)
     known = "".join(path.read_text(encoding="utf-8") for path in ROOT.glob("docs/*.md"))
-    if unknown := [name for name in settings if name != "MLFLOW_TRACKING_URI" and f"| {name} |" not in known]:
+    if unknown := [
+        name for name in settings if name != "MLFLOW_TRACKING_URI" and f"| {name} |" not in known
+    ]:
         return f"no table in docs/ has {unknown[0]}"
-    absent = [word for word in words if re.match("(deploy|notebooks)/", word) and not list(ROOT.glob(word))]
+    absent = [
+        word
+        for word in words
+        if re.match("(deploy|notebooks)/", word) and not list(ROOT.glob(word))
+    ]
     if absent:
         return f"there is no {absent[0]}"
     try:

@@ -17,7 +17,9 @@ REQUIREMENTS = CONTAINER / "requirements.txt"
 TOKEN = "a token of this test's"
 # What the cluster fills in; the Pod's address is this machine's own here.
 CLUSTER = {"status.podIP": "127.0.0.1", "metadata.namespace": "default"}
-not_windows = pytest.mark.skipif(os.name == "nt", reason="2026-11-28: the image and its tools are for Linux")
+not_windows = pytest.mark.skipif(
+    os.name == "nt", reason="2026-11-28: the image and its tools are for Linux"
+)
 
 
 def instructions(text: str) -> list[tuple[str, str]]:
@@ -43,7 +45,7 @@ class Dockerfile:
     def words(self, name):
         """Return the words of a command in its exec form."""
         value = self.one(name)
-        return json.loads(value[value.index("["):])
+        return json.loads(value[value.index("[") :])
 
     def variables(self):
         return dict(word.split("=", 1) for value in self.all("ENV") for word in shlex.split(value))
@@ -61,8 +63,11 @@ def read_dockerfile():
 
 def documents(*folders):
     """Return the manifests of these folders by their files' names."""
-    return {path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
-            for folder in folders for path in sorted((CONTAINER / folder).glob("*.yaml"))}
+    return {
+        path.name: yaml.safe_load(path.read_text(encoding="utf-8"))
+        for folder in folders
+        for path in sorted((CONTAINER / folder).glob("*.yaml"))
+    }
 
 
 IMAGE = read_dockerfile()
@@ -71,13 +76,18 @@ OPTIONS = documents("options")
 POD = APPLIED["deployment.yaml"]["spec"]["template"]
 (SERVER,) = POD["spec"]["containers"]
 VARIABLES = {one["name"]: one["valueFrom"] for one in SERVER["env"]}
-PROBES = {name: SERVER[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+PROBES = {
+    name: SERVER[name]["httpGet"] for name in ("startupProbe", "readinessProbe", "livenessProbe")
+}
 
 
 def manifest_args():
     """Return the Deployment's args as a Pod would have them."""
-    known = {name: CLUSTER[source["fieldRef"]["fieldPath"]] for name, source in VARIABLES.items()
-             if "fieldRef" in source}
+    known = {
+        name: CLUSTER[source["fieldRef"]["fieldPath"]]
+        for name, source in VARIABLES.items()
+        if "fieldRef" in source
+    }
     return [re.sub(r"\$\((\w+)\)", lambda found: known[found[1]], word) for word in SERVER["args"]]
 
 

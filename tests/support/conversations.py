@@ -5,10 +5,20 @@ import time
 
 from support.chat import user
 
-TURNS = ["The sky is", "And at night?", "A longer one. " * 9, "x", "日本語 🙂 " * 5, "The end, or not? " * 4]
-WAYS = {"greedy": {"max_tokens": 24}, "seeded": {"max_tokens": 24, "temperature": 1.0, "seed": 7},
-        "n": {"max_tokens": 12, "temperature": 0.8, "seed": 3, "n": 2, "top_p": 0.9},
-        "penalties": {"max_tokens": 24, "frequency_penalty": 0.5, "presence_penalty": 0.3}}
+TURNS = [
+    "The sky is",
+    "And at night?",
+    "A longer one. " * 9,
+    "x",
+    "日本語 🙂 " * 5,
+    "The end, or not? " * 4,
+]
+WAYS = {
+    "greedy": {"max_tokens": 24},
+    "seeded": {"max_tokens": 24, "temperature": 1.0, "seed": 7},
+    "n": {"max_tokens": 12, "temperature": 0.8, "seed": 3, "n": 2, "top_p": 0.9},
+    "penalties": {"max_tokens": 24, "frequency_penalty": 0.5, "presence_penalty": 0.3},
+}
 
 
 def engine_of(model):
@@ -38,7 +48,9 @@ def talk(model, opening="", turns=TURNS, **fields):
         choices = model.predict(None, {"messages": messages} | fields)[0]["choices"]
         held.append((messages, choices))
         # What a model of noise writes is no text that a client would send back.
-        answer = "".join(letter for letter in choices[0]["message"]["content"] if letter.isprintable())
+        answer = "".join(
+            letter for letter in choices[0]["message"]["content"] if letter.isprintable()
+        )
         messages = [*messages, {"role": "assistant", "content": answer}]
     return held
 

@@ -1,6 +1,7 @@
 """A decoder that stands in for the ONNX model: the next token follows from all tokens of a slot.
 
-It has no weights and answers in microseconds. An answer is wrong as soon as a slot holds a token that is not its row's.
+It has no weights and answers in microseconds. An answer is wrong as soon as a slot holds a token
+that is not its row's.
 """
 
 import threading
@@ -23,14 +24,14 @@ def answer(prompt, max_tokens):
     tokens = list(prompt)
     for _ in range(max_tokens):
         tokens.append(next_token(tokens))
-    return tokens[len(prompt):]
+    return tokens[len(prompt) :]
 
 
 class StandInDecoder:
     """Has the methods of `serving.chat.decoder.Decoder`, and refuses what the real one would get wrong.
 
-    `hold` stops it before a call, ``reached`` says that it stands there, and `go` lets it go on. ``calls`` notes what
-    was done, ``most_held`` the most tokens for which memory was held.
+    `hold` stops it before a call, ``reached`` says that it stands there, and `go` lets it go on.
+    ``calls`` notes what was done, ``most_held`` the most tokens for which memory was held.
     """
 
     def __init__(self, config, threads, room):
@@ -50,7 +51,7 @@ class StandInDecoder:
         self._wait(("step", len(tokens)))
         for slot, (token, length) in enumerate(zip(tokens, lengths, strict=True)):
             assert len(self.tokens[slot]) >= length - 1
-            self._put(slot, [*self.tokens[slot][:length - 1], token])
+            self._put(slot, [*self.tokens[slot][: length - 1], token])
         return np.stack([self._logits(slot) for slot in range(len(tokens))])
 
     def copy(self, source, target, tokens):

@@ -14,9 +14,20 @@ YEAR = 365 * 24 * 3600
 LOGIN = b"<html><body><form action='/login'>Please log in.</form></body></html>"
 CLOSED = "http://127.0.0.1:9"
 # Whatever this machine's pip and shell are set to, a test asks what the test names.
-NOBODY = {"PIP_CONFIG_FILE": os.devnull, "PIP_INDEX_URL": CLOSED + "/simple", "PIP_EXTRA_INDEX_URL": "",
-          "PIP_FIND_LINKS": "", "HF_ENDPOINT": CLOSED, "COURSE_KIT": "", "JAVA_HOME": "", "http_proxy": "",
-          "https_proxy": "", "all_proxy": "", "no_proxy": "127.0.0.1,localhost"}  # in lower case they count more
+NOBODY = {
+    "PIP_CONFIG_FILE": os.devnull,
+    "PIP_INDEX_URL": CLOSED + "/simple",
+    "PIP_EXTRA_INDEX_URL": "",
+    "PIP_FIND_LINKS": "",
+    "HF_ENDPOINT": CLOSED,
+    "COURSE_KIT": "",
+    "JAVA_HOME": "",
+    "http_proxy": "",
+    # In lower case they count more.
+    "https_proxy": "",
+    "all_proxy": "",
+    "no_proxy": "127.0.0.1,localhost",
+}
 
 
 @contextlib.contextmanager

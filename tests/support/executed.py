@@ -1,7 +1,8 @@
 """Executes a page once for all tests that read it: in one way, on one model, until its sources change.
 
-An entry of CARRIERS is one execution of a page. Each also covers a condition that would need a run of its own, such as
-a folder with an odd name, a hostile shell, a tracking server with a login, solved exercises.
+An entry of CARRIERS is one execution of a page. Each also covers a condition that would need a run
+of its own, such as a folder with an odd name, a hostile shell, a tracking server with a login,
+solved exercises.
 """
 
 import contextlib
@@ -29,18 +30,40 @@ from support.projects import activated, project
 from support.user import make_checkout
 
 EXECUTED = ROOT / "build" / "executed"
-SOURCES = ("notebooks", "helpers", "serving", "course", "data", "tests/support", "MLproject", "pyproject.toml",
-           "constraints.txt")
-# All that may stand on stderr: what MLflow says at each registration, and the course of variables that it leaves out.
-EXPECTED_STDERR = r"((Successfully r|R)egistered model .*|Created version .*|note: the course leaves out .*|\s)*"
+SOURCES = (
+    "notebooks",
+    "helpers",
+    "serving",
+    "course",
+    "data",
+    "tests/support",
+    "MLproject",
+    "pyproject.toml",
+    "constraints.txt",
+)
+# All that may stand on stderr: what MLflow says at each registration, and the course of variables
+# that it leaves out.
+EXPECTED_STDERR = (
+    r"((Successfully r|R)egistered model .*|Created version .*|note: the course leaves out .*|\s)*"
+)
 # Each differs from its default.
-OTHER = {"question": "What is the capital of France?", "system_prompt": "Answer in one sentence.", "max_tokens": 24,
-         "temperature": 0.3}
-# A question like an option and with quotes in it, as many tokens as the context leaves, a whole number as temperature.
-EXTREME = {"question": "-5? Who's the author of \"Hamlet\" & why?", "system_prompt": "", "max_tokens": 4000,
-           "temperature": 1}
-# Two names with most characters that mean something in URIs, templates, patterns, configuration files and shells.
-# Not %20: MLflow finds no model in a folder of that name, and the tests of the store say so.
+OTHER = {
+    "question": "What is the capital of France?",
+    "system_prompt": "Answer in one sentence.",
+    "max_tokens": 24,
+    "temperature": 0.3,
+}
+# A question like an option and with quotes in it, as many tokens as the context leaves, a whole
+# number as temperature.
+EXTREME = {
+    "question": '-5? Who\'s the author of "Hamlet" & why?',
+    "system_prompt": "",
+    "max_tokens": 4000,
+    "temperature": 1,
+}
+# Two names with most characters that mean something in URIs, templates, patterns, configuration
+# files and shells. Not %20: MLflow finds no model in a folder of that name, and the tests of the
+# store say so.
 ODD_NAMES = ("-what? a#b it's {x} ${y} [z] $HOME %(here)s ;&\\ é ", '.say "hi" 100%')
 
 
@@ -83,14 +106,21 @@ class Executed:
 
 def output_of(cell) -> str:
     """Return what a code cell shows as text."""
-    return "\n".join(output.text if output.output_type == "stream" else output.get("data", {}).get("text/plain", "")
-                     for output in cell.outputs)
+    return "\n".join(
+        output.text
+        if output.output_type == "stream"
+        else output.get("data", {}).get("text/plain", "")
+        for output in cell.outputs
+    )
 
 
 def checks(executed: Executed) -> list[str]:
     """Return what each check of an exercise says."""
-    return ["".join(output.text for output in cell.outputs if output.get("name") == "stdout")
-            for cell in executed.cells if 'check("' in cell.source]
+    return [
+        "".join(output.text for output in cell.outputs if output.get("name") == "stdout")
+        for cell in executed.cells
+        if 'check("' in cell.source
+    ]
 
 
 def assert_clean(executed: Executed) -> None:
@@ -113,8 +143,13 @@ def assert_clean(executed: Executed) -> None:
 @functools.cache
 def execute_once(name: str) -> Executed:
     """Return a carrier's execution; the first test that asks runs it, in whichever worker, and others wait for it."""
-    digest = hashlib.sha256(sys.version.encode() + b"".join(
-        path.relative_to(ROOT).as_posix().encode() + path.read_bytes() for path in _source_files())).hexdigest()[:12]
+    digest = hashlib.sha256(
+        sys.version.encode()
+        + b"".join(
+            path.relative_to(ROOT).as_posix().encode() + path.read_bytes()
+            for path in _source_files()
+        )
+    ).hexdigest()[:12]
     folder = EXECUTED / f"{name}-{digest}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     result = folder / "executed.json"
@@ -140,20 +175,37 @@ print(json.dumps(model.predict(request, params=params)))
 """
 
 
-def ask_in_fresh_process(python: Callable, store: str, name: str, request: dict, params: dict | None = None):
+def ask_in_fresh_process(
+    python: Callable, store: str, name: str, request: dict, params: dict | None = None
+):
     """Return what a registered model's champion answers in a new process, without the course, pickles or a network.
 
     ``python`` is the fixture of this name.
     """
-    result = python("-c", PREDICT, store, name, json.dumps(request), json.dumps(params), cwd=ROOT.parent, network=False,
-                    MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false")
+    result = python(
+        "-c",
+        PREDICT,
+        store,
+        name,
+        json.dumps(request),
+        json.dumps(params),
+        cwd=ROOT.parent,
+        network=False,
+        MLFLOW_ALLOW_PICKLE_DESERIALIZATION="false",
+    )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 
 
 def _source_files():
-    listed = subprocess.run(["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SOURCES],
-                            cwd=ROOT, capture_output=True, text=True, check=True, encoding="utf-8").stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard", *SOURCES],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+        encoding="utf-8",
+    ).stdout
     files = [ROOT / name for name in sorted(filter(None, listed.split("\0")))]
     return [path for path in files if path.is_file() and path.suffix not in (".png", ".svg")]
 
@@ -162,7 +214,9 @@ def _words(parameters):
     return [word for name, value in parameters.items() for word in ("-p", name, value)]
 
 
-def notebook(page: str, *options: str, spark: bool = False, **parameters) -> Callable[[Path], Executed]:
+def notebook(
+    page: str, *options: str, spark: bool = False, **parameters
+) -> Callable[[Path], Executed]:
     """Return a carrier that runs a page by the course's own command, without a network."""
 
     def run(folder):
@@ -170,26 +224,53 @@ def notebook(page: str, *options: str, spark: bool = False, **parameters) -> Cal
         database.parent.mkdir()
         told = {"tracking_uri": f"sqlite:///{database.as_posix()}"} | parameters
         variables = {"PYTHONPATH": str(install_extra("spark"))} if spark else {}
-        result = run_python(folder, "-m", "helpers", "notebook", page, *options, *_words(told), "--output", folder,
-                            network=False, **variables)
-        return Executed(page, str(folder), str(database), result.returncode, result.stdout, result.stderr)
+        result = run_python(
+            folder,
+            "-m",
+            "helpers",
+            "notebook",
+            page,
+            *options,
+            *_words(told),
+            "--output",
+            folder,
+            network=False,
+            **variables,
+        )
+        return Executed(
+            page, str(folder), str(database), result.returncode, result.stdout, result.stderr
+        )
 
     return run
 
 
-def as_project(page: str, entry: str, spark: bool = False, **parameters) -> Callable[[Path], Executed]:
+def as_project(
+    page: str, entry: str, spark: bool = False, **parameters
+) -> Callable[[Path], Executed]:
     """Return a carrier that runs a page by ``mlflow run``, from a terminal that has no letters beyond ASCII."""
 
     def run(folder):
         database = folder / "mlflow.db"
         words = project(entry, tracking_uri=f"sqlite:///{database.as_posix()}", **parameters)
         variables = {"PYTHONPATH": str(install_extra("spark"))} if spark else {}
-        result = run_python(folder, *words, cwd=folder, network=False, PYTHONIOENCODING="ascii",
-                            **variables, **activated(folder))
-        for ending in (".ipynb", ".html", ".log"):  # the entry writes to build/project, where the next run would, too
+        result = run_python(
+            folder,
+            *words,
+            cwd=folder,
+            network=False,
+            PYTHONIOENCODING="ascii",
+            **variables,
+            **activated(folder),
+        )
+        # The entry writes to build/project, where the next run would, too.
+        for ending in (".ipynb", ".html", ".log"):
             with contextlib.suppress(FileNotFoundError):
-                shutil.move(ROOT / "build" / "project" / f"{page}{ending}", folder / f"{page}{ending}")
-        return Executed(page, str(folder), str(database), result.returncode, result.stdout, result.stderr)
+                shutil.move(
+                    ROOT / "build" / "project" / f"{page}{ending}", folder / f"{page}{ending}"
+                )
+        return Executed(
+            page, str(folder), str(database), result.returncode, result.stdout, result.stderr
+        )
 
     return run
 
@@ -203,30 +284,73 @@ def in_odd_folder(folder: Path) -> Executed:
     (folder / "mine").mkdir()
     (folder / "mine" / "serving.py").touch()
     output = folder / f"out{ODD_NAMES[0]}"
-    mine = {name: value for name, value in user_environment().items() if not name.startswith("COURSE_")}
-    # LC_ALL, PYTHONUTF8 and PYTHONIOENCODING here mean ASCII, which cannot name this folder. With PYTHONSAFEPATH Python
-    # imports the installed course. PYTHONOPTIMIZE removes docstrings that MLflow reads when it is imported.
+    mine = {
+        name: value for name, value in user_environment().items() if not name.startswith("COURSE_")
+    }
+    # LC_ALL, PYTHONUTF8 and PYTHONIOENCODING here mean ASCII, which cannot name this folder. With
+    # PYTHONSAFEPATH Python imports the installed course. PYTHONOPTIMIZE removes docstrings that
+    # MLflow reads when it is imported.
     left_out = ("LC_ALL", "PYTHONUTF8", "PYTHONIOENCODING", "PYTHONSAFEPATH", "PYTHONOPTIMIZE")
     hostile = {name: value for name, value in (HOSTILE | BORNE).items() if name not in left_out}
-    variables = mine | hostile | {
-        "COURSE_CACHE": str(cache), "PYTHONPATH": str(folder / "mine"),
-        "JUPYTER_PATH": str(other_kernel(folder / "jupyter")), "JUPYTER_PREFER_ENV_PATH": "0"}
+    variables = (
+        mine
+        | hostile
+        | {
+            "COURSE_CACHE": str(cache),
+            "PYTHONPATH": str(folder / "mine"),
+            "JUPYTER_PATH": str(other_kernel(folder / "jupyter")),
+            "JUPYTER_PREFER_ENV_PATH": "0",
+        }
+    )
     result = subprocess.run(
-        [sys.executable, "-m", "helpers", "notebook", "CustomPythonWrapper", "-p", "model", "tiny-phi3", "--output",
-         str(output)], cwd=checkout, env=variables, capture_output=True, text=True, encoding="utf-8")
-    beside = sorted(path.name for path in folder.iterdir() if path.name not in (
-        checkout.name, cache.name, output.name, "jupyter", "mine"))
-    return Executed("CustomPythonWrapper", str(output), str(checkout / "build" / "mlflow.db"), result.returncode,
-                    result.stdout, result.stderr, {"checkout": str(checkout), "beside": beside})
+        [
+            sys.executable,
+            "-m",
+            "helpers",
+            "notebook",
+            "CustomPythonWrapper",
+            "-p",
+            "model",
+            "tiny-phi3",
+            "--output",
+            str(output),
+        ],
+        cwd=checkout,
+        env=variables,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    beside = sorted(
+        path.name
+        for path in folder.iterdir()
+        if path.name not in (checkout.name, cache.name, output.name, "jupyter", "mine")
+    )
+    return Executed(
+        "CustomPythonWrapper",
+        str(output),
+        str(checkout / "build" / "mlflow.db"),
+        result.returncode,
+        result.stdout,
+        result.stderr,
+        {"checkout": str(checkout), "beside": beside},
+    )
 
 
 def other_kernel(folder: Path) -> Path:
     """Write a kernel ``python3`` whose Python is gone, and return the folder for JUPYTER_PATH."""
     home = folder / "kernels" / "python3"
     home.mkdir(parents=True)
-    (home / "kernel.json").write_text(json.dumps({
-        "argv": ["/gone/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"], "display_name": "Other",
-        "language": "python"}), encoding="utf-8")
+    (home / "kernel.json").write_text(
+        json.dumps(
+            {
+                "argv": ["/gone/python", "-m", "ipykernel_launcher", "-f", "{connection_file}"],
+                "display_name": "Other",
+                "language": "python",
+            }
+        ),
+        encoding="utf-8",
+    )
     return folder
 
 
@@ -236,20 +360,62 @@ def on_tracking_server(folder: Path, pages: tuple[str, ...] = TRACKS[:1]) -> Exe
     The executed page is the first one.
     """
     (folder / "temporary").mkdir()
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{folder}/mlflow.db",
-               "--artifacts-destination", str(folder / "artifacts"), "--host", "127.0.0.1", "--port", "0"]
-    with server(command, dict(os.environ), folder / "server.log", r"http://127\.0\.0\.1:[1-9]\d*") as address:
+    command = [
+        sys.executable,
+        "-m",
+        "mlflow",
+        "server",
+        "--backend-store-uri",
+        f"sqlite:///{folder}/mlflow.db",
+        "--artifacts-destination",
+        str(folder / "artifacts"),
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "0",
+    ]
+    with server(
+        command, dict(os.environ), folder / "server.log", r"http://127\.0\.0\.1:[1-9]\d*"
+    ) as address:
         host = address.removeprefix("http://")
         parameters = OTHER | {"model": "tiny-phi3", "tracking_uri": f"http://ann:ses%40me@{host}"}
-        environment = user_environment() | {"TMPDIR": str(folder / "temporary"), "no_proxy": "127.0.0.1"}
-        begun = [subprocess.Popen(
-            [sys.executable, "-m", "helpers", "notebook", page, "--solved", "--output", str(folder),
-             *map(str, _words(parameters))], cwd=ROOT, env=environment, text=True, encoding="utf-8",
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE) for page in pages]
+        environment = user_environment() | {
+            "TMPDIR": str(folder / "temporary"),
+            "no_proxy": "127.0.0.1",
+        }
+        begun = [
+            subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "helpers",
+                    "notebook",
+                    page,
+                    "--solved",
+                    "--output",
+                    str(folder),
+                    *map(str, _words(parameters)),
+                ],
+                cwd=ROOT,
+                env=environment,
+                text=True,
+                encoding="utf-8",
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for page in pages
+        ]
         said = [process.communicate() for process in begun]
         codes = [process.returncode for process in begun]
-    return Executed(pages[0], str(folder), str(folder / "mlflow.db"), next(filter(None, codes), 0),
-                    "".join(out for out, _ in said), "".join(err for _, err in said), {"host": host})
+    return Executed(
+        pages[0],
+        str(folder),
+        str(folder / "mlflow.db"),
+        next(filter(None, codes), 0),
+        "".join(out for out, _ in said),
+        "".join(err for _, err in said),
+        {"host": host},
+    )
 
 
 def by_other_tools(folder: Path) -> Executed:
@@ -261,18 +427,50 @@ def by_other_tools(folder: Path) -> Executed:
     page = checkout / "notebooks" / "TransformerPipeline.ipynb"
     database = folder / "mlflow.db"
     variables = user_environment() | {
-        "PYTHONPATH": str(checkout), "COURSE_CACHE": str(ROOT / "data" / "models"), "COURSE_MODEL": "tiny-phi3",
-        "COURSE_TRACKING_URI": f"sqlite:///{database.as_posix()}"}
-    # The variables of Python itself would stop papermill and pytest, which are not the course's own.
-    hostile = {name: value for name, value in (HOSTILE | BORNE).items() if not name.startswith("PYTHON")}
+        "PYTHONPATH": str(checkout),
+        "COURSE_CACHE": str(ROOT / "data" / "models"),
+        "COURSE_MODEL": "tiny-phi3",
+        "COURSE_TRACKING_URI": f"sqlite:///{database.as_posix()}",
+    }
+    # The variables of Python itself would stop papermill and pytest, which are not the course's
+    # own.
+    hostile = {
+        name: value for name, value in (HOSTILE | BORNE).items() if not name.startswith("PYTHON")
+    }
     prepared = subprocess.run(
-        [sys.executable, "-m", "papermill", page, page, "--prepare-only", "-p", "max_tokens", "8"], cwd=checkout,
-        env=variables, capture_output=True, text=True, encoding="utf-8")
+        [sys.executable, "-m", "papermill", page, page, "--prepare-only", "-p", "max_tokens", "8"],
+        cwd=checkout,
+        env=variables,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "-q", "-p", "no:cacheprovider", page],
-        cwd=checkout, env=variables | hostile, capture_output=True, text=True, encoding="utf-8")
-    return Executed("TransformerPipeline", str(page.parent), str(database), prepared.returncode or result.returncode,
-                    prepared.stdout + result.stdout, prepared.stderr + result.stderr)
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--nbmake",
+            "--overwrite",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            page,
+        ],
+        cwd=checkout,
+        env=variables | hostile,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+    )
+    return Executed(
+        "TransformerPipeline",
+        str(page.parent),
+        str(database),
+        prepared.returncode or result.returncode,
+        prepared.stdout + result.stdout,
+        prepared.stderr + result.stderr,
+    )
 
 
 CARRIERS: dict[str, Callable[[Path], Executed]] = {
@@ -284,11 +482,19 @@ CARRIERS: dict[str, Callable[[Path], Executed]] = {
     "cloud": as_project("Cloud", "cloud", spark=True, model="tiny-phi3", track="transformers"),
     # make nightly
     "two-on-a-server": functools.partial(on_tracking_server, pages=TRACKS),
-    "operations-project": as_project("Operations", "operations", model="tiny-phi3", track="transformers"),
+    "operations-project": as_project(
+        "Operations", "operations", model="tiny-phi3", track="transformers"
+    ),
     "cloud-onnx": notebook("Cloud", "--solved", spark=True, track="onnx", model="tiny-phi3"),
-    **{f"real-{page}": notebook(page, "--solved", model="smollm2-135m", **OTHER)
-       for page in (*TRACKS, "ChatModel")},
-    **{f"real-Operations-{track}": notebook("Operations", "--solved", model="smollm2-135m", track=track)
-       for track in ("transformers", "onnx")},
+    **{
+        f"real-{page}": notebook(page, "--solved", model="smollm2-135m", **OTHER)
+        for page in (*TRACKS, "ChatModel")
+    },
+    **{
+        f"real-Operations-{track}": notebook(
+            "Operations", "--solved", model="smollm2-135m", track=track
+        )
+        for track in ("transformers", "onnx")
+    },
     "real-Cloud": notebook("Cloud", spark=True, model="smollm2-135m", track="onnx"),
 }

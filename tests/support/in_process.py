@@ -18,15 +18,25 @@ def download_here(monkeypatch, endpoint="https://huggingface.co"):
     from helpers.models import download
 
     def ask(title, module, order, environment=None):
-        return json.loads(json.dumps(importlib.import_module(module).work(json.loads(json.dumps(order)))))
+        return json.loads(
+            json.dumps(importlib.import_module(module).work(json.loads(json.dumps(order))))
+        )
 
     pauses = []
     clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic, time=time.time)
-    for place, name, value in ((sources, "ask", ask), (kit, "ask", ask), (constants, "HF_HUB_OFFLINE", False),
-                               (constants, "ENDPOINT", endpoint), (download, "time", clock),
-                               (file_download, "time", clock),
-                               (constants, "HUGGINGFACE_CO_URL_TEMPLATE",
-                                endpoint + "/{repo_id}/resolve/{revision}/{filename}")):
+    for place, name, value in (
+        (sources, "ask", ask),
+        (kit, "ask", ask),
+        (constants, "HF_HUB_OFFLINE", False),
+        (constants, "ENDPOINT", endpoint),
+        (download, "time", clock),
+        (file_download, "time", clock),
+        (
+            constants,
+            "HUGGINGFACE_CO_URL_TEMPLATE",
+            endpoint + "/{repo_id}/resolve/{revision}/{filename}",
+        ),
+    ):
         monkeypatch.setattr(place, name, value)
     close_session()
     return pauses

@@ -30,12 +30,21 @@ PATIENCE = 180
 SCREENSHOTS = BUILD / "browser"
 # What a learner's laptop shows at least.
 SCREEN = {"width": 1366, "height": 768}
-# Chromium's sandbox refuses to start as root. The other flags keep it from calling home, and from any other machine.
-CHROMIUM_FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
-                  "--disable-background-networking", "--disable-component-update",
-                  "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost"]
+# Chromium's sandbox refuses to start as root. The other flags keep it from calling home, and from
+# any other machine.
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1, EXCLUDE localhost",
+]
 CODE_CELL = ".jp-Notebook .jp-CodeCell"
-# True once the first cell has its number and no cell waits for the kernel any longer, also when one has failed.
+# True once the first cell has its number and no cell waits for the kernel any longer, also when one
+# has failed.
 ALL_DONE = """selector => {
     const prompts = [...document.querySelectorAll(selector + " .jp-InputPrompt")].map(prompt => prompt.textContent);
     return /\\d/.test(prompts[0]) && !prompts.some(prompt => prompt.includes("*"));
@@ -56,10 +65,16 @@ RED_BOX = f'{CODE_CELL} .jp-OutputArea-output[data-mime-type="application/vnd.ju
 
 def need_chromium() -> None:
     """Skip the module that asks where no browser can be driven; on CI, fail."""
-    missing = " ".join([
-        "" if find_chromium() else "Install Chromium (on Debian: apt-get install chromium) or Google Chrome.",
-        "" if sync_playwright else "Install Playwright and axe: python -m helpers test does so, with other packages.",
-    ]).strip()
+    missing = " ".join(
+        [
+            ""
+            if find_chromium()
+            else "Install Chromium (on Debian: apt-get install chromium) or Google Chrome.",
+            ""
+            if sync_playwright
+            else "Install Playwright and axe: python -m helpers test does so, with other packages.",
+        ]
+    ).strip()
     if missing:
         # CI installs both: a skip there would hide that nobody looks at the pages any more.
         if os.environ.get("CI") == "true":
@@ -77,15 +92,23 @@ def browser() -> Iterator[tuple["BrowserContext", list[str]]]:
         context.set_default_timeout(PATIENCE * 1000)
         expect.set_options(timeout=PATIENCE * 1000)
         context.on("request", lambda request: asked.append(request.url))
-        context.on("page", lambda page: page.on("websocket", lambda socket: asked.append(socket.url)))
+        context.on(
+            "page", lambda page: page.on("websocket", lambda socket: asked.append(socket.url))
+        )
         yield context, asked
         chromium.close()
 
 
 def elsewhere(asked: list[str]) -> list[str]:
     """Return those of the addresses that are not on this machine."""
-    return sorted({url for url in asked if urlsplit(url).scheme not in ("data", "blob")
-                   and urlsplit(url).hostname not in ("127.0.0.1", "localhost")})
+    return sorted(
+        {
+            url
+            for url in asked
+            if urlsplit(url).scheme not in ("data", "blob")
+            and urlsplit(url).hostname not in ("127.0.0.1", "localhost")
+        }
+    )
 
 
 def take(page: "Page", name: str) -> None:
@@ -103,7 +126,8 @@ class Notebook:
     def save(self) -> None:
         """Press Ctrl-S, and wait until the server has written the file."""
         with self.page.expect_response(
-                lambda response: response.request.method == "PUT" and "/api/contents/" in response.url) as saved:
+            lambda response: response.request.method == "PUT" and "/api/contents/" in response.url
+        ) as saved:
             self.page.keyboard.press("Control+s")
         assert saved.value.ok, saved.value.status_text
 
@@ -148,9 +172,14 @@ class Notebook:
 
     def red_lines(self) -> list[str]:
         """Return the lines in the red boxes."""
-        # Not innerText: that is empty for cells that the browser has not laid out, those out of view.
-        return [line for box in self.page.locator(RED_BOX).all_text_contents() for line in box.splitlines()
-                if line.strip()]
+        # Not innerText: that is empty for cells that the browser has not laid out, those out of
+        # view.
+        return [
+            line
+            for box in self.page.locator(RED_BOX).all_text_contents()
+            for line in box.splitlines()
+            if line.strip()
+        ]
 
 
 def _joined(text):
@@ -169,7 +198,8 @@ class Lab:
         page = context.new_page()
         # A workspace of its own: JupyterLab would open the other pages again in the same one.
         page.goto(f"{self.address}/lab/workspaces/{name}/tree/{name}.ipynb?token={self.token}")
-        # The notebook's own indicator says idle before there is a session, and Run All then skips the code.
+        # The notebook's own indicator says idle before there is a session, and Run All then skips
+        # the code.
         expect(page.locator("#jp-main-statusbar")).to_contain_text("| Idle")
         # JupyterLab puts the cells on the page one by one.
         expect(page.locator(CODE_CELL)).to_have_count(code_cells)
@@ -187,7 +217,11 @@ def jupyterlab(folder: Path, model: str = "tiny-phi3") -> Iterator[Lab]:
     shutil.copytree(NOTEBOOKS, notebooks, ignore=shutil.ignore_patterns(".ipynb_checkpoints"))
     token = secrets.token_hex()
     # A user's own Jupyter and MLflow settings play no part.
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("JUPYTER", "MLFLOW_"))}
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("JUPYTER", "MLFLOW_"))
+    }
     environment |= {
         "JUPYTER_TOKEN": token,
         "JUPYTER_CONFIG_DIR": str(folder / "config"),
@@ -197,17 +231,31 @@ def jupyterlab(folder: Path, model: str = "tiny-phi3") -> Iterator[Lab]:
         "COURSE_MODEL": model,
         "COURSE_TRACKING_URI": f"sqlite:///{(folder / 'mlflow.db').as_posix()}",
     }
-    command = [sys.executable, "-m", "jupyterlab", *lab_options(), "--no-browser", "--ServerApp.port=0",
-               f"--ServerApp.root_dir={notebooks}", "--LabApp.expose_app_in_browser=True"]
-    with server(command, environment, folder / "jupyterlab.log", r"http://127\.0\.0\.1:\d+(?=/lab)") as address:
+    command = [
+        sys.executable,
+        "-m",
+        "jupyterlab",
+        *lab_options(),
+        "--no-browser",
+        "--ServerApp.port=0",
+        f"--ServerApp.root_dir={notebooks}",
+        "--LabApp.expose_app_in_browser=True",
+    ]
+    with server(
+        command, environment, folder / "jupyterlab.log", r"http://127\.0\.0\.1:\d+(?=/lab)"
+    ) as address:
         yield Lab(notebooks, address, token)
 
 
 @contextmanager
-def server(command: list[str], environment: dict[str, str], log: Path, address: str) -> Iterator[str]:
+def server(
+    command: list[str], environment: dict[str, str], log: Path, address: str
+) -> Iterator[str]:
     """Run a server, and yield its address: what matches ``address`` in its log, once somebody listens there."""
     with log.open("w") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT
+        )
     try:
         yield _find_address(process, log, address)
     finally:
@@ -227,4 +275,6 @@ def _find_address(process, log, address):
                 socket.create_connection(("127.0.0.1", urlsplit(found[0]).port)).close()
                 return found[0]
         time.sleep(0.1)
-    return pytest.fail(f"The server did not start:\n{log.read_text(errors='replace')}", pytrace=False)
+    return pytest.fail(
+        f"The server did not start:\n{log.read_text(errors='replace')}", pytrace=False
+    )

@@ -25,12 +25,27 @@ soupsieve==4.1.2 ; python_full_version >= '3.11.5'
 """
 # What an index has of them, more than any kit wants.
 WHEELS = [
-    *(f"markupsafe-3.0.4-{python}-{python}-{system}.whl" for python in ("cp311", "cp312", "cp313") for system in (
-        "win_amd64", "win32", "macosx_11_0_arm64", "macosx_10_9_x86_64", "musllinux_1_2_x86_64",
-        "manylinux2014_x86_64.manylinux_2_17_x86_64", "manylinux2014_aarch64")),
-    *(f"pywinpty-3.1.2-{python}-{python}-{system}.whl" for python in ("cp311", "cp313")
-      for system in ("win_amd64", "manylinux2014_x86_64")),
-    "six-1.17.0-py2.py3-none-any.whl", "six-1.16.0-py2.py3-none-any.whl", "soupsieve-2.10-py3-none-any.whl",
+    *(
+        f"markupsafe-3.0.4-{python}-{python}-{system}.whl"
+        for python in ("cp311", "cp312", "cp313")
+        for system in (
+            "win_amd64",
+            "win32",
+            "macosx_11_0_arm64",
+            "macosx_10_9_x86_64",
+            "musllinux_1_2_x86_64",
+            "manylinux2014_x86_64.manylinux_2_17_x86_64",
+            "manylinux2014_aarch64",
+        )
+    ),
+    *(
+        f"pywinpty-3.1.2-{python}-{python}-{system}.whl"
+        for python in ("cp311", "cp313")
+        for system in ("win_amd64", "manylinux2014_x86_64")
+    ),
+    "six-1.17.0-py2.py3-none-any.whl",
+    "six-1.16.0-py2.py3-none-any.whl",
+    "soupsieve-2.10-py3-none-any.whl",
     "soupsieve-4.1.2-py3-none-any.whl",
 ]
 
@@ -42,12 +57,21 @@ def only_wheels(folder: Path, *names: str, requires: str = "") -> dict[str, str]
         project, version = name.split("-")[:2]
         with zipfile.ZipFile(folder / name, "w") as wheel:
             info = f"{project}-{version}.dist-info"
-            wheel.writestr(f"{info}/METADATA",
-                           f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n{requires}")
-            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n")
+            wheel.writestr(
+                f"{info}/METADATA",
+                f"Metadata-Version: 2.1\nName: {project}\nVersion: {version}\n{requires}",
+            )
+            wheel.writestr(
+                f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\n"
+            )
             wheel.writestr(f"{info}/RECORD", "")
-    return {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder.as_uri(),
-            "HTTPS_PROXY": NOBODY, "https_proxy": NOBODY}
+    return {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": folder.as_uri(),
+        "HTTPS_PROXY": NOBODY,
+        "https_proxy": NOBODY,
+    }
 
 
 def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:
@@ -59,18 +83,28 @@ def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:
 
 def list_files(folder: Path) -> dict[str, int]:
     """Return the time of change of each file of a folder, but for the lock."""
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
-            for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 @contextlib.contextmanager
 def served(folder: Path, *words: str) -> Iterator[tuple[str, list[str]]]:
     """Serve a kit as a user does, on a port that the server chooses.
 
-    Yields its URL on this machine and the lines that it printed. Afterwards it must have said nothing of an error.
+    Yields its URL on this machine and the lines that it printed. Afterwards it must have said
+    nothing of an error.
     """
-    with subprocess.Popen([*COMMAND, "serve", folder, "--port", "0", *words], cwd=ROOT, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, encoding="utf-8") as process:
+    with subprocess.Popen(
+        [*COMMAND, "serve", folder, "--port", "0", *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+    ) as process:
         try:
             lines = []
             while not lines or not re.search("Participants|This machine alone", lines[-1]):

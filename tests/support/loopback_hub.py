@@ -1,6 +1,7 @@
 """A Hugging Face Hub on this machine's loopback, for the real client; it can be told to misbehave.
 
-It serves folders: ``root/org/name/...``. https://huggingface.co/docs/hub/api and what the client asks say how.
+It serves folders: ``root/org/name/...``. https://huggingface.co/docs/hub/api and what the client
+asks say how.
 """
 
 import hashlib
@@ -12,7 +13,8 @@ from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-LARGE = (".safetensors", ".data", ".onnx", ".bin", ".model", ".gguf")  # kept with Git LFS, as on the Hub
+# Kept with Git LFS, as on the Hub.
+LARGE = (".safetensors", ".data", ".onnx", ".bin", ".model", ".gguf")
 
 
 class LoopbackHub:
@@ -34,10 +36,10 @@ class LoopbackHub:
     sent : collections.Counter
         Bytes of content by path.
     faults : dict of str to list
-        What happens to the next requests for a path that ends with the key, one each: a status such as 500,
-        ``("busy", seconds)``, ``("cut", bytes)``, ``("hold", bytes)``, which goes on once ``release`` is set,
-        ``"html"``, or None for nothing.
-        The key ``"*"`` stands for all; ``"info"`` for the listing.
+        What happens to the next requests for a path that ends with the key, one each: a status such
+        as 500, ``("busy", seconds)``, ``("cut", bytes)``, ``("hold", bytes)``, which goes on once
+        ``release`` is set, ``"html"``, or None for nothing. The key ``"*"`` stands for all;
+        ``"info"`` for the listing.
     forever : dict of str to object
         The same, each time.
     hidden, wrong : set of str
@@ -65,7 +67,9 @@ class LoopbackHub:
         self.expired = set()
         self.says = {}
         self.release = threading.Event()
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self}))
+        self.server = ThreadingHTTPServer(
+            ("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": self})
+        )
         self.server.daemon_threads = True
         scheme = "http"
         if wrap:
@@ -88,14 +92,18 @@ class LoopbackHub:
 
     def files(self, repo):
         folder = self.root / repo
-        return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+        return sorted(
+            path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+        )
 
     def fault(self, path):
         """Return what is to go wrong with this request, and use it up."""
         for key in (path, *[key for key in self.faults if path.endswith(key)], "*"):
             if self.faults.get(key):
                 return self.faults[key].pop(0)
-        return next((what for key, what in self.forever.items() if path.endswith(key) or key == "*"), None)
+        return next(
+            (what for key, what in self.forever.items() if path.endswith(key) or key == "*"), None
+        )
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -115,14 +123,19 @@ class _Handler(BaseHTTPRequestHandler):
         file = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
         fault = hub.fault("info" if info else path)
         if fault == "html":
-            return self.answer(b"<!DOCTYPE html><title>Welcome to Hotel WiFi</title>", {"Content-Type": "text/html"})
+            return self.answer(
+                b"<!DOCTYPE html><title>Welcome to Hotel WiFi</title>",
+                {"Content-Type": "text/html"},
+            )
         if isinstance(fault, tuple) and fault[0] == "busy":
             return self.answer(b"", {"Retry-After": str(fault[1])}, 429)
         if isinstance(fault, int):
             return self.answer(b"", {"Retry-After": "0"}, fault)
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token in hub.expired:
-            return self.answer(b"", {"X-Error-Message": "Invalid credentials in Authorization header"}, 401)
+            return self.answer(
+                b"", {"X-Error-Message": "Invalid credentials in Authorization header"}, 401
+            )
         repo = (info or file or [None, ""])[1]
         if not (hub.root / repo).is_dir() or not repo or (repo in hub.private and not token):
             return self.answer(b"", {"X-Error-Code": "RepoNotFound"}, 401)
@@ -131,8 +144,12 @@ class _Handler(BaseHTTPRequestHandler):
         if revision not in ("main", commit):
             return self.answer(b"", {"X-Error-Code": "RevisionNotFound"}, 404)
         if info:
-            return self.answer(json.dumps(self.info(repo, commit)).encode(), {"Content-Type": "application/json"}, 200,
-                               fault)
+            return self.answer(
+                json.dumps(self.info(repo, commit)).encode(),
+                {"Content-Type": "application/json"},
+                200,
+                fault,
+            )
         return self.file(repo, commit, file[3], fault)
 
     def info(self, repo, commit):
@@ -147,14 +164,33 @@ class _Handler(BaseHTTPRequestHandler):
                 blob = hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False)
                 sibling |= {"size": sizes.get(name, len(content)), "blobId": blob.hexdigest()}
                 if name.endswith(LARGE):
-                    sibling["lfs"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest(),
-                                      "pointerSize": 130}
+                    sibling["lfs"] = {
+                        "size": len(content),
+                        "sha256": hashlib.sha256(content).hexdigest(),
+                        "pointerSize": 130,
+                    }
             siblings.append(sibling)
         card = {"license": "mit", "pipeline_tag": "text-generation"}
-        more = {"safetensors": {"parameters": {"F32": 147_776}, "total": 147_776}} if "onnx" not in repo else {}
-        return {"id": repo, "sha": commit, "siblings": siblings, "cardData": card, "tags": [], "downloads": 0,
-                "pipeline_tag": "text-generation", "gated": "manual" if repo in self.hub.gated else False,
-                "private": False} | more | says
+        more = (
+            {"safetensors": {"parameters": {"F32": 147_776}, "total": 147_776}}
+            if "onnx" not in repo
+            else {}
+        )
+        return (
+            {
+                "id": repo,
+                "sha": commit,
+                "siblings": siblings,
+                "cardData": card,
+                "tags": [],
+                "downloads": 0,
+                "pipeline_tag": "text-generation",
+                "gated": "manual" if repo in self.hub.gated else False,
+                "private": False,
+            }
+            | more
+            | says
+        )
 
     def file(self, repo, commit, name, fault):
         hub, path = self.hub, f"{repo}/{name}"
@@ -166,7 +202,11 @@ class _Handler(BaseHTTPRequestHandler):
         if path in hub.wrong:
             content = bytes(len(content))
         first = int(re.match(r"bytes=(\d+)-", self.headers.get("Range", "bytes=0-"))[1])
-        headers = {"X-Repo-Commit": commit, "ETag": f'"{hashlib.sha1(content).hexdigest()}"', "Accept-Ranges": "bytes"}
+        headers = {
+            "X-Repo-Commit": commit,
+            "ETag": f'"{hashlib.sha1(content).hexdigest()}"',
+            "Accept-Ranges": "bytes",
+        }
         if first:
             headers["Content-Range"] = f"bytes {first}-{len(content) - 1}/{len(content)}"
         return self.answer(content[first:], headers, 206 if first else 200, fault, path)
@@ -209,12 +249,26 @@ def certificate(folder, first, last):
     name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "127.0.0.1")])
     now = datetime.now(UTC)
     made = (
-        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key()).serial_number(1)
-        .not_valid_before(now + first).not_valid_after(now + last)
-        .add_extension(x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False)
-        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True).sign(key, hashes.SHA256()))
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(1)
+        .not_valid_before(now + first)
+        .not_valid_after(now + last)
+        .add_extension(
+            x509.SubjectAlternativeName([x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]), False
+        )
+        .add_extension(x509.BasicConstraints(ca=True, path_length=None), True)
+        .sign(key, hashes.SHA256())
+    )
     file = folder / "certificate.pem"
     file.write_bytes(
-        made.public_bytes(serialization.Encoding.PEM) + key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()))
+        made.public_bytes(serialization.Encoding.PEM)
+        + key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+    )
     return file

@@ -8,8 +8,11 @@ from markdown_it import MarkdownIt
 
 from support import ROOT
 
-DOCUMENTS = [path for pattern in ("*.md", "docs/*.md", "notebooks/*.md", "deploy/**/*.md", "notebooks/*.ipynb")
-             for path in sorted(ROOT.glob(pattern))]
+DOCUMENTS = [
+    path
+    for pattern in ("*.md", "docs/*.md", "notebooks/*.md", "deploy/**/*.md", "notebooks/*.ipynb")
+    for path in sorted(ROOT.glob(pattern))
+]
 
 
 def read_text(path: Path) -> str:

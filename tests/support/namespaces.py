@@ -1,7 +1,8 @@
 """Runs a program as a container would, without a container: in comes what its image holds, out comes the program.
 
-It sees a root of its own that is read-only but for WRITABLE, is a user without any right, and reaches itself alone: the
-network of its own has nothing but loopback. Linux's namespaces do that, by util-linux, for a user without rights, too.
+It sees a root of its own that is read-only but for WRITABLE, is a user without any right, and
+reaches itself alone: the network of its own has nothing but loopback. Linux's namespaces do that,
+by util-linux, for a user without rights, too.
 """
 
 import contextlib
@@ -18,7 +19,8 @@ import psutil
 
 from support.service import wait_for
 
-# What stands for the system of an image: programs and libraries, and none of this machine's settings.
+# What stands for the system of an image: programs and libraries, and none of this machine's
+# settings.
 SYSTEM = ("/bin", "/lib", "/lib64", "/sbin", "/usr", "/etc/ld.so.cache")
 WRITABLE = ("/tmp", "/dev/shm")  # the second one is there in every container, however read-only
 DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
@@ -50,7 +52,11 @@ def lacking() -> str | None:
     if sys.platform != "linux" or not shutil.which("unshare") or not shutil.which("nsenter"):
         return "needs Linux with util-linux"
     tried = subprocess.run([*ENTER, "mount -t tmpfs tmpfs /tmp"], capture_output=True, text=True)
-    return f"this machine allows no user namespaces: {tried.stderr.strip()}" if tried.returncode else None
+    return (
+        f"this machine allows no user namespaces: {tried.stderr.strip()}"
+        if tried.returncode
+        else None
+    )
 
 
 @dataclass(frozen=True)
@@ -64,37 +70,70 @@ class Image:
 
     def script(self, root: Path, words: list[str]) -> str:
         """Return the shell script that builds the root in a tmpfs at this folder, and runs a program there."""
-        there = {**{place: Path(place) for place in (*SYSTEM, *DEVICES)}, "/proc": Path("/proc"), "/sys": Path("/sys"),
-                 sys.base_prefix: Path(sys.base_prefix), **self.files}
-        steps = [[sys.executable, "-S", "-c", LOOPBACK_UP],
-                 ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", root]]
+        there = {
+            **{place: Path(place) for place in (*SYSTEM, *DEVICES)},
+            "/proc": Path("/proc"),
+            "/sys": Path("/sys"),
+            sys.base_prefix: Path(sys.base_prefix),
+            **self.files,
+        }
+        steps = [
+            [sys.executable, "-S", "-c", LOOPBACK_UP],
+            ["mount", "-t", "tmpfs", "-o", "mode=755", "tmpfs", root],
+        ]
         for place, source in there.items():
             steps += _put(source, f"{root}{place}", writable=place in ("/proc", "/sys", *DEVICES))
         user, group = self.user.split(":")
         for place in WRITABLE:
-            steps += [["mkdir", f"{root}{place}"],
-                      ["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{root}{place}"]]
-        steps += [["mount", "-o", "remount,bind,ro", root],
-                  ["setpriv", "--no-new-privs", "unshare", "--user", f"--map-user={user}", f"--map-group={group}",
-                   f"--root={root}", f"--wd={self.folder}", "env", "-i",
-                   *(f"{name}={value}" for name, value in self.variables.items()), *words]]
-        # The shell stays, so that the program's network can be entered by it; it ends as the program does.
+            steps += [
+                ["mkdir", f"{root}{place}"],
+                ["mount", "-t", "tmpfs", "-o", "mode=1777", "tmpfs", f"{root}{place}"],
+            ]
+        steps += [
+            ["mount", "-o", "remount,bind,ro", root],
+            [
+                "setpriv",
+                "--no-new-privs",
+                "unshare",
+                "--user",
+                f"--map-user={user}",
+                f"--map-group={group}",
+                f"--root={root}",
+                f"--wd={self.folder}",
+                "env",
+                "-i",
+                *(f"{name}={value}" for name, value in self.variables.items()),
+                *words,
+            ],
+        ]
+        # The shell stays, so that the program's network can be entered by it; it ends as the
+        # program does.
         return "set -e\n" + "\n".join(shlex.join(map(str, step)) for step in steps) + "\nexit 0\n"
 
     def run(self, folder: Path, words: list[str]) -> subprocess.CompletedProcess:
         """Run a program to its end, with a root in this folder."""
-        return subprocess.run([*ENTER, self.script(_root(folder), words)], capture_output=True, text=True)
+        return subprocess.run(
+            [*ENTER, self.script(_root(folder), words)], capture_output=True, text=True
+        )
 
     @contextlib.contextmanager
     def running(self, folder: Path, words: list[str]) -> Iterator["Running"]:
         """Run a program while the block runs, with a root and a log in this folder."""
         with (folder / "log").open("w", encoding="utf-8") as log:
-            shell = subprocess.Popen([*ENTER, self.script(_root(folder), words)], stdin=subprocess.DEVNULL,
-                                     stdout=log, stderr=subprocess.STDOUT)
+            shell = subprocess.Popen(
+                [*ENTER, self.script(_root(folder), words)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
         try:
             yield Running(shell, folder / "log")
         finally:
-            for process in [*psutil.Process(shell.pid).children(recursive=True), shell] if shell.poll() is None else []:
+            for process in (
+                [*psutil.Process(shell.pid).children(recursive=True), shell]
+                if shell.poll() is None
+                else []
+            ):
                 process.kill()
             shell.wait()
 
@@ -116,12 +155,24 @@ class Running:
 
     def enter(self, words: list[str], **options) -> subprocess.Popen:
         """Start a program of this machine in its network."""
-        return subprocess.Popen(["nsenter", f"--target={self.shell.pid}", "--user", "--net", "--preserve-credentials",
-                                 *words], text=True, **options)
+        return subprocess.Popen(
+            [
+                "nsenter",
+                f"--target={self.shell.pid}",
+                "--user",
+                "--net",
+                "--preserve-credentials",
+                *words,
+            ],
+            text=True,
+            **options,
+        )
 
     def begin(self, port: int, requests: list[dict]) -> subprocess.Popen:
         """Begin to ask all of these at once; ``answers`` has what came of it."""
-        client = self.enter([sys.executable, "-S", "-c", CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        client = self.enter(
+            [sys.executable, "-S", "-c", CLIENT], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
         client.stdin.write(json.dumps([port, requests]))
         client.stdin.close()
         return client
@@ -156,8 +207,13 @@ def _put(source, target, writable):
     if not source.exists():
         return []
     parent = ["mkdir", "-p", Path(target).parent]
-    if source.is_symlink() and source.is_dir() and source.parent == Path("/"):  # /bin is usr/bin by now
+    # /bin is usr/bin by now.
+    if source.is_symlink() and source.is_dir() and source.parent == Path("/"):
         return [parent, ["cp", "-P", source, target]]
     empty = ["mkdir", "-p", target] if source.is_dir() else ["touch", target]
-    return [parent, empty, ["mount", "--rbind", source, target],
-            *([] if writable else [["mount", "-o", "remount,bind,ro", target]])]
+    return [
+        parent,
+        empty,
+        ["mount", "--rbind", source, target],
+        *([] if writable else [["mount", "-o", "remount,bind,ro", target]]),
+    ]

@@ -28,9 +28,15 @@ class Running:
         self.server = server
         self.service = service
         self.address = server.address
-        # httpx reads all certificates of the system for a client that verifies, which takes longer than an answer.
-        self.client = httpx.Client(base_url=server.address, timeout=60, trust_env=False, verify=False,
-                                   headers={"authorization": f"Bearer {token}".encode()} if token else {})
+        # httpx reads all certificates of the system for a client that verifies, which takes longer
+        # than an answer.
+        self.client = httpx.Client(
+            base_url=server.address,
+            timeout=60,
+            trust_env=False,
+            verify=False,
+            headers={"authorization": f"Bearer {token}".encode()} if token else {},
+        )
 
     @property
     def model(self):
@@ -109,12 +115,27 @@ def handles() -> int:
 
 
 @contextlib.contextmanager
-def running(uri: str, token: str | None = None, host: str = "127.0.0.1", name: str | None = None,
-            traces: str | None = None, trace_texts: bool = False, caller_header: str | None = None,
-            separates_addresses: bool = False, **limits) -> Iterator[Running]:
+def running(
+    uri: str,
+    token: str | None = None,
+    host: str = "127.0.0.1",
+    name: str | None = None,
+    traces: str | None = None,
+    trace_texts: bool = False,
+    caller_header: str | None = None,
+    separates_addresses: bool = False,
+    **limits,
+) -> Iterator[Running]:
     """Serve a model while the block runs, and see that the server ends with it."""
-    service = Service(ModelAddress(str(uri)), Limits(**limits), name, traces, trace_texts=trace_texts,
-                      caller_header=caller_header, separates_addresses=separates_addresses)
+    service = Service(
+        ModelAddress(str(uri)),
+        Limits(**limits),
+        name,
+        traces,
+        trace_texts=trace_texts,
+        caller_header=caller_header,
+        separates_addresses=separates_addresses,
+    )
     server = Server(service, listen(host, 0), token, check_reach(host, token, []))
     failures = []
 
@@ -142,8 +163,16 @@ def running(uri: str, token: str | None = None, host: str = "127.0.0.1", name: s
 
 def save_pipeline(prepared, folder: Path, template: str | None = None, **model_config) -> Path:
     """Save track A's model as its page logs it; ``template`` in place of its tokenizer's own."""
-    pipeline = transformers.pipeline("text-generation", model=str(prepared.transformers_dir), device="cpu")
+    pipeline = transformers.pipeline(
+        "text-generation", model=str(prepared.transformers_dir), device="cpu"
+    )
     pipeline.tokenizer.chat_template = template or pipeline.tokenizer.chat_template
-    mlflow.transformers.save_model(pipeline, folder, task="llm/v1/chat", model_card=ModelCard("A toy."),
-                                   pip_requirements=["mlflow"], model_config=model_config)
+    mlflow.transformers.save_model(
+        pipeline,
+        folder,
+        task="llm/v1/chat",
+        model_card=ModelCard("A toy."),
+        pip_requirements=["mlflow"],
+        model_config=model_config,
+    )
     return folder

@@ -28,8 +28,13 @@ from helpers.exercises import check
 from helpers.parameters import DEFAULTS
 from support import NAMES, ROOT, find_cell
 
-FIGURES = {"load_seconds": 1.0, "first_token_seconds": 0.5, "tokens_per_second": 10.0, "disk_bytes": 2e6,
-           "peak_memory_bytes": 1e8}
+FIGURES = {
+    "load_seconds": 1.0,
+    "first_token_seconds": 0.5,
+    "tokens_per_second": 10.0,
+    "disk_bytes": 2e6,
+    "peak_memory_bytes": 1e8,
+}
 
 
 class Small:
@@ -39,7 +44,11 @@ class Small:
 
     def predict(self, rows, params=None):
         answers = ["Madrid"] * len(rows)
-        return answers if "prompt" in rows else [{"choices": [{"message": {"content": text}}]} for text in answers]
+        return (
+            answers
+            if "prompt" in rows
+            else [{"choices": [{"message": {"content": text}}]} for text in answers]
+        )
 
     def get_raw_model(self):
         return self
@@ -72,7 +81,9 @@ class Stand:
 
     @property
     def artifacts(self) -> Path:
-        return Path(mlflow.artifacts.download_artifacts(self.names["model_info"].model_uri)).parents[2]
+        return Path(
+            mlflow.artifacts.download_artifacts(self.names["model_info"].model_uri)
+        ).parents[2]
 
     def log(self, field: str = "", file: Path | None = None) -> object:
         """Log another small model, which takes a field of that name, to a run of its own."""
@@ -80,8 +91,12 @@ class Stand:
         with mlflow.start_run(run_name=self.names["model"]) as self.names["run"]:
             mlflow.log_param("model", self.names["model"])
             return mlflow.pyfunc.log_model(
-                name=self.name, loader_module="support.small_model", data_path=str(file or self.names["file"]),
-                pip_requirements=["mlflow"], signature=ModelSignature(inputs=Schema([ColSpec(AnyType(), field)])))
+                name=self.name,
+                loader_module="support.small_model",
+                data_path=str(file or self.names["file"]),
+                pip_requirements=["mlflow"],
+                signature=ModelSignature(inputs=Schema([ColSpec(AnyType(), field)])),
+            )
 
     def cell(self, text: str) -> object:
         """Run the one cell that holds a text, and return what stands in its last line."""
@@ -97,10 +112,20 @@ def use_store(store: str) -> dict:
     mlflow.set_tracking_uri(store)
     mlflow.create_experiment("cells", artifact_location=tracking_store(store).artifact_location)
     mlflow.set_experiment("cells")
-    return {"mlflow": mlflow, "parameters": DEFAULTS, "name_run": name_run, "pinned": pinned, "show_table": show_table,
-            "client": mlflow.MlflowClient(), "MlflowException": mlflow.MlflowException,
-            "tracking_store": tracking_store, "tracking_uri": store, "check_model": check_model,
-            "check_name": check_name, "check_run": check_run}
+    return {
+        "mlflow": mlflow,
+        "parameters": DEFAULTS,
+        "name_run": name_run,
+        "pinned": pinned,
+        "show_table": show_table,
+        "client": mlflow.MlflowClient(),
+        "MlflowException": mlflow.MlflowException,
+        "tracking_store": tracking_store,
+        "tracking_uri": store,
+        "check_model": check_model,
+        "check_name": check_name,
+        "check_run": check_run,
+    }
 
 
 def mend(refusal: CourseError) -> None:
@@ -112,13 +137,28 @@ def make_stand(page: str, store: str, folder: Path, model: str = "smollm2-135m")
     """Run a page's set-up cell on a store, and log to it what the rest of the page needs."""
     weights = folder / "weights.bin"
     weights.write_bytes(b"w" * 10_000)
-    names = {"tracking_store": tracking_store, "tracking_uri": store, "model": model, "file": weights, "ROOT": ROOT,
-             "show_table": show_table, "compare_figures": compare_figures, "ui_addresses": ui_addresses,
-             "in_terminal": in_terminal, "check_model": check_model, "check_name": check_name, "check_run": check_run,
-             "figures": FIGURES,
-             "question": "Where?", "answer": "Madrid",
-             "messages": [{"role": "user", "content": "Where?"}], "prompt": "Where?",
-             "pirate": [{"content": "Who?"}], "pirate_answer": "I", "pipeline": None}
+    names = {
+        "tracking_store": tracking_store,
+        "tracking_uri": store,
+        "model": model,
+        "file": weights,
+        "ROOT": ROOT,
+        "show_table": show_table,
+        "compare_figures": compare_figures,
+        "ui_addresses": ui_addresses,
+        "in_terminal": in_terminal,
+        "check_model": check_model,
+        "check_name": check_name,
+        "check_run": check_run,
+        "figures": FIGURES,
+        "question": "Where?",
+        "answer": "Madrid",
+        "messages": [{"role": "user", "content": "Where?"}],
+        "prompt": "Where?",
+        "pirate": [{"content": "Who?"}],
+        "pirate_answer": "I",
+        "pipeline": None,
+    }
     names["check"] = lambda exercise: check(exercise, names)
     stand = Stand(page, names, mlflow.MlflowClient(store))
     stand.cell("set_experiment(")

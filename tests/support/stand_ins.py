@@ -55,8 +55,16 @@ class Plain(mlflow.pyfunc.PythonModel):
                 self.running -= 1
 
     def predict(self, context, model_input, params=None):
-        return {"choices": [{"index": 0, "message": {"role": "assistant", "content": "".join(self.words(model_input))},
-                             "finish_reason": "stop"}], "usage": USAGE}
+        return {
+            "choices": [
+                {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": "".join(self.words(model_input))},
+                    "finish_reason": "stop",
+                }
+            ],
+            "usage": USAGE,
+        }
 
     def stats(self):
         return {"running": self.running}
@@ -71,7 +79,9 @@ class Streams(Plain):
     def predict_stream(self, context, model_input, params=None):
         head = {"id": "chatcmpl-1", "created": 1, "object": "chat.completion.chunk"}
         for word in self.words(model_input):
-            yield head | {"choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]}
+            yield head | {
+                "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}]
+            }
         yield head | {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}
         yield head | {"choices": [], "usage": USAGE}
 
@@ -133,14 +143,20 @@ class Thinks(Plain):
 def save(folder: Path, kind: str) -> Path:
     """Save a model of this kind; return its folder."""
     folder.mkdir(parents=True)
-    mlflow.pyfunc.save_model(folder / "model", python_model=_write(folder, kind), pip_requirements=["mlflow"])
+    mlflow.pyfunc.save_model(
+        folder / "model", python_model=_write(folder, kind), pip_requirements=["mlflow"]
+    )
     return folder / "model"
 
 
-def register(folder: Path, kind: str, name: str = "stand-in", alias: str | None = "champion") -> str:
+def register(
+    folder: Path, kind: str, name: str = "stand-in", alias: str | None = "champion"
+) -> str:
     """Log a model of this kind to the store that is set, and register it; return its version."""
     folder.mkdir(parents=True, exist_ok=True)
-    logged = mlflow.pyfunc.log_model(name=kind, python_model=_write(folder, kind), pip_requirements=["mlflow"])
+    logged = mlflow.pyfunc.log_model(
+        name=kind, python_model=_write(folder, kind), pip_requirements=["mlflow"]
+    )
     version = mlflow.register_model(logged.model_uri, name).version
     if alias:
         mlflow.MlflowClient().set_registered_model_alias(name, alias, version)
@@ -157,13 +173,17 @@ def registry(store: str, folder: Path) -> Iterator[Callable[..., str]]:
     """Set a store while the block runs; yield a function that registers a stand-in there, as ``register`` does."""
     before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(store)
-    mlflow.set_experiment(experiment_id=mlflow.create_experiment("stand-ins", (folder / "artifacts").as_uri()))
+    mlflow.set_experiment(
+        experiment_id=mlflow.create_experiment("stand-ins", (folder / "artifacts").as_uri())
+    )
     yield functools.partial(register, folder)
     mlflow.set_tracking_uri(before)
 
 
 def _write(folder, kind):
     code = folder / "model_code.py"
-    code.write_text(Path(__file__).read_text(encoding="utf-8") + f"\n\nmlflow.models.set_model({kind}())\n",
-                    encoding="utf-8")
+    code.write_text(
+        Path(__file__).read_text(encoding="utf-8") + f"\n\nmlflow.models.set_model({kind}())\n",
+        encoding="utf-8",
+    )
     return str(code)

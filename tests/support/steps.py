@@ -23,17 +23,39 @@ WHEEL = _wheel()
 CONFIG = b'{"model_type": "llama"}'
 TABLES = {
     "tiny-phi3": {"seed": 1},
-    "words": {"wheel": {"requirement": "llm-words==1.0", "sha256": hashlib.sha256(WHEEL).hexdigest(),
-                        "member": "words/words.gguf", "member_sha256": hashlib.sha256(GGUF).hexdigest()}},
-    "far": {"hub": {"transformers": {"repo": "org/far"}, "onnx": {"repo": "org/far-onnx", "folder": "cpu"}}},
+    "words": {
+        "wheel": {
+            "requirement": "llm-words==1.0",
+            "sha256": hashlib.sha256(WHEEL).hexdigest(),
+            "member": "words/words.gguf",
+            "member_sha256": hashlib.sha256(GGUF).hexdigest(),
+        }
+    },
+    "far": {
+        "hub": {
+            "transformers": {"repo": "org/far"},
+            "onnx": {"repo": "org/far-onnx", "folder": "cpu"},
+        }
+    },
 }
 
 
 def entry_of(name, **changes):
     """Return an entry of the catalogue, with a source of one of the kinds."""
-    known = {"name": name, "title": name.title(), "summary": "few words", "licence": "MIT", "homepage": "https://x",
-             "task": "text-generation", "parameters": 1, "context_length": 64, "download": 0, "disk": 2, "memory": 1,
-             "source": TABLES[name]}
+    known = {
+        "name": name,
+        "title": name.title(),
+        "summary": "few words",
+        "licence": "MIT",
+        "homepage": "https://x",
+        "task": "text-generation",
+        "parameters": 1,
+        "context_length": 64,
+        "download": 0,
+        "disk": 2,
+        "memory": 1,
+        "source": TABLES[name],
+    }
     return CatalogueEntry(**known | changes)
 
 
@@ -58,17 +80,32 @@ def stand_in(monkeypatch, interrupt=None):
         stand_in.commands.append((command, progress))
         if "-o" in command:
             source = Path(command[command.index("-i") + 1])
-            work(title, Path(command[command.index("-o") + 1]), {
-                "model.onnx": b"graph of " + (source / "model.safetensors").read_bytes(), "genai_config.json": b"{}"})
+            work(
+                title,
+                Path(command[command.index("-o") + 1]),
+                {
+                    "model.onnx": b"graph of " + (source / "model.safetensors").read_bytes(),
+                    "genai_config.json": b"{}",
+                },
+            )
             Path(command[command.index("-c") + 1]).mkdir()
         else:
             folder = Path(command[5] if command[3] == "gguf" else command[4])
-            kind = Path(command[4]).read_bytes() if command[3] == "gguf" else json.dumps(command[5:]).encode()
+            kind = (
+                Path(command[4]).read_bytes()
+                if command[3] == "gguf"
+                else json.dumps(command[5:]).encode()
+            )
             work(title, folder, {"model.safetensors": b"weights of " + kind, "config.json": CONFIG})
 
     monkeypatch.setattr(sources, "run_step", run_step)
+
     def download_wheel(title, requirement, folder):
-        work(title, folder, {f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl": WHEEL})
+        work(
+            title,
+            folder,
+            {f"{requirement.replace('-', '_').replace('==', '-')}-py3-none-any.whl": WHEEL},
+        )
 
     monkeypatch.setattr(sources, "download_wheel", download_wheel)
     return ran

@@ -1,13 +1,22 @@
 """Small tokenizers of each kind that models have, each with a twin.
 
-The twin has the same tokens, but its markup has other names, which no text in a test has. So the twin shows how a
-tokenizer reads a text in which no markup is found.
+The twin has the same tokens, but its markup has other names, which no text in a test has. So the
+twin shows how a tokenizer reads a text in which no markup is found.
 """
 
 import functools
 import json
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import (
+    AddedToken,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 from transformers import PreTrainedTokenizerFast
 
 from serving.chat.contract import Message
@@ -16,30 +25,49 @@ from support import ROOT
 
 NAMES = ("s", "/s", "unk", "|user|", "|system|", "|assistant|", "|end|", "think")
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
-TEMPLATE = ("{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n"
-            "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}")
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
 
 
 @functools.cache
 def trained(kind, vocab_size=500):
     """Train a tokenizer without markup and return it as JSON."""
-    words = (ROOT / "LICENSE").read_text(encoding="utf-8").split() + ["<think>", "<|end|>", "x<s>"] * 50
+    words = (ROOT / "LICENSE").read_text(encoding="utf-8").split() + [
+        "<think>",
+        "<|end|>",
+        "x<s>",
+    ] * 50
     if kind == "bytes":
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-        tokenizer.train_from_iterator(words, trainers.BpeTrainer(
-            vocab_size=vocab_size, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        tokenizer.train_from_iterator(
+            words,
+            trainers.BpeTrainer(
+                vocab_size=vocab_size,
+                show_progress=False,
+                initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            ),
+        )
         return tokenizer.to_str()
     if kind == "pieces":
         tokenizer = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True, byte_fallback=True))
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        trainer = trainers.BpeTrainer(vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>",
-                                                                                          *BYTES])
+        tokenizer.normalizer = normalizers.Sequence(
+            [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+        )
+        trainer = trainers.BpeTrainer(
+            vocab_size=700, show_progress=False, special_tokens=["<unk>", "<s>", "</s>", *BYTES]
+        )
     else:
         tokenizer = Tokenizer(models.Unigram())
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        trainer = trainers.UnigramTrainer(vocab_size=400, show_progress=False, unk_token="<unk>",
-                                          special_tokens=["<unk>", "<s>", "</s>"])
+        trainer = trainers.UnigramTrainer(
+            vocab_size=400,
+            show_progress=False,
+            unk_token="<unk>",
+            special_tokens=["<unk>", "<s>", "</s>"],
+        )
     tokenizer.train_from_iterator(words, trainer)
     written = json.loads(tokenizer.to_str()) | {"added_tokens": []}
     if kind == "unigram":
@@ -52,7 +80,10 @@ def without(written, words):
     """Return a tokenizer's JSON without the merges that make or need one of these words."""
     written = json.loads(written)
     written["model"]["merges"] = [
-        pair for pair in written["model"].get("merges", []) if not {*pair, "".join(pair)} & set(words)]
+        pair
+        for pair in written["model"].get("merges", [])
+        if not {*pair, "".join(pair)} & set(words)
+    ]
     return json.dumps(written)
 
 
@@ -67,12 +98,20 @@ def with_markup(written, twin, rstrip=(), lstrip=(), **parts):
         setattr(tokenizer, part, value)
     left, right = "⟦⟧" if twin else "<>"
     for name in NAMES:
-        token = AddedToken(left + name + right, normalized=False, special=name != "think", rstrip=name in rstrip,
-                           lstrip=name in lstrip)
+        token = AddedToken(
+            left + name + right,
+            normalized=False,
+            special=name != "think",
+            rstrip=name in rstrip,
+            lstrip=name in lstrip,
+        )
         (tokenizer.add_tokens if name == "think" else tokenizer.add_special_tokens)([token])
     bos = left + "s" + right
     tokenizer.post_processor = processors.TemplateProcessing(
-        f"{bos} $A", pair=f"{bos} $A {bos}:1 $B:1", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+        f"{bos} $A",
+        pair=f"{bos} $A {bos}:1 $B:1",
+        special_tokens=[(bos, tokenizer.token_to_id(bos))],
+    )
     return tokenizer
 
 
@@ -82,8 +121,13 @@ ROLES = ("|user|", "|system|", "|assistant|", "|end|")
 
 
 def bytes_kind(twin=False, prefix=False, **flags):
-    return with_markup(trained("bytes"), twin, decoder=decoders.ByteLevel(),
-                       pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=prefix), **flags)
+    return with_markup(
+        trained("bytes"),
+        twin,
+        decoder=decoders.ByteLevel(),
+        pre_tokenizer=pre_tokenizers.ByteLevel(add_prefix_space=prefix),
+        **flags,
+    )
 
 
 def llama3_kind(twin=False):
@@ -97,13 +141,22 @@ def pieces_kind(twin=False, **more):
 
 
 def metaspace_kind(scheme, twin=False):
-    return with_markup(trained("pieces"), twin, decoder=STRIPPED, normalizer=None,
-                       pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False))
+    return with_markup(
+        trained("pieces"),
+        twin,
+        decoder=STRIPPED,
+        normalizer=None,
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False),
+    )
 
 
 def gemma_kind(twin=False):
-    return with_markup(trained("pieces"), twin, decoder=decoders.Sequence(PIECES),
-                       normalizer=normalizers.Replace(" ", "▁"))
+    return with_markup(
+        trained("pieces"),
+        twin,
+        decoder=decoders.Sequence(PIECES),
+        normalizer=normalizers.Replace(" ", "▁"),
+    )
 
 
 def unigram_kind(twin=False, **more):
@@ -114,8 +167,12 @@ def unigram_kind(twin=False, **more):
 KINDS = {
     "GPT-2's bytes": (bytes_kind, True),
     "bytes, a blank in front": (functools.partial(bytes_kind, prefix=True), False),
-    "bytes, markup that swallows blanks": (functools.partial(
-        bytes_kind, rstrip=("|end|", "|user|", "think"), lstrip=("|assistant|", "|end|")), False),
+    "bytes, markup that swallows blanks": (
+        functools.partial(
+            bytes_kind, rstrip=("|end|", "|user|", "think"), lstrip=("|assistant|", "|end|")
+        ),
+        False,
+    ),
     "Llama-3's bytes, whole words first": (llama3_kind, True),
     "Phi-3's pieces": (functools.partial(pieces_kind, rstrip=ROLES), False),
     "Mistral's pieces": (pieces_kind, False),
@@ -129,8 +186,9 @@ KINDS = {
 
 def write_tokenizer(folder, tokenizer, template=TEMPLATE):
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps(
-        {"chat_template": template, "bos_token": "<s>", "eos_token": "</s>"}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": template, "bos_token": "<s>", "eos_token": "</s>"})
+    )
 
 
 def render(text, left="<", right=">"):
@@ -148,7 +206,8 @@ class Kind:
         write_tokenizer(folder, self.tokenizer)
         self.encoder = PromptEncoder(folder)
         self.hugging_face = PreTrainedTokenizerFast(
-            tokenizer_file=str(folder / "tokenizer.json"), chat_template=TEMPLATE, bos_token="<s>")
+            tokenizer_file=str(folder / "tokenizer.json"), chat_template=TEMPLATE, bos_token="<s>"
+        )
         self.control = set(self.tokenizer.get_added_tokens_decoder())
 
     def tokens(self, text):
@@ -163,7 +222,9 @@ class Kind:
         read = self.tokenizer.decode(tokens, skip_special_tokens=False)
         assert tokens == self.twin(text)
         assert [token for token in tokens if token in self.control] == [
-            self.tokenizer.token_to_id(name) for name in ("<s>", "<|user|>", "<|end|>", "<|assistant|>")]
+            self.tokenizer.token_to_id(name)
+            for name in ("<s>", "<|user|>", "<|end|>", "<|assistant|>")
+        ]
         if self.exact:
             assert read == render(text)
         elif "<0x" not in text:  # Unigram reads <0x41> as a byte

@@ -51,11 +51,13 @@ class _Files(http.server.SimpleHTTPRequestHandler):
 
 
 @contextlib.contextmanager
-def web_server(folder, cuts=None, ranges=True, answer=None, log=None, leaves=False, gone=(), busy=None):
+def web_server(
+    folder, cuts=None, ranges=True, answer=None, log=None, leaves=False, gone=(), busy=None
+):
     """Serve a folder but for the paths ``gone``, and give its URL.
 
-    ``cuts`` has the byte at which the first answer for a path breaks off; where it ``leaves``, none follows.
-    ``busy`` has the first answers for a path, each a status and its Retry-After.
+    ``cuts`` has the byte at which the first answer for a path breaks off; where it ``leaves``, none
+    follows. ``busy`` has the first answers for a path, each a status and its Retry-After.
     """
     handler = functools.partial(_Files, directory=str(folder))
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:

@@ -14,7 +14,8 @@ from markdown_it import MarkdownIt
 from support import ROOT, user_environment
 
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
-# It notes its words, a NUL behind each and a record separator behind the last, and prints what it was given.
+# It notes its words, a NUL behind each and a record separator behind the last, and prints what it
+# was given.
 STAND_IN = r"""#!/bin/sh
 {{ printf '%s\0' {name} "$@"; printf '\036'; }} >> {log}
 printf '%s' {printed}
@@ -40,7 +41,9 @@ def read_workflow(path: Path) -> dict:
 
 def read_jobs() -> list[dict]:
     """Return the jobs of all workflows that have steps."""
-    return [job for path in WORKFLOWS for job in read_workflow(path)["jobs"].values() if "steps" in job]
+    return [
+        job for path in WORKFLOWS for job in read_workflow(path)["jobs"].values() if "steps" in job
+    ]
 
 
 def read_snippets(document: Path, language: str) -> list[str]:
@@ -55,8 +58,14 @@ def read_commands(workflow: str, job: str) -> list[str]:
     return [step["run"] for step in steps if "run" in step]
 
 
-def run_steps(workflow: str, job: str, folder: Path, variables: dict[str, str], cwd: Path | None = None,
-              stand_ins: dict[str, str] | None = None) -> Steps:
+def run_steps(
+    workflow: str,
+    job: str,
+    folder: Path,
+    variables: dict[str, str],
+    cwd: Path | None = None,
+    stand_ins: dict[str, str] | None = None,
+) -> Steps:
     """Run a job's ``run`` lines as a runner does, until one fails.
 
     Parameters
@@ -66,8 +75,8 @@ def run_steps(workflow: str, job: str, folder: Path, variables: dict[str, str], 
     variables : dict
         What the steps' ``env`` holds.
     stand_ins : dict, optional
-        Programs by name, and what they print; left out, a ``python`` that prints nothing. Where there is none called
-        so, ``python`` is the running one.
+        Programs by name, and what they print; left out, a ``python`` that prints nothing. Where
+        there is none called so, ``python`` is the running one.
     """
     if sys.platform == "win32":
         pytest.skip("the stand-ins are scripts for a POSIX shell")
@@ -75,22 +84,40 @@ def run_steps(workflow: str, job: str, folder: Path, variables: dict[str, str], 
     programs.mkdir()
     for name, printed in ({"python": ""} if stand_ins is None else stand_ins).items():
         program = programs / name
-        program.write_text(STAND_IN.format(log=shlex.quote(str(log)), name=name, printed=shlex.quote(printed)),
-                           encoding="utf-8")
+        program.write_text(
+            STAND_IN.format(log=shlex.quote(str(log)), name=name, printed=shlex.quote(printed)),
+            encoding="utf-8",
+        )
         program.chmod(0o755)
     files = {"GITHUB_STEP_SUMMARY": folder / "summary", "GITHUB_OUTPUT": folder / "output"}
     for file in files.values():
         file.touch()
-    own = {name: value for name, value in user_environment().items() if not name.startswith(("COURSE_", "PYTEST_"))}
+    own = {
+        name: value
+        for name, value in user_environment().items()
+        if not name.startswith(("COURSE_", "PYTEST_"))
+    }
     path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ["PATH"]])
-    environment = own | variables | {name: str(file) for name, file in files.items()} | {"PATH": path}
+    environment = (
+        own | variables | {name: str(file) for name, file in files.items()} | {"PATH": path}
+    )
     for command in read_commands(workflow, job):
         # These are the options of `shell: bash`.
-        result = subprocess.run(["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", command], cwd=cwd or folder,
-                                env=environment, capture_output=True, text=True, encoding="utf-8")
+        result = subprocess.run(
+            ["bash", "--noprofile", "--norc", "-eo", "pipefail", "-c", command],
+            cwd=cwd or folder,
+            env=environment,
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+        )
         if result.returncode:
             break
     calls = log.read_text(encoding="utf-8").split("\x1e")[:-1] if log.exists() else []
-    return Steps(result.returncode, result.stdout + result.stderr, [call.split("\0")[:-1] for call in calls],
-                 files["GITHUB_STEP_SUMMARY"].read_text(encoding="utf-8"),
-                 files["GITHUB_OUTPUT"].read_text(encoding="utf-8"))
+    return Steps(
+        result.returncode,
+        result.stdout + result.stderr,
+        [call.split("\0")[:-1] for call in calls],
+        files["GITHUB_STEP_SUMMARY"].read_text(encoding="utf-8"),
+        files["GITHUB_OUTPUT"].read_text(encoding="utf-8"),
+    )

@@ -24,6 +24,10 @@ def log_wrapper(file: Path, onnx_dir: Path, folder: Path) -> str:
     mlflow.create_experiment("wrapper", artifact_location=(folder / "artifacts").as_uri())
     mlflow.set_experiment("wrapper")
     return mlflow.pyfunc.log_model(
-        name="wrapper", python_model=str(file), artifacts={"model": str(onnx_dir)},
-        model_config={"provider": "cpu", "context_length": 4096}, signature=scope["signature"],
-        pip_requirements=["mlflow", "onnxruntime-genai"]).model_uri
+        name="wrapper",
+        python_model=str(file),
+        artifacts={"model": str(onnx_dir)},
+        model_config={"provider": "cpu", "context_length": 4096},
+        signature=scope["signature"],
+        pip_requirements=["mlflow", "onnxruntime-genai"],
+    ).model_uri

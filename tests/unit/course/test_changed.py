@@ -15,27 +15,41 @@ from course.changed import Uses, changed_pages
 from course.commands import run_command
 
 COURSE = {
-    "pyproject.toml": "", "README.md": "", "docs/a.md": "", "tests/test_a.py": "import helpers.tables",
-    "data/models.toml": "", "data/prompts.jsonl": "", "data/page.css": "", "data/lab/settings.json": "",
+    "pyproject.toml": "",
+    "README.md": "",
+    "docs/a.md": "",
+    "tests/test_a.py": "import helpers.tables",
+    "data/models.toml": "",
+    "data/prompts.jsonl": "",
+    "data/page.css": "",
+    "data/lab/settings.json": "",
     "notebooks/images/loop.svg": "",
-    "helpers/__init__.py":
-        '"""It names helpers.unused."""\n'
-        '_HOME = {"show": "helpers.tables", "run": "helpers.server", "ask": "helpers.asked"}',
-    "helpers/__main__.py": "", "helpers/tables.py": "from helpers.deep import x", "helpers/deep/__init__.py": "x = 1",
-    "helpers/server.py": "", "helpers/unused.py": "", "helpers/written.py": "", "helpers/magic.py": "",
+    "helpers/__init__.py": '"""It names helpers.unused."""\n'
+    '_HOME = {"show": "helpers.tables", "run": "helpers.server", "ask": "helpers.asked"}',
+    "helpers/__main__.py": "",
+    "helpers/tables.py": "from helpers.deep import x",
+    "helpers/deep/__init__.py": "x = 1",
+    "helpers/server.py": "",
+    "helpers/unused.py": "",
+    "helpers/written.py": "",
+    "helpers/magic.py": "",
     "helpers/asked.py": "",
     "course/__main__.py": "from course.commands import run",
-    "course/execute.py": "STYLE = 'page.css'", "course/bench.py": "",
+    "course/execute.py": "STYLE = 'page.css'",
+    "course/bench.py": "",
     "course/commands.py": "def _start(x):\n    return [x]\ndef _bench(options):\n    from course import bench\n"
-                          "COMMANDS = {'serve': lambda x: _start('app.py'), 'bench': _bench}",
-    "serving/app.py": "from serving.model import Model", "serving/model.py": "Model = 1",
+    "COMMANDS = {'serve': lambda x: _start('app.py'), 'bench': _bench}",
+    "serving/app.py": "from serving.model import Model",
+    "serving/model.py": "Model = 1",
 }
 CELLS = {
     "A": ["from helpers import show\nfor line in []:\n    %time line\n    !ls\n"],
     "B": ["run(['python', '-m', 'helpers', 'serve'])", "print('data:', 'app', 'a b')"],
-    "C": ["%%writefile \"{file}\"\nfrom helpers.written import y\nopen(DATA / 'prompts.jsonl'), DATA / 'lab'",
-          "from helpers import ask\nx = !python -m helpers bench\nask?",
-          "import this is no Python, and it names helpers.magic"],
+    "C": [
+        "%%writefile \"{file}\"\nfrom helpers.written import y\nopen(DATA / 'prompts.jsonl'), DATA / 'lab'",
+        "from helpers import ask\nx = !python -m helpers bench\nask?",
+        "import this is no Python, and it names helpers.magic",
+    ],
 }
 
 
@@ -67,36 +81,61 @@ def write(path, text):
     path.write_text(text, encoding="utf-8")
 
 
-@pytest.mark.parametrize(("file", "pages"), [
-    # for all pages
-    ("helpers/__init__.py", "ABC"), ("course/execute.py", "ABC"), ("data/page.css", "ABC"),
-    # the page itself, and its image
-    ("notebooks/A.ipynb", "A"), ("notebooks/images/loop.svg", "A"),
-    # a lazy name of helpers, and what that module imports
-    ("helpers/tables.py", "A"), ("helpers/deep/__init__.py", "A"),
-    # a command, the program that it starts, and what that imports
-    ("serving/app.py", "B"), ("serving/model.py", "B"),
-    # a cell that writes a module, a file and a folder that it reads, a shell line, code that does not parse
-    ("helpers/written.py", "C"), ("data/prompts.jsonl", "C"), ("data/lab/settings.json", "C"), ("course/bench.py", "C"),
-    ("helpers/magic.py", "C"), ("helpers/asked.py", "C"),
-    # nothing that a page runs
-    ("README.md", ""), ("docs/a.md", ""), ("tests/test_a.py", ""), ("helpers/unused.py", ""), ("helpers/server.py", ""),
-])
+@pytest.mark.parametrize(
+    ("file", "pages"),
+    [
+        # for all pages
+        ("helpers/__init__.py", "ABC"),
+        ("course/execute.py", "ABC"),
+        ("data/page.css", "ABC"),
+        # the page itself, and its image
+        ("notebooks/A.ipynb", "A"),
+        ("notebooks/images/loop.svg", "A"),
+        # a lazy name of helpers, and what that module imports
+        ("helpers/tables.py", "A"),
+        ("helpers/deep/__init__.py", "A"),
+        # a command, the program that it starts, and what that imports
+        ("serving/app.py", "B"),
+        ("serving/model.py", "B"),
+        # a cell that writes a module, a file and a folder that it reads, a shell line, code that does
+        # not parse
+        ("helpers/written.py", "C"),
+        ("data/prompts.jsonl", "C"),
+        ("data/lab/settings.json", "C"),
+        ("course/bench.py", "C"),
+        ("helpers/magic.py", "C"),
+        ("helpers/asked.py", "C"),
+        # nothing that a page runs
+        ("README.md", ""),
+        ("docs/a.md", ""),
+        ("tests/test_a.py", ""),
+        ("helpers/unused.py", ""),
+        ("helpers/server.py", ""),
+    ],
+)
 def test_a_file_is_used_by_the_pages_that_import_start_or_read_it(repository, file, pages):
     uses = Uses(repository / "a course", {*COURSE, *(f"notebooks/{page}.ipynb" for page in CELLS)})
     assert "".join(page for page in CELLS if file in uses.find(f"notebooks/{page}.ipynb")) == pages
 
 
-@pytest.mark.parametrize(("file", "pages"), [
-    ("pyproject.toml", "ABC"), ("data/models.toml", "ABC"), ("helpers/tables.py", "A"), ("helpers/new.py", ""),
-    ("../elsewhere.py", ""),
-])
+@pytest.mark.parametrize(
+    ("file", "pages"),
+    [
+        ("pyproject.toml", "ABC"),
+        ("data/models.toml", "ABC"),
+        ("helpers/tables.py", "A"),
+        ("helpers/new.py", ""),
+        ("../elsewhere.py", ""),
+    ],
+)
 def test_changes_that_are_not_committed_count(root, file, pages):
     write(root / file, "new")
     assert "".join(changed_pages("HEAD", root)) == pages
 
 
-def test_a_branch_has_changed_what_it_committed_and_not_what_main_did_meanwhile(root, capsys, monkeypatch):
+def test_a_branch_has_changed_what_it_committed_and_not_what_main_did_meanwhile(
+    root, capsys, monkeypatch
+):
     git(root, "switch", "-c", "branch")
     (root / "helpers" / "written.py").unlink()
     git(root, "mv", "serving/model.py", "serving/modell.py")
@@ -140,9 +179,23 @@ def test_without_git_or_a_checkout_it_says_so(root, tmp_path_factory, monkeypatc
 def test_the_pages_of_the_course_use_what_they_are_known_to_use():
     from support import ROOT
 
-    files = {path.relative_to(ROOT).as_posix() for folder in ("course", "deploy", "helpers", "serving")
-             for path in (ROOT / folder).rglob("*") if path.is_file()} | {"data/page.css", "notebooks/Cloud.ipynb"}
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for folder in ("course", "deploy", "helpers", "serving")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    } | {"data/page.css", "notebooks/Cloud.ipynb"}
     used = Uses(ROOT, files).find("notebooks/Cloud.ipynb")
-    assert {"serving/batch.py", "helpers/cloud/simulation.py", "course/azure.py", "deploy/azureml/job.yaml",
-            "helpers/stores/database.py", "data/page.css"} <= used
-    assert not used & {"helpers/playground.py", "helpers/operations/drift.py", "course/kit/serve.py"}
+    assert {
+        "serving/batch.py",
+        "helpers/cloud/simulation.py",
+        "course/azure.py",
+        "deploy/azureml/job.yaml",
+        "helpers/stores/database.py",
+        "data/page.css",
+    } <= used
+    assert not used & {
+        "helpers/playground.py",
+        "helpers/operations/drift.py",
+        "course/kit/serve.py",
+    }

@@ -31,14 +31,26 @@ def test_environment_yml_is_what_pyproject_makes():
     assert text == environment_yml()
     pip = yaml.safe_load(text)["dependencies"][-1]["pip"]
     assert {f"{name}=={version}" for name, version in pins(("dev",)).items()} <= {
-        line.partition(";")[0] for line in pip}
+        line.partition(";")[0] for line in pip
+    }
 
 
 def test_each_table_stands_on_one_page():
     documents = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")]
-    found = [(match[2], page) for page in documents for match in TABLE.finditer(page.read_text(encoding="utf-8"))]
+    found = [
+        (match[2], page)
+        for page in documents
+        for match in TABLE.finditer(page.read_text(encoding="utf-8"))
+    ]
     assert sorted(table for table, _ in found) == [
-        "batch", "entries", "exercises", "figures", "models", "ratios", "service"]
+        "batch",
+        "entries",
+        "exercises",
+        "figures",
+        "models",
+        "ratios",
+        "service",
+    ]
     assert {page for _, page in found} == set(PAGES_WITH_TABLES)
 
 
@@ -59,12 +71,20 @@ def cells(table, start):
 
 
 def test_a_table_shows_the_range_over_the_runs_and_what_missed_its_reach():
-    runs = [run(rows16=2.5, single_overhead=0.998), run("2026-01-03", 4, rows16=3.25, single_overhead=1.0)]
+    runs = [
+        run(rows16=2.5, single_overhead=0.998),
+        run("2026-01-03", 4, rows16=3.25, single_overhead=1.0),
+    ]
     runs[0]["missed"] = {"single_overhead": "Another program ran."}
     table = ratios_table(runs)
     assert cells(table, "16 rows")[2:] == ["2.500 to 3.250", "at least 1.8"]
-    assert cells(table, "one conversation")[2:] == ["0.998 to 1.000", "at least 1.0; missed on 2026-01-02"]
-    assert "Missed on 2026-01-02, one conversation through `predict`: Another program ran.\n" in table
+    assert cells(table, "one conversation")[2:] == [
+        "0.998 to 1.000",
+        "at least 1.0; missed on 2026-01-02",
+    ]
+    assert (
+        "Missed on 2026-01-02, one conversation through `predict`: Another program ran.\n" in table
+    )
     assert "one conversation 100; 16 rows 100;" in table
     twice = ratios_table([runs[0], runs[0]])  # two runs of a day, and one reason
     assert cells(twice, "one conversation")[3] == cells(table, "one conversation")[3]
@@ -73,7 +93,9 @@ def test_a_table_shows_the_range_over_the_runs_and_what_missed_its_reach():
     assert cells(ratios_table(runs[1:]), "16 rows")[2] == "3.250"
     runs[1]["raw"]["prepare"]["warm_seconds"] = 0.6
     runs[1]["missed"] = {"prepare: warm_seconds": "The disk was slow."}
-    assert "Missed on 2026-01-03, prepare: warm_seconds: The disk was slow.\n" in figures_table(runs)
+    assert "Missed on 2026-01-03, prepare: warm_seconds: The disk was slow.\n" in figures_table(
+        runs
+    )
 
 
 def test_a_figure_that_a_run_lacks_is_left_out_of_its_range_and_its_row():
@@ -86,9 +108,16 @@ def test_a_figure_that_a_run_lacks_is_left_out_of_its_range_and_its_row():
     assert cells(table, "`TransformerPipeline` on `tiny-phi3`")[1:] == ["10 to 21 s", "30 s"]
     assert cells(table, "the same, found in the cache")[1:] == ["0.010 s", "0.5 s"]
     assert "`make test`" not in figures_table([old]).split("Measured by")[0]
-    assert table.endswith("in 2 runs on 2 cores (Fast, Linux, 16 GB), Python 3.11.7: 2026-01-02; "
-                          "4 cores (Fast, Linux, 16 GB), Python 3.11.7: 2026-01-03.\n")
-    assert len({len(line.strip("|").split("|")) for line in table.splitlines() if line.startswith("|")}) == 1
+    assert table.endswith(
+        "in 2 runs on 2 cores (Fast, Linux, 16 GB), Python 3.11.7: 2026-01-02; "
+        "4 cores (Fast, Linux, 16 GB), Python 3.11.7: 2026-01-03.\n"
+    )
+    assert (
+        len(
+            {len(line.strip("|").split("|")) for line in table.splitlines() if line.startswith("|")}
+        )
+        == 1
+    )
     # The first runs compared nothing but the tracks.
     old["ratios"] = {"track_ratio": 4.5}
     del old["raw"]["chat"]

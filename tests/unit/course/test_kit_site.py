@@ -20,7 +20,14 @@ from helpers.files import sha256
 from helpers.models.folders import list_file, write_receipt
 from helpers.models.kit import MANIFEST, read_kit
 
-HEAD = {"format": 1, "course": "0", "built_on": "here", "models": [], "platforms": [], "pythons": []}
+HEAD = {
+    "format": 1,
+    "course": "0",
+    "built_on": "here",
+    "models": [],
+    "platforms": [],
+    "pythons": [],
+}
 
 
 @pytest.fixture
@@ -73,15 +80,22 @@ def test_a_file_that_no_kit_has_written_is_refused_and_stays(folder):
 
 def test_what_is_not_wanted_any_more_goes_with_its_empty_folders(folder, tmp_path):
     site = kit._Site(folder, HEAD)
-    for name in ("models/a/onnx/deep/x", "models/a/onnx/y", "models/b/x", "wheels/a.whl", "wheels/b.whl"):
+    for name in (
+        "models/a/onnx/deep/x",
+        "models/a/onnx/y",
+        "models/b/x",
+        "wheels/a.whl",
+        "wheels/b.whl",
+    ):
         put(site, name, name)
     site.finish()
     (folder / "models" / "b" / "notes.txt").write_text("mine", encoding="utf-8")
     site = kit._Site(folder, HEAD)
     site.keep("wheels/a.whl")
     site.finish()
-    assert {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()} == {
-        "wheels/a.whl", "models/b/notes.txt", MANIFEST}
+    assert {
+        path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()
+    } == {"wheels/a.whl", "models/b/notes.txt", MANIFEST}
     assert not (folder / "models" / "a").exists()
     assert listed(folder) == {"wheels/a.whl"}
 
@@ -101,14 +115,17 @@ def test_a_model_that_is_not_as_it_was_prepared_is_not_copied(folder, cache):
     made = cache / "tiny-phi3" / "onnx"
     made.mkdir(parents=True)
     (made / "model.onnx").write_text("graph", encoding="utf-8")
-    write_receipt(made, {"recipe": {}, "facts": {}, "files": {"model.onnx": list_file(made / "model.onnx")}})
+    write_receipt(
+        made, {"recipe": {}, "facts": {}, "files": {"model.onnx": list_file(made / "model.onnx")}}
+    )
     names = ["models/tiny-phi3/onnx.receipt.json", "models/tiny-phi3/onnx/model.onnx"]
     assert sorted(name for name, _ in kit._model_files("tiny-phi3")) == names
     site = kit._Site(folder, HEAD)
     kit._add_model(site, "tiny-phi3", "tiny-phi3")
     assert sorted(site.wanted) == sorted(listed(folder)) == names
     (made / "model.onnx").write_text("GRAPH", encoding="utf-8")
-    kit._add_model(kit._Site(folder, HEAD), "tiny-phi3", "tiny-phi3")  # the kit's own is whole: nothing is copied
+    # The kit's own is whole: nothing is copied.
+    kit._add_model(kit._Site(folder, HEAD), "tiny-phi3", "tiny-phi3")
     (folder / names[1]).write_text("other", encoding="utf-8")
     with refuses("model-changed") as refusal:
         kit._add_model(kit._Site(folder, HEAD), "tiny-phi3", "tiny-phi3")
@@ -118,10 +135,13 @@ def test_a_model_that_is_not_as_it_was_prepared_is_not_copied(folder, cache):
 
 def test_the_archive_of_the_course_has_no_outputs_and_the_files_own_times(tmp_path, monkeypatch):
     (tmp_path / "notebooks").mkdir()
-    page, script, old = (tmp_path / name for name in ("notebooks/Page.ipynb", "Makefile", "LICENSE"))
+    page, script, old = (
+        tmp_path / name for name in ("notebooks/Page.ipynb", "Makefile", "LICENSE")
+    )
     notebook = nbformat.read(ROOT / "notebooks" / "TransformerPipeline.ipynb", 4)
     next(cell for cell in notebook.cells if cell.cell_type == "code").update(
-        execution_count=3, outputs=[nbformat.v4.new_output("stream", text="Zoë's secret")])
+        execution_count=3, outputs=[nbformat.v4.new_output("stream", text="Zoë's secret")]
+    )
     nbformat.write(notebook, page)
     script.write_text("run:\n", encoding="utf-8")
     script.chmod(0o755)
@@ -136,7 +156,9 @@ def test_the_archive_of_the_course_has_no_outputs_and_the_files_own_times(tmp_pa
     with zipfile.ZipFile(tmp_path / "a.zip") as archive:
         entries = {entry.filename: entry for entry in archive.infolist()}
         inside = archive.read("slm-mlflow-course/notebooks/Page.ipynb").decode("utf-8")
-    assert list(entries) == [f"slm-mlflow-course/{name}" for name in ("LICENSE", "Makefile", "notebooks/Page.ipynb")]
+    assert list(entries) == [
+        f"slm-mlflow-course/{name}" for name in ("LICENSE", "Makefile", "notebooks/Page.ipynb")
+    ]
     assert entries["slm-mlflow-course/Makefile"].date_time == (2024, 5, 6, 7, 8, 10)
     assert entries["slm-mlflow-course/LICENSE"].date_time == (1980, 1, 1, 0, 0, 0)
     assert entries["slm-mlflow-course/notebooks/Page.ipynb"].compress_type == zipfile.ZIP_DEFLATED

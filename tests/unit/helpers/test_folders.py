@@ -13,7 +13,15 @@ import pytest
 from support import ROOT
 
 from helpers.files import locked, sha256
-from helpers.models.folders import compare, ensure, is_as_listed, is_whole, list_file, read_receipt, receipt_path
+from helpers.models.folders import (
+    compare,
+    ensure,
+    is_as_listed,
+    is_whole,
+    list_file,
+    read_receipt,
+    receipt_path,
+)
 
 RECIPE = {"seed": 1}
 TEXTS = {"a.txt": "alpha", "b.txt": "beta", "deep/er/c.txt": "gamma"}
@@ -21,6 +29,7 @@ TEXTS = {"a.txt": "alpha", "b.txt": "beta", "deep/er/c.txt": "gamma"}
 
 def writes(texts, **made):
     """Return a maker that writes these files; ``made`` is what it returns."""
+
     def make(partial):
         make.calls += 1
         for name, text in texts.items():
@@ -37,8 +46,11 @@ def refuse(partial):
 
 
 def texts(folder):
-    return {path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
-            for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.fixture
@@ -54,10 +66,13 @@ def test_a_folder_is_made_once_and_its_facts_stay(folder):
     assert ensure(folder, RECIPE, refuse) == {"commit": "c1"}
     assert sorted(path.name for path in folder.parent.iterdir()) == ["mödel", "mödel.receipt.json"]
     assert {name: entry["sha256"] for name, entry in read_receipt(folder)["files"].items()} == {
-        name: sha256(folder / name) for name in TEXTS}
+        name: sha256(folder / name) for name in TEXTS
+    }
 
 
-@pytest.mark.parametrize("damage", ["truncated", "changed", "missing", "no receipt", "broken receipt", "other recipe"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "changed", "missing", "no receipt", "broken receipt", "other recipe"]
+)
 def test_a_damaged_folder_is_written_anew_and_the_users_own_file_stays(folder, damage, capsys):
     (folder / "notes.txt").write_text("mine", encoding="utf-8")
     recipe = RECIPE
@@ -79,7 +94,9 @@ def test_a_damaged_folder_is_written_anew_and_the_users_own_file_stays(folder, d
     assert make.calls == 1
     assert texts(folder) == TEXTS | {"notes.txt": "mine"}
     noticed = damage in ("truncated", "changed", "missing")
-    assert (f"{folder / 'b.txt'} is not as it was written; getting it anew." in capsys.readouterr().out) == noticed
+    assert (
+        f"{folder / 'b.txt'} is not as it was written; getting it anew." in capsys.readouterr().out
+    ) == noticed
     ensure(folder, recipe, refuse)
 
 
@@ -87,7 +104,10 @@ def test_of_several_damaged_files_one_is_named_and_the_others_are_counted(folder
     (folder / "a.txt").unlink()
     (folder / "b.txt").unlink()
     ensure(folder, RECIPE, writes(TEXTS))
-    assert "a.txt is not as it was written, nor are 1 more; getting it anew." in capsys.readouterr().out
+    assert (
+        "a.txt is not as it was written, nor are 1 more; getting it anew."
+        in capsys.readouterr().out
+    )
 
 
 def test_a_hash_that_the_maker_knows_is_not_read_again(tmp_path, monkeypatch):
@@ -106,11 +126,15 @@ def test_a_receipt_without_facts_has_none(folder):
 def test_a_file_that_was_only_touched_is_hashed_once_and_then_trusted(folder, monkeypatch):
     (folder / "b.txt").touch()
     hashed = []
-    monkeypatch.setattr("helpers.models.folders.sha256", lambda path: hashed.append(path.name) or sha256(path))
+    monkeypatch.setattr(
+        "helpers.models.folders.sha256", lambda path: hashed.append(path.name) or sha256(path)
+    )
     for _ in range(2):
         ensure(folder, RECIPE, refuse)
     assert hashed == ["b.txt"]
-    assert read_receipt(folder)["files"]["b.txt"]["mtime_ns"] == (folder / "b.txt").stat().st_mtime_ns
+    assert (
+        read_receipt(folder)["files"]["b.txt"]["mtime_ns"] == (folder / "b.txt").stat().st_mtime_ns
+    )
 
 
 def test_a_bad_file_stays_bad_beside_one_that_was_only_touched(folder):
@@ -119,7 +143,9 @@ def test_a_bad_file_stays_bad_beside_one_that_was_only_touched(folder):
     os.utime(folder / "b.txt", (1, 1))
     for _ in range(2):  # the second time by what the first has noted
         assert compare(folder, read_receipt(folder)) == ["b.txt"]
-    assert read_receipt(folder)["files"]["b.txt"]["mtime_ns"] != (folder / "b.txt").stat().st_mtime_ns
+    assert (
+        read_receipt(folder)["files"]["b.txt"]["mtime_ns"] != (folder / "b.txt").stat().st_mtime_ns
+    )
 
 
 def test_an_entry_takes_a_new_time_from_a_right_file_alone(tmp_path):
@@ -166,7 +192,10 @@ def test_a_file_of_the_users_is_put_aside_and_not_written_over(tmp_path, capsys)
     ensure(folder, RECIPE, writes(TEXTS))
     assert texts(folder) == TEXTS | {"b.txt.yours": "mine"}
     printed = capsys.readouterr().out
-    assert f"{folder / 'b.txt'} was yours, and the model has a file of that name: yours is now b.txt.yours." in printed
+    assert (
+        f"{folder / 'b.txt'} was yours, and the model has a file of that name: yours is now b.txt.yours."
+        in printed
+    )
     assert "a.txt" not in printed
 
 
@@ -190,13 +219,15 @@ def test_files_that_were_moved_before_an_interruption_are_ours_and_not_trusted(f
     assert (folder / "b.txt").read_text(encoding="utf-8") == "beta"  # not yet
     assert read_receipt(folder)["recipe"] is None
     assert is_whole(folder) is False
-    # What comes now is another version still: no file of ours becomes the user's, and no old one stays.
+    # What comes now is another version still: no file of ours becomes the user's, and no old one
+    # stays.
     ensure(folder, {"seed": 3}, writes({"a.txt": "a", "d.txt": "d"}))
     assert texts(folder) == {"a.txt": "a", "d.txt": "d"}
 
 
 def test_an_old_file_that_an_interruption_left_goes_with_the_next_version(folder, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+
         def unlink(self, missing_ok=False):
             raise KeyboardInterrupt
 
@@ -206,7 +237,9 @@ def test_an_old_file_that_an_interruption_left_goes_with_the_next_version(folder
     assert texts(folder) == {"a.txt": "ALPHA"}
 
 
-def test_after_an_interruption_a_first_folder_is_not_trusted_and_not_the_users(tmp_path, monkeypatch):
+def test_after_an_interruption_a_first_folder_is_not_trusted_and_not_the_users(
+    tmp_path, monkeypatch
+):
     folder = tmp_path / "model"
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         interrupted_at(patch, "b.txt")
@@ -215,7 +248,9 @@ def test_after_an_interruption_a_first_folder_is_not_trusted_and_not_the_users(t
     assert texts(folder) == {"a.txt": "ALPHA"}
 
 
-def test_a_maker_that_goes_on_finds_what_it_left_and_may_leave_out_what_is_right(folder, monkeypatch):
+def test_a_maker_that_goes_on_finds_what_it_left_and_may_leave_out_what_is_right(
+    folder, monkeypatch
+):
     (folder / "b.txt").write_text("be", encoding="utf-8")
     digests = {name: entry["sha256"] for name, entry in read_receipt(folder)["files"].items()}
 
@@ -258,14 +293,20 @@ def test_what_fails_leaves_the_folder_as_it_was(folder):
     assert receipt_path(folder).read_text(encoding="utf-8") == receipt
 
 
-@pytest.mark.parametrize("change", [
-    {"files": {"../victim": {"size": 4, "mtime_ns": 1, "sha256": "0" * 64}}},
-    {"files": {"C:\\victim": {"size": 4, "mtime_ns": 1, "sha256": "0" * 64}}},
-    {"files": {"a.txt": {"size": "5", "mtime_ns": 1, "sha256": "0" * 64}}},
-    {"files": {"a.txt": {"size": 5, "mtime_ns": 1.5, "sha256": "0" * 64}}},
-    {"files": {"a.txt": {"size": 5, "mtime_ns": 1, "sha256": 0}}}, {"files": {"a.txt": None}}, {"files": []},
-    {"facts": []}, {"recipe": "x"},
-])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": {"../victim": {"size": 4, "mtime_ns": 1, "sha256": "0" * 64}}},
+        {"files": {"C:\\victim": {"size": 4, "mtime_ns": 1, "sha256": "0" * 64}}},
+        {"files": {"a.txt": {"size": "5", "mtime_ns": 1, "sha256": "0" * 64}}},
+        {"files": {"a.txt": {"size": 5, "mtime_ns": 1.5, "sha256": "0" * 64}}},
+        {"files": {"a.txt": {"size": 5, "mtime_ns": 1, "sha256": 0}}},
+        {"files": {"a.txt": None}},
+        {"files": []},
+        {"facts": []},
+        {"recipe": "x"},
+    ],
+)
 def test_a_receipt_that_makes_no_sense_is_not_believed(folder, change):
     victim = folder.parent / "victim"
     victim.write_text("mine", encoding="utf-8")
@@ -295,10 +336,14 @@ def test_a_folder_may_be_a_link_to_another_disk(tmp_path):
 
 
 def test_a_lock_is_held_against_other_processes_and_says_that_somebody_waits(tmp_path):
-    code = ("import sys; from pathlib import Path; from helpers.files import locked\n"
-            "with locked(Path(sys.argv[1]), lambda: print('waiting', flush=True)): print('in', flush=True)")
+    code = (
+        "import sys; from pathlib import Path; from helpers.files import locked\n"
+        "with locked(Path(sys.argv[1]), lambda: print('waiting', flush=True)): print('in', flush=True)"
+    )
     with locked(tmp_path, lambda: pytest.fail("nobody has it")):
-        process = subprocess.Popen([sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, tmp_path], cwd=ROOT, stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout.readline() == "waiting\n"
     assert process.communicate()[0] == "in\n"
     # Where nobody should wait, ``on_busy`` raises.

@@ -17,7 +17,15 @@ from support.kits import NOBODY, change_manifest
 from support.web_server import web_server
 
 from helpers.files import sha256
-from helpers.models.kit import COURSE, MANIFEST, build_command, kit_address, local_address, open_kit, read_kit
+from helpers.models.kit import (
+    COURSE,
+    MANIFEST,
+    build_command,
+    kit_address,
+    local_address,
+    open_kit,
+    read_kit,
+)
 
 NOISE = random.Random(1).randbytes(200_000)
 WEIGHTS = "/models/tiny-phi3/transformers/model.safetensors"
@@ -32,8 +40,14 @@ def write_kit(folder, files, **head):
     for name, content in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(content)
-    manifest = {"format": 1, "complete": True, "models": ["tiny-phi3"], "platforms": ["linux"], "pythons": ["3.12"],
-                "files": {name: entry(content) for name, content in files.items()}}
+    manifest = {
+        "format": 1,
+        "complete": True,
+        "models": ["tiny-phi3"],
+        "platforms": ["linux"],
+        "pythons": ["3.12"],
+        "files": {name: entry(content) for name, content in files.items()},
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest | head), encoding="utf-8")
     return folder
 
@@ -41,13 +55,18 @@ def write_kit(folder, files, **head):
 @pytest.fixture
 def small(tmp_path):
     """Return a kit that a test may damage: one model, of noise."""
-    parts = {"transformers": {"config.json": b"{}", "model.safetensors": NOISE},
-             "onnx": {"model.onnx": b"graph", "deep/model.data": b"weights"}}
+    parts = {
+        "transformers": {"config.json": b"{}", "model.safetensors": NOISE},
+        "onnx": {"model.onnx": b"graph", "deep/model.data": b"weights"},
+    }
     files = {COURSE: b"PK", "wheels/index.html": b"<html>"}
     for part, contents in parts.items():
         files |= {f"models/tiny-phi3/{part}/{name}": content for name, content in contents.items()}
-        receipt = {"recipe": {"made by": part}, "facts": {}, "files": {
-            name: entry(content) | {"mtime_ns": 1} for name, content in contents.items()}}
+        receipt = {
+            "recipe": {"made by": part},
+            "facts": {},
+            "files": {name: entry(content) | {"mtime_ns": 1} for name, content in contents.items()},
+        }
         files[f"models/tiny-phi3/{part}.receipt.json"] = json.dumps(receipt).encode()
     return write_kit(tmp_path / "a kit", files)
 
@@ -64,11 +83,17 @@ def target(tmp_path, monkeypatch):
 
 
 def in_kit(kit, track="transformers"):
-    return {name: entry["sha256"] for name, entry in kit.receipt("tiny-phi3", track)["files"].items()}
+    return {
+        name: entry["sha256"] for name, entry in kit.receipt("tiny-phi3", track)["files"].items()
+    }
 
 
 def hashes(folder):
-    return {path.relative_to(folder).as_posix(): sha256(path) for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): sha256(path)
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 @pytest.mark.parametrize("over_http", [False, True])
@@ -95,7 +120,9 @@ def test_what_an_interrupted_fetch_left_is_used(small, target, over_http):
     whole, log = target / "config.json", []
     whole.write_bytes(b"{}")
     before = whole.stat().st_mtime_ns
-    (target / f"model.safetensors.{entry(NOISE)['sha256'][:12]}.incomplete").write_bytes(NOISE[:7000])
+    (target / f"model.safetensors.{entry(NOISE)['sha256'][:12]}.incomplete").write_bytes(
+        NOISE[:7000]
+    )
     with web_server(small, log=log) if over_http else contextlib.nullcontext(str(small)) as address:
         kit = read_kit(address)
         kit.fetch("tiny-phi3", "transformers", target, target)
@@ -110,17 +137,27 @@ def test_what_an_interrupted_fetch_left_is_used(small, target, over_http):
 @pytest.mark.parametrize("damage", [NOISE[:-1] + b"?", NOISE[:-1], NOISE + b"?"])
 def test_a_file_with_another_sha256_is_named_and_not_kept(small, target, damage, over_http):
     (small / WEIGHTS[1:]).write_bytes(damage)
-    with web_server(small) if over_http else contextlib.nullcontext(str(small)) as address, \
-            refuses("kit-changed") as refusal:
+    with (
+        web_server(small) if over_http else contextlib.nullcontext(str(small)) as address,
+        refuses("kit-changed") as refusal,
+    ):
         read_kit(address).fetch("tiny-phi3", "transformers", target, target)
     assert f"{WEIGHTS[1:]} of the kit {address} is not as it was built" in refusal.value.what
     assert not (target / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("server", "why"), [
-    ({"cuts": {WEIGHTS: 70_000}, "leaves": True}, "Server disconnected without sending a response."),
-    ({"gone": [WEIGHTS]}, "Server disconnected without sending a response."),
-    ({"busy": {WEIGHTS: [(503, "1")] * 9}}, "the server answers 503."), (None, "No such file or directory.")])
+@pytest.mark.parametrize(
+    ("server", "why"),
+    [
+        (
+            {"cuts": {WEIGHTS: 70_000}, "leaves": True},
+            "Server disconnected without sending a response.",
+        ),
+        ({"gone": [WEIGHTS]}, "Server disconnected without sending a response."),
+        ({"busy": {WEIGHTS: [(503, "1")] * 9}}, "the server answers 503."),
+        (None, "No such file or directory."),
+    ],
+)
 def test_a_kit_that_is_gone_is_an_error_and_what_came_stays(small, target, server, why):
     address = web_server(small, **server) if server else contextlib.nullcontext(str(small))
     with address as address:
@@ -171,18 +208,29 @@ def test_a_model_that_the_kit_lacks_has_no_receipt(small):
     assert kit.receipt("tiny-phi3", "onnx")["files"].keys() == {"model.onnx", "deep/model.data"}
 
 
-@pytest.mark.parametrize(("change", "listed"), [
-    (lambda receipt: receipt["files"].popitem(), True), (lambda receipt: receipt["files"].update(more={}), True),
-    (lambda receipt: receipt.update(recipe=None), True), (lambda receipt: receipt.update(facts=[]), True),
-    (lambda receipt: receipt.pop("files"), True), (lambda receipt: receipt.update(recipe={"made by": "ONNX"}), False)])
+@pytest.mark.parametrize(
+    ("change", "listed"),
+    [
+        (lambda receipt: receipt["files"].popitem(), True),
+        (lambda receipt: receipt["files"].update(more={}), True),
+        (lambda receipt: receipt.update(recipe=None), True),
+        (lambda receipt: receipt.update(facts=[]), True),
+        (lambda receipt: receipt.pop("files"), True),
+        (lambda receipt: receipt.update(recipe={"made by": "ONNX"}), False),
+    ],
+)
 def test_a_receipt_that_is_not_the_kits_own_is_refused(small, change, listed):
     file = small / "models/tiny-phi3/onnx.receipt.json"
     receipt = json.loads(file.read_text(encoding="utf-8"))
     change(receipt)
     file.write_text(json.dumps(receipt), encoding="utf-8")
     if listed:  # its hash is the manifest's; its content makes no sense
-        change_manifest(small, lambda manifest: manifest["files"].update(
-            {"models/tiny-phi3/onnx.receipt.json": entry(file.read_bytes())}))
+        change_manifest(
+            small,
+            lambda manifest: manifest["files"].update(
+                {"models/tiny-phi3/onnx.receipt.json": entry(file.read_bytes())}
+            ),
+        )
     with refuses("kit-changed"):
         read_kit(str(small)).receipt("tiny-phi3", "onnx")
 
@@ -200,8 +248,12 @@ def test_problems_names_each_file_that_is_not_as_it_was_built(small, over_http):
     with web_server(small) if over_http else contextlib.nullcontext(str(small)) as address:
         kit = read_kit(address)
         assert sorted(kit.problems()) == [
-            "course.zip is missing: the server answers 404." if over_http else "course.zip is missing.",
-            f"{names[1]} has 2 bytes, and 7 were built.", f"{names[0]} has been changed: its sha256 is another."]
+            "course.zip is missing: the server answers 404."
+            if over_http
+            else "course.zip is missing.",
+            f"{names[1]} has 2 bytes, and 7 were built.",
+            f"{names[0]} has been changed: its sha256 is another.",
+        ]
         assert kit.unknown() == ([] if over_http else ["notes.txt"])
     if not over_http:
         assert len(list(kit.problems(hashes=False))) == 2  # the content of none is read
@@ -211,33 +263,50 @@ def test_problems_names_each_file_that_is_not_as_it_was_built(small, over_http):
 def test_a_link_that_leads_out_of_a_kit_is_named(small, tmp_path):
     (tmp_path / "secret").write_text("secret", encoding="utf-8")
     (small / "link.txt").symlink_to(tmp_path / "secret")
-    change_manifest(small, lambda manifest: manifest["files"].update({"link.txt": entry(b"secret")}))
-    assert list(read_kit(str(small)).problems()) == ["link.txt lies outside of the kit's folder, behind a link."]
+    change_manifest(
+        small, lambda manifest: manifest["files"].update({"link.txt": entry(b"secret")})
+    )
+    assert list(read_kit(str(small)).problems()) == [
+        "link.txt lies outside of the kit's folder, behind a link."
+    ]
 
 
 def test_the_command_that_builds_a_kit_again_names_its_models_and_targets(small):
     kit = read_kit(str(small))
     assert build_command(kit, ["windows"], ["3.13"]) == (
-        f'python -m helpers kit build "{small}" --model tiny-phi3 --platform linux windows --python 3.12 3.13')
+        f'python -m helpers kit build "{small}" --model tiny-phi3 --platform linux windows --python 3.12 3.13'
+    )
     with web_server(small) as url:
         assert build_command(read_kit(url)) == (
-            "python -m helpers kit build DIR --model tiny-phi3 --platform linux --python 3.12")
+            "python -m helpers kit build DIR --model tiny-phi3 --platform linux --python 3.12"
+        )
 
 
 # --- COURSE_KIT -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("value", "code", "says"), [
-    (NOBODY, "kit-no-answer", NOBODY), ("http://no-such-host.invalid:8750/", "kit-no-answer", "no-such-host"),
-    ("no/such/folder", "kit-absent", MANIFEST), ("192.168.1.5:8750", "kit-absent", MANIFEST),
-    ("pyproject.toml", "kit-absent", "pyproject.toml"), ("ftp://kit", "kit-address", "ftp://kit"),
-    ("http://", "kit-address", "http://"), ("http://[::1", "kit-address", "http://[::1"),
-    ("http://host:port", "kit-address", "host:port"),
-    ("http://ann:sesame@192.168.1.5:8750", "kit-address", "http://192.168.1.5:8750"),
-    ("~nobody-of-that-name/kit", "kit-address", "~nobody"), (f"http://{'a' * 70}", "kit-address", "aaaa"),
-    ("http://host:0", "kit-address", "host:0"), ("http://10.0.0.1 8750", "kit-no-answer", "10.0.0.1 8750"),
-])
-def test_an_address_that_is_no_kit_is_an_error_that_says_what_one_looks_like(value, code, says, monkeypatch):
+@pytest.mark.parametrize(
+    ("value", "code", "says"),
+    [
+        (NOBODY, "kit-no-answer", NOBODY),
+        ("http://no-such-host.invalid:8750/", "kit-no-answer", "no-such-host"),
+        ("no/such/folder", "kit-absent", MANIFEST),
+        ("192.168.1.5:8750", "kit-absent", MANIFEST),
+        ("pyproject.toml", "kit-absent", "pyproject.toml"),
+        ("ftp://kit", "kit-address", "ftp://kit"),
+        ("http://", "kit-address", "http://"),
+        ("http://[::1", "kit-address", "http://[::1"),
+        ("http://host:port", "kit-address", "host:port"),
+        ("http://ann:sesame@192.168.1.5:8750", "kit-address", "http://192.168.1.5:8750"),
+        ("~nobody-of-that-name/kit", "kit-address", "~nobody"),
+        (f"http://{'a' * 70}", "kit-address", "aaaa"),
+        ("http://host:0", "kit-address", "host:0"),
+        ("http://10.0.0.1 8750", "kit-no-answer", "10.0.0.1 8750"),
+    ],
+)
+def test_an_address_that_is_no_kit_is_an_error_that_says_what_one_looks_like(
+    value, code, says, monkeypatch
+):
     monkeypatch.setenv("COURSE_KIT", value)
     with refuses(code) as refusal:
         open_kit()
@@ -248,17 +317,37 @@ def test_an_address_that_is_no_kit_is_an_error_that_says_what_one_looks_like(val
 
 
 def _manifest(name="a", size=1, version=1, models=(), complete=True):
-    return json.dumps({"format": version, "complete": complete, "models": models, "platforms": [], "pythons": [],
-                       "files": {name: {"size": size, "sha256": "0" * 64}}}).encode()
+    return json.dumps(
+        {
+            "format": version,
+            "complete": complete,
+            "models": models,
+            "platforms": [],
+            "pythons": [],
+            "files": {name: {"size": size, "sha256": "0" * 64}},
+        }
+    ).encode()
 
 
-@pytest.mark.parametrize(("answer", "code"), [
-    (b"<!DOCTYPE html><title>Sign in</title>", "kit-other-answer"),
-    (b"{", "kit-broken"), (b"[]", "kit-broken"), (b'{"files": {}}', "kit-broken"), (b"\xff", "kit-broken"),
-    (b"[" * 200_000, "kit-broken"), (_manifest(size=1.5), "kit-broken"), (_manifest(size=10**400), "kit-broken"),
-    (_manifest(name="..\\x"), "kit-broken"), (_manifest(name="a\nb"), "kit-broken"),
-    (_manifest(models=["x; touch pwned"]), "kit-broken"), (_manifest(complete="no"), "kit-broken"),
-    (_manifest(complete=False), "kit-incomplete"), (_manifest(version=99), "kit-newer")])
+@pytest.mark.parametrize(
+    ("answer", "code"),
+    [
+        (b"<!DOCTYPE html><title>Sign in</title>", "kit-other-answer"),
+        (b"{", "kit-broken"),
+        (b"[]", "kit-broken"),
+        (b'{"files": {}}', "kit-broken"),
+        (b"\xff", "kit-broken"),
+        (b"[" * 200_000, "kit-broken"),
+        (_manifest(size=1.5), "kit-broken"),
+        (_manifest(size=10**400), "kit-broken"),
+        (_manifest(name="..\\x"), "kit-broken"),
+        (_manifest(name="a\nb"), "kit-broken"),
+        (_manifest(models=["x; touch pwned"]), "kit-broken"),
+        (_manifest(complete="no"), "kit-broken"),
+        (_manifest(complete=False), "kit-incomplete"),
+        (_manifest(version=99), "kit-newer"),
+    ],
+)
 def test_an_answer_that_is_no_manifest_is_an_error(answer, code, tmp_path, monkeypatch):
     with web_server(tmp_path, answer=answer) as url:
         monkeypatch.setenv("COURSE_KIT", url)
@@ -273,9 +362,13 @@ def test_a_server_that_is_busy_is_no_kit_yet(small):
         assert "503" in refusal.value.what
 
 
-@pytest.mark.parametrize("name", ["../x", "a/../../x", "/etc/x", "a\\..\\x", "C:x", "a//b", ".", "a/./b", "", "x\0"])
+@pytest.mark.parametrize(
+    "name", ["../x", "a/../../x", "/etc/x", "a\\..\\x", "C:x", "a//b", ".", "a/./b", "", "x\0"]
+)
 def test_a_manifest_that_leads_out_of_a_folder_is_refused(small, name):
-    change_manifest(small, lambda manifest: manifest["files"].update({name: {"size": 1, "sha256": "0" * 64}}))
+    change_manifest(
+        small, lambda manifest: manifest["files"].update({name: {"size": 1, "sha256": "0" * 64}})
+    )
     with refuses("kit-broken"):
         read_kit(str(small))
 
@@ -294,7 +387,9 @@ def test_a_kit_that_is_being_built_is_read_where_that_is_wanted(small):
     assert read_kit(str(small), complete=False).models() == ["tiny-phi3"]
 
 
-def test_no_course_kit_is_no_kit_and_a_relative_one_starts_at_the_courses_folder(monkeypatch, tmp_path):
+def test_no_course_kit_is_no_kit_and_a_relative_one_starts_at_the_courses_folder(
+    monkeypatch, tmp_path
+):
     monkeypatch.delenv("COURSE_KIT", raising=False)
     assert open_kit() is None
     monkeypatch.setenv("COURSE_KIT", "  ")
@@ -308,21 +403,46 @@ def test_no_course_kit_is_no_kit_and_a_relative_one_starts_at_the_courses_folder
 
 def test_the_address_line_of_a_browser_will_do(small):
     with web_server(small) as url:
-        for address in (url + "/", url + "/index.html", url.replace("http", "HTTP") + "/manifest.json?x#y"):
+        for address in (
+            url + "/",
+            url + "/index.html",
+            url.replace("http", "HTTP") + "/manifest.json?x#y",
+        ):
             assert read_kit(address).address == url
 
 
-@pytest.mark.parametrize(("url", "local"), [
-    ("http://192.168.1.5:8750", True), ("http://10.0.0.1", True), ("http://127.0.0.1", True),
-    ("http://[fe80::1]", True),
-    ("http://teacher:8750", True), ("http://teacher.local", True), ("https://kits.example.org", False),
-    ("http://8.8.8.8", False)])
+@pytest.mark.parametrize(
+    ("url", "local"),
+    [
+        ("http://192.168.1.5:8750", True),
+        ("http://10.0.0.1", True),
+        ("http://127.0.0.1", True),
+        ("http://[fe80::1]", True),
+        ("http://teacher:8750", True),
+        ("http://teacher.local", True),
+        ("https://kits.example.org", False),
+        ("http://8.8.8.8", False),
+    ],
+)
 def test_a_kit_in_the_room_is_asked_without_the_proxy(url, local):
     assert local_address(url) is local
 
 
 def test_a_kit_is_read_by_a_bare_python(small):
-    code = "import sys; from helpers.models.kit import read_kit; print(read_kit(sys.argv[1]).models())"
-    result = subprocess.run([sys.executable, "-S", "-I", "-c", f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}",
-                             small], cwd=ROOT, capture_output=True, text=True)
+    code = (
+        "import sys; from helpers.models.kit import read_kit; print(read_kit(sys.argv[1]).models())"
+    )
+    result = subprocess.run(
+        [
+            sys.executable,
+            "-S",
+            "-I",
+            "-c",
+            f"import sys; sys.path.insert(0, {str(ROOT)!r}); {code}",
+            small,
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert result.stdout == "['tiny-phi3']\n", result.stderr

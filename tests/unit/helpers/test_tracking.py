@@ -33,7 +33,9 @@ from helpers.stores.database import database_path
 from helpers.tracking import TrackingStore
 
 
-def test_a_relative_path_starts_at_the_courses_folder_whatever_the_kernels_folder(tmp_path, monkeypatch):
+def test_a_relative_path_starts_at_the_courses_folder_whatever_the_kernels_folder(
+    tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     assert database_path("sqlite:///build/x/mlflow.db") == ROOT / "build" / "x" / "mlflow.db"
 
@@ -74,24 +76,38 @@ def test_a_store_that_was_moved_is_refused_with_the_place_of_its_models(old_stor
     assert (folder / "mlartifacts").as_uri() in refusal.value.what
 
 
-def test_a_note_that_outlives_its_database_is_written_anew(old_store, tmp_path, empty_database, monkeypatch):
+def test_a_note_that_outlives_its_database_is_written_anew(
+    old_store, tmp_path, empty_database, monkeypatch
+):
     _, folder = old_store
-    monkeypatch.setattr(database, "_make_tables", lambda connection, artifacts: copy_tables(empty_database, connection))
+    monkeypatch.setattr(
+        database,
+        "_make_tables",
+        lambda connection, artifacts: copy_tables(empty_database, connection),
+    )
     folder.rename(tmp_path / "new")
     (tmp_path / "new" / "mlflow.db").unlink()
     store = tracking_store(f"sqlite:///{(tmp_path / 'new' / 'mlflow.db').as_posix()}")
     note = tmp_path / "new" / "mlflow.db.artifacts"
-    assert note.read_text(encoding="utf-8") == store.artifact_location == (tmp_path / "new" / "mlartifacts").as_uri()
+    assert (
+        note.read_text(encoding="utf-8")
+        == store.artifact_location
+        == (tmp_path / "new" / "mlartifacts").as_uri()
+    )
 
 
 def test_a_database_that_has_lost_its_note_is_taken_to_be_where_it_was_made(old_store, tmp_path):
     uri, folder = old_store
     (folder / "mlflow.db.artifacts").unlink()
     assert tracking_store(uri).uri == uri
-    assert (folder / "mlflow.db.artifacts").read_text(encoding="utf-8") == (folder / "mlartifacts").as_uri()
+    assert (folder / "mlflow.db.artifacts").read_text(encoding="utf-8") == (
+        folder / "mlartifacts"
+    ).as_uri()
 
 
-@pytest.mark.parametrize("uri", ["nonsense", "file:///tmp/mlruns", "sqlite:///", "./mlruns", "ftp://x"])
+@pytest.mark.parametrize(
+    "uri", ["nonsense", "file:///tmp/mlruns", "sqlite:///", "./mlruns", "ftp://x"]
+)
 def test_what_is_no_store_is_refused(uri):
     with refuses("store-kind") as refusal:
         tracking_store(uri)
@@ -101,16 +117,31 @@ def test_what_is_no_store_is_refused(uri):
 # --- a database in its states ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["100%", "a?x=1", "%(here)s", "a#b;c&d=e {x} [y] $HOME", 'it\'s "hi"', "~", "@x",
-                                  "\N{LATIN SMALL LETTER E}\N{COMBINING ACUTE ACCENT}"])
-def test_a_store_is_in_the_folder_of_that_name_and_nothing_is_beside_it(name, tmp_path, empty_database):
+@pytest.mark.parametrize(
+    "name",
+    [
+        "100%",
+        "a?x=1",
+        "%(here)s",
+        "a#b;c&d=e {x} [y] $HOME",
+        'it\'s "hi"',
+        "~",
+        "@x",
+        "\N{LATIN SMALL LETTER E}\N{COMBINING ACUTE ACCENT}",
+    ],
+)
+def test_a_store_is_in_the_folder_of_that_name_and_nothing_is_beside_it(
+    name, tmp_path, empty_database
+):
     if os.name == "nt" and set(name) & set('?"'):
         pytest.skip("no name for a folder on Windows")
     (tmp_path / name).mkdir()
     shutil.copy(empty_database, tmp_path / name)
     store = tracking_store(f"sqlite:///{(tmp_path / name / 'mlflow.db').as_posix()}")
     client = MlflowClient(store.uri)
-    run = client.create_run(client.create_experiment("x", artifact_location=store.artifact_location))
+    run = client.create_run(
+        client.create_experiment("x", artifact_location=store.artifact_location)
+    )
     client.log_text(run.info.run_id, "hello", "a.txt")
     assert [path.name for path in tmp_path.iterdir()] == [name]
     (file,) = (tmp_path / name).rglob("a.txt")
@@ -121,7 +152,9 @@ def test_a_store_is_in_the_folder_of_that_name_and_nothing_is_beside_it(name, tm
 
 
 @pytest.mark.parametrize("name", ["My%20Repo", "100%25"])
-def test_a_folder_whose_models_mlflow_would_not_find_is_refused_before_anything_is_made(name, tmp_path):
+def test_a_folder_whose_models_mlflow_would_not_find_is_refused_before_anything_is_made(
+    name, tmp_path
+):
     with refuses("store-path") as refusal:
         tracking_store(f"sqlite:///{(tmp_path / name / 'mlflow.db').as_posix()}")
     assert str(tmp_path / name) in refusal.value.what
@@ -138,23 +171,43 @@ def test_the_models_of_such_a_folder_are_still_not_found_by_mlflow(tmp_path):
 
 STATES = {
     "empty": (lambda file: file.touch(), None),
-    "text": (lambda file: file.write_text("no database, and longer than the head of one, which has 100 bytes" * 9),
-             "store-unreadable"),
+    "text": (
+        lambda file: file.write_text(
+            "no database, and longer than the head of one, which has 100 bytes" * 9
+        ),
+        "store-unreadable",
+    ),
     "folder": (lambda file: file.mkdir(), "store-unreadable"),
-    "of an older MLflow": (lambda file: sql(file, "UPDATE alembic_version SET version_num = '451aebb31d03'"),
-                           "store-other-version"),
-    "of a newer MLflow": (lambda file: sql(file, "UPDATE alembic_version SET version_num = 'fffffffffff0'"),
-                          "store-other-version"),
-    "half made": (lambda file: sql(file, "DROP TABLE alembic_version", "DROP TABLE runs"), "store-unreadable"),
-    "somebody else's": (lambda file: sql(file, *(f'DROP TABLE "{name}"' for name in tables(file)),
-                                         "CREATE TABLE songs (name TEXT)"), "store-unreadable"),
+    "of an older MLflow": (
+        lambda file: sql(file, "UPDATE alembic_version SET version_num = '451aebb31d03'"),
+        "store-other-version",
+    ),
+    "of a newer MLflow": (
+        lambda file: sql(file, "UPDATE alembic_version SET version_num = 'fffffffffff0'"),
+        "store-other-version",
+    ),
+    "half made": (
+        lambda file: sql(file, "DROP TABLE alembic_version", "DROP TABLE runs"),
+        "store-unreadable",
+    ),
+    "somebody else's": (
+        lambda file: sql(
+            file,
+            *(f'DROP TABLE "{name}"' for name in tables(file)),
+            "CREATE TABLE songs (name TEXT)",
+        ),
+        "store-unreadable",
+    ),
 }
 
 
 def tables(file):
     with contextlib.closing(sqlite3.connect(file)) as opened:
-        return [name for name, in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
-                if not name.startswith("sqlite_")]
+        return [
+            name
+            for (name,) in opened.execute("SELECT name FROM sqlite_master WHERE type = 'table'")
+            if not name.startswith("sqlite_")
+        ]
 
 
 def sql(file, *statements):
@@ -165,7 +218,9 @@ def sql(file, *statements):
 
 
 @pytest.mark.parametrize("state", STATES)
-def test_a_file_in_the_databases_place_is_made_a_store_or_refused_in_two_sentences(state, tmp_path, empty_database):
+def test_a_file_in_the_databases_place_is_made_a_store_or_refused_in_two_sentences(
+    state, tmp_path, empty_database
+):
     file, (make, code) = tmp_path / f"{uuid4().hex}.db", STATES[state]
     if state.startswith(("of", "half", "some")):
         shutil.copy(empty_database, file)
@@ -180,7 +235,8 @@ def test_a_file_in_the_databases_place_is_made_a_store_or_refused_in_two_sentenc
 
 
 def test_one_process_alone_makes_a_database(tmp_path, monkeypatch):
-    # A class opens the pages in the same moment; tests/nightly/test_tracking.py does so with six processes.
+    # A class opens the pages in the same moment; tests/nightly/test_tracking.py does so with six
+    # processes.
     file = tmp_path / "mlflow.db"
 
     def make_tables(*arguments):
@@ -211,7 +267,9 @@ def test_a_making_that_is_interrupted_leaves_no_half_of_a_database(tmp_path):
 
 def test_a_database_that_another_program_has_locked_is_said_to_be(store, monkeypatch):
     monkeypatch.setattr(database, "BUSY_SECONDS", 0.1)
-    with contextlib.closing(sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None)) as other:
+    with contextlib.closing(
+        sqlite3.connect(store.removeprefix("sqlite:///"), isolation_level=None)
+    ) as other:
         other.execute("BEGIN EXCLUSIVE")
         with refuses("store-busy"):
             tracking_store(store)
@@ -248,9 +306,13 @@ class Answers(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.rfile.read(int(self.headers.get("Content-Length", 0)))
         self.server.asked.append((self.path, self.headers.get("Authorization")))
-        status, body = self.server.answer if "logged-models" not in self.path else self.server.models
+        status, body = (
+            self.server.answer if "logged-models" not in self.path else self.server.models
+        )
         self.send_response(status)
-        self.send_header("Content-Type", "application/json" if body.startswith("{") else "text/html")
+        self.send_header(
+            "Content-Type", "application/json" if body.startswith("{") else "text/html"
+        )
         self.send_header("Content-Length", str(len(body)))
         self.end_headers()
         self.wfile.write(body.encode())
@@ -267,11 +329,16 @@ def answering(monkeypatch):
     for name in ("http_proxy", "https_proxy", "no_proxy", "all_proxy"):
         monkeypatch.delenv(name, raising=False)
         monkeypatch.delenv(name.upper(), raising=False)
-    for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD", "MLFLOW_HTTP_REQUEST_TIMEOUT"):
+    for name in (
+        "MLFLOW_TRACKING_USERNAME",
+        "MLFLOW_TRACKING_PASSWORD",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT",
+    ):
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     monkeypatch.setattr(tempfile, "tempdir", None)
     with contextlib.ExitStack() as stack:
+
         def start(status, body, models=(200, "{}")):
             server = stack.enter_context(http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers))
             server.answer = (status, body)
@@ -285,8 +352,16 @@ def answering(monkeypatch):
         yield start
 
 
-EXPERIMENT = json.dumps({"experiment": {"experiment_id": "7", "name": "page", "lifecycle_stage": "active",
-                                        "artifact_location": "mlflow-artifacts:/7"}})
+EXPERIMENT = json.dumps(
+    {
+        "experiment": {
+            "experiment_id": "7",
+            "name": "page",
+            "lifecycle_stage": "active",
+            "artifact_location": "mlflow-artifacts:/7",
+        }
+    }
+)
 NONE_SUCH = json.dumps({"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no such experiment"})
 
 
@@ -306,14 +381,24 @@ def test_a_server_that_keeps_no_logged_models_is_too_old(answering):
     assert tracking_store(f"http://{address}").uri == f"http://{address}"
 
 
-@pytest.mark.parametrize(("status", "body", "code"), [
-    (200, "<html>Welcome to the hotel</html>", "other-answer"), (404, "<html>nothing here</html>", "other-answer"),
-    (200, "{}", None), (500, "{}", "out-of-order"), (503, "<html>401</html>", "out-of-order"),
-    (404, "<html>failed 401</html>", "other-answer"), (302, "<html>log in there</html>", "other-answer"),
-    (401, "You are not authenticated.", "login"), (407, "log in", "proxy"),
-    (403, '{"error_code": "PERMISSION_DENIED", "message": "sesame"}', "login"),
-])
-def test_a_server_that_is_no_store_is_asked_once_and_refused_without_its_secrets(status, body, code, answering):
+@pytest.mark.parametrize(
+    ("status", "body", "code"),
+    [
+        (200, "<html>Welcome to the hotel</html>", "other-answer"),
+        (404, "<html>nothing here</html>", "other-answer"),
+        (200, "{}", None),
+        (500, "{}", "out-of-order"),
+        (503, "<html>401</html>", "out-of-order"),
+        (404, "<html>failed 401</html>", "other-answer"),
+        (302, "<html>log in there</html>", "other-answer"),
+        (401, "You are not authenticated.", "login"),
+        (407, "log in", "proxy"),
+        (403, '{"error_code": "PERMISSION_DENIED", "message": "sesame"}', "login"),
+    ],
+)
+def test_a_server_that_is_no_store_is_asked_once_and_refused_without_its_secrets(
+    status, body, code, answering
+):
     address, asked = answering(status, body)
     if code is None:
         tracking_store(f"http://{address}")
@@ -326,15 +411,27 @@ def test_a_server_that_is_no_store_is_asked_once_and_refused_without_its_secrets
         assert len(asked) == 1
 
 
-@pytest.mark.parametrize("uri", ["http://127.0.0.1:9", "https://127.0.0.1:9", "http://127.0.0.1:99999",
-                                 "http://ann:sesame@127.0.0.1:9", "http://", "http://[::1", "http://a b/"])
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "http://127.0.0.1:9",
+        "https://127.0.0.1:9",
+        "http://127.0.0.1:99999",
+        "http://ann:sesame@127.0.0.1:9",
+        "http://",
+        "http://[::1",
+        "http://a b/",
+    ],
+)
 def test_an_address_where_nobody_answers_is_named(uri, answering):
     with refuses("store-no-answer") as refusal:
         tracking_store(uri)
     assert uri.replace("ann:sesame@", "") in refusal.value.what
 
 
-def test_a_server_that_says_nothing_is_waited_for_as_long_as_the_variable_says(answering, monkeypatch):
+def test_a_server_that_says_nothing_is_waited_for_as_long_as_the_variable_says(
+    answering, monkeypatch
+):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
     with socket.create_server(("127.0.0.1", 0)) as silent, refuses("store-no-answer"):
         tracking_store(f"http://127.0.0.1:{silent.getsockname()[1]}")
@@ -393,7 +490,9 @@ def test_room_is_asked_for_as_many_copies_as_a_page_makes(room, tmp_path, monkey
             store.check_room(tmp_path / "model")
 
 
-@pytest.mark.parametrize("uri", ["postgresql://ann:sesame@127.0.0.1/mlflow", "ftp://ann:sesame@127.0.0.1"])
+@pytest.mark.parametrize(
+    "uri", ["postgresql://ann:sesame@127.0.0.1/mlflow", "ftp://ann:sesame@127.0.0.1"]
+)
 def test_a_password_is_not_printed_where_the_store_is_of_another_kind(uri):
     with refuses("store-kind") as refusal:
         tracking_store(uri)

@@ -14,8 +14,16 @@ from IPython.core.inputtransformer2 import TransformerManager
 from support import ROOT
 
 # What is followed. A call that starts anywhere else is the page's own business.
-FOLLOWED = {"mlflow", "transformers", "onnxruntime_genai", "helpers", "serving", "papermill", "torch",
-            "huggingface_hub"}
+FOLLOWED = {
+    "mlflow",
+    "transformers",
+    "onnxruntime_genai",
+    "helpers",
+    "serving",
+    "papermill",
+    "torch",
+    "huggingface_hub",
+}
 PAGES = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
@@ -33,15 +41,22 @@ class Page:
         self.tree = ast.parse(code)
         self.faults = []
         self.names = {}
-        bound = [node.id for node in ast.walk(self.tree) if isinstance(node, ast.Name)
-                 and isinstance(node.ctx, ast.Store)]
+        bound = [
+            node.id
+            for node in ast.walk(self.tree)
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+        ]
         bound += [node.arg for node in ast.walk(self.tree) if isinstance(node, ast.arg)]
         for node in ast.walk(self.tree):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                self.names |= {name: value for name, value in self.imported(node) if name not in bound}
+                self.names |= {
+                    name: value for name, value in self.imported(node) if name not in bound
+                }
         for node in ast.walk(self.tree):
             match node:
-                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call) if bound.count(name) == 1:
+                case ast.Assign(targets=[ast.Name(id=name)], value=ast.Call() as call) if (
+                    bound.count(name) == 1
+                ):
                     self.names[name] = self.follow(call, quiet=True)
 
     def imported(self, node):
@@ -58,7 +73,10 @@ class Page:
                 yield alias.asname or alias.name.split(".")[0], value
             except (ImportError, AttributeError):
                 try:
-                    yield alias.asname or alias.name, importlib.import_module(f"{module}.{alias.name}")
+                    yield (
+                        alias.asname or alias.name,
+                        importlib.import_module(f"{module}.{alias.name}"),
+                    )
                 except ImportError as error:
                     self.faults.append(f"{ast.unparse(node)}: {error}")
 
@@ -72,7 +90,11 @@ class Page:
                 if isinstance(owner, Instance):
                     # Of its fields a class tells nothing; its methods it has.
                     method = inspect.getattr_static(owner.kind, name, None)
-                    return types.MethodType(method, owner) if isinstance(method, types.FunctionType) else None
+                    return (
+                        types.MethodType(method, owner)
+                        if isinstance(method, types.FunctionType)
+                        else None
+                    )
                 if owner is not None and not hasattr(owner, name) and not quiet:
                     self.faults.append(f"{ast.unparse(node)}: there is no {name}")
                 return getattr(owner, name, None)
@@ -85,7 +107,9 @@ class Page:
 
     def check_method(self, node):
         owner = self.follow(node.value, quiet=True)
-        if isinstance(owner, Instance) and not any(hasattr(owner.kind, name) for name in (node.attr, "__getattr__")):
+        if isinstance(owner, Instance) and not any(
+            hasattr(owner.kind, name) for name in (node.attr, "__getattr__")
+        ):
             self.faults.append(f"{ast.unparse(node)}(): {owner.kind.__name__} has no such method")
 
     def check(self) -> list[str]:
@@ -98,7 +122,8 @@ class Page:
             self.follow(node)
             function = self.follow(node.func, quiet=True)
             complete = not any(isinstance(one, ast.Starred) for one in node.args) and all(
-                keyword.arg for keyword in node.keywords)
+                keyword.arg for keyword in node.keywords
+            )
             if function is None or isinstance(function, Instance) or not complete:
                 continue
             try:
@@ -106,7 +131,9 @@ class Page:
             except (ValueError, TypeError):  # compiled code, or a module
                 continue
             try:
-                signature.bind(*node.args, **{keyword.arg: keyword.value for keyword in node.keywords})
+                signature.bind(
+                    *node.args, **{keyword.arg: keyword.value for keyword in node.keywords}
+                )
             except TypeError as error:
                 self.faults.append(f"{ast.unparse(node.func)}(): {error}")
         return sorted(set(self.faults))
@@ -114,20 +141,39 @@ class Page:
 
 def read(sources: list[str]) -> list[str]:
     """Return the code of a page's cells, and that of each file of Python that a cell writes."""
-    transform = TransformerManager().transform_cell  # lines with % and ! become calls of IPython's own
+    # Lines with % and ! become calls of IPython's own.
+    transform = TransformerManager().transform_cell
     whole = [source for source in sources if not source.startswith("%%")]
     files = [source.partition("\n")[2] for source in sources if source.startswith("%%writefile")]
     return [transform("\n".join(whole)), *files]
 
 
-@pytest.mark.parametrize(("code", "fault"), [
-    ("import mlflow\nmlflow.transformer.log_model()", "mlflow.transformer: there is no transformer"),
-    ("import mlflow\nmlflow.log_metric('a')", "mlflow.log_metric(): missing a required argument: 'value'"),
-    ("import mlflow\nwith mlflow.start_run(run_nam='a'): ...", "mlflow.start_run(): got an unexpected keyword"),
-    ("from mlflow import MlflowClient\nclient = MlflowClient()\nclient.set_alias('a')", "client.set_alias(): MlflowCl"),
-    ("from mlflow import MlflowClient\nMlflowClient().get_run()", "get_run(): missing a required argument: 'run_id'"),
-    ("from helpers import prepare", "from helpers import prepare: "),
-])
+@pytest.mark.parametrize(
+    ("code", "fault"),
+    [
+        (
+            "import mlflow\nmlflow.transformer.log_model()",
+            "mlflow.transformer: there is no transformer",
+        ),
+        (
+            "import mlflow\nmlflow.log_metric('a')",
+            "mlflow.log_metric(): missing a required argument: 'value'",
+        ),
+        (
+            "import mlflow\nwith mlflow.start_run(run_nam='a'): ...",
+            "mlflow.start_run(): got an unexpected keyword",
+        ),
+        (
+            "from mlflow import MlflowClient\nclient = MlflowClient()\nclient.set_alias('a')",
+            "client.set_alias(): MlflowCl",
+        ),
+        (
+            "from mlflow import MlflowClient\nMlflowClient().get_run()",
+            "get_run(): missing a required argument: 'run_id'",
+        ),
+        ("from helpers import prepare", "from helpers import prepare: "),
+    ],
+)
 def test_a_call_that_cannot_work_is_noticed(code, fault):
     (found,) = Page(code).check()
     assert fault in found

@@ -1,6 +1,7 @@
 """What the UI and the client of MLflow can do to a store under a page, and what its checks say then.
 
-tests/nightly/test_store_states.py runs the cells of the pages on each of these states and on many more.
+tests/nightly/test_store_states.py runs the cells of the pages on each of these states and on many
+more.
 
 Run: python -m helpers test tests/unit/notebooks/test_store_states.py
 """
@@ -15,7 +16,14 @@ import pytest
 from support import refuses
 from support.small_model import make_stand, mend
 
-from course.execute import EXECUTION_TAG, Execution, _find_run, print_answers, print_page, read_answers
+from course.execute import (
+    EXECUTION_TAG,
+    Execution,
+    _find_run,
+    print_answers,
+    print_page,
+    read_answers,
+)
 from helpers import compare_figures
 from helpers.states import check_model, check_name, check_run
 
@@ -89,25 +97,39 @@ def test_a_command_prints_its_own_pages_answers_whatever_became_of_the_run(stand
 
     assert "not in the store any more; page: page.html" in printed()
     client.set_tag(stand.run_id, EXECUTION_TAG, "mine")
-    assert printed() == ("  The run of this page has no answers.csv with questions and answers.\n"
-                         "  the answer was too short to tell a speed; page: page.html\n")
+    assert printed() == (
+        "  The run of this page has no answers.csv with questions and answers.\n"
+        "  the answer was too short to tell a speed; page: page.html\n"
+    )
     client.log_text(stand.run_id, "question,answer\n1,042\nWho?,I and\n", "answers.csv")
     client.log_metric(stand.run_id, "tokens_per_second", 10.4)
     stand.log()  # newer, and no page's
     client.rename_experiment(experiment, "other")
-    client.delete_run(client.search_runs([experiment], f"tags.`{EXECUTION_TAG}` = 'mine'")[0].info.run_id)
+    client.delete_run(
+        client.search_runs([experiment], f"tags.`{EXECUTION_TAG}` = 'mine'")[0].info.run_id
+    )
     client.delete_experiment(experiment)
-    assert printed() == "  Q  1\n  A  042\n  Q  Who?\n  A  I and\n  10 tokens per second; page: page.html\n"
-    assert read_answers(_find_run("mine", client.tracking_uri))[0] == {"question": "1", "answer": "042"}
+    assert (
+        printed()
+        == "  Q  1\n  A  042\n  Q  Who?\n  A  I and\n  10 tokens per second; page: page.html\n"
+    )
+    assert read_answers(_find_run("mine", client.tracking_uri))[0] == {
+        "question": "1",
+        "answer": "042",
+    }
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, sys.float_info.max])
 def test_a_figure_that_is_none_has_no_row(value):
-    shown = compare_figures({"A": {"load_seconds": value, "disk_bytes": 1e6}, "B": {"load_seconds": 1.0}})
+    shown = compare_figures(
+        {"A": {"load_seconds": value, "disk_bytes": 1e6}, "B": {"load_seconds": 1.0}}
+    )
     assert [row[1] for row in shown.rows] == ["B", "A"]
     assert max(map(len, repr(shown).splitlines())) < 120
 
 
 def test_a_page_without_a_speed_is_compared_by_what_it_has():
-    shown = compare_figures({"A": {"load_seconds": 1.0}, "B": {"load_seconds": 2.0, "tokens_per_second": 5.0}})
+    shown = compare_figures(
+        {"A": {"load_seconds": 1.0}, "B": {"load_seconds": 2.0, "tokens_per_second": 5.0}}
+    )
     assert [row[1] for row in shown.rows] == ["A", "B", "B"]

@@ -25,8 +25,16 @@ def user(text):
 
 
 def completion(text):
-    return {"choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "length"}],
-            "usage": {"prompt_tokens": 3, "completion_tokens": len(text)}}
+    return {
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": text},
+                "finish_reason": "length",
+            }
+        ],
+        "usage": {"prompt_tokens": 3, "completion_tokens": len(text)},
+    }
 
 
 class Model:
@@ -39,7 +47,9 @@ class Model:
         texts = [messages[-1]["content"] for messages in conversations]
         self.asked.append(texts)
         if "refused" in texts:
-            raise MlflowException.invalid_parameter_value("messages has to be something else.\nAnd more.")
+            raise MlflowException.invalid_parameter_value(
+                "messages has to be something else.\nAnd more."
+            )
         if "breaks" in texts:
             raise ZeroDivisionError("a secret")
         if "busy" in texts:
@@ -51,14 +61,28 @@ class Model:
             raise RuntimeError("the engine is gone")
 
 
-@pytest.mark.parametrize("cell, asked", [
-    ("Hello", user("Hello")),
-    (" Hello\n", user(" Hello\n")),
-    ([{"role": "user", "content": "Hello"}], user("Hello")),
-    (pd.Series([[{"role": "user", "content": "Hello", "name": "x"}]]).to_numpy()[0], user("Hello")),
-    ([{"role": "user", "content": None}], user(None)),
-    ("", None), (" \n\t", None), (None, None), (float("nan"), None), (pd.NA, None), (pd.NaT, None), (b"Hello", None),
-    (7, None), ([], None)])
+@pytest.mark.parametrize(
+    "cell, asked",
+    [
+        ("Hello", user("Hello")),
+        (" Hello\n", user(" Hello\n")),
+        ([{"role": "user", "content": "Hello"}], user("Hello")),
+        (
+            pd.Series([[{"role": "user", "content": "Hello", "name": "x"}]]).to_numpy()[0],
+            user("Hello"),
+        ),
+        ([{"role": "user", "content": None}], user(None)),
+        ("", None),
+        (" \n\t", None),
+        (None, None),
+        (float("nan"), None),
+        (pd.NA, None),
+        (pd.NaT, None),
+        (b"Hello", None),
+        (7, None),
+        ([], None),
+    ],
+)
 def test_a_cell_is_a_text_or_a_list_of_messages(cell, asked):
     assert read_messages(cell) == asked
     before = [{"role": "system", "content": "Be brief."}]
@@ -69,29 +93,55 @@ def test_a_list_with_a_null_in_it_is_that_rows_error():
     with pytest.raises(ServiceError, match="A message is null"):
         read_messages([None, {"role": "user", "content": "Hello"}])
     rows = answer_rows([[None], "text"], "", (model := Model()).complete, model.check)
-    assert [(row["status"], row["reason"]) for row in rows] == [("error", "A message is null."), ("ok", "")]
+    assert [(row["status"], row["reason"]) for row in rows] == [
+        ("error", "A message is null."),
+        ("ok", ""),
+    ]
 
 
 BAD = {
     None: "There is nothing to ask: the cell is empty or null.",
     "refused": "messages has to be something else.",
     "breaks": "The model failed on this row: ZeroDivisionError.",
-    "busy": "The model failed on this row: MlflowException."}
+    "busy": "The model failed on this row: MlflowException.",
+}
 
 
-@pytest.mark.parametrize(("bad", "places", "at_once"), [
-    *((bad, (2, 3), at_once) for bad in BAD for at_once in (1, 64)),
-    *(("refused", places, at_once) for places in ((0,), (4,), (0, 1, 2, 3, 4)) for at_once in (1, 2, 5))])
+@pytest.mark.parametrize(
+    ("bad", "places", "at_once"),
+    [
+        *((bad, (2, 3), at_once) for bad in BAD for at_once in (1, 64)),
+        *(
+            ("refused", places, at_once)
+            for places in ((0,), (4,), (0, 1, 2, 3, 4))
+            for at_once in (1, 2, 5)
+        ),
+    ],
+)
 def test_a_bad_row_is_the_only_one_that_changes(bad, places, at_once):
     reason = BAD[bad]
     texts = [bad if place in places else f"text {place}" for place in range(5)]
     rows = answer_rows(texts, "", (model := Model()).complete, model.check, at_once)
     for place, row in enumerate(rows):
-        assert row == ({"answer": "", "status": "error", "reason": reason, "finish_reason": "", "prompt_tokens": 0,
-                        "completion_tokens": 0}
-                       if place in places else
-                       {"answer": f"TEXT {place}", "status": "ok", "reason": "", "finish_reason": "length",
-                        "prompt_tokens": 3, "completion_tokens": 6})
+        assert row == (
+            {
+                "answer": "",
+                "status": "error",
+                "reason": reason,
+                "finish_reason": "",
+                "prompt_tokens": 0,
+                "completion_tokens": 0,
+            }
+            if place in places
+            else {
+                "answer": f"TEXT {place}",
+                "status": "ok",
+                "reason": "",
+                "finish_reason": "length",
+                "prompt_tokens": 3,
+                "completion_tokens": 6,
+            }
+        )
 
 
 def test_rows_of_similar_length_go_together():
@@ -104,7 +154,13 @@ def test_rows_of_similar_length_go_together():
 
 def test_one_bad_row_of_many_costs_few_calls():
     model = Model()
-    answer_rows(["refused" if place == 40 else "text" for place in range(64)], "", model.complete, model.check, 64)
+    answer_rows(
+        ["refused" if place == 40 else "text" for place in range(64)],
+        "",
+        model.complete,
+        model.check,
+        64,
+    )
     assert len(model.asked) == 13  # it, and at each of six halvings two
 
 
@@ -126,41 +182,118 @@ def test_a_model_that_answers_too_few_is_no_answer():
 # --- errors ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("error, what, named", [
-    ("java.io.IOException: No space left on device\n at x", "A disk is full.", "Make room"),
-    ("OSError: [Errno 122] Disk quota exceeded", "A disk is full.", "Make room"),
-    ("ExecutorLostFailure: Command exited with code 137", "A worker ran out of memory.",
-     "spark.executor.memoryOverhead"),
-    ("numpy ... MemoryError: Unable to allocate", "A worker ran out of memory.", "spark.executor.pyspark.memory"),
-    ("ImportError: core.so: failed to map segment from shared object", "A worker ran out of memory.",
-     "spark.executor.pyspark.memory"),
-    ("o1.parquet: SparkException: Python worker exited unexpectedly (crashed)", "A worker's Python was ended",
-     "spark.executor.pyspark.memory"),
-    ("java.lang.OutOfMemoryError: Java heap space", "A worker ran out of memory.", "spark.executor.memory"),
-    ("Job 3 cancelled as part of cancellation of all jobs", "The cluster's master is lost.", "Start the master"),
-    ("Job aborted: All masters are unresponsive! Giving up.", "The cluster's master is lost.", "Start the master"),
-    ("Cannot call methods on a stopped SparkContext.", "The cluster's master is lost.", "Start the master"),
-    ("ModuleNotFoundError: No module named 'mlflow'", "A worker's Python lacks", "what the model requires"),
-    ("[PYTHON_VERSION_MISMATCH] Python in worker", "The workers' Python is of another", "same version"),
-    ("Connection refused: the artifact store", "The job failed: Connection refused", "logs of the executors"),
-    ("An error occurred while calling o1.parquet.\n: org.x.Wrapper: y\n at z\nCaused by: java.a: The reason.\n at q",
-     "The job failed: java.a: The reason.", "logs of the executors"),
-    ("[JAVA_GATEWAY_EXITED] Java gateway process exited", "Spark's Java program did not start.", "--conf"),
-    ("Py4JNetworkError: Answer from Java side is empty", "Spark's Java program on this machine has ended",
-     "spark.driver.memory"),
-    ("Container killed by YARN for exceeding physical memory limits", "A worker ran out of memory.",
-     "spark.executor.memoryOverhead"),
-    ("[FAILED_READ_FILE.CANNOT_READ_FILE_FOOTER] Encountered error while reading file file:///a/README.md. Could not",
-     "Spark can't read the file file:///a/README.md.", "take it out"),
-    ("[FAILED_READ_FILE.PARQUET_COLUMN_DATA_TYPE_MISMATCH] Encountered error while reading file file:///a/b.parquet. "
-     "Data type mismatches when reading Parquet column [prompt]. Expected", "The column prompt has another type", "one "
-     "type"),
-    ("Caused by: java.lang.RuntimeException: file:/a b/c.parquet is not a Parquet file. Expected magic number",
-     "Spark can't read the file file:/a b/c.parquet.", "take it out"),
-    ("[PARQUET_TYPE_ILLEGAL] Illegal Parquet type: INT64 (TIMESTAMP(NANOS,false)). SQLSTATE: 42846",
-     "The input has a column of a type that Spark can't read: INT64 (TIMESTAMP(NANOS,false)).", "microseconds"),
-    ("\nSomething else.\n at y", "The job failed: Something else.", "goes on with the rows that are missing"),
-    ("", "The job failed: Spark gives no reason.", "goes on")])
+@pytest.mark.parametrize(
+    "error, what, named",
+    [
+        ("java.io.IOException: No space left on device\n at x", "A disk is full.", "Make room"),
+        ("OSError: [Errno 122] Disk quota exceeded", "A disk is full.", "Make room"),
+        (
+            "ExecutorLostFailure: Command exited with code 137",
+            "A worker ran out of memory.",
+            "spark.executor.memoryOverhead",
+        ),
+        (
+            "numpy ... MemoryError: Unable to allocate",
+            "A worker ran out of memory.",
+            "spark.executor.pyspark.memory",
+        ),
+        (
+            "ImportError: core.so: failed to map segment from shared object",
+            "A worker ran out of memory.",
+            "spark.executor.pyspark.memory",
+        ),
+        (
+            "o1.parquet: SparkException: Python worker exited unexpectedly (crashed)",
+            "A worker's Python was ended",
+            "spark.executor.pyspark.memory",
+        ),
+        (
+            "java.lang.OutOfMemoryError: Java heap space",
+            "A worker ran out of memory.",
+            "spark.executor.memory",
+        ),
+        (
+            "Job 3 cancelled as part of cancellation of all jobs",
+            "The cluster's master is lost.",
+            "Start the master",
+        ),
+        (
+            "Job aborted: All masters are unresponsive! Giving up.",
+            "The cluster's master is lost.",
+            "Start the master",
+        ),
+        (
+            "Cannot call methods on a stopped SparkContext.",
+            "The cluster's master is lost.",
+            "Start the master",
+        ),
+        (
+            "ModuleNotFoundError: No module named 'mlflow'",
+            "A worker's Python lacks",
+            "what the model requires",
+        ),
+        (
+            "[PYTHON_VERSION_MISMATCH] Python in worker",
+            "The workers' Python is of another",
+            "same version",
+        ),
+        (
+            "Connection refused: the artifact store",
+            "The job failed: Connection refused",
+            "logs of the executors",
+        ),
+        (
+            "An error occurred while calling o1.parquet.\n: org.x.Wrapper: y\n at z\n"
+            "Caused by: java.a: The reason.\n at q",
+            "The job failed: java.a: The reason.",
+            "logs of the executors",
+        ),
+        (
+            "[JAVA_GATEWAY_EXITED] Java gateway process exited",
+            "Spark's Java program did not start.",
+            "--conf",
+        ),
+        (
+            "Py4JNetworkError: Answer from Java side is empty",
+            "Spark's Java program on this machine has ended",
+            "spark.driver.memory",
+        ),
+        (
+            "Container killed by YARN for exceeding physical memory limits",
+            "A worker ran out of memory.",
+            "spark.executor.memoryOverhead",
+        ),
+        (
+            "[FAILED_READ_FILE.CANNOT_READ_FILE_FOOTER] Encountered error while reading file "
+            "file:///a/README.md. Could not",
+            "Spark can't read the file file:///a/README.md.",
+            "take it out",
+        ),
+        (
+            "[FAILED_READ_FILE.PARQUET_COLUMN_DATA_TYPE_MISMATCH] Encountered error while reading file "
+            "file:///a/b.parquet. "
+            "Data type mismatches when reading Parquet column [prompt]. Expected",
+            "The column prompt has another type",
+            "one type",
+        ),
+        (
+            "Caused by: java.lang.RuntimeException: file:/a b/c.parquet is not a Parquet file. Expected magic number",
+            "Spark can't read the file file:/a b/c.parquet.",
+            "take it out",
+        ),
+        (
+            "[PARQUET_TYPE_ILLEGAL] Illegal Parquet type: INT64 (TIMESTAMP(NANOS,false)). SQLSTATE: 42846",
+            "The input has a column of a type that Spark can't read: INT64 (TIMESTAMP(NANOS,false)).",
+            "microseconds",
+        ),
+        (
+            "\nSomething else.\n at y",
+            "The job failed: Something else.",
+            "goes on with the rows that are missing",
+        ),
+        ("", "The job failed: Spark gives no reason.", "goes on"),
+    ],
+)
 def test_a_failure_of_spark_is_two_sentences(error, what, named):
     told = to_batch_error(Exception(error))
     assert told.what.startswith(what) and named in told.fix
@@ -169,17 +302,30 @@ def test_a_failure_of_spark_is_two_sentences(error, what, named):
 
 
 def test_a_refused_connection_is_javas_here_and_a_models_on_a_worker():
-    assert "Spark's Java program on this machine has ended" in to_batch_error(ConnectionRefusedError("111")).what
+    assert (
+        "Spark's Java program on this machine has ended"
+        in to_batch_error(ConnectionRefusedError("111")).what
+    )
     on_worker = Exception(
         "Caused by: PythonException: Traceback (most recent call last):\n  File a, line 1\n    ask()\n"
-        "ConnectionRefusedError: [Errno 111] Connection refused\n\n\tat org.apache.spark")
+        "ConnectionRefusedError: [Errno 111] Connection refused\n\n\tat org.apache.spark"
+    )
     assert to_batch_error(on_worker).what == (
-        "The job failed: ConnectionRefusedError: [Errno 111] Connection refused.")
+        "The job failed: ConnectionRefusedError: [Errno 111] Connection refused."
+    )
 
 
-@pytest.mark.parametrize("said, number", [
-    ('openjdk version "17.0.15" 2025-04-15\nOpenJDK Runtime', 17), ('java version "1.8.0_381"', 8),
-    ('openjdk version "21" 2023-09-19', 21), ('openjdk version "25-ea"', 25), ("sh: no such thing", 0), ("", 0)])
+@pytest.mark.parametrize(
+    "said, number",
+    [
+        ('openjdk version "17.0.15" 2025-04-15\nOpenJDK Runtime', 17),
+        ('java version "1.8.0_381"', 8),
+        ('openjdk version "21" 2023-09-19', 21),
+        ('openjdk version "25-ea"', 25),
+        ("sh: no such thing", 0),
+        ("", 0),
+    ],
+)
 def test_a_java_says_its_number(said, number):
     assert read_java_version(said) == number
 
@@ -193,8 +339,15 @@ def java(folder, said):
     return str(program.parents[1])
 
 
-@pytest.mark.parametrize("version, what", [
-    ("17.0.1", None), ("1.8.0_381", "this one is 8"), ("11.0.2", "this one is 11"), ("", "of no known version")])
+@pytest.mark.parametrize(
+    "version, what",
+    [
+        ("17.0.1", None),
+        ("1.8.0_381", "this one is 8"),
+        ("11.0.2", "this one is 11"),
+        ("", "of no known version"),
+    ],
+)
 def test_a_java_that_is_too_old_is_refused(version, what, tmp_path, monkeypatch):
     (tmp_path / "pyspark").mkdir()
     monkeypatch.syspath_prepend(tmp_path)
@@ -228,12 +381,21 @@ def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
         batch_cluster.check_installation()
 
 
-@pytest.mark.parametrize("master, what", [
-    ("local[2]", "not the address of"), ("local-cluster[2,1,1024]", "not the address of"), ("", "not the address of"),
-    ("yarn-ish", "not the address of a cluster"),
-    ("spark://127.0.0.1:1", "No Spark master answers"), ("spark://127.0.0.1", "No Spark master answers"),
-    ("spark://:x", "No Spark master answers"), ("spark://127.0.0.1:1,127.0.0.1:2", "No Spark master answers"),
-    ("yarn", None), ("k8s://https://127.0.0.1:1", None)])
+@pytest.mark.parametrize(
+    "master, what",
+    [
+        ("local[2]", "not the address of"),
+        ("local-cluster[2,1,1024]", "not the address of"),
+        ("", "not the address of"),
+        ("yarn-ish", "not the address of a cluster"),
+        ("spark://127.0.0.1:1", "No Spark master answers"),
+        ("spark://127.0.0.1", "No Spark master answers"),
+        ("spark://:x", "No Spark master answers"),
+        ("spark://127.0.0.1:1,127.0.0.1:2", "No Spark master answers"),
+        ("yarn", None),
+        ("k8s://https://127.0.0.1:1", None),
+    ],
+)
 def test_a_master_is_a_cluster_that_answers(master, what):
     if what:
         with pytest.raises(batch_cluster.BatchError, match=what):
@@ -242,17 +404,33 @@ def test_a_master_is_a_cluster_that_answers(master, what):
         batch_cluster.check_master(master)
 
 
-@pytest.mark.parametrize(("looks", "lost"), [
-    ([], False), ([(False, 0)] * 3, False), ([(False, 0)] * 4, True), ([(True, 2)] * 9 + [(False, 0)] * 4, True),
-    ([(True, 0)] * 9, False), ([(False, 1)] * 9, False), ([(False, 0)] * 4 + [(True, 0)], False),
-    ([(False, 0), (False, 0), (False, 1), (False, 0)], False)])
+@pytest.mark.parametrize(
+    ("looks", "lost"),
+    [
+        ([], False),
+        ([(False, 0)] * 3, False),
+        ([(False, 0)] * 4, True),
+        ([(True, 2)] * 9 + [(False, 0)] * 4, True),
+        ([(True, 0)] * 9, False),
+        ([(False, 1)] * 9, False),
+        ([(False, 0)] * 4 + [(True, 0)], False),
+        ([(False, 0), (False, 0), (False, 1), (False, 0)], False),
+    ],
+)
 def test_a_cluster_is_lost_when_nobody_was_there_for_a_while(looks, lost):
     assert batch_cluster.is_lost(looks) is lost
 
 
-@pytest.mark.parametrize("words", [
-    ["in"], ["in", "out"], ["in", "out", "--master", "yarn", "--max-tokens", "0"],
-    ["in", "out", "--master", "yarn", "--rows-per-task", "x"], ["in", "out", "--mas", "yarn"]])
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["in"],
+        ["in", "out"],
+        ["in", "out", "--master", "yarn", "--max-tokens", "0"],
+        ["in", "out", "--master", "yarn", "--rows-per-task", "x"],
+        ["in", "out", "--mas", "yarn"],
+    ],
+)
 def test_words_that_are_no_command_are_refused(words, capsys):
     with pytest.raises(SystemExit) as ended:
         read_options(words)
@@ -264,9 +442,15 @@ def test_settings_have_a_name_and_a_value():
         batch_cluster.spark_config("spark://127.0.0.1:1", ["spark.executor.memory"])
 
 
-@pytest.mark.parametrize("master, host", [
-    ("spark://127.0.0.1:7077", "127.0.0.1"), ("spark://localhost:7077", "127.0.0.1"), ("spark://master:7077", None),
-    ("yarn", None)])
+@pytest.mark.parametrize(
+    "master, host",
+    [
+        ("spark://127.0.0.1:7077", "127.0.0.1"),
+        ("spark://localhost:7077", "127.0.0.1"),
+        ("spark://master:7077", None),
+        ("yarn", None),
+    ],
+)
 def test_a_driver_listens_on_loopback_where_its_master_does(master, host):
     settings = batch_cluster.spark_config(master, ["spark.log.level=WARN", "a=b=c"])
     assert settings.get("spark.driver.host") == settings.get("spark.driver.bindAddress") == host
@@ -285,7 +469,10 @@ class Files:
 
     def Path(self, path):  # noqa: N802
         return SimpleNamespace(
-            name=path, getFileSystem=lambda configuration: self, suffix=lambda end: self.Path(path + end))
+            name=path,
+            getFileSystem=lambda configuration: self,
+            suffix=lambda end: self.Path(path + end),
+        )
 
     def hadoopConfiguration(self):  # noqa: N802
         return None
@@ -315,7 +502,10 @@ def test_a_second_driver_is_refused_while_the_first_gives_signs_of_life(monkeypa
     first, second = (batch_cluster.DriverLock(files, "out") for _ in range(2))
     first.acquire()
     monkeypatch.setattr(batch_cluster.time, "sleep", lambda seconds: first.beat())
-    with pytest.raises(batch_cluster.BatchError, match=f"Another run writes to this output: process {os.getpid()} on"):
+    with pytest.raises(
+        batch_cluster.BatchError,
+        match=f"Another run writes to this output: process {os.getpid()} on",
+    ):
         second.acquire()
     second.release()
     assert first.beat()
@@ -331,7 +521,10 @@ def test_a_driver_takes_over_from_one_that_gives_no_sign(monkeypatch):
     first.acquire()
     monkeypatch.setattr(batch_cluster.time, "sleep", slept.append)
     second.acquire()
-    assert slept == [batch_cluster.SILENT_BEATS * batch_cluster.BEAT_SECONDS, batch_cluster.BEAT_SECONDS]
+    assert slept == [
+        batch_cluster.SILENT_BEATS * batch_cluster.BEAT_SECONDS,
+        batch_cluster.BEAT_SECONDS,
+    ]
     assert second.beat() and not first.beat()  # the first was only stopped, and has to end now
     first.release()
     assert second.beat()

@@ -41,7 +41,10 @@ def saved(tiny, tmp_path_factory):
     """Return the folder of the model as MLflow keeps it, whose name is not plain."""
     folder = tmp_path_factory.mktemp("störe 1") / "slm-onnx"
     mlflow.pyfunc.save_model(
-        folder, **chat_model_for(tiny, model="toy", max_tokens=16), input_example={"messages": user("Hi")})
+        folder,
+        **chat_model_for(tiny, model="toy", max_tokens=16),
+        input_example={"messages": user("Hi")},
+    )
     return str(folder)
 
 
@@ -78,7 +81,10 @@ def test_the_answer_is_an_openai_completion(model):
     (choice,) = first["choices"]
     assert set(choice) == {"index", "message", "finish_reason"}
     assert choice["message"]["role"] == "assistant"
-    assert first["usage"]["total_tokens"] == first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
+    assert (
+        first["usage"]["total_tokens"]
+        == first["usage"]["prompt_tokens"] + first["usage"]["completion_tokens"]
+    )
     assert json.loads(json.dumps(first)) == first
     assert {column.name for column in SIGNATURE.outputs} == set(first)
 
@@ -94,26 +100,37 @@ def test_rows_may_come_as_a_dict_a_list_or_a_table(model):
     table = pd.DataFrame({"messages": [user(text) for text in ASKED]}, index=[5, 5, 3, 2, 1, 0])
     assert [row["choices"] for row in model.predict(requests)] == expected
     assert [row["choices"] for row in model.predict(table)] == expected
-    arrays = pd.DataFrame({"messages": [np.array(user(text), dtype=object) for text in ASKED]})  # as Spark gives them
+    # As Spark gives them.
+    arrays = pd.DataFrame({"messages": [np.array(user(text), dtype=object) for text in ASKED]})
     assert [row["choices"] for row in model.predict(arrays)] == expected
     assert model.predict(table[:0]) == []
 
 
 def test_every_field_passes_the_signature_and_acts_as_it_does_without(model):
     raw = model.unwrap_python_model()
-    requests = [*mixed_requests(), AS_SHOWN | {"temperature": 2, "seed": 1},
-                AS_SHOWN | {"stop": ["a", "e"], "top_k": 5.0}]
+    requests = [
+        *mixed_requests(),
+        AS_SHOWN | {"temperature": 2, "seed": 1},
+        AS_SHOWN | {"stop": ["a", "e"], "top_k": 5.0},
+    ]
     through = [completion["choices"] for completion in model.predict(requests)]
     assert through == [completion["choices"] for completion in raw.predict(None, requests)]
     for request in requests[:3]:
         streamed = deltas(model.predict_stream(request), request.get("n", 1))
-        assert "".join(text for text, place in streamed if place == 0) == contents(model.predict(request)[0])[0]
-    *_, last = model.predict_stream(AS_SHOWN | {"stream": True, "stream_options": {"include_usage": True}})
+        assert (
+            "".join(text for text, place in streamed if place == 0)
+            == contents(model.predict(request)[0])[0]
+        )
+    *_, last = model.predict_stream(
+        AS_SHOWN | {"stream": True, "stream_options": {"include_usage": True}}
+    )
     assert last["usage"] == model.predict(AS_SHOWN | {"stream": False})[0]["usage"]
 
 
 def test_a_row_has_its_own_parameters_and_a_gap_is_the_default(model, before):
-    table = pd.DataFrame([AS_SHOWN | {"max_tokens": 3}, AS_SHOWN | {"stop": ["a"], "n": 2}, AS_SHOWN])
+    table = pd.DataFrame(
+        [AS_SHOWN | {"max_tokens": 3}, AS_SHOWN | {"stop": ["a"], "n": 2}, AS_SHOWN]
+    )
     answers = model.predict(table)
     assert answers[0]["usage"]["completion_tokens"] == 3
     assert [len(row["choices"]) for row in answers] == [1, 2, 1]
@@ -125,7 +142,9 @@ def test_settings_change_at_load(saved, model, before):
     (completion,) = short.predict(AS_SHOWN)
     assert (completion["model"], completion["usage"]["completion_tokens"]) == ("other", 4)
     short.unwrap_python_model().close()
-    with pytest.raises(MlflowException, match="model_config's temperature has to be a number from 0 to 2") as refusal:
+    with pytest.raises(
+        MlflowException, match="model_config's temperature has to be a number from 0 to 2"
+    ) as refusal:
         mlflow.pyfunc.load_model(saved, model_config={"temperature": 5})
     assert refusal.value.error_code == "INVALID_PARAMETER_VALUE"
     assert model.predict(AS_SHOWN)[0]["choices"] == before  # another model in the same process
@@ -142,10 +161,14 @@ def check_refusal(refusal, says):
 # One request for each code of a Refusal that a request may cause; `test_contract.py` has the table.
 CODES = {
     "invalid_value": ({"temperature": SECRET}, "temperature has to be a number from 0 to 2."),
-    "unknown_field": ({"messages": [user("a")[0] | {SECRET: 1}]}, (
-        f"messages[0] holds a field that is not served. The fields are: {MESSAGE_FIELDS}.")),
-    "context_length_exceeded": ({"messages": user(f"{SECRET} " * 3000)}, (
-        "messages has to be fewer than 4096 tokens, the model's context.")),
+    "unknown_field": (
+        {"messages": [user("a")[0] | {SECRET: 1}]},
+        (f"messages[0] holds a field that is not served. The fields are: {MESSAGE_FIELDS}."),
+    ),
+    "context_length_exceeded": (
+        {"messages": user(f"{SECRET} " * 3000)},
+        ("messages has to be fewer than 4096 tokens, the model's context."),
+    ),
     "a table without columns": ({}, MESSAGES),
 }
 
@@ -166,10 +189,15 @@ def test_bad_input_is_refused_by_name_and_the_next_request_is_answered(model, be
     assert model.predict(AS_SHOWN)[0]["choices"] == before
 
 
-def test_what_mlflow_itself_refuses_is_not_quoted_where_a_server_says_so(model, before, monkeypatch):
+def test_what_mlflow_itself_refuses_is_not_quoted_where_a_server_says_so(
+    model, before, monkeypatch
+):
     monkeypatch.setenv("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
-    for request in ({"messages": user(SECRET), "stream_options": 5}, [{"messages": user(SECRET)}, None],
-                    {"messages": user(SECRET), "stream_options": {SECRET: 1}}):
+    for request in (
+        {"messages": user(SECRET), "stream_options": 5},
+        [{"messages": user(SECRET)}, None],
+        {"messages": user(SECRET), "stream_options": {SECRET: 1}},
+    ):
         for ask in (model.predict, lambda request: list(model.predict_stream(request))):
             with pytest.raises(MlflowException) as refusal:
                 ask(request)
@@ -182,16 +210,23 @@ def test_an_unknown_field_is_left_out_with_a_warning(model, before, mlflow_log):
     assert model.predict(AS_SHOWN | {"verbosity": [SECRET]})[0]["choices"] == before
     (record,) = mlflow_log.records
     assert record.levelname == "WARNING"
-    assert "not defined in the model signature: `['verbosity']`. These inputs will be ignored." in record.getMessage()
+    assert (
+        "not defined in the model signature: `['verbosity']`. These inputs will be ignored."
+        in record.getMessage()
+    )
     assert SECRET not in record.getMessage()
 
 
-def test_what_clients_send_by_habit_passes_the_signature_and_changes_nothing(model, before, mlflow_log):
+def test_what_clients_send_by_habit_passes_the_signature_and_changes_nothing(
+    model, before, mlflow_log
+):
     habits = {name: harmless[0] for name, _, harmless, _ in HABITS}
     assert model.predict(AS_SHOWN | habits)[0]["choices"] == before
     assert model.predict(AS_SHOWN | dict.fromkeys(habits))[0]["choices"] == before
     # In a table, a row that has none is a gap.
-    assert [row["choices"] for row in model.predict(pd.DataFrame([AS_SHOWN, AS_SHOWN | habits]))] == [before] * 2
+    assert [
+        row["choices"] for row in model.predict(pd.DataFrame([AS_SHOWN, AS_SHOWN | habits]))
+    ] == [before] * 2
     assert not [record for record in mlflow_log.records if "will be ignored" in record.getMessage()]
 
 
@@ -200,21 +235,35 @@ def test_a_refusal_keeps_its_parts_through_mlflow(model):
         model.predict(AS_SHOWN | {"tools": [A_TOOL]})
     body = json.loads(refusal.value.serialize_as_json())
     assert body["message"] == "tools has to be empty or left out."
-    assert (body["field"], body["code"], body["allowed"]) == ("tools", "invalid_value", "empty or left out")
+    assert (body["field"], body["code"], body["allowed"]) == (
+        "tools",
+        "invalid_value",
+        "empty or left out",
+    )
     with pytest.raises(MlflowException) as refusal:
         model.predict({"messages": user("x" * 100_000_000)})
     assert (refusal.value.field, refusal.value.code) == ("messages", "context_length_exceeded")
 
 
 def test_what_openais_clients_send_passes_the_signature(model):
-    plain = [{"role": "system", "content": "Be brief.\nBe kind."}, *user("Capital?"),
-             {"role": "assistant", "content": "Paris."}, *user("And of Italy?")]
-    sent = [{"role": "developer", "content": parts("Be brief.", "Be kind.")}, plain[1] | {"name": "Bob"}, SENT_BACK,
-            *user(parts("And of Italy?"))]
+    plain = [
+        {"role": "system", "content": "Be brief.\nBe kind."},
+        *user("Capital?"),
+        {"role": "assistant", "content": "Paris."},
+        *user("And of Italy?"),
+    ]
+    sent = [
+        {"role": "developer", "content": parts("Be brief.", "Be kind.")},
+        plain[1] | {"name": "Bob"},
+        SENT_BACK,
+        *user(parts("And of Italy?")),
+    ]
     expected = model.predict({"messages": plain, "max_tokens": 9})[0]["choices"]
-    for fields in ({"max_completion_tokens": 9},
-                   {"max_completion_tokens": 9, "max_tokens": 9, "response_format": {"type": "text"}},
-                   {"max_tokens": 9, "response_format": None, "model": "gpt-4.1", "user": "Bob"}):
+    for fields in (
+        {"max_completion_tokens": 9},
+        {"max_completion_tokens": 9, "max_tokens": 9, "response_format": {"type": "text"}},
+        {"max_tokens": 9, "response_format": None, "model": "gpt-4.1", "user": "Bob"},
+    ):
         request = {"messages": sent} | fields
         assert model.predict(request)[0]["choices"] == expected
         table = pd.DataFrame([request, {"messages": plain, "max_tokens": 9}])
@@ -224,20 +273,32 @@ def test_what_openais_clients_send_passes_the_signature(model):
 
 
 def test_an_answer_in_json_passes_the_signature(model):
-    shape = schema({"type": "object", "properties": {"ok": {"type": "boolean"}}, "required": ["ok"],
-                    "additionalProperties": False})
+    shape = schema(
+        {
+            "type": "object",
+            "properties": {"ok": {"type": "boolean"}},
+            "required": ["ok"],
+            "additionalProperties": False,
+        }
+    )
     (completion,) = model.predict(AS_SHOWN | shape | {"max_tokens": 60})
     assert json.loads(contents(completion)[0]) in ({"ok": True}, {"ok": False})
     assert completion["choices"][0]["finish_reason"] == "stop"
 
 
 def test_a_gap_is_a_number_that_is_not_given_and_none_is_refused(model, before):
-    for ask in (lambda request: model.unwrap_python_model().predict(None, request),
-                lambda request: list(model.predict_stream(request))):
-        with pytest.raises(MlflowException, match=r"^temperature has to be a number from 0 to 2\.$"):
+    for ask in (
+        lambda request: model.unwrap_python_model().predict(None, request),
+        lambda request: list(model.predict_stream(request)),
+    ):
+        with pytest.raises(
+            MlflowException, match=r"^temperature has to be a number from 0 to 2\.$"
+        ):
             ask(AS_SHOWN | {"temperature": math.nan})
     # A table's last batch may be one row with a gap: it is answered as it would be beside others.
-    assert model.predict(pd.DataFrame([AS_SHOWN | {"temperature": math.nan}]))[0]["choices"] == before
+    assert (
+        model.predict(pd.DataFrame([AS_SHOWN | {"temperature": math.nan}]))[0]["choices"] == before
+    )
 
 
 def test_null_rows_among_good_ones_are_named_and_nothing_runs(model, before):

@@ -24,7 +24,9 @@ BODY = b"x" * 20_000_000  # more than the system's buffers hold
 def address():
     """Serve a long answer, which a caller has a second to read; return the server's address."""
     app = Starlette(routes=[Route("/", lambda request: Response(BODY))])
-    server = uvicorn.Server(uvicorn.Config(app, http=make_protocol(1), log_level="error", lifespan="off"))
+    server = uvicorn.Server(
+        uvicorn.Config(app, http=make_protocol(1), log_level="error", lifespan="off")
+    )
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=server.run, args=[[listener]])
         thread.start()

@@ -58,15 +58,21 @@ def alone(decoder, prompt, count):
 @pytest.mark.parametrize("seed", range(4))
 def test_rows_that_join_and_leave_at_random_get_the_logits_that_they_get_alone(decoder, seed):
     chance = random.Random(seed)
-    prompts = [prompt_of(chance.choice((2, 5, 31, 33, 64, 65, 100, 129)), chance.random()) for _ in range(14)]
+    prompts = [
+        prompt_of(chance.choice((2, 5, 31, 33, 64, 65, 100, 129)), chance.random())
+        for _ in range(14)
+    ]
     counts = [chance.randrange(1, 25) for _ in prompts]
     expected = [alone(decoder, *job) for job in zip(prompts, counts, strict=True)]
-    waiting, running = list(range(len(prompts))), []  # running: (number of the prompt, tokens so far), slot by slot
+    # Running: (number of the prompt, tokens so far), slot by slot.
+    waiting, running = list(range(len(prompts))), []
     compared = 0
     while waiting or running:
         if waiting and len(running) < 8 and chance.random() < 0.5:
             number = waiting.pop()
-            assert np.array_equal(read(decoder, len(running), prompts[number]), expected[number][0][0])
+            assert np.array_equal(
+                read(decoder, len(running), prompts[number]), expected[number][0][0]
+            )
             running.append([number, 0])
         if not running:
             continue
@@ -80,7 +86,9 @@ def test_rows_that_join_and_leave_at_random_get_the_logits_that_they_get_alone(d
             if running[slot][1] == counts[running[slot][0]]:
                 last = len(running) - 1
                 if slot != last:
-                    decoder.swap(slot, last, lengths[slot], lengths[last], trim=chance.random() < 0.5)
+                    decoder.swap(
+                        slot, last, lengths[slot], lengths[last], trim=chance.random() < 0.5
+                    )
                 running[slot] = running[last]
                 lengths[slot] = lengths[last]
                 running.pop()
@@ -136,7 +144,8 @@ def test_memory_is_taken_by_tokens_and_given_back(config):
 
 @pytest.mark.parametrize(("most", "slots"), [(16, 16), (15, 8), (3, 2), (1, 1), (0, None)])
 def test_a_system_with_less_memory_gets_fewer_slots(config, monkeypatch, most, slots):
-    reserve, one_slot = decoder_module._reserve_pages, 4 * 64 * 16 * 4  # heads, room, head size, bytes
+    # Heads, room, head size, bytes.
+    reserve, one_slot = decoder_module._reserve_pages, 4 * 64 * 16 * 4
 
     def limited(size):
         if size > most * one_slot:
@@ -150,26 +159,42 @@ def test_a_system_with_less_memory_gets_fewer_slots(config, monkeypatch, most, s
     with pytest.raises(Refusal) as refusal:
         Decoder(config, threads=1, room=64)
     assert refusal.value.message == (
-        "The system has no memory for a cache of 64 tokens. Load the model with a smaller cache_tokens.")
+        "The system has no memory for a cache of 64 tokens. Load the model with a smaller cache_tokens."
+    )
 
 
-OTHER_TENSORS = "its ONNX file has other inputs or outputs than tokens, a mask, logits and the cache"
+OTHER_TENSORS = (
+    "its ONNX file has other inputs or outputs than tokens, a mask, logits and the cache"
+)
 OTHER_SHAPE = "its ONNX file does not work with a cache of the shape that genai_config.json says"
 WRONG = {
     "a head size": ({"head_size": 32}, OTHER_SHAPE),
     "a vocabulary": ({"vocab_size": 100}, OTHER_SHAPE),
     "fewer layers": ({"layers": 1}, OTHER_TENSORS),
     "more layers": ({"layers": 3}, OTHER_TENSORS),
-    **{f"a name of {key}": ({"names": {key: f"other.{'%d.' if '%d' in name else ''}x"}}, OTHER_TENSORS)
-       for key, name in {"input_ids": "", "attention_mask": "", "logits": "", "past_key_names": "%d",
-                         "present_value_names": "%d"}.items()},
+    **{
+        f"a name of {key}": (
+            {"names": {key: f"other.{'%d.' if '%d' in name else ''}x"}},
+            OTHER_TENSORS,
+        )
+        for key, name in {
+            "input_ids": "",
+            "attention_mask": "",
+            "logits": "",
+            "past_key_names": "%d",
+            "present_value_names": "%d",
+        }.items()
+    },
 }
 
 
 @pytest.mark.parametrize("name", WRONG)
 def test_a_folder_whose_cache_is_another_than_it_says_is_refused(config, name):
     changes, says = WRONG[name]
-    changes = {field: config.names | value if field == "names" else value for field, value in changes.items()}
+    changes = {
+        field: config.names | value if field == "names" else value
+        for field, value in changes.items()
+    }
     with pytest.raises(Refusal) as refusal:
         Decoder(dataclasses.replace(config, **changes), threads=1, room=64)
     assert refusal.value.message == f"This folder is no model that can be served: {says}."

@@ -1,7 +1,7 @@
 """Many callers on one engine: answers begin and end at any step, share prompts, wait in order, and survive faults.
 
-The model is a stand-in whose tokens follow from all that its slot holds, so that each mistake with a slot is a wrong
-answer. `test_decoder.py` has the ONNX model.
+The model is a stand-in whose tokens follow from all that its slot holds, so that each mistake with
+a slot is a wrong answer. `test_decoder.py` has the ONNX model.
 
 Run: python -m helpers test tests/unit/serving/test_engine.py
 """
@@ -26,8 +26,15 @@ from serving.chat.engine import Engine, Row, count_cores, count_shared, end_piec
 from serving.chat.folder import Config
 from serving.chat.text import TextWriter
 
-CONFIG = Config(Path("model.onnx"), context_length=256, end_tokens=(0, 1), vocab_size=97, head_size=16, layers=2,
-                names={})
+CONFIG = Config(
+    Path("model.onnx"),
+    context_length=256,
+    end_tokens=(0, 1),
+    vocab_size=97,
+    head_size=16,
+    layers=2,
+    names={},
+)
 PIECE = 32  # twice the head size
 
 
@@ -56,6 +63,7 @@ def events(one):
 @pytest.fixture
 def start(monkeypatch, request):
     """Return a function that starts an engine on a stand-in decoder."""
+
     def start(**settings):
         monkeypatch.setattr(engine_module, "Decoder", StandInDecoder)
         engine = Engine(CONFIG, **{"max_waiting": 512} | settings)
@@ -75,8 +83,11 @@ def prompt_of(size, seed=0, same=0):
     """Return a prompt; the first ``same`` tokens are those of every other one."""
     chance = random.Random(seed)
     differs = [95 - seed % 50] if size > same else []  # the common ones go on with tokens below 42
-    return [2 + place % 40 for place in range(same)] + differs + [
-        chance.randrange(2, 97) for _ in range(size - same - 1)]
+    return (
+        [2 + place % 40 for place in range(same)]
+        + differs
+        + [chance.randrange(2, 97) for _ in range(size - same - 1)]
+    )
 
 
 def submit_and_hold(engine, decoder, rows, calls=0):
@@ -97,20 +108,39 @@ def check(*rows):
 # --- a row ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("tokens", "fields", "text", "count", "reason", "streamed"), [
-    ("ab\0", {}, "ab", 2, "stop", ["a", "b", "", None]),  # an end token is no token of the answer
-    ("ab\1", {}, "ab", 2, "stop", ["a", "b", "", None]),
-    ("\0", {}, "", 0, "stop", ["", None]),
-    ("abc", {"max_tokens": 3}, "abc", 3, "length", ["a", "b", "c", "", None]),
-    ("ab\0", {"max_tokens": 3}, "ab", 2, "stop", ["a", "b", "", None]),
-    ("a", {"max_tokens": 1}, "a", 1, "length", ["a", "", None]),
-    ("abcd", {"stop": ["cd"]}, "ab", 4, "stop", ["a", "b", "", "", None]),
-    ("abcd", {"stop": ["cd"], "max_tokens": 4}, "ab", 4, "stop", ["a", "b", "", "", None]),  # also at the last one
-    ("abc", {"stop": ["cd"], "max_tokens": 3}, "abc", 3, "length", ["a", "b", "", "c", None]),  # what was held back
-    ("abc\0", {"stop": ["cd"]}, "abc", 3, "stop", ["a", "b", "", "c", None]),
-    # Only its end makes the answer's last character certain, and this the stop string.
-    ("ab\ufffd", {"stop": ["b\ufffd"], "max_tokens": 3}, "a", 3, "stop", ["a", "", "", "", None]),
-])
+@pytest.mark.parametrize(
+    ("tokens", "fields", "text", "count", "reason", "streamed"),
+    [
+        (
+            "ab\0",
+            {},
+            "ab",
+            2,
+            "stop",
+            ["a", "b", "", None],
+        ),  # an end token is no token of the answer
+        ("ab\1", {}, "ab", 2, "stop", ["a", "b", "", None]),
+        ("\0", {}, "", 0, "stop", ["", None]),
+        ("abc", {"max_tokens": 3}, "abc", 3, "length", ["a", "b", "c", "", None]),
+        ("ab\0", {"max_tokens": 3}, "ab", 2, "stop", ["a", "b", "", None]),
+        ("a", {"max_tokens": 1}, "a", 1, "length", ["a", "", None]),
+        ("abcd", {"stop": ["cd"]}, "ab", 4, "stop", ["a", "b", "", "", None]),
+        # Also at the last one.
+        ("abcd", {"stop": ["cd"], "max_tokens": 4}, "ab", 4, "stop", ["a", "b", "", "", None]),
+        # What was held back.
+        ("abc", {"stop": ["cd"], "max_tokens": 3}, "abc", 3, "length", ["a", "b", "", "c", None]),
+        ("abc\0", {"stop": ["cd"]}, "abc", 3, "stop", ["a", "b", "", "c", None]),
+        # Only its end makes the answer's last character certain, and this the stop string.
+        (
+            "ab\ufffd",
+            {"stop": ["b\ufffd"], "max_tokens": 3},
+            "a",
+            3,
+            "stop",
+            ["a", "", "", "", None],
+        ),
+    ],
+)
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_row_ends_where_its_answer_does(tokens, fields, text, count, reason, streamed, stream):
     one = row(stream=stream, **fields)
@@ -129,7 +159,12 @@ def test_a_row_ends_once_and_keeps_its_first_error():
     ended = one.times["ended"]
     one.end(Refusal("second", "closed"))
     one.end()
-    assert (one.error, one.ended, one.finish_reason, one.times["ended"]) == (first, True, None, ended)
+    assert (one.error, one.ended, one.finish_reason, one.times["ended"]) == (
+        first,
+        True,
+        None,
+        ended,
+    )
     assert events(one) == [None]
 
 
@@ -145,9 +180,17 @@ class Done:
         return self.after <= 0
 
 
-@pytest.mark.parametrize(("after", "fields", "text", "reason"), [
-    (3, {}, "abc", "stop"), (3, {"max_tokens": 3}, "abc", "stop"),  # complete at the last allowed token
-    (4, {"max_tokens": 3}, "abc", "length"), (9, {"stop": ["c"]}, "ab", "stop"), (3, {"stop": ["cd"]}, "abc", "stop")])
+@pytest.mark.parametrize(
+    ("after", "fields", "text", "reason"),
+    [
+        # Complete at the last allowed token.
+        (3, {}, "abc", "stop"),
+        (3, {"max_tokens": 3}, "abc", "stop"),
+        (4, {"max_tokens": 3}, "abc", "length"),
+        (9, {"stop": ["c"]}, "ab", "stop"),
+        (3, {"stop": ["cd"]}, "abc", "stop"),
+    ],
+)
 def test_a_row_ends_where_its_schema_is_complete(after, fields, text, reason):
     one = row(sampler=Done(after), **fields)
     for token in "abc":
@@ -181,8 +224,17 @@ def test_the_pieces_of_a_prompt_cover_it_and_none_is_one_token(length, start_at)
         assert all(2 <= size <= PIECE for size in sizes)
 
 
-@pytest.mark.parametrize(("one", "other", "count"), [
-    ([], [], 0), ([1], [], 0), ([1, 2], [1, 2], 2), ([1, 2, 3], [1, 2], 2), ([1, 2, 3], [1, 9, 3], 1), ([4], [5], 0)])
+@pytest.mark.parametrize(
+    ("one", "other", "count"),
+    [
+        ([], [], 0),
+        ([1], [], 0),
+        ([1, 2], [1, 2], 2),
+        ([1, 2, 3], [1, 2], 2),
+        ([1, 2, 3], [1, 9, 3], 1),
+        ([4], [5], 0),
+    ],
+)
 def test_prompts_share_the_tokens_with_which_both_begin(one, other, count):
     assert count_shared(one, other) == count_shared(other, one) == count
 
@@ -197,7 +249,11 @@ def test_rows_that_begin_and_end_at_random_get_the_answers_that_they_get_alone(s
     for number in range(150):
         size = chance.choice((3, 20, 33, 64, 65, 120))
         same = chance.choice((0, 2, size // 2, size - 1, size))
-        one = row(prompt_of(size, chance.choice((number, 1)), same), chance.randrange(1, 60), stream=number % 2 == 0)
+        one = row(
+            prompt_of(size, chance.choice((number, 1)), same),
+            chance.randrange(1, 60),
+            stream=number % 2 == 0,
+        )
         engine.submit([one])
         if chance.random() < 0.2:
             for _ in range(chance.randrange(3)):
@@ -212,8 +268,11 @@ def test_rows_that_begin_and_end_at_random_get_the_answers_that_they_get_alone(s
     check(*rows)
     settle(engine)
     stats = engine.stats()
-    assert (stats["answers"], stats["waiting"], stats["running"]) == (len(rows) + sum(
-        "started" in one.times for one in gone), 0, 0)
+    assert (stats["answers"], stats["waiting"], stats["running"]) == (
+        len(rows) + sum("started" in one.times for one in gone),
+        0,
+        0,
+    )
     assert stats["reused_prompt_tokens"] > 500
     assert max(rows for kind, rows, *_ in decoder.calls if kind == "step") > 4
     assert decoder.most_held <= engine._cache_tokens
@@ -245,7 +304,13 @@ def test_a_row_joins_long_answers_at_work_and_leaves_before_they_end(start):
     decoder.go()
     check(short)
     # It waits for the step at work, its prompt is read at once, and two steps later it has ended.
-    assert decoder.calls[9:14] == [("step", 3), ("read", 3, 30), ("step", 4), ("step", 4), ("step", 3)]
+    assert decoder.calls[9:14] == [
+        ("step", 3),
+        ("read", 3, 30),
+        ("step", 4),
+        ("step", 4),
+        ("step", 3),
+    ]
 
 
 def test_between_two_steps_no_more_than_a_piece_is_read(start):
@@ -261,7 +326,13 @@ def test_between_two_steps_no_more_than_a_piece_is_read(start):
         read = read + size[0] if kind == "read" else 0
         assert read <= PIECE
     # Several short prompts are read together: 10, 12; 14; 30, 2.
-    assert [size for kind, _, *size in decoder.calls if kind == "read"][-5:] == [[10], [12], [14], [30], [2]]
+    assert [size for kind, _, *size in decoder.calls if kind == "read"][-5:] == [
+        [10],
+        [12],
+        [14],
+        [30],
+        [2],
+    ]
 
 
 def test_rows_begin_in_the_order_in_which_they_came(start):
@@ -291,7 +362,10 @@ def test_rows_fill_the_cache_exactly_and_the_others_wait(start):
 
 def test_a_prompt_of_the_whole_context_runs_beside_short_ones(start):
     engine, decoder = start()
-    whole, short = row(prompt_of(255, 1), 1), [row(prompt_of(10, number), 5) for number in range(2, 17)]
+    whole, short = (
+        row(prompt_of(255, 1), 1),
+        [row(prompt_of(10, number), 5) for number in range(2, 17)],
+    )
     engine.submit([whole, *short])
     check(whole, *short)
     assert decoder.most_held <= 512
@@ -306,7 +380,12 @@ def test_a_row_that_needs_the_whole_cache_waits_for_it_and_keeps_its_place(start
     engine.submit([whole])
     engine.submit([after])
     check(running, whole, after)
-    assert running.times["ended"] <= whole.times["started"] <= whole.times["ended"] <= after.times["started"]
+    assert (
+        running.times["ended"]
+        <= whole.times["started"]
+        <= whole.times["ended"]
+        <= after.times["started"]
+    )
     assert decoder.most_held <= 256
 
 
@@ -335,11 +414,17 @@ def test_the_next_turn_of_a_conversation_reads_only_what_is_new(start):
         settle(engine)
         assert one.reused_tokens == (0 if turn == 0 else len(prompt) - 20)
         prompt = [*prompt, *prompt_of(20, turn)]
-    assert sum(size for kind, _, *rest in decoder.calls if kind == "read" for size in rest) == 50 + 3 * 20
-    assert engine.stats()["kept_conversations"] == 1  # each turn goes on in the slot of the one before
+    assert (
+        sum(size for kind, _, *rest in decoder.calls if kind == "read" for size in rest)
+        == 50 + 3 * 20
+    )
+    # Each turn goes on in the slot of the one before.
+    assert engine.stats()["kept_conversations"] == 1
 
 
-@pytest.mark.parametrize(("same", "reused"), [(0, 0), (7, 0), (8, 8), (30, 30), (48, 48), (49, 48), (50, 48)])
+@pytest.mark.parametrize(
+    ("same", "reused"), [(0, 0), (7, 0), (8, 8), (30, 30), (48, 48), (49, 48), (50, 48)]
+)
 def test_a_prompt_copies_what_another_one_begins_with(start, same, reused):
     engine, _ = start()
     first, second = row(prompt_of(50, 1, same=50), 100, stream=True), row(prompt_of(50, 2, same), 4)
@@ -435,7 +520,10 @@ def test_a_caller_who_leaves_frees_the_slot_at_once(start):
     decoder.go()
     check(after)
     settle(engine)
-    assert [(kind, size) for kind, *_, size in decoder.calls[41:]] == [("read", 20), *[("step", 1)] * 3]
+    assert [(kind, size) for kind, *_, size in decoder.calls[41:]] == [
+        ("read", 20),
+        *[("step", 1)] * 3,
+    ]
     stats = engine.stats()
     assert (stats["running"], stats["answers"]) == (0, 17)
 
@@ -473,7 +561,9 @@ def test_the_caller_over_the_limit_gets_an_error_at_once_and_nothing_of_it_is_qu
     engine.submit(waiting)
     with pytest.raises(Refusal) as refusal:
         engine.submit(more)
-    assert refusal.value.message == "The model is busy: 39 answers wait, and 40 may. Try again later."
+    assert (
+        refusal.value.message == "The model is busy: 39 answers wait, and 40 may. Try again later."
+    )
     assert (refusal.value.code, refusal.value.error_code) == ("busy", "RESOURCE_EXHAUSTED")
     engine.submit(more[:1])
     with pytest.raises(Refusal, match="The model is busy: 40 answers wait, and 40 may"):
@@ -512,8 +602,17 @@ def test_stats_count_what_waits_and_runs_and_was_done(start):
 
     before = time.time()
     engine, decoder = start()
-    nothing = {"closed": False, "waiting": 0, "running": 0, "answers": 0, "prompt_tokens": 0, "reused_prompt_tokens": 0,
-               "completion_tokens": 0, "cache_tokens": 0, "kept_conversations": 0}
+    nothing = {
+        "closed": False,
+        "waiting": 0,
+        "running": 0,
+        "answers": 0,
+        "prompt_tokens": 0,
+        "reused_prompt_tokens": 0,
+        "completion_tokens": 0,
+        "cache_tokens": 0,
+        "kept_conversations": 0,
+    }
     assert stats() == nothing
     first, *later = (row(prompt_of(3, seed), 4) for seed in range(3))
     submit_and_hold(engine, decoder, [first])
@@ -613,7 +712,9 @@ def test_an_answer_that_ends_with_its_first_token_takes_no_other_along(start, en
     assert ("step", 2) not in decoder.calls  # it takes part in no step
 
 
-@pytest.mark.parametrize("error", [Refusal("The schema grew.", "invalid_value"), ValueError("a mistake of ours")])
+@pytest.mark.parametrize(
+    "error", [Refusal("The schema grew.", "invalid_value"), ValueError("a mistake of ours")]
+)
 def test_an_answer_whose_sampler_fails_takes_no_other_along(start, error):
     class Fails:
         complete = False
@@ -625,7 +726,9 @@ def test_an_answer_whose_sampler_fails_takes_no_other_along(start, error):
 
     engine, decoder = start()
     decoder.hold()
-    failed, *others = (row(prompt_of(10, seed), 20, sampler=Fails() if seed == 0 else None) for seed in range(4))
+    failed, *others = (
+        row(prompt_of(10, seed), 20, sampler=Fails() if seed == 0 else None) for seed in range(4)
+    )
     engine.submit([failed, *others])
     decoder.go()
     check(*others)
@@ -653,7 +756,10 @@ def test_where_the_engines_own_thread_fails_its_callers_are_told(start, monkeypa
 def test_closing_ends_rows_in_every_state_with_an_error(start):
     engine, decoder = start()
     running, reading = row(prompt_of(10, 1), 200, stream=True), row(prompt_of(200, 2), 4)
-    waiting, gone = [row(prompt_of(10, seed), 4) for seed in range(3, 40)], row(prompt_of(10, 50), 4)
+    waiting, gone = (
+        [row(prompt_of(10, seed), 4) for seed in range(3, 40)],
+        row(prompt_of(10, 50), 4),
+    )
     submit_and_hold(engine, decoder, [running], calls=3)
     engine.submit([reading, gone, *waiting])
     gone.end()
@@ -668,7 +774,10 @@ def test_closing_ends_rows_in_every_state_with_an_error(start):
     assert not engine._thread.is_alive()
     for one in (running, reading, *waiting):
         wait_for(one)
-        assert (one.error.message, one.error.code) == ("The model was closed before it had answered.", "closed")
+        assert (one.error.message, one.error.code) == (
+            "The model was closed before it had answered.",
+            "closed",
+        )
     assert gone.error is None
     with pytest.raises(MlflowException, match=r"^This model is closed\. Load it again\.$"):
         engine.submit([row()])
@@ -691,14 +800,21 @@ def test_a_forked_process_is_told_that_the_model_is_closed(start):
     assert os.waitpid(child, 0)[1] == 0
 
 
-@pytest.mark.parametrize(("logical", "physical", "cores"), [
-    (8, 4, 4),  # two threads on each core
-    (8, 8, 8), (1, 1, 1),
-    (2, 8, 2),  # an affinity or a container's quota leaves fewer
-    (8, None, 8), (1, None, 1),  # some boards and containers report no physical cores
-    (3, 0, 3),
-])
-def test_an_engine_takes_one_thread_for_each_core_that_it_may_use(monkeypatch, logical, physical, cores):
+@pytest.mark.parametrize(
+    ("logical", "physical", "cores"),
+    [
+        (8, 4, 4),  # two threads on each core
+        (8, 8, 8),
+        (1, 1, 1),
+        (2, 8, 2),  # an affinity or a container's quota leaves fewer
+        (8, None, 8),
+        (1, None, 1),  # some boards and containers report no physical cores
+        (3, 0, 3),
+    ],
+)
+def test_an_engine_takes_one_thread_for_each_core_that_it_may_use(
+    monkeypatch, logical, physical, cores
+):
     def count(logical):
         assert not logical
         return physical

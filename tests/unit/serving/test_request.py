@@ -57,7 +57,8 @@ def test_an_assistants_message_without_content_is_an_empty_text(message):
     assert second.get("content") is None
 
 
-# A request's fields, and the field that its refusal names. The chat model has tests of its own for what it refuses.
+# A request's fields, and the field that its refusal names. The chat model has tests of its own for
+# what it refuses.
 REFUSED = [
     ({"messages": None}, "messages"),
     ({"messages": []}, "messages"),
