@@ -30,7 +30,12 @@ SMALL_MODELS = ("tiny-phi3", DEFAULT_MODEL)
 LOOPBACK = "127.0.0.1"
 NUMBERS = ("max_tokens", "temperature")
 # The extras of pyproject.toml that a command needs beside the course's own packages.
-EXTRAS = {"course": (), "tests": ("dev",), "nightly": ("dev", "nightly", "bench")}
+EXTRAS = {
+    "course": (),
+    "tests": ("dev",),
+    "nightly": ("dev", "nightly", "bench"),
+    "bench": ("bench",),
+}
 
 
 @dataclass(frozen=True)
@@ -430,7 +435,7 @@ def _deploy(options):
 
 
 def _bench(options):
-    from course.bench.notebooks import bench
+    from benchmarks.notebooks import bench
 
     return bench(options.keep)
 
@@ -546,7 +551,7 @@ COMMANDS = {
         (_deploy_options,),
     ),
     "bench": Command(
-        "measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="nightly"
+        "measure, and write build/bench/bench.json", _bench, (_bench_options,), needs="bench"
     ),
     "doctor": Command("say what this machine can run", _doctor, needs="nothing"),
     "generate": Command(

@@ -11,7 +11,7 @@ import sys
 import nbformat
 import yaml
 
-from course.bench.figures import (
+from benchmarks.figures import (
     BATCH,
     BENCH,
     FIGURES,

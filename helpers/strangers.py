@@ -12,7 +12,7 @@ import sys
 from helpers.errors import CourseError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-OURS = ("course", "helpers", "serving")
+OURS = ("benchmarks", "course", "helpers", "serving")
 # Many libraries bring folders of such names, and nobody imports them.
 UNUSED = ("docs", "examples", "scripts", "sitecustomize", "test", "tests", "usercustomize")
 

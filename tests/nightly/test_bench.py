@@ -8,13 +8,13 @@ import json
 import mlflow
 from support.chat import chat_model_for
 
-from course.bench import chat, service, spark, turns
-from course.bench.contenders import llama_events, start_llama
-from course.bench.figures import (
+from benchmarks import chat, service, spark, turns
+from benchmarks.contenders import llama_events, start_llama
+from benchmarks.figures import (
     BATCH,
     REACH,
 )
-from course.bench.notebooks import bench_page, bench_prepare
+from benchmarks.notebooks import bench_page, bench_prepare
 from helpers.models.prepare import prepare_model
 
 

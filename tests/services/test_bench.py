@@ -12,12 +12,11 @@ import pytest
 from support import ROOT, refuses
 from support.runs import run
 
-from course import generate
-from course.bench import chat, notebooks, turns
-from course.bench.clients import Clients
-from course.bench.contenders import FLEET, OpenVino, keep_busy
-from course.bench.fidelity import equal_tokens
-from course.bench.figures import (
+from benchmarks import chat, notebooks, turns
+from benchmarks.clients import Clients
+from benchmarks.contenders import FLEET, OpenVino, keep_busy
+from benchmarks.fidelity import equal_tokens
+from benchmarks.figures import (
     FIGURES,
     KEPT,
     REACH,
@@ -31,9 +30,10 @@ from course.bench.figures import (
     show_range,
     write_runs,
 )
-from course.bench.notebooks import bench, run_measured
-from course.bench.service import halves
-from course.bench.turns import mix, percentile, take_turns, timed
+from benchmarks.notebooks import bench, run_measured
+from benchmarks.service import halves
+from benchmarks.turns import mix, percentile, take_turns, timed
+from course import generate
 from course.generate import batch_table, ratios_table, service_table
 from helpers.servers import running
 

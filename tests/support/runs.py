@@ -1,6 +1,6 @@
 """A run of the benchmark, as the tests of the gate and of the tables want it."""
 
-from course.bench.figures import REACH
+from benchmarks.figures import REACH
 from course.execute import PAGES
 
 

@@ -10,7 +10,7 @@ import yaml
 from support import ROOT
 from support.runs import run
 
-from course.bench.figures import REACH, machine_name, misses, read_runs
+from benchmarks.figures import REACH, machine_name, misses, read_runs
 from course.environment import pins
 from course.generate import (
     CHART,

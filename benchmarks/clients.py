@@ -26,7 +26,7 @@ class Clients:
 
     def __enter__(self) -> Self:
         self._program = subprocess.Popen(
-            [sys.executable, "-m", "course.bench.clients"],
+            [sys.executable, "-m", "benchmarks.clients"],
             cwd=ROOT,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

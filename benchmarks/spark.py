@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from course.bench.contenders import CHAT, Contenders
-from course.bench.turns import take_turns, timed
+from benchmarks.contenders import CHAT, Contenders
+from benchmarks.turns import take_turns, timed
 from course.cluster import running
 from course.environment import install_extra
 from helpers.errors import CourseError

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from course.bench.contenders import CALLERS, Contenders, llama_events
+from benchmarks.contenders import CALLERS, Contenders, llama_events
 
 QUESTIONS = (
     "What is the capital of France?",

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import mlflow
 
-from course.bench.contenders import CALLERS, CHAT, Contenders, start_llama
-from course.bench.fidelity import fidelity
-from course.bench.figures import int8_instructions
-from course.bench.service import service
-from course.bench.spark import spark
-from course.bench.turns import PAUSE, mix, percentile, take_turns, timed
+from benchmarks.contenders import CALLERS, CHAT, Contenders, start_llama
+from benchmarks.fidelity import fidelity
+from benchmarks.figures import int8_instructions
+from benchmarks.service import service
+from benchmarks.spark import spark
+from benchmarks.turns import PAUSE, mix, percentile, take_turns, timed
 from helpers.files import folder_bytes
 from helpers.models.prepare import prepare_model
 from helpers.paths import ROOT

@@ -16,9 +16,9 @@ from types import MappingProxyType
 import mlflow
 import psutil
 
-from course.bench.clients import Clients
-from course.bench.contenders import CALLERS, CHAT, PROMPT, Contenders, expect, start_llama
-from course.bench.turns import mix, percentile, take_turns, timed
+from benchmarks.clients import Clients
+from benchmarks.contenders import CALLERS, CHAT, PROMPT, Contenders, expect, start_llama
+from benchmarks.turns import mix, percentile, take_turns, timed
 from helpers.operations.programs import Program, free_port, start_program
 from helpers.paths import BUILD
 

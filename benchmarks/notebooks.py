@@ -16,8 +16,8 @@ from pathlib import Path
 
 import psutil
 
-from course.bench.chat import bench_chat
-from course.bench.figures import BENCH, REACH, keep_run, machine_name, misses, read_runs, write_runs
+from benchmarks.chat import bench_chat
+from benchmarks.figures import BENCH, REACH, keep_run, machine_name, misses, read_runs, write_runs
 from course.environment import pins
 from course.execute import PAGES
 from helpers.errors import CourseError
