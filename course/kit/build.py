@@ -42,6 +42,7 @@ COURSE_PARTS = (
     "MLproject",
     "Makefile",
     "README.md",
+    "benchmarks",
     "constraints.txt",
     "course",
     "data",

@@ -108,7 +108,7 @@ def test_the_command_of_an_entry_of_mlproject_is_one_that_the_course_takes(entry
 def test_what_the_code_tells_people_to_run_are_commands():
     sources = [
         path.read_text(encoding="utf-8")
-        for folder in ("helpers", "course", "serving")
+        for folder in ("helpers", "course", "serving", "benchmarks")
         for path in (ROOT / folder).rglob("*.py")
     ]
     found = {
