@@ -1,0 +1,50 @@
+"""Checks the exercise that both tracks have, and holds what they share."""
+
+from helpers.exercises import exercise
+
+
+def settings_hint(settings, length):
+    """Return what is wrong with settings that should make an answer warm; ``length`` is the field that ends it."""
+    if not isinstance(settings, dict):
+        return 'the settings are a dict, such as {"do_sample": True}.'
+    known = {"do_sample", "temperature", "top_p", "top_k", *length}
+    if unknown := [name for name in settings if name not in known]:
+        return f"{unknown[0]} is no setting here. Choose among: {', '.join(sorted(known))}."
+    if settings.get("do_sample") is not True:
+        return "without do_sample=True the likeliest token is taken each time, whatever the temperature."
+    temperature = settings.get("temperature", 1.0)
+    if (
+        isinstance(temperature, bool)
+        or not isinstance(temperature, int | float)
+        or not 0 < temperature <= 2
+    ):
+        return "the temperature is a number above 0, up to 2; 1.0 leaves the model's own odds."
+    for name, most in (("top_p", 1), ("top_k", 100), *((name, 1000) for name in length)):
+        value = settings.get(name, 1)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
+            return f"{name} is a number above 0, up to {most}."
+        if name != "top_p" and not isinstance(value, int):
+            return f"{name} is a whole number."
+    return next(
+        (f"say how long the answer may be: {name}." for name in length if name not in settings),
+        None,
+    )
+
+
+@exercise("alias")
+def _(my_uri, version, client):
+    from mlflow.exceptions import MlflowException
+
+    if my_uri != f"models:/{version.name}@mine":
+        return "a model's address is models:/NAME@ALIAS; here the alias is mine."
+    try:
+        found = client.get_model_version_by_alias(version.name, "mine").version
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return f"{version.name} or its version was deleted. Run this page's cells from Register it on."
+        return f"the registry knows no alias mine of {version.name}. Call client.set_registered_model_alias."
+    return (
+        None
+        if str(found) == str(version.version)
+        else (f"mine stands on version {found}, and this page's is {version.version}. Move it.")
+    )
