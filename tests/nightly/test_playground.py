@@ -13,9 +13,9 @@ import transformers
 from jupyter_client.manager import start_new_kernel
 from support import ROOT
 
-from helpers.playground import kind_of, show_playground
+from helpers.show.playground import kind_of, show_playground
 
-MODULE = importlib.import_module("helpers.playground")
+MODULE = importlib.import_module("helpers.show.playground")
 VIEW = "application/vnd.jupyter.widget-view+json"
 
 
@@ -59,7 +59,7 @@ def test_an_answer_is_what_predict_gives_for_a_model_of_the_transformers_flavor(
 @pytest.mark.parametrize("somebody", [False, True])
 def test_a_kernel_says_whether_somebody_is_there(somebody):
     code = (
-        "from helpers.playground import show_playground\n"
+        "from helpers.show.playground import show_playground\n"
         "show_playground({'m': 'models:/m/1'}, question='', system_prompt='', max_tokens=1, temperature=0.0)"
     )
     messages, (manager, client) = [], start_new_kernel(cwd=str(ROOT))

@@ -51,12 +51,12 @@ CHANGE_THEME = "theme => jupyterapp.commands.execute('apputils:change-theme', {t
 HAS_FOCUS = "element => element === document.activeElement"
 # tiny-phi3 is done before anybody could press a button.
 SLOW = """
-import time, helpers.playground
-def slow(model, request, pieces=helpers.playground.pieces):
+import time, helpers.show.playground
+def slow(model, request, pieces=helpers.show.playground.pieces):
     for piece in pieces(model, request):
         time.sleep(0.2)
         yield piece
-helpers.playground.pieces = slow
+helpers.show.playground.pieces = slow
 """
 
 

@@ -23,7 +23,7 @@ from support.executed import (
 )
 
 from helpers.operations.programs import free_port
-from helpers.signatures import find_signature
+from helpers.show.signatures import find_signature
 from serving.chat.contract import UnusedFields
 
 HELLO = {"messages": [{"role": "user", "content": "What colour is the sky?"}], "max_tokens": 12}

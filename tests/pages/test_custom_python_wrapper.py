@@ -10,7 +10,7 @@ import mlflow
 import pytest
 from support.executed import Executed, ask_in_fresh_process, assert_clean, checks, execute_once
 
-from helpers.signatures import find_signature
+from helpers.show.signatures import find_signature
 
 PAGE = "CustomPythonWrapper"
 

@@ -20,9 +20,9 @@ from mlflow.models import Model, infer_signature
 from support import refuses
 from support.chat import chat_model_for, user
 
-from helpers.playground import build_request, kind_of, pieces, show_playground
+from helpers.show.playground import build_request, kind_of, pieces, show_playground
 
-MODULE = importlib.import_module("helpers.playground")
+MODULE = importlib.import_module("helpers.show.playground")
 VIEW = "application/vnd.jupyter.widget-view+json"
 QUESTION = "The sky is"
 PROMPT_MODEL = """
@@ -316,7 +316,7 @@ def test_a_model_of_a_uri_is_loaded_once_and_the_former_one_is_gone_before(make,
 
     monkeypatch.setattr(mlflow.pyfunc, "load_model", load)
     # These addresses are no store's.
-    monkeypatch.setattr("helpers.playground.check_model", lambda uri: None)
+    monkeypatch.setattr("helpers.show.playground.check_model", lambda uri: None)
     form = make({"a": "a", "b": "b", "gone": "gone", "loaded": talker})
     for name in ("a", "a", "loaded", "a", "b", "gone", "b"):
         form.model.value = name

@@ -17,11 +17,11 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from support import refuses
 
-from helpers.operations.dashboard import (
+from helpers.operations.load import Reply, Seen, count_outcomes, start_load
+from helpers.servers import running
+from helpers.show.dashboard import (
     Dashboard,
     add_increases,
-    draw_bars,
-    draw_line,
     increase,
     quantile,
     read_figures,
@@ -29,9 +29,8 @@ from helpers.operations.dashboard import (
     scrape,
     watch,
 )
-from helpers.operations.drift import Band, chart_drift, judge, learn_band
-from helpers.operations.load import Reply, Seen, count_outcomes, start_load
-from helpers.servers import running
+from helpers.show.drawing import draw_bars, draw_line
+from helpers.show.drift import Band, chart_drift, judge, learn_band
 
 INF, NAN = math.inf, math.nan
 OK = ("slm_requests_total", ("outcome", "ok"))

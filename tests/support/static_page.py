@@ -7,7 +7,7 @@ import nbformat
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 
 from course.static_page import write_page
-from helpers.tables import show_table
+from helpers.show.tables import show_table
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 RED_DOT = "R0lGODlhAQABAIAAAP8AAP///yH5BAAAAAAALAAAAAABAAEAAAICRAEAOw=="

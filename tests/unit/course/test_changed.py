@@ -195,7 +195,7 @@ def test_the_pages_of_the_course_use_what_they_are_known_to_use():
         "data/page.css",
     } <= used
     assert not used & {
-        "helpers/playground.py",
-        "helpers/operations/drift.py",
+        "helpers/show/playground.py",
+        "helpers/show/drift.py",
         "course/kit/serve.py",
     }

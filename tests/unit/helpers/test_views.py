@@ -31,7 +31,7 @@ from helpers import (
     show_tokens,
 )
 from helpers.parameters import DEFAULTS
-from helpers.tables import FoldedTable
+from helpers.show.tables import FoldedTable
 from helpers.tracking import UI, TrackingStore, ui_addresses
 
 

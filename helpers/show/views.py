@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from helpers.tables import NO_MATHEMATICS, STAGES, BarTable, Table, Timeline
+from helpers.show.tables import NO_MATHEMATICS, STAGES, BarTable, Table, Timeline
 
 # What each file of a logged model is for, by the end of its name.
 FILES = {

@@ -4,6 +4,8 @@ import html
 import re
 from dataclasses import dataclass
 
+from helpers.show.drawing import draw_bars, draw_line
+
 # Neither JupyterLab nor an exported page may take what stands between two `$` for mathematics.
 NO_MATHEMATICS = 'class="mathjax_ignore tex2jax_ignore"'
 
@@ -89,6 +91,22 @@ class BarTable(Table):
 
     def __repr__(self) -> str:
         rows = tuple((*row[:-1], "#" * round(20 * float(row[-1]))) for row in self.rows)
+        return repr(Table(self.caption, self.columns, rows))
+
+
+class LineTable(Table):
+    """A table whose last cell is a list of values over time, drawn as a line; an empty list leaves it out."""
+
+    def _body(self):
+        return "".join(
+            _row(row[:-1], f'<td style="{_LEFT}">{draw_line(row[-1], row[0])}</td>')
+            if row[-1]
+            else _row(row[:1], f'<td colspan="2" style="{_LEFT}">{_keep(row[1])}</td>')
+            for row in self.rows
+        )
+
+    def __repr__(self) -> str:
+        rows = tuple((*row[:-1], draw_bars(row[-1])) for row in self.rows)
         return repr(Table(self.caption, self.columns, rows))
 
 

@@ -4,7 +4,6 @@ The arithmetic is Prometheus' own, small enough to read. `watch` shows it while 
 without JavaScript that stays on the page as it was last, and as text.
 """
 
-import html
 import math
 import time
 from collections.abc import Callable
@@ -16,7 +15,8 @@ import httpx
 from IPython.display import display
 from prometheus_client.parser import text_string_to_metric_families
 
-from helpers.tables import NO_MATHEMATICS, Table
+from helpers.show.drawing import highest_of
+from helpers.show.tables import LineTable
 
 QUANTILES = (0.5, 0.95, 0.99)
 Samples = dict[tuple, float]  # by name and labels
@@ -254,7 +254,11 @@ class Dashboard:
             ("seconds to the first token, p50 / p95 / p99", *percentiles("first_token_seconds")),
             ("seconds to the end, p50 / p95 / p99", *percentiles("request_seconds")),
             *(
-                (f"requests {name}, at most", f"{_highest(values):.0f}".replace("nan", "-"), values)
+                (
+                    f"requests {name}, at most",
+                    f"{highest_of(values):.0f}".replace("nan", "-"),
+                    values,
+                )
                 for name, values in tops.items()
             ),
             (
@@ -277,73 +281,18 @@ class Dashboard:
         ends = ", ".join(f"{outcome} {count}" for outcome, count in whole.outcomes.items())
         return [("serves", serves), ("requests ended", ends or "none")]
 
+    def _table(self):
+        rows = [*self.rows(), *((name, value, []) for name, value in self.states())]
+        return LineTable(self.title, self._columns(), tuple(rows))
+
     def _repr_html_(self) -> str:
-        left = "text-align: left; vertical-align: top"
-        head = "".join(
-            f'<th scope="col" style="{left}">{column}</th>' for column in self._columns()
-        )
-        body = "".join(
-            f'<tr><th scope="row" style="{left}">{name}</th><td style="{left}">{html.escape(value)}</td>'
-            f'<td style="{left}">{draw_line(points, name)}</td></tr>'
-            for name, value, points in self.rows()
-        )
-        body += "".join(
-            f'<tr><th scope="row" style="{left}">{name}</th><td colspan="2" style="{left}">'
-            f"{html.escape(value)}</td></tr>"
-            for name, value in self.states()
-        )
-        return (
-            f'<table {NO_MATHEMATICS}><caption style="caption-side: top; white-space: nowrap; text-align: left">'
-            f"{html.escape(self.title)}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
+        return self._table()._repr_html_()
 
     def __repr__(self) -> str:
-        rows = [(name, value, draw_bars(points)) for name, value, points in self.rows()]
-        rows += [(name, value, "") for name, value in self.states()]
-        return repr(Table(self.title, self._columns(), tuple(rows)))
+        return repr(self._table())
 
     def _columns(self):
         return "figure", "the whole time", f"over {self._scrapes[-1][0]:.0f} seconds"
-
-
-def draw_line(values: list[float], name: str) -> str:
-    """Return an SVG line over values from 0 up; nan leaves a gap. Its colour is the text's, dark or light."""
-    width, height, highest = 180, 24, _highest(values)
-    step = width / max(len(values) - 1, 1)
-    points = [
-        None
-        if math.isnan(value)
-        else (index * step, height - 1 - (height - 2) * value / (highest or 1))
-        for index, value in enumerate(values)
-    ]
-    path, before = "", None
-    for point in points:
-        if point:
-            path += f"{'L' if before else 'M'}{point[0]:.1f} {point[1]:.1f}" + (
-                "" if before else "h0.1"
-            )
-        before = point
-    said = f"{name}, over time" + ("" if math.isnan(highest) else f": at most {highest:.3g}")
-    return (
-        f'<svg role="img" aria-label="{html.escape(said)}" width="{width}" height="{height}" '
-        f'viewBox="-1 0 {width + 2} {height}"><path d="{path}" fill="none" stroke="currentColor" '
-        'stroke-width="1.5" stroke-linecap="round"/></svg>'
-    )
-
-
-def draw_bars(values: list[float]) -> str:
-    """Return the same as a line of text, at most 40 letters long: each the highest of its values."""
-    size = math.ceil(len(values) / 40) or 1
-    groups = [_highest(values[start : start + size]) for start in range(0, len(values), size)]
-    highest = _highest(groups)
-    return "".join(
-        " " if math.isnan(value) else "▁▂▃▄▅▆▇█"[min(int(8 * value / (highest or 1)), 7)]
-        for value in groups
-    )
-
-
-def _highest(values):
-    return max((value for value in values if not math.isnan(value)), default=math.nan)
 
 
 def watch(address: str, work: Callable[[], Future], every: float = 0.25) -> tuple[Dashboard, Any]:

@@ -7,7 +7,7 @@ from mlflow.pyfunc import PyFuncModel
 from mlflow.types.schema import Array, Map, Object, TensorSpec
 
 from helpers.errors import CourseError
-from helpers.tables import FoldedTable, Table
+from helpers.show.tables import FoldedTable, Table
 
 COLUMNS = ("Field", "Part", "Type", "Required", "Default")
 

@@ -16,8 +16,8 @@ from IPython import get_ipython
 from mlflow.pyfunc import PythonModel
 
 from helpers.errors import CourseError
+from helpers.show.tables import NO_MATHEMATICS, Table, show_table
 from helpers.states import check_model
-from helpers.tables import NO_MATHEMATICS, Table, show_table
 
 _SHOW_SECONDS = 0.1  # between two updates of the page: a browser cannot draw one for each token
 _NOTE = show_table(

@@ -12,7 +12,8 @@ import statistics
 from dataclasses import dataclass
 
 from helpers.errors import CourseError
-from helpers.tables import NO_MATHEMATICS, Table
+from helpers.show.drawing import draw_svg
+from helpers.show.tables import NO_MATHEMATICS, Table
 
 FEWEST = 6  # windows to learn from
 
@@ -114,15 +115,16 @@ class ControlChart:
                     f'fill="{fill}" stroke="currentColor"/>'
                 )
         border = edge + (self.learned - 0.5) * step
-        return (
-            f'<figure {NO_MATHEMATICS} style="margin: 0"><figcaption>{html.escape(self.caption)}</figcaption>'
-            f'<svg role="img" aria-label="{html.escape(self.caption)}" width="{width}" height="{height}" '
-            f'viewBox="0 0 {width} {height}">'
+        shapes = (
             f'<rect x="0" width="{width}" y="{place(self.band.high):.1f}" fill="currentColor" opacity="0.15" '
             f'height="{place(self.band.low) - place(self.band.high):.1f}"/>'
             f'<path d="M0 {place(self.band.middle):.1f}h{width}" stroke="currentColor" stroke-dasharray="4 4"/>'
-            f'<path d="M{border:.1f} 0v{height}" stroke="currentColor" stroke-dasharray="1 3"/>{marks}</svg>'
-            "</figure>"
+            f'<path d="M{border:.1f} 0v{height}" stroke="currentColor" stroke-dasharray="1 3"/>{marks}'
+        )
+        return (
+            f'<figure {NO_MATHEMATICS} style="margin: 0">'
+            f"<figcaption>{html.escape(self.caption)}</figcaption>"
+            f"{draw_svg(self.caption, width, height, shapes)}</figure>"
         )
 
     def __repr__(self) -> str:
