@@ -35,6 +35,9 @@ def main(arguments):
         from helpers.strangers import refuse_strangers
 
         refuse_strangers()
+        from helpers.environment import clean_process
+
+        clean_process()
         from course.commands import run_command
 
         return run_command(arguments)

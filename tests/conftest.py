@@ -17,6 +17,9 @@ from support import ROOT, run_python
 
 from course.environment import install_extra
 from course.tiers import BASELINE, MEASURED, find_outgrown, find_tier, read_durations
+from helpers.environment import clean_process
+
+clean_process()
 
 SECONDS = collections.Counter()
 # The same examples on every machine, however slow it is. `--hypothesis-profile=search` tries

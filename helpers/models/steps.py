@@ -103,7 +103,7 @@ def run_step(
 
 def ask(title: str, module: str, order: dict, environment: dict[str, str] | None = None) -> dict:
     """Let a module of ours do its ``work`` in a process of its own, which may use the network; return its answer."""
-    online = {"COURSE_ONLINE": "1", "HF_HUB_DISABLE_XET": "1"}
+    online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     output = run_step(
         title,
         [sys.executable, "-m", module, json.dumps(order)],

@@ -3,8 +3,6 @@
 Run: python -m helpers nightly tests/nightly/test_cells.py
 """
 
-import json
-
 import mlflow
 import pytest
 from mlflow.models import infer_signature
@@ -65,14 +63,3 @@ def test_the_champion_stays_with_another_model_unless_its_weights_are_random(
         ("challenger", "smollm2-135m", 3),
         ("champion", "smollm2-135m", 6),
     ]
-
-
-@pytest.mark.parametrize("missing", ["helpers", "mlflow"])
-@pytest.mark.parametrize("page", PAGES)
-def test_another_python_is_told_which_kernel_to_choose(page, missing, python):
-    cell = find_cell(page, "from helpers import")
-    code = f"import sys, json; sys.modules[{missing!r}] = None; exec(json.loads(sys.argv[1]), dict.fromkeys('x'))"
-    said = python("-c", code, json.dumps(cell)).stderr.splitlines()[-1]
-    assert said.startswith(f"ImportError: The Python that runs this page has no {missing}")
-    assert "Choose another kernel" in said
-    assert ".venv" in said

@@ -34,7 +34,7 @@ def test_memory_does_not_grow_with_the_size_of_a_file(tmp_path):
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
-                env={"COURSE_ONLINE": "1", "PATH": ""},
+                env={"HF_HUB_OFFLINE": "0", "PATH": ""},
             )
         assert result.returncode == 0, result.stderr
         assert sha256(got / "big") == digest

@@ -44,7 +44,7 @@ def test_a_class_that_opens_the_pages_in_the_same_moment_finds_one_store(tmp_pat
     # The pages' own cell, as Run All reaches it, in six kernels.
     uri = f"sqlite:///{(tmp_path / 'new' / 'mlflow.db').as_posix()}"
     first_cell = (
-        "import sys\nimport helpers, mlflow\nfrom helpers import tracking_store\n"
+        "import sys\nimport mlflow\nfrom helpers.page import open_store\n"
         "tracking_uri = sys.argv[1]\nprint('ready', flush=True)\nsys.stdin.readline()\n"
     )
     run = "\nmlflow.start_run()"

@@ -25,7 +25,9 @@ from helpers import (
     ui_addresses,
 )
 from helpers.exercises import check
+from helpers.page import open_store
 from helpers.parameters import DEFAULTS
+from helpers.release import choose_alias, find_champion, model_of
 from support import NAMES, ROOT, find_cell
 
 FIGURES = {
@@ -120,7 +122,11 @@ def use_store(store: str) -> dict:
         "show_table": show_table,
         "client": mlflow.MlflowClient(),
         "MlflowException": mlflow.MlflowException,
+        "open_store": open_store,
         "tracking_store": tracking_store,
+        "choose_alias": choose_alias,
+        "find_champion": find_champion,
+        "model_of": model_of,
         "tracking_uri": store,
         "check_model": check_model,
         "check_name": check_name,
@@ -138,7 +144,11 @@ def make_stand(page: str, store: str, folder: Path, model: str = "smollm2-135m")
     weights = folder / "weights.bin"
     weights.write_bytes(b"w" * 10_000)
     names = {
+        "open_store": open_store,
         "tracking_store": tracking_store,
+        "choose_alias": choose_alias,
+        "find_champion": find_champion,
+        "model_of": model_of,
         "tracking_uri": store,
         "model": model,
         "file": weights,

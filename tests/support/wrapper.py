@@ -19,7 +19,7 @@ def write_wrapper(folder: Path) -> Path:
 def log_wrapper(file: Path, onnx_dir: Path, folder: Path) -> str:
     """Log the wrapper with the page's signature; return its URI. A store in ``folder`` becomes the active one."""
     scope = {"mlflow": mlflow, "prompt": "a", "max_tokens": 16, "temperature": 0.0}
-    exec(find_cell(PAGE, "log_model(").split("\nstore = tracking_store")[0], scope)
+    exec(find_cell(PAGE, "log_model(").split("\nstore = open_store")[0], scope)
     mlflow.set_tracking_uri("sqlite:///" + (folder / "mlflow.db").as_posix())
     mlflow.create_experiment("wrapper", artifact_location=(folder / "artifacts").as_uri())
     mlflow.set_experiment("wrapper")

@@ -136,6 +136,17 @@ def test_every_code_cell_fits_on_a_screen_and_no_cell_is_empty(track):
 
 
 @pytest.mark.parametrize("track", ALL_PAGES)
+def test_a_page_says_which_kernel_to_choose_before_it_imports_the_course(track):
+    first = next(
+        place
+        for place, cell in enumerate(NOTEBOOKS[track].cells)
+        if cell.source.startswith("from helpers")
+    )
+    before = "\n".join(cell.source for cell in NOTEBOOKS[track].cells[:first])
+    assert "choose another kernel at the top right" in before and "`.venv`" in before
+
+
+@pytest.mark.parametrize("track", ALL_PAGES)
 def test_files_that_the_prose_names_are_there(track):
     for name in re.findall(r"`(\w+\.ipynb)`", prose(track)):
         assert (ROOT / "notebooks" / name).is_file(), name

@@ -13,8 +13,8 @@ import pytest
 from support import ROOT, refuses
 from support.hostile import HOSTILE
 
-import helpers
-from helpers.parameters import COUNTS, check_variables
+from helpers.environment import LEFT_OUT, SET, SET_UNLESS_THERE, clean
+from helpers.parameters import COUNTS, DEFAULTS, check_variables
 
 # MLflow's variables that reach the libraries as the user set them, and why that is right.
 OBEYED = {
@@ -168,7 +168,7 @@ def mlflow_variables():
 
 
 def mlflow_unknown(names):
-    ours = [*helpers.LEFT_OUT, *helpers.SET, *helpers.SET_UNLESS_THERE]
+    ours = [*LEFT_OUT, *SET, *SET_UNLESS_THERE]
     return {name for name in names if not matches(name, [*ours, *chain(*OBEYED.values())])}
 
 
@@ -181,7 +181,7 @@ def test_each_variable_of_mlflow_is_left_out_set_or_obeyed_for_a_reason():
     }
     idle = [
         pattern
-        for pattern in [*chain(*OBEYED.values()), *helpers.LEFT_OUT]
+        for pattern in [*chain(*OBEYED.values()), *LEFT_OUT]
         if "MLFLOW" in pattern and not any(fnmatch.fnmatchcase(name, pattern) for name in names)
     ]
     assert idle == []
@@ -195,19 +195,22 @@ def test_the_document_lists_what_the_course_leaves_out_and_sets():
         cells = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
         return {name for cell in cells for name in re.findall("`([A-Z_*]+)`", cell)}
 
-    assert listed(left_out) == set(helpers.LEFT_OUT)
-    assert listed(rest) == {*helpers.SET, *helpers.SET_UNLESS_THERE}
+    assert listed(left_out) == set(LEFT_OUT)
+    assert listed(rest) == {*SET, *SET_UNLESS_THERE}
 
 
 # --- what a process of the course sees --------------------------------------------------------
 
-SHOW = "import helpers, json, os, warnings; warnings.warn('!'); print(json.dumps(dict(os.environ)))"
+SHOW = (
+    "from helpers.environment import clean_process; clean_process()\n"
+    "import json, os, warnings; warnings.warn('!'); print(json.dumps(dict(os.environ)))"
+)
 
 
 def test_what_would_lead_elsewhere_is_left_out_and_told(python):
     result = python("-c", SHOW, **HOSTILE)
     assert result.returncode == 0, result.stderr  # the warning was none that raises
-    assert {name for name in json.loads(result.stdout) if matches(name, helpers.LEFT_OUT)} == set()
+    assert {name for name in json.loads(result.stdout) if matches(name, LEFT_OUT)} == set()
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert set(re.findall("[A-Z_]{8,}", note)) == set(HOSTILE) - {
         "MLFLOW_RUN_ID",
@@ -248,11 +251,31 @@ def test_an_empty_variable_is_none(python):
     assert seen["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
-@pytest.mark.parametrize("users", ["0", "", "no"])
-def test_nobody_is_asked_for_what_is_here(python, users):
-    code = "import helpers; from huggingface_hub import constants; print(constants.HF_HUB_OFFLINE)"
-    assert python("-c", code, HF_HUB_OFFLINE=users).stdout == "True\n"
-    assert python("-c", code, HF_HUB_OFFLINE="1", COURSE_ONLINE="1").stdout == "False\n"
+@pytest.mark.parametrize(
+    ("users", "told"), [("0", True), ("no", True), ("", False), ("1", False), ("TRUE", False)]
+)
+def test_nobody_is_asked_for_what_is_here_and_a_user_who_wants_it_is_told(users, told):
+    cleaned, notes = clean({"HF_HUB_OFFLINE": users})
+    assert cleaned["HF_HUB_OFFLINE"] == "1"
+    assert notes == ["the course sets HF_HUB_OFFLINE to 1; docs/variables.md says why."] * told
+
+
+def test_importing_the_course_changes_nothing(python):
+    code = "import os; before = dict(os.environ)\nfrom helpers import errors, environment, page\n"
+    result = python("-c", code + "print(before == dict(os.environ))", **HOSTILE)
+    assert (result.stdout, result.stderr) == ("True\n", "")
+
+
+def test_what_is_clean_stays_as_it_is():
+    cleaned, _ = clean({"HOME": "/h", "MLFLOW_RUN_ID": "1", "MLFLOW_REGISTRY_URI": "x"})
+    assert clean(cleaned) == (cleaned, [])
+
+
+def test_a_library_that_was_imported_too_early_is_told(python):
+    code = "import huggingface_hub, huggingface_hub.constants\nfrom helpers.page import open_page\n"
+    parameters = {name: value for name, value in DEFAULTS.items() if name != "device"}
+    result = python("-c", f"{code}open_page(device='cpu', **{parameters!r})", HF_HUB_OFFLINE="")
+    assert "restart the kernel" in result.stderr
 
 
 # --- what cannot be read ----------------------------------------------------------------------
