@@ -58,7 +58,7 @@ SET_UNLESS_THERE = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
-    # MLflow's evaluate imports it where it is there, and it asks for prices.
+    # MLflow's evaluate imports LiteLLM where it is installed, and that asks GitHub for prices.
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
     # MLflow's and transformers' own notes and progress bars would come between the lines of a page.
     "TRANSFORMERS_VERBOSITY": "error",
@@ -70,7 +70,7 @@ SET_UNLESS_THERE = {
 
 
 # `mlflow run` always sets these two, so nobody has to be told.
-UNTOLD = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
+LEFT_OUT_SILENTLY = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 TRUE = ("1", "true", "yes", "on")  # as huggingface_hub reads a switch
 
 
@@ -97,17 +97,17 @@ def clean(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     for name in left_out:
         del cleaned[name]
     notes = []
-    if told := [name for name in left_out if name not in UNTOLD]:
+    if told := [name for name in left_out if name not in LEFT_OUT_SILENTLY]:
         notes.append(f"the course leaves out {', '.join(told)}; docs/variables.md says why.")
     for name, value in SET.items():
         if name in cleaned and (cleaned[name].lower() in TRUE) != (value in TRUE):
             notes.append(f"the course sets {name} to {value}; docs/variables.md says why.")
     cleaned = SET_UNLESS_THERE | cleaned | SET
     # MLflow starts programs such as uvicorn by their names, and .venv may not be activated.
-    programs = os.path.dirname(sys.executable)  # noqa: PTH120 - PATH holds texts
+    folder = os.path.dirname(sys.executable)  # noqa: PTH120 - PATH holds texts
     path = cleaned.get("PATH", "")
-    if path.split(os.pathsep)[0] != programs:
-        cleaned["PATH"] = os.pathsep.join([programs, path])
+    if path.split(os.pathsep)[0] != folder:
+        cleaned["PATH"] = os.pathsep.join(filter(None, [folder, path]))
     return cleaned, notes
 
 
@@ -122,8 +122,7 @@ def clean_process() -> None:
     cleaned, notes = clean(os.environ)
     if "PYTHONWARNINGS" in os.environ and "PYTHONWARNINGS" not in cleaned:  # Python has read it
         warnings.filters[:] = [row for row in warnings.filters if row[0] != "error"]
-    # MLflow meets Spark where it is installed, and Spark warns each time; the batch is tested on
-    # this pandas.
+    # PySpark warns about this pandas whenever MLflow imports it. serving/batch.py is tested with it.
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
     library = sys.modules.get("huggingface_hub")
     if library and not library.constants.HF_HUB_OFFLINE:

@@ -30,7 +30,7 @@ def open_page(track: str | None = None, **parameters: str | float) -> dict:
 
 
 def open_store(tracking_uri: str, experiment: str) -> TrackingStore:
-    """Return a page's tracking store, in which the experiment is there.
+    """Return a page's tracking store. Create the experiment if it is missing.
 
     A new experiment keeps its artifacts beside the database, not in the folder that the notebook
     happens to run in. Raises what `helpers.tracking_store` raises.

@@ -1,6 +1,6 @@
 """Decides which version of a registered model is champion: the rule that all pages share.
 
-A name of the registry has the alias ``champion`` for the version that answers, and ``challenger``
+A registered model may have the alias ``champion`` for the version that answers, and ``challenger``
 for one that may replace it.
 """
 
@@ -130,7 +130,7 @@ def gate(
     else:
         reason = f"It meets {gained:+d} rows in all; {needed:+d} promote."
     decisive = worse or lost
-    # The rows that only the better of the two meets.
+    # Promoted: the rows that only the challenger meets. Else: those that only the champion meets.
     rows = tuple(
         (key[1], was[key]["reason"], now[key]["reason"])
         for key in was

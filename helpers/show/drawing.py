@@ -38,7 +38,7 @@ def draw_line(values: list[float], name: str) -> str:
 
 
 def draw_bars(values: list[float]) -> str:
-    """Return the same as a line of text, at most 40 letters long: each the highest of its values."""
+    """Return a line of text bars, at most 40 characters: each shows the highest of its values."""
     size = math.ceil(len(values) / 40) or 1
     groups = [highest_of(values[start : start + size]) for start in range(0, len(values), size)]
     highest = highest_of(groups)
