@@ -547,3 +547,19 @@ def test_of_two_drivers_that_take_over_at_once_one_is_refused(monkeypatch):
     with pytest.raises(batch_cluster.BatchError, match="Another run"):
         second.acquire()
     assert third.beat()
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "says"),
+    [
+        ("--temperature", "nan", "a number from 0 to 2"),
+        ("--temperature", "-1", "a number from 0 to 2"),
+        ("--max-tokens", "0", "a whole number from 1"),
+        ("--rows-per-task", "1.5", "a whole number from 1"),
+    ],
+)
+def test_a_number_that_no_model_takes_is_refused_with_its_range(option, value, says, capsys):
+    words = ["in.parquet", "out.parquet", "--master", "spark://127.0.0.1:1", f"{option}={value}"]
+    with pytest.raises(SystemExit):
+        read_options(words)
+    assert f"{option}: it has to be {says}" in capsys.readouterr().err
