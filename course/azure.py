@@ -1,8 +1,8 @@
 """Ships a registered model to Azure Machine Learning.
 
-The address of a model comes in. ``build/azureml`` goes out: the files of ``deploy/azureml`` beside
-the model and ``score.py``. Then come the steps: printed as ``az ml`` commands, or made in your
-workspace by azure-ai-ml. Both read the same files with the same settings, those of `plan_steps`.
+It fills ``build/azureml`` with the files of ``deploy/azureml``, the model and ``score.py``. Then it
+prints the steps as ``az ml`` commands, or takes them in your workspace by azure-ai-ml. Both read the
+same files with the same settings, those of `plan_steps`.
 """
 
 import getpass
@@ -151,21 +151,26 @@ def make_folder(
         shutil.copytree(YAML_FOLDER, part)
         plan = _fetch(version, name, instance_type, part)
         shutil.copyfile(part / "model" / "serving_input_example.json", part / "request.json")
-        for file in ("score.py", *SHARED_FILES):
-            # The script stands at the top, where Azure looks for it, and finds the others as
-            # `serving`.
-            copy = part / "code" / file if file == "score.py" else part / "code" / "serving" / file
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / "serving" / file, copy)
+        copy_code(part / "code")
         for file in course_files():
-            copy = part / "course" / file.relative_to(ROOT)
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(file, copy)
+            _copy(file, part / "course" / file.relative_to(ROOT))
         shutil.rmtree(folder, ignore_errors=True)
         part.rename(folder)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return plan
+
+
+def copy_code(folder: Path) -> None:
+    """Copy the scoring script to a folder's top, where Azure looks for it, and what it imports to ``serving``."""
+    _copy(ROOT / "serving" / "score.py", folder / "score.py")
+    for name in SHARED_FILES:
+        _copy(ROOT / "serving" / name, folder / "serving" / name)
+
+
+def _copy(file, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(file, target)
 
 
 def _find_version(uri):
@@ -281,6 +286,10 @@ def _measured_speed(run_id):
 # --- the steps ------------------------------------------------------------------------------
 
 
+def _file_of(kind):
+    return f"{kind.replace('_', '-')}.yaml"
+
+
 @dataclass(frozen=True)
 class Step:
     """One thing that is made in the workspace: the settings go into its file, by ``--set`` or by azure-ai-ml."""
@@ -296,7 +305,7 @@ class Step:
     @property
     def file(self) -> str:
         """Return the name of its file."""
-        return f"{self.kind.replace('_', '-')}.yaml"
+        return _file_of(self.kind)
 
     @property
     def command(self) -> str:
@@ -547,7 +556,7 @@ def load(kind: str, folder: Path, settings: dict[str, Any]) -> Any:
     loader = (
         load_model_batch_deployment if kind == "batch_deployment" else getattr(ml, f"load_{kind}")
     )
-    return loader(folder / f"{kind.replace('_', '-')}.yaml", params_override=[settings])
+    return loader(folder / _file_of(kind), params_override=[settings])
 
 
 def _make(step, client, folder):

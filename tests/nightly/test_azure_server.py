@@ -16,15 +16,13 @@ import mlflow
 import psutil
 import pytest
 import yaml
-from support import ROOT
 from support.chat import AS_SHOWN, SECRET, chat_model_for, contents, user
 from support.score import load_score
 from support.service import wait_for
 
-from course.azure import YAML_FOLDER, write_conda
+from course.azure import YAML_FOLDER, copy_code, write_conda
 from helpers import pinned
 from serving import score
-from serving.package import SHARED_FILES
 
 # What the chat page logs, by the names that its cell has.
 LOGGED = (
@@ -164,12 +162,7 @@ def serve(environment, tmp_path):
 
     def start(folder):
         code = tmp_path / "code"
-        code.mkdir()
-        # Without the course, as it is uploaded.
-        shutil.copyfile(ROOT / "serving" / "score.py", code / "score.py")
-        (code / "serving").mkdir()
-        for name in SHARED_FILES:
-            shutil.copyfile(ROOT / "serving" / name, code / "serving" / name)
+        copy_code(code)  # without the course, as it is uploaded
         settings = yaml.safe_load(
             (YAML_FOLDER / "online-deployment.yaml").read_text(encoding="utf-8")
         )
