@@ -53,7 +53,7 @@ SHIPPED_FILES = (*SHARED_FILES, "batch_model.py")
 class Report(NamedTuple):
     """What came of a run.
 
-    ``rows`` are those of the input, ``kept`` those that an earlier run had left, errors included.
+    ``rows`` are those of the input, ``kept`` those that were in the output already, errors included.
     ``failed`` counts the rows with an error, and ``errors`` how often each of the 20 most frequent
     reasons occurred. ``cut`` counts the answers that max_tokens ended, ``retried`` the tasks that
     failed and that Spark tried again.
@@ -486,7 +486,7 @@ def _positive(text):
 
 def _temperature(text):
     number = float(text)
-    if not 0 <= number <= 2:  # neither is nan
+    if not 0 <= number <= 2:  # NaN fails this, too
         raise argparse.ArgumentTypeError("it has to be a number from 0 to 2")
     return number
 

@@ -95,7 +95,7 @@ class BarTable(Table):
 
 
 class LineTable(Table):
-    """A table whose last cell is a list of values over time, drawn as a line; an empty list leaves it out."""
+    """A table of three cells, the last a list of values over time. An empty list draws no line."""
 
     def _body(self):
         return "".join(

@@ -109,28 +109,33 @@ class Stand:
         return eval(compile(ast.Expression(last.value), text, "eval"), self.names)
 
 
+# What the cells of every page take from `helpers`.
+PAGE_HELPERS = {
+    "open_store": open_store,
+    "tracking_store": tracking_store,
+    "choose_alias": choose_alias,
+    "find_champion": find_champion,
+    "model_of": model_of,
+    "check_model": check_model,
+    "check_name": check_name,
+    "check_run": check_run,
+    "show_table": show_table,
+}
+
+
 def use_store(store: str) -> dict:
     """Make a store the active one; return what a page has bound when it logs."""
     mlflow.set_tracking_uri(store)
     mlflow.create_experiment("cells", artifact_location=tracking_store(store).artifact_location)
     mlflow.set_experiment("cells")
-    return {
+    return PAGE_HELPERS | {
         "mlflow": mlflow,
         "parameters": DEFAULTS,
         "name_run": name_run,
         "pinned": pinned,
-        "show_table": show_table,
         "client": mlflow.MlflowClient(),
         "MlflowException": mlflow.MlflowException,
-        "open_store": open_store,
-        "tracking_store": tracking_store,
-        "choose_alias": choose_alias,
-        "find_champion": find_champion,
-        "model_of": model_of,
         "tracking_uri": store,
-        "check_model": check_model,
-        "check_name": check_name,
-        "check_run": check_run,
     }
 
 
@@ -143,23 +148,14 @@ def make_stand(page: str, store: str, folder: Path, model: str = "smollm2-135m")
     """Run a page's set-up cell on a store, and log to it what the rest of the page needs."""
     weights = folder / "weights.bin"
     weights.write_bytes(b"w" * 10_000)
-    names = {
-        "open_store": open_store,
-        "tracking_store": tracking_store,
-        "choose_alias": choose_alias,
-        "find_champion": find_champion,
-        "model_of": model_of,
+    names = PAGE_HELPERS | {
         "tracking_uri": store,
         "model": model,
         "file": weights,
         "ROOT": ROOT,
-        "show_table": show_table,
         "compare_figures": compare_figures,
         "ui_addresses": ui_addresses,
         "in_terminal": in_terminal,
-        "check_model": check_model,
-        "check_name": check_name,
-        "check_run": check_run,
         "figures": FIGURES,
         "question": "Where?",
         "answer": "Madrid",
