@@ -1,4 +1,4 @@
-"""Gets a model ready for the tracks, once: ``prepare_model``. It fetches, converts and exports; it loads no model."""
+"""Prepares a model for the tracks, once: downloads, converts and exports it. No model is loaded here."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 from helpers.errors import CourseError
 from helpers.files import is_writable, locked
 from helpers.models.catalogue import HUB_NAME, TRACKS, CatalogueEntry, find_entry, read_catalogue
-from helpers.models.folders import is_whole, read_receipt
+from helpers.models.folders import changed_files, read_receipt
 from helpers.models.sources import ensure_folder, hub_name, is_from_hub, source_of, was_exported
 from helpers.models.space import check_memory, disk_errors, disk_full, memory_needed
 from helpers.paths import model_cache
@@ -45,35 +45,33 @@ def prepare_model(name: str, track: str | None = None, export: bool = False) -> 
     entry = find_entry(name)
     tracks = TRACKS if track is None else (track,)
     home = model_cache() / entry.folder
-    facts, sources = {}, {}
+    facts = {}
+    sources = {}
     with _disk_errors(entry, home):
         home.mkdir(parents=True, exist_ok=True)
-        # A shared, read-only cache is fine as long as nothing is missing from it.
-        with (
-            locked(
-                home,
-                lambda: print(
-                    f"Another process prepares {entry.title}; waiting for it.", flush=True
-                ),
-            )
-            if is_writable(home)
-            else contextlib.nullcontext()
-        ):
+        with _only_process(home, entry.title):
             for track in tracks:
-                source = source_of(
-                    entry, track, export or (track == "onnx" and was_exported(entry, home / track))
-                )
-                facts[track] = ensure_folder(source, home / track)
+                folder = home / track
+                # An export that was asked for once is kept.
+                exported = export or (track == "onnx" and was_exported(entry, folder))
+                source = source_of(entry, track, exported)
+                facts[track] = ensure_folder(source, folder)
                 sources[track] = source.origin(facts[track])
-    entry = _completed(entry, facts)
+    entry = _with_facts(entry, facts)
     if "onnx" in tracks:
-        entry = replace(
-            entry, context_length=min(entry.context_length, longest_exact(home / "onnx"))
-        )
+        longest = min(entry.context_length, longest_exact(home / "onnx"))
+        entry = replace(entry, context_length=longest)
     check_memory(entry.title, entry.memory)  # the next step is to load it
-    return PreparedModel(
-        entry, *(home / track if track in tracks else None for track in TRACKS), sources
-    )
+    folders = [home / track if track in tracks else None for track in TRACKS]
+    return PreparedModel(entry, *folders, sources)
+
+
+def _only_process(home, title):
+    """Let one process at a time prepare a model; a cache that cannot be written needs no lock."""
+    if not is_writable(home):
+        return contextlib.nullcontext()
+    say = f"Another process prepares {title}; waiting for it."
+    return locked(home, lambda: print(say, flush=True))
 
 
 def longest_exact(folder: Path) -> float:
@@ -99,40 +97,37 @@ def _disk_errors(entry, home):
     return disk_errors(home, lambda: disk_full(entry.title, entry.disk, home), refused)
 
 
-def _completed(entry, facts):
-    """Return a model's entry with what its repository of the Hub says, where it comes from there."""
+def _with_facts(entry, facts):
+    """Return the entry of a model from the Hub with what its repository says; another model's as it is."""
     sizes = [found["bytes"] for found in facts.values() if "bytes" in found]
     if not sizes:
         return entry
     if HUB_NAME.fullmatch(entry.name):
-        found, size = next(iter(facts.values())), round(sum(sizes) / 1e6)
-        entry = replace(
-            entry,
-            **{key: found[key] for key in ("licence", "task", "context_length", "parameters")},
-            download=size,
-            disk=size,
-        )
+        found = next(iter(facts.values()))
+        found = {key: found[key] for key in ("licence", "task", "context_length", "parameters")}
+        size = round(sum(sizes) / 1e6)
+        entry = replace(entry, **found, download=size, disk=size)
     return replace(entry, memory=round(memory_needed(max(sizes))))
 
 
 def cached_models() -> list[str]:
     """Return the names of all models that have files in the cache, as ``prepare_model`` takes them."""
-    names, catalogue = {}, read_catalogue()
+    names = {}
+    catalogue = read_catalogue()
     for receipt in sorted(model_cache().glob("*/*.receipt.json")):
-        recipe = read_receipt(receipt.with_name(receipt.name.removesuffix(".receipt.json")))[
-            "recipe"
-        ]
-        name = receipt.parent.name if receipt.parent.name in catalogue else hub_name(recipe or {})
+        folder = receipt.with_name(receipt.name.removesuffix(".receipt.json"))
+        recipe = read_receipt(folder)["recipe"] or {}
+        name = folder.parent.name if folder.parent.name in catalogue else hub_name(recipe)
         if name in catalogue or HUB_NAME.fullmatch(name or ""):
             names[name] = None
     return list(names)
 
 
 def cache_state(name: str) -> str:
-    """Compare the files of a model with what was written, down to the last byte.
+    """Tell whether a model is prepared: all its files are there and have their sizes.
 
     Returns ``"ready"``, ``"not prepared"``, ``"damaged"``, or ``"being prepared"`` by another
-    process. A file that differs is noted in its receipt, so that ``prepare_model`` gets it anew.
+    process.
     """
     entry = find_entry(name)
     home = model_cache() / entry.folder
@@ -140,11 +135,13 @@ def cache_state(name: str) -> str:
         return "not prepared"
     try:
         with locked(home, _refuse_to_wait) if is_writable(home) else contextlib.nullcontext():
-            parts = {
-                path.name.removesuffix(".receipt.json") for path in home.glob("*.receipt.json")
-            }
-            if not all(is_whole(home / part) for part in sorted(parts)):
+            folders = [
+                path.with_name(path.name.removesuffix(".receipt.json"))
+                for path in home.glob("*.receipt.json")
+            ]
+            if any(changed_files(folder) for folder in folders):
                 return "damaged"
+            parts = {folder.name for folder in folders if read_receipt(folder)["recipe"]}
     except BlockingIOError:
         return "being prepared"
     ready = parts & set(TRACKS) if is_from_hub(entry) else parts >= set(TRACKS)

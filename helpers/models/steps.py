@@ -61,8 +61,6 @@ def run_behind_a_bar(
         def on_output(text):
             nonlocal tail
             tail = (tail + text)[-4000:]
-            for seconds in re.findall(r"Busy: the next try is in ([\d.]+) s", text):
-                bar.write(f"The server is busy: the next try is in {seconds} s.", file=sys.stdout)
             for note in re.findall(r"^Note for the user: (.+)$", text, re.MULTILINE):
                 bar.write(note, file=sys.stdout)
             found = re.findall(progress, tail) if progress else []

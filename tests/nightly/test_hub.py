@@ -3,7 +3,6 @@
 Run: python -m helpers test tests/nightly/test_hub.py
 """
 
-import json
 import os
 import ssl
 import subprocess
@@ -22,7 +21,6 @@ from support.phi3_layout import PHI4_ONNX, PHI4_TORCH, TORCH, write_phi3, write_
 
 from helpers import prepare_model
 from helpers.models.prepare import cache_state
-from helpers.models.usable import refuse_unknown_model
 from serving.chat import ChatRequest, PromptEncoder
 
 SHARD = "model-00001-of-00002.safetensors"
@@ -218,51 +216,3 @@ def test_a_certificate_out_of_its_time_says_what_the_clock_says(
     assert "expired" in says if first < 0 else "not yet valid" in says
     assert f"this machine's clock says {datetime.now():%Y-%m-%d}" in says
     assert "Set the clock if it is off" in says
-
-
-@pytest.mark.parametrize(
-    "packed",
-    [
-        {"load_in_8bit": True},
-        {"quant_method": "awq", "bits": 4, "group_size": 128},
-        {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}},
-        {"quant_method": "fbgemm_fp8"},
-        {"quant_method": "torchao", "quant_type": "int8_weight_only"},
-        {"quant_method": "hqq", "quant_config": {}},
-        {"quant_method": "quanto"},
-        {"quant_method": "auto-round", "bits": 4},
-        {"quant_method": "exl3"},
-        {"quant_method": "modelopt", "quant_algo": "NVFP4"},
-        {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
-        {"quant_method": "bitnet", "linear_class": "bitlinear"},
-    ],
-    ids=str,
-)
-def test_of_quantized_weights_those_come_that_load_and_save_without_more_packages(
-    phi3, tmp_path, packed
-):
-    config = json.loads((phi3 / TORCH / "config.json").read_text(encoding="utf-8")) | {
-        "quantization_config": packed
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    if packed.get("linear_class") == "bitlinear":
-        refuse_unknown_model(TORCH, tmp_path, config)
-    else:
-        with refuses("hub-quantized"):
-            refuse_unknown_model(TORCH, tmp_path, config)
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [
-        {"model_type": "bart", "architectures": ["BartForConditionalGeneration"]},
-        {"model_type": "llava", "architectures": ["LlavaForConditionalGeneration"]},
-        {"architectures": ["Phi3ForProcessRewardModel"]},
-    ],
-    ids=str,
-)
-def test_other_kinds_of_models_are_refused(phi3, tmp_path, fields):
-    config = json.loads((phi3 / TORCH / "config.json").read_text(encoding="utf-8")) | fields
-    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with refuses("hub-architecture"):
-        refuse_unknown_model(TORCH, tmp_path, config)

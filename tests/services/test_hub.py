@@ -5,12 +5,14 @@ They are stopped before the libraries that read a model are imported, which take
 Run: python -m helpers test tests/services/test_hub.py
 """
 
+import shutil
 import subprocess
 import sys
 import time
 
 import psutil
 import pytest
+from huggingface_hub import constants
 from support import ROOT, interrupt, refuses
 from support.in_process import download_here
 from support.loopback_hub import LoopbackHub
@@ -45,7 +47,7 @@ def test_no_hub_is_an_error_that_says_what_to_check(cache, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # the discard port: nobody listens
     with refuses("hub-no-answer") as refusal:
         prepare_model("phi-3-mini-4k")
-    assert "http://127.0.0.1:9, has no answer" in refusal.value.what
+    assert "http://127.0.0.1:9, does not answer" in refusal.value.what
     assert "HTTPS_PROXY" in refusal.value.fix
 
 
@@ -61,11 +63,15 @@ def test_a_proxy_that_answers_html_is_seen(hub, monkeypatch):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGINT for another process")
-def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(hub, cache, monkeypatch):
-    hub.faults = {TOKENIZER: [("hold", 20_000)]}
+def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(phi3, tmp_path, cache, monkeypatch):
+    hub = LoopbackHub(shutil.copytree(phi3, tmp_path / "hub"))
+    monkeypatch.setenv("HF_ENDPOINT", hub.url)
+    block = constants.DOWNLOAD_CHUNK_SIZE  # huggingface_hub writes blocks of this size
+    (hub.root / ONNX / CPU / "words.json").write_bytes(b"{" + b" " * 3 * block + b"}")
+    hub.faults = {"words.json": [("hold", 2 * block + 1)]}
     interrupt(
         COMMAND,
-        lambda: any(path.stat().st_size == 20_000 for path in cache.rglob(f"{TOKENIZER}.*")),
+        lambda: any(path.stat().st_size == 2 * block for path in cache.rglob("words.json.*")),
     )
     assert cache_state("phi-3-mini-4k") == "not prepared"
     hub.asked.clear()
@@ -73,7 +79,9 @@ def test_ctrl_c_in_the_middle_of_a_download_keeps_what_arrived(hub, cache, monke
     hub.says = {ONNX: {"sizes": {f"{CPU}/model.onnx.data": 10**13}}}
     with refuses("memory-short"):  # when the small files are here
         prepare_model("phi-3-mini-4k", "onnx")
-    assert [asked for _, path, asked in hub.asked if path.endswith(TOKENIZER)] == ["bytes=20000-"]
+    ranges = [asked for _, path, asked in hub.asked if path.endswith("words.json")]
+    assert ranges == [f"bytes={2 * block}-"]
+    hub.close()
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="sends a signal")

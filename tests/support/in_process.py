@@ -5,17 +5,17 @@ import json
 import time
 from types import SimpleNamespace
 
-from helpers.models import kit, sources
+from huggingface_hub import close_session, constants, file_download
+from huggingface_hub.utils import _http
+
+from helpers.models import sources
 
 
 def download_here(monkeypatch, endpoint="https://huggingface.co"):
     """Let ``steps.ask`` do the work here, with the Hub at ``endpoint``; return the pauses that it made, in seconds.
 
-    No pause is slept through.
+    No pause is slept through, and a file is written in small pieces.
     """
-    from huggingface_hub import close_session, constants, file_download
-
-    from helpers.models import download
 
     def ask(title, module, order, environment=None):
         return json.loads(
@@ -26,11 +26,11 @@ def download_here(monkeypatch, endpoint="https://huggingface.co"):
     clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic, time=time.time)
     for place, name, value in (
         (sources, "ask", ask),
-        (kit, "ask", ask),
         (constants, "HF_HUB_OFFLINE", False),
         (constants, "ENDPOINT", endpoint),
-        (download, "time", clock),
+        (constants, "DOWNLOAD_CHUNK_SIZE", 10_000),
         (file_download, "time", clock),
+        (_http, "time", clock),
         (
             constants,
             "HUGGINGFACE_CO_URL_TEMPLATE",

@@ -15,7 +15,7 @@ from support import refuses
 from tokenizers import Tokenizer
 
 from helpers import check_fits, check_parameters, onnx_provider, prepare_model, torch_device
-from helpers.models.folders import list_file, read_receipt, write_receipt
+from helpers.models.folders import read_receipt, write_receipt
 from helpers.parameters import injected_names, refuse_unknown
 
 GOOD = {
@@ -228,7 +228,9 @@ def test_what_an_export_takes_of_the_context_is_the_bound(filled_cache):
     config = json.loads(file.read_text(encoding="utf-8"))
     config["model"]["decoder"]["sliding_window"] = {"window_size": 2047, "layers": []}
     file.write_text(json.dumps(config), encoding="utf-8")
-    write_receipt(file.parent, read_receipt(file.parent) | {"files": {file.name: list_file(file)}})
+    write_receipt(
+        file.parent, read_receipt(file.parent) | {"files": {file.name: file.stat().st_size}}
+    )
     prepared = prepare_model("tiny-phi3", "onnx")
     count = check_fits(prepared, conversation("Hi"), 1)
     check_fits(prepared, conversation("Hi"), 2047 - count)

@@ -17,11 +17,11 @@ from support import refuses
 from support.in_process import download_here
 from support.steps import TABLES, entry_of, stand_in
 
+from helpers.errors import CourseError
 from helpers.files import sha256
 from helpers.models import sources
 from helpers.models.catalogue import TRACKS, find_entry, read_catalogue
 from helpers.models.folders import read_receipt, receipt_path
-from helpers.models.kit import MANIFEST
 from helpers.models.sources import (
     BUILDER_OPTIONS,
     CONVERTER_VERSION,
@@ -235,23 +235,11 @@ def test_long_steps_run_in_processes_of_their_own_behind_a_bar(home, monkeypatch
         "1",
         "64",
     ]
-    assert export[:8] + export[9:14] + export[15:] == [
-        sys.executable,
-        "-m",
-        "onnxruntime_genai.models.builder",
-        "-m",
-        "local",
-        "-i",
-        str(home / "words" / "transformers"),
-        "-o",
-        "-p",
-        "int8",
-        "-e",
-        "cpu",
-        "-c",
-        "--extra_options",
-        *BUILDER_OPTIONS,
-    ]
+    options = dict(zip(export[3:15:2], export[4:15:2], strict=True))
+    assert export[:3] == [sys.executable, "-m", "onnxruntime_genai.models.builder"]
+    assert options["-i"] == str(home / "words" / "transformers")
+    assert (options["-m"], options["-p"], options["-e"]) == ("local", "int8", "cpu")
+    assert export[export.index("--extra_options") + 1 :] == BUILDER_OPTIONS
     assert re.findall(
         bar, "Converting and de-quantizing GGUF tensors...:  11%|# | 30/272 [00:01"
     ) == [("30", "272")]
@@ -392,7 +380,7 @@ def test_an_export_takes_four_times_the_weights_in_memory_and_once_on_disk(
         return {
             "commit": "c1",
             "bytes": 3 * 10**9,
-            "sha256": {"model.safetensors": sha256(home / "weights")},
+            "files": ["model.safetensors"],
         }
 
     monkeypatch.setattr(sources, "ask", download)
@@ -411,6 +399,22 @@ def test_an_export_takes_four_times_the_weights_in_memory_and_once_on_disk(
     assert not was_exported(entry_of("far"), home / "transformers")
 
 
+def test_what_the_builder_cannot_export_is_told_in_its_words_and_track_a_stays(home, monkeypatch):
+    def download(title, module, order, environment=None):
+        (Path(order["folder"]) / "model.safetensors").write_bytes(b"words")
+        return {"commit": "c1", "bytes": 5, "files": ["model.safetensors"]}
+
+    def fail(title, command, progress):
+        raise CourseError("step-failed", f"{title} failed: GPT2 is not supported.", "Report it.")
+
+    monkeypatch.setattr(sources, "ask", download)
+    monkeypatch.setattr(sources, "run_step", fail)
+    with refuses("hub-export") as refusal:
+        ensure_folder(source_of(entry_of("far"), "onnx", export=True), home / "onnx")
+    assert "GPT2 is not supported" in refusal.value.what
+    assert read_receipt(home / "transformers")["recipe"]
+
+
 def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_recipes(
     home, monkeypatch
 ):
@@ -423,7 +427,7 @@ def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_reci
         return {
             "commit": "c1",
             "bytes": 1,
-            "sha256": {"README.md": hashlib.sha256(b"theirs").hexdigest()},
+            "files": ["README.md"],
         }
 
     monkeypatch.setattr(sources, "ask", download)
@@ -454,7 +458,6 @@ def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_reci
         "revision": None,
         "commit": None,
         "onnx_folder": "cpu",
-        "export": False,
         "finished": str(home / "onnx"),
     }
 
@@ -474,32 +477,15 @@ def kit_of(tmp_path, home, monkeypatch):
             made.mkdir(parents=True)
             for track in ("transformers", "onnx"):
                 ensure_folder(source_of(entry_of(name), track), made / track)
-        files = {}
         for track in tracks:
             target = kit / "models" / name / track
             shutil.copytree(made / track, target)
             receipt = change(read_receipt(made / track) | {"facts": {"found": track}})
             receipt_path(target).write_text(json.dumps(receipt), encoding="utf-8")
-        for path in kit.rglob("*"):
-            if path.is_file():
-                files[path.relative_to(kit).as_posix()] = {
-                    "size": path.stat().st_size,
-                    "sha256": sha256(path),
-                }
-        (kit / MANIFEST).parent.mkdir(exist_ok=True)
-        (kit / MANIFEST).write_text(
-            json.dumps(
-                {
-                    "format": 1,
-                    "complete": True,
-                    "models": [name],
-                    "platforms": [],
-                    "pythons": [],
-                    "files": files,
-                }
-            ),
-            encoding="utf-8",
-        )
+        kit.mkdir(exist_ok=True)
+        paths = [path for path in kit.rglob("*") if path.is_file()]
+        lines = [f"{sha256(path)}  {path.relative_to(kit).as_posix()}\n" for path in paths]
+        (kit / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
         monkeypatch.setenv("COURSE_KIT", str(kit))
         return kit
 
