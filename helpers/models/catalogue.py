@@ -1,4 +1,4 @@
-"""Reads ``data/models.toml``, the list of models, and the names ``hub:org/name``. It downloads nothing."""
+"""Reads the catalogue of models, ``data/models.toml``, and names such as ``hub:org/name``. Downloads nothing."""
 
 import re
 import tomllib
@@ -16,9 +16,9 @@ HUB_NAME = re.compile(
 
 @dataclass(frozen=True)
 class CatalogueEntry:
-    """What the course knows about a model before it has any of its files.
+    """What the course knows about a model before any of its files are downloaded.
 
-    Of a model that only the Hub knows, all numbers are None until it is here.
+    For a model that is named ``hub:org/name``, the numbers are None until its files are here.
     """
 
     name: str  # the value of the parameter `model`
@@ -29,10 +29,10 @@ class CatalogueEntry:
     task: str  # the Hub's name of what the model does
     parameters: int | None  # number of weights
     context_length: int | None  # tokens that a prompt and its answer may take together
-    download: int | None  # megabytes (10**6 bytes) that travel
-    disk: int | None  # megabytes that stay
-    memory: int | None  # megabytes that a run needs at its peak
-    # The rest of the entry, for helpers.models.sources: where the files come from.
+    download: int | None  # megabytes (10**6 bytes) to download
+    disk: int | None  # megabytes of the prepared folders
+    memory: int | None  # megabytes of memory that preparing and running needs at its peak
+    # Where the files come from; helpers.models.sources reads it.
     source: dict = field(repr=False)
 
     @property
@@ -55,10 +55,10 @@ def read_catalogue(path: Path = DATA / "models.toml") -> dict[str, CatalogueEntr
 
 
 def find_entry(name: str) -> CatalogueEntry:
-    """Return the entry of a model by its name; CourseError lists the names where there is none.
+    """Return the entry of a model by its name; raise CourseError with all names if there is none.
 
-    ``hub:org/name`` names a repository of the Hugging Face Hub, ``hub:org/name@revision`` not its
-    newest commit.
+    ``hub:org/name`` is a repository of the Hugging Face Hub at its newest commit,
+    ``hub:org/name@revision`` at a branch, tag or commit.
     """
     entries = read_catalogue()
     if name in entries:

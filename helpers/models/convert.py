@@ -1,8 +1,7 @@
-"""Writes Hugging Face folders: one from a GGUF file, one for a tiny random Phi-3.
+"""Writes a model's folder in Hugging Face's format: from a GGUF file, or with random weights for tiny-phi3.
 
-``helpers.models.sources`` runs this in a process of its own (``python -m helpers.models.convert``),
-so that the memory goes back when a folder is written. Raise CONVERTER_VERSION there when what this
-writes changes.
+``helpers.models.sources`` runs this as ``python -m helpers.models.convert``, so that its memory is
+free again when the folder is written. If you change what is written, raise CONVERTER_VERSION there.
 """
 
 import sys
@@ -12,8 +11,8 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 
 from helpers.paths import ROOT
 
-# https://github.com/openai/gpt-2/blob/master/src/encoder.py. Spelled out here because onnxruntime-genai
-# reads it from a Split as everybody does, and reads ByteLevel's built-in copy differently beside other splits.
+# https://github.com/openai/gpt-2/blob/master/src/encoder.py. A Split with this pattern means the same
+# to all libraries. onnxruntime-genai reads ByteLevel's built-in copy differently beside other splits.
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 PHI3_MARKUP = ("<|endoftext|>", "<|assistant|>", "<|system|>", "<|end|>", "<|user|>")
@@ -44,8 +43,8 @@ def _special(tokens):
 def gguf_to_transformers(gguf_file: Path, folder: Path) -> None:
     """Write a GGUF Llama model as a Hugging Face folder with fp32 weights.
 
-    The tokenizer is built from the GGUF's own vocabulary and merges: the conversion inside
-    transformers leaves out the split of numbers into digits and mixes up the end token.
+    The tokenizer is built from the vocabulary and merges in the GGUF file: the conversion in
+    transformers does not split numbers into digits, and takes another token for the end token.
     """
     import gguf
     import torch
@@ -60,8 +59,8 @@ def gguf_to_transformers(gguf_file: Path, folder: Path) -> None:
         gguf_file.parent, gguf_file=gguf_file.name, dtype=torch.float32
     )
     config = quantized.config
-    # The weights are plain floats now, but the model still calls itself quantized and
-    # refuses to be saved; a fresh model with the same weights does not.
+    # The weights are plain floats now, but transformers still takes the model for a quantized one
+    # and does not save it. It does save a new model with the same weights.
     del config.quantization_config
     model = LlamaForCausalLM(config)
     model.load_state_dict(quantized.state_dict())
@@ -79,8 +78,7 @@ def gguf_to_transformers(gguf_file: Path, folder: Path) -> None:
             merges=[tuple(merge.split(" ")) for merge in kept["ggml.merges"]],
         )
     )
-    # llama.cpp's pre-tokenizer "smollm" (src/llama-vocab.cpp): each digit alone, then GPT-2's
-    # words.
+    # As llama.cpp's pre-tokenizer "smollm" (src/llama-vocab.cpp): each digit alone, then GPT-2's words.
     tokenizer.pre_tokenizer = _splits(r"\p{N}", GPT2_WORDS)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(
@@ -120,7 +118,7 @@ def phi3_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = _splits(GPT2_WORDS)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        # Any English that stays the same will do for a vocabulary.
+        # Any English text will do for a vocabulary, as long as it stays the same.
         (ROOT / "LICENSE").read_text(encoding="utf-8").splitlines(),
         trainers.BpeTrainer(
             vocab_size=512,
@@ -133,7 +131,7 @@ def phi3_tokenizer() -> Tokenizer:
 
 
 def tiny_phi3(folder: Path, seed: int, context_length: int) -> None:
-    """Write a random model with Phi-3's architecture, tokens of markup and chat template; same seed, same weights."""
+    """Write a model with random weights and Phi-3's architecture, markup and chat template; one seed, one model."""
     import torch
     from transformers import GenerationConfig, Phi3Config, Phi3ForCausalLM, PreTrainedTokenizerFast
 

@@ -136,7 +136,6 @@ class Download:
             raise
         incomplete.replace(target)
         if not self.is_whole(target, name):
-            target.unlink()
             raise CourseError(
                 "hub-changed",
                 f"{self.prefix}{name} of {self.repo} arrived with another hash than the Hub lists.",

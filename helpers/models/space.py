@@ -1,4 +1,4 @@
-"""Measures what this machine has free, in megabytes (10**6 bytes), and says in sentences what does not fit."""
+"""Measures the free memory and disk in megabytes (10**6 bytes), and raises CourseError if a model does not fit."""
 
 import contextlib
 import errno
@@ -15,39 +15,39 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def free_memory() -> float:
-    """Return the megabytes of memory that this process can still take, with what it holds already.
+    """Return the megabytes of memory that this process can use: what is free, and what it uses already.
 
-    A container's limit counts, where it is lower than the machine's. A page that has loaded a model
-    and runs its first cells once more is not asked to find the memory twice.
+    So a page that has loaded its model can run its first cells again. A container's limit counts if
+    it is lower than the machine's memory.
     """
-    import psutil  # the rest of this module serves before set-up, too
+    import psutil  # the other functions are also used before set-up has installed it
 
     available = min([psutil.virtual_memory().available, *_container_memory()])
     return (available + psutil.Process().memory_info().rss) / 1e6
 
 
 def free_disk(folder: Path) -> float:
-    """Return the free megabytes of the disk that ``folder`` (absolute) is or will be on."""
+    """Return the free megabytes on the disk of ``folder``, an absolute path that need not exist yet."""
     return shutil.disk_usage(existing(folder)).free / 1e6
 
 
 def existing(folder: Path) -> Path:
-    """Return ``folder``, or the nearest of its parents that is there."""
-    there = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
-    if there is None:
+    """Return ``folder``, or its nearest parent that exists."""
+    found = next((parent for parent in (folder, *folder.parents) if parent.exists()), None)
+    if found is None:
         raise CourseError(
             "disk-absent",
             f"There is no disk for {folder}.",
             "Choose a folder on a disk that is there.",
         )
-    return there
+    return found
 
 
 def _container_memory():
-    """Yield the bytes that a container's limit leaves: control groups, version 2 and version 1.
+    """Yield the bytes that a container's limit leaves, by control groups of version 2 and version 1.
 
-    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files. Memory that only
-    caches files counts as used there, and goes back when a program wants it.
+    https://docs.kernel.org/admin-guide/cgroup-v2.html#memory-interface-files. They count the cache
+    of files as used, but the system frees it for programs: it is added again.
     """
     for limit, used, cache in (
         ("memory.max", "memory.current", "inactive_file"),
@@ -62,7 +62,7 @@ def _container_memory():
 
 
 def memory_needed(size: int) -> float:
-    """Return the megabytes that a page takes at its peak: libraries, and two copies of a model of ``size`` bytes."""
+    """Return the megabytes that a page needs at its peak: the libraries, and two copies of a model of ``size`` bytes."""
     return 1000 + 2 * size / 1e6
 
 
@@ -80,7 +80,10 @@ def check_memory(title: str, needed: float) -> None:
 def check_disk(
     title: str, needed: float, folder: Path, setting: str = "COURSE_CACHE to a folder"
 ) -> None:
-    """Raise CourseError unless ``needed`` megabytes are free on the disk of ``folder``, which a ``setting`` chose."""
+    """Raise CourseError unless ``needed`` megabytes are free on the disk of ``folder``.
+
+    ``setting`` says in the error how to choose another folder.
+    """
     if free_disk(folder) < needed:
         raise disk_full(title, needed, folder, setting)
 
@@ -88,9 +91,9 @@ def check_disk(
 def disk_full(
     title: str, needed: float | None, folder: Path, setting: str = "COURSE_CACHE to a folder"
 ) -> CourseError:
-    """Return the error that says what is missing on the disk of ``folder``, in megabytes where it is known."""
+    """Return the error for a full disk; ``needed`` is in megabytes, None if it is not known."""
     free = free_disk(folder)
-    amount = f"{math.ceil(needed):,} MB" if needed else "more room"
+    amount = f"{math.ceil(needed):,} MB" if needed else "more space"
     return CourseError(
         "disk-full",
         f"The disk is too full: {title} takes {amount} in {folder}, and {free:,.0f} MB are free.",
@@ -103,10 +106,10 @@ def disk_full(
 def disk_errors(
     folder: Path, full: Callable[[], CourseError], refused: CourseError
 ) -> Iterator[None]:
-    """Turn what the disk of ``folder`` refuses into sentences.
+    """Turn errors of the disk of ``folder`` into CourseErrors.
 
-    ``full`` makes the error for a full disk, in that moment; ``refused`` is the one for a folder
-    that is not writable.
+    ``full`` makes the error for a full disk, with the space that is free at that moment;
+    ``refused`` is the error for a folder that cannot be written.
     """
     try:
         yield
@@ -114,7 +117,7 @@ def disk_errors(
         if error.errno in FULL:
             raise full() from error
         if error.errno == errno.EFBIG:
-            # A file system has a limit for one file, as a stick's FAT32 has: 4 GB.
+            # FAT32, which many USB sticks have, takes at most 4 GB in one file.
             raise CourseError(
                 "file-too-large",
                 f"The disk of {folder} cannot hold a file of that size.",
@@ -128,7 +131,7 @@ def disk_errors(
 
 
 def _or_smaller(what, needed, free):
-    """Name the largest model of the catalogue that takes less memory or disk, and fits; nothing where none does."""
+    """Return words that name the largest smaller model of the catalogue that fits; none if no model fits."""
     fitting = {
         name: getattr(entry, what)
         for name, entry in read_catalogue().items()

@@ -1,4 +1,4 @@
-"""Runs a program that takes long in a process of its own: its output comes in, a bar or two sentences go out."""
+"""Runs the long steps of a model's preparation as programs, with one progress bar; turns their failures into errors."""
 
 import errno
 import json
@@ -17,9 +17,9 @@ from helpers.paths import ROOT
 def run_program(
     command: list, environment: dict[str, str], on_output: Callable[[str], None]
 ) -> tuple[int, str]:
-    """Run a program, hand on what it prints as it comes, and end it when this process is interrupted.
+    """Run a program, pass its output to ``on_output`` as it arrives, and kill it if this process is interrupted.
 
-    Returns its exit code and all that it printed. Its standard input ends when this process does.
+    Returns its exit code and all its output. Its standard input ends when this process ends.
     """
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -50,9 +50,9 @@ def run_behind_a_bar(
     progress: str | None = None,
     environment: dict[str, str] | None = None,
 ) -> tuple[int, str]:
-    """Run a program behind one progress bar, and return its exit code and all that it printed.
+    """Run a program with one progress bar, and return its exit code and all its output.
 
-    ``progress`` is a pattern with two groups, done and total, in what the program prints.
+    ``progress`` is a pattern with two groups, done and total, in the program's output.
     ``environment`` is added to this process's environment.
     """
     tail = ""
@@ -79,10 +79,10 @@ def run_step(
     progress: str | None = None,
     environment: dict[str, str] | None = None,
 ) -> str:
-    """Run one long step of a model's set-up as ``run_behind_a_bar`` does, and return what it printed.
+    """Run a program as ``run_behind_a_bar`` does, and return its output.
 
-    Raises CourseError where it failed, its own one where ``answer`` printed one, and OSError for
-    what the disk refused.
+    If the program fails, this raises the error that ``answer`` printed, OSError for a full disk, or
+    CourseError with the program's last line.
     """
     code, output = run_behind_a_bar(title, command, progress, environment)
     if code == 0:
@@ -100,7 +100,7 @@ def run_step(
 
 
 def ask(title: str, module: str, order: dict, environment: dict[str, str] | None = None) -> dict:
-    """Let a module of ours do its ``work`` in a process of its own, which may use the network; return its answer."""
+    """Run ``work(order)`` of a module of ours in another process, which may use the network; return what it returns."""
     online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     output = run_step(
         title,
@@ -112,29 +112,34 @@ def ask(title: str, module: str, order: dict, environment: dict[str, str] | None
 
 
 def tell(note: str) -> None:
-    """Show a sentence to whoever waits for this process, and for its ``answer``."""
+    """Show the user a sentence, from within a process that ``ask`` started."""
     print(f"Note for the user: {note}", flush=True)
 
 
 def answer(work: Callable[[dict], dict], order: str) -> int:
-    """Do ``work`` for the process that called ``ask``: print what it returns or raises as a line of JSON."""
-    # When that process ends, however it ends, so does this one: nobody else may write to its
-    # folder.
+    """Call ``work`` in a process that ``ask`` started: print what it returns or raises as one line of JSON.
+
+    Returns the exit code.
+    """
+    # This process ends when the one that called `ask` ends: two must not write to the same folder.
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     try:
-        result, code = work(json.loads(order)), 0
+        result = work(json.loads(order))
+        code = 0
     except CourseError as error:
-        result, code = {"error": error.args}, 1
+        result = {"error": error.args}
+        code = 1
     except OSError as error:
         if not is_of_the_disk(error):
             raise
-        result, code = {"disk": [error.errno, error.strerror]}, 1
+        result = {"disk": [error.errno, error.strerror]}
+        code = 1
     print("\n" + json.dumps(result), flush=True)
     return code
 
 
 def is_of_the_disk(error: Exception) -> bool:
-    """Tell whether an error is what the disk or its owner refuses, which is no fault of whoever sent the file."""
+    """Tell whether an error is about the disk: it is full, not writable, or has too small a limit for one file."""
     return isinstance(error, OSError) and error.errno in (*FULL, *FORBIDDEN, errno.EFBIG)
 
 

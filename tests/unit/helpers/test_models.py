@@ -22,6 +22,7 @@ from helpers import CourseError, prepare_model, read_catalogue
 from helpers.files import locked, sha256
 from helpers.models.catalogue import find_entry
 from helpers.models.convert import tiny_phi3
+from helpers.models.folders import read_receipt, write_receipt
 from helpers.models.prepare import _disk_errors, cache_state, cached_models, longest_exact
 from helpers.models.space import disk_errors, existing
 from helpers.models.steps import ask, is_of_the_disk, run_program, run_step
@@ -225,6 +226,13 @@ def test_what_is_in_the_cache_is_told_without_making_anything(words):
     with locked(words / "tiny-phi3", lambda: None):
         assert cache_state("tiny-phi3") == "being prepared"
     assert cached_models() == ["tiny-phi3"]
+
+
+def test_a_folder_that_an_interruption_left_mixed_is_not_ready(words):
+    prepare_model("words")
+    folder = words / "words" / "onnx"
+    write_receipt(folder, read_receipt(folder) | {"recipe": None})
+    assert cache_state("words") == "not prepared"
 
 
 def test_a_repository_is_ready_with_the_files_of_one_track(words, monkeypatch):
