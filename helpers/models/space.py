@@ -62,7 +62,7 @@ def _container_memory():
 
 
 def memory_needed(size: int) -> float:
-    """Return the megabytes that a page needs at its peak: the libraries, and two copies of a model of ``size`` bytes."""
+    """Return the megabytes that a page needs at its peak: libraries, and two copies of a model of ``size`` bytes."""
     return 1000 + 2 * size / 1e6
 
 

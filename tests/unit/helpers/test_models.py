@@ -326,7 +326,7 @@ def test_too_little_memory_is_refused_before_a_load_too(filled_cache, tmp_path, 
     assert "takes 1,000 MB of memory, and 810 MB are free. Close programs." in str(refusal.value)
 
 
-@pytest.mark.parametrize(("name", "amount"), [("tiny-phi3", "2 MB"), ("hub:org/name", "more room")])
+@pytest.mark.parametrize(("name", "amount"), [("tiny-phi3", "2 MB"), ("hub:org/name", "more space")])
 def test_a_disk_that_fills_up_on_the_way_is_the_same_error(tmp_path, name, amount):
     with refuses("disk-full") as refusal, _disk_errors(find_entry(name), tmp_path):
         raise OSError(errno.ENOSPC, "No space left on device")
