@@ -474,7 +474,7 @@ def _kit(options):
         from course.kit.serve import serve
 
         return serve(options.folder.resolve(), options.host, options.port)
-    from course.kit.check import check
+    from course.kit.serve import check
 
     return check(
         options.address if "://" in options.address else str(Path(options.address).resolve())

@@ -19,12 +19,11 @@ from urllib.parse import urlsplit
 from course import uv_settings
 from helpers.errors import CourseError
 from helpers.models.kit import (
-    BROKEN,
+    CONNECTION_ERRORS,
     COURSE,
     PLATFORM_NAMES,
     WHEELS_INDEX,
     Kit,
-    build_command,
     local_address,
 )
 from helpers.models.pip import PipError, run_pip, users_options
@@ -116,7 +115,7 @@ def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> 
             # A proxy may answer with a page of its own.
             if options[-1].replace("==", "-").encode() in page.read():
                 options = ("--extra-index-url", TORCH_CPU_INDEX, *options)
-    except BROKEN:
+    except CONNECTION_ERRORS:
         pass  # pip then asks the user's index alone
     pip("install", "--dry-run", "--no-deps", "--report", str(plan), *options)
     for chosen in json.loads(plan.read_text(encoding="utf-8"))["install"]:
@@ -229,7 +228,7 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
     try:
         with kit.open(WHEELS_INDEX) as page:
             page.read()
-    except BROKEN:
+    except CONNECTION_ERRORS:
         return CourseError(
             "kit-gone",
             f"The kit {kit.address} has stopped answering.",
@@ -260,21 +259,14 @@ def final_error(output: str) -> str:
 
 
 def _missing_wheel_error(message, kit):
-    """Return the error for a wheel that a kit lacks: for this machine, or in the version of this course."""
+    """Return the error for a wheel that a kit lacks."""
     python = "{}.{}".format(*sys.version_info[:2])
-    system = PLATFORM_NAMES.get((platform.system(), platform.machine()))
-    platforms, pythons = kit.manifest["platforms"], kit.manifest["pythons"]
-    if system in platforms and python in pythons:
-        return CourseError(
-            "kit-other-version",
-            f"The kit has other packages than this course wants: {message}",
-            f"Take the course from the kit, too: {kit.place(COURSE)}.",
-        )
-    again = build_command(kit, [system] if system else [], [python])
-    machine = f"Python {python} on {platform.system()} {platform.machine()}"
+    machine = platform.system(), platform.machine()
+    system = PLATFORM_NAMES.get(machine)
+    target = f"--python {python}" + (f" --platform {system}" if system else "")
     return CourseError(
         "kit-lacks-wheel",
-        f"The kit lacks wheels for {machine}: {message}",
-        f"Use a Python that it was built for ({', '.join(pythons)} on {', '.join(platforms)}), "
-        f"or build it with: {again}.",
+        f"The kit lacks wheels for this course on Python {python}, {' '.join(machine)}: {message}",
+        f"Take the course from the kit, too ({kit.place(COURSE)}), use a Python that the kit's page "
+        f"names, or build the kit with {target}.",
     )

@@ -103,10 +103,10 @@ def from_kit(
 def kit_constraints(kit: Kit, constraints: str) -> str:
     """Return the lines of constraints.txt with the hashes of the kit's wheels: uv then checks what it gets."""
     wheels = {}  # by project and version
-    for name, entry in kit.files.items():
+    for name, digest in kit.files.items():
         if name.startswith("wheels/") and name.endswith(".whl"):
             project, version = name.removeprefix("wheels/").split("-")[:2]
-            wheels.setdefault((_normal_name(project), version), []).append(entry["sha256"])
+            wheels.setdefault((_normal_name(project), version), []).append(digest)
     lines = []
     for line in constraints.splitlines():
         if not line or line.startswith("#"):

@@ -1,1 +1,1 @@
-"""The offline kit: build one, offer it to a room, check it. Reading one is helpers.models.kit."""
+"""The offline kit: builds, serves and checks one. helpers.models.kit reads it."""

@@ -1,15 +1,13 @@
-"""Builds an offline kit: names come in; a folder of wheels, models, the course, pages and a manifest comes out."""
+"""Builds an offline kit: a folder with wheels, models, the course, a page for participants and SHA256SUMS."""
 
 import contextlib
 import html
-import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 from urllib.parse import quote
@@ -17,20 +15,19 @@ from urllib.parse import quote
 import nbformat
 from nbconvert.preprocessors import ClearOutputPreprocessor
 
-from course.environment import project
 from course.kit import wheels
-from course.kit.wheels import PATCHES, WHEELS_MEGABYTES, Target
+from course.kit.wheels import WHEELS_MEGABYTES, Target
 from helpers.errors import CourseError
-from helpers.files import is_size, locked, progress_bar, sha256
+from helpers.files import folder_bytes, is_size, locked, progress_bar, sha256
 from helpers.models.catalogue import TRACKS, find_entry
-from helpers.models.folders import is_as_listed, list_file, read_receipt, receipt_path
-from helpers.models.kit import COURSE, FORMAT, INDEX, MANIFEST, WHEELS_INDEX, as_word, read_kit
+from helpers.models.folders import read_receipt, receipt_path, write_receipt
+from helpers.models.kit import COURSE, INDEX, SUMS, UNFINISHED, WHEELS_INDEX, as_word
 from helpers.models.prepare import prepare_model
 from helpers.models.sources import is_from_hub
 from helpers.models.space import disk_errors, free_disk
 from helpers.paths import DATA, ROOT, model_cache
 
-# The course, and what lies among it that is not the course's.
+# The course's own files, for a course that has no git.
 COURSE_PARTS = (
     ".ci",
     ".gitattributes",
@@ -62,79 +59,70 @@ FEWER = "ask for fewer models, platforms and Pythons"
 def build(
     folder: Path, models: Sequence[str], platforms: Sequence[str] = (), pythons: Sequence[str] = ()
 ) -> int:
-    """Fill a folder with a kit; what is whole in it stays, and so does what is not the kit's. Return the exit code.
+    """Fill a folder with a kit; files of an earlier build that are whole stay. Return the exit code.
 
-    ``platforms`` are keys of ``wheels.PLATFORMS``, this machine's where there are none; ``pythons``
-    are such as ``"3.12"``, the running one where there are none. Raises CourseError: an unknown
-    model, no package index or no wheel in it, only a CUDA build of torch, a full disk, or a folder
-    that is a file, holds something else than a kit, or is the course's own.
+    Parameters
+    ----------
+    platforms : sequence of str
+        Keys of ``wheels.PLATFORMS``; by default this machine's.
+    pythons : sequence of str
+        Such as ``"3.12"``; by default the running one.
+
+    Raises
+    ------
+    CourseError
+        An unknown model, no package index or no wheel in it, only a CUDA build of torch, a full
+        disk, or a folder that is a file, holds something else, or is the course's own.
     """
-    os.environ.pop("COURSE_KIT", None)  # a kit is made from the originals
-    models = list(dict.fromkeys(models))
-    platforms = list(dict.fromkeys(platforms or [wheels.this_platform()]))
-    pythons = list(dict.fromkeys(pythons or ["{}.{}".format(*sys.version_info[:2])]))
-    head = {
-        "format": FORMAT,
-        "course": project()["version"],
-        "built_on": platform.platform(),
-        "models": models,
-        "platforms": platforms,
-        "pythons": pythons,
-    }
-    homes = {name: find_entry(name).folder for name in models}
-    targets = [Target(system, python) for system in platforms for python in pythons]
+    os.environ.pop("COURSE_KIT", None)  # a kit is built from the originals
+    targets = [
+        Target(system, python)
+        for system in dict.fromkeys(platforms or [wheels.this_platform()])
+        for python in dict.fromkeys(pythons or ["{}.{}".format(*sys.version_info[:2])])
+    ]
+    models = {name: find_entry(name).folder for name in models}
     _refuse_other_folders(folder)
     with _disk_errors(folder), contextlib.ExitStack() as at_end:
-        # Whoever gets the kit may read it, also where this user's own files are private.
+        # Participants may read the kit, even if this user's own files are private.
         at_end.callback(os.umask, os.umask(0o022))
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "wheels").mkdir(parents=True, exist_ok=True)
         with locked(folder, lambda: _refuse_to_wait(folder)):
-            site = _Site(folder, head)
-            at_end.callback(shutil.rmtree, site.staging, ignore_errors=True)
+            listed = _begin(folder)
             for name in models:
                 _prepare(name)
-            _check_space(site, homes.values(), targets)
-            for name, home in homes.items():
-                _add_model(site, name, home)
-            for target in targets:
-                wheels.add_wheels(site, target)
-            site.add(COURSE, _write_course)
-            wheels.keep_wanted_wheels(site, targets)
-            site.add(
-                WHEELS_INDEX,
-                lambda draft: draft.write_text(_wheels_page(site.wanted), encoding="utf-8"),
-            )
-            site.add(INDEX, lambda draft: draft.write_text(_page(site), encoding="utf-8"))
-            site.finish()
-    kit = read_kit(str(folder))
-    megabytes = sum(entry["size"] for entry in kit.files.values()) / 1e6
+            _check_space(folder, models.values(), targets)
+            files = [file for name in models.values() for file in _copy_model(folder, name)]
+            files += wheels.add_wheels(folder / "wheels", targets)
+            files += [_write_course(folder / COURSE), _write_wheels_index(folder)]
+            files += [_write_page(folder, targets, models)]
+            names = sorted(path.relative_to(folder).as_posix() for path in files)
+            _delete_stale(folder, listed - set(names))
+            _finish(folder, names)
     print(
-        f"{folder}: {len(kit.files)} files, {megabytes:,.0f} MB. Offer it to a room: "
+        f"{folder}: {len(names)} files, {folder_bytes(folder) / 1e6:,.0f} MB. Serve it in a room: "
         f"python -m helpers kit serve {as_word(folder)}; or copy the folder to a stick."
     )
     return 0
 
 
 def _refuse_other_folders(folder):
-    """Raise CourseError unless a folder is new, empty or a kit, and apart from the course and its models."""
+    """Raise CourseError unless a folder is new, empty or a kit, and outside the course and its models."""
+    places = ((ROOT, ROOT / "data"), (model_cache(), model_cache()))
     if any(
-        place.is_relative_to(folder) or folder.is_relative_to(own)
-        for place, own in ((ROOT, ROOT / "data"), (model_cache(), model_cache()))
+        place.is_relative_to(folder) or folder.is_relative_to(inside) for place, inside in places
     ):
         raise CourseError(
             "kit-in-course",
             f"{folder} holds the course or its models.",
             "Build into a folder of its own, such as kit.",
         )
-    if folder.is_dir() and any(path.name != ".lock" for path in folder.iterdir()):
-        try:
-            read_kit(str(folder), complete=False)
-        except CourseError:
-            raise CourseError(
-                "kit-other-folder",
-                f"{folder} holds something else than a kit.",
-                "Build into a new or an empty folder.",
-            ) from None
+    is_kit = any((folder / name).is_file() for name in (SUMS, UNFINISHED))
+    if folder.is_dir() and not is_kit and any(path.name != ".lock" for path in folder.iterdir()):
+        raise CourseError(
+            "kit-other-folder",
+            f"{folder} holds something else than a kit.",
+            "Build into a new or an empty folder.",
+        )
 
 
 def _refuse_to_wait(folder):
@@ -146,7 +134,7 @@ def _refuse_to_wait(folder):
 
 
 def _disk_errors(folder):
-    """Turn what the disk refuses into sentences."""
+    """Turn errors of the disk into CourseErrors."""
     refused = CourseError(
         "kit-not-writable",
         f"{folder} cannot be written as a folder.",
@@ -163,104 +151,69 @@ def _disk_errors(folder):
     )
 
 
-def _check_space(site, homes, targets):
-    """Refuse to start where the disk does not have what is still to come."""
-    needed = (
-        sum(
-            entry["size"]
-            for home in homes
-            for name, entry in _model_files(home)
-            if not is_size(site.folder / name, entry["size"])
-        )
-        / 1e6
+def _begin(folder):
+    """Mark the kit as unfinished, delete the files that have changed, and return those that an earlier build listed."""
+    if (folder / SUMS).is_file():
+        (folder / SUMS).replace(folder / UNFINISHED)
+    (folder / UNFINISHED).touch()
+    listed = set()
+    for line in (folder / UNFINISHED).read_text(encoding="utf-8").splitlines():
+        digest, _, name = line.partition("  ")
+        listed.add(name)
+        path = (folder / name).resolve()
+        if path.is_relative_to(folder) and path.is_file() and sha256(path) != digest:
+            path.unlink()
+    return listed
+
+
+def _check_space(folder, homes, targets):
+    """Raise CourseError if the disk is too small for the files that are not in the kit yet."""
+    needed = sum(
+        size
+        for home in homes
+        for track in TRACKS
+        for name, size in read_receipt(model_cache() / home / track)["files"].items()
+        if not is_size(folder / "models" / home / track / name, size)
     )
-    for target in targets:
-        missing, wanted = (
-            wheels.missing_wheels(site, target, PATCHES[0]),
-            target.requirements(PATCHES[0]),
-        )
-        needed += WHEELS_MEGABYTES * len(missing) / len(wanted)
-    free = free_disk(site.folder)
+    share = wheels.missing_share(folder / "wheels", targets)
+    needed = needed / 1e6 + WHEELS_MEGABYTES * share
+    free = free_disk(folder)
     if free < needed:
         raise CourseError(
             "disk-short",
-            f"{site.folder} has {free:,.0f} MB free, and the rest of the kit takes about "
-            f"{needed:,.0f} MB.",
+            f"{folder} has {free:,.0f} MB free, and the rest of the kit takes about {needed:,.0f} MB.",
             f"Free some space, or {FEWER}.",
         )
 
 
-class _Site:
-    """The folder of a kit while it is built: what its manifest lists, and what of that is wanted still."""
-
-    def __init__(self, folder: Path, head: dict):
-        self.folder, self.head, self.wanted = folder, head, {}
-        self.staging = folder / "kit.partial"
-        try:
-            self.listed = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        except FileNotFoundError:
-            self.listed = {}
-        shutil.rmtree(self.staging, ignore_errors=True)
-        self.staging.mkdir()
-        self.note(self.listed)
-
-    def has(self, name: str) -> bool:
-        """Tell whether a file is there as it is listed."""
-        return name in self.listed and is_as_listed(self.folder / name, self.listed[name])
-
-    def keep(self, name: str) -> None:
-        """Take a file that is there as it is listed."""
-        self.wanted[name] = self.listed[name]
-
-    def add(self, name: str, make: Callable[[Path], object]) -> None:
-        """Let ``make`` write a file, and put it in place."""
-        draft = self.staging / "draft"
-        make(draft)
-        self.take(name, draft)
-
-    def take(self, name: str, draft: Path) -> None:
-        """Move a finished file into the kit, unless the same is there."""
-        path, digest = self.folder / name, sha256(draft)
-        if path.is_file() and sha256(path) == digest:
-            draft.unlink()
-        elif os.path.lexists(path) and name not in self.listed:
-            raise CourseError(
-                "kit-file-of-yours",
-                f"{path} is there already, and no kit has written it.",
-                "Move it away, or build into another folder.",
-            )
-        else:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            draft.replace(path)
-        self.listed[name] = list_file(path, digest)
-        self.keep(name)
-
-    def note(self, files: dict, complete: bool = False) -> None:
-        """Write the manifest; until the last time it says that the kit is not finished."""
-        draft = self.staging / MANIFEST
-        manifest = self.head | {"complete": complete, "files": dict(sorted(files.items()))}
-        draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-        draft.replace(self.folder / MANIFEST)
-
-    def finish(self) -> None:
-        """Remove what an earlier build listed and this one does not want, and write the manifest."""
-        for name in self.listed.keys() - self.wanted.keys():
-            path = self.folder / name
-            # Not behind a link that somebody has made.
-            if path.resolve().is_relative_to(self.folder.resolve()):
-                path.unlink(missing_ok=True)
-                # A folder that somebody has put a file into stays.
-                with contextlib.suppress(OSError):
-                    for parent in path.parents:
-                        parent.rmdir()
-        self.note(self.wanted, complete=True)
+def _delete_stale(folder, names):
+    """Delete files of an earlier build, and their folders if these are then empty."""
+    for name in names:
+        path = folder / name
+        # Not behind a link of the user's.
+        if path.resolve().is_relative_to(folder):
+            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # a folder that is not empty stays
+                for parent in path.parents:
+                    parent.rmdir()
 
 
-# --- models ---------------------------------------------------------------------------------
+def _finish(folder, names):
+    """Write SHA256SUMS: from now on the kit can be read."""
+    lines = []
+    with progress_bar("Writing the list of hashes", len(names)) as bar:
+        for name in names:
+            lines.append(f"{sha256(folder / name)}  {name}\n")
+            bar.update(1)
+    (folder / UNFINISHED).write_text("".join(lines), encoding="utf-8", newline="\n")
+    (folder / UNFINISHED).replace(folder / SUMS)
+
+
+# --- models -----------------------------------------------------------------------------------
 
 
 def _prepare(name):
-    """Prepare a model; a repository of the Hub for the one track that somebody has prepared it for."""
+    """Prepare a model for both tracks; a repository of the Hub for the one that it was prepared for."""
     entry = find_entry(name)
     tracks = [
         track for track in TRACKS if receipt_path(model_cache() / entry.folder / track).is_file()
@@ -268,46 +221,36 @@ def _prepare(name):
     prepare_model(name, tracks[0] if is_from_hub(entry) and len(tracks) == 1 else None)
 
 
-def _model_files(home) -> Iterator[tuple[str, dict]]:
-    """Yield the path in the kit and the entry of each file of a prepared model, its receipts included."""
+def _copy_model(folder, home):
+    """Copy a prepared model's folders and their receipts; return the copies."""
+    copies = []
     for track in TRACKS:
-        folder = model_cache() / home / track
-        for file, entry in read_receipt(folder)["files"].items():
-            yield f"models/{home}/{track}/{file}", entry
-        if receipt_path(folder).is_file():  # a model of the Hub may be for one track alone
-            yield f"models/{home}/{receipt_path(folder).name}", list_file(receipt_path(folder))
-
-
-def _add_model(site, name, home):
-    """Copy the folders of a prepared model and their receipts."""
-    files = list(_model_files(home))
-    with progress_bar(f"Copying {name}", sum(entry["size"] for _, entry in files)) as bar:
-        for path, entry in files:
-            if site.has(path) and site.listed[path]["sha256"] == entry["sha256"]:
-                site.keep(path)
-            else:
-                source = model_cache() / path.removeprefix("models/")
-                site.add(path, lambda draft, source=source: shutil.copyfile(source, draft))
-                if site.wanted[path]["sha256"] != entry["sha256"]:
-                    raise CourseError(
-                        "model-changed",
-                        f"{source} is not as it was prepared.",
-                        f"Write it anew: python -m helpers prepare --model {name}.",
-                    )
-            bar.update(entry["size"])
-    site.note(site.listed)
+        source = model_cache() / home / track
+        target = folder / "models" / home / track
+        receipt = read_receipt(source)
+        if not receipt["files"]:  # a model of the Hub may be for one track only
+            continue
+        title = f"Copying {home} ({track})"
+        with progress_bar(title, sum(receipt["files"].values())) as bar:
+            for name, size in receipt["files"].items():
+                copies.append(target / name)
+                status = (source / name).stat()
+                same = is_size(target / name, size)
+                if not same or (target / name).stat().st_mtime_ns != status.st_mtime_ns:
+                    (target / name).parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(source / name, target / name)
+                    os.utime(target / name, ns=(status.st_atime_ns, status.st_mtime_ns))
+                bar.update(size)
+        write_receipt(target, receipt)
+        copies.append(receipt_path(target))
+    return copies
 
 
 # --- the course and the pages -----------------------------------------------------------------
 
 
 def course_files() -> list[Path]:
-    """Return the course's own files, sorted.
-
-    In a git checkout these are the files that git tracks: what a user put beside them stays where
-    it is. A course that was unpacked from a kit has no git. There all files in the course's folders
-    count, but for what a run leaves.
-    """
+    """Return the course's own files, sorted: those that git tracks, or without git all in the course's folders."""
     files = _tracked_files()
     if not files:
         for name in COURSE_PARTS:
@@ -322,7 +265,6 @@ def course_files() -> list[Path]:
 
 
 def _tracked_files():
-    """Return the course's files that git tracks; none where there is no git, or no checkout."""
     if not (ROOT / ".git").exists() or not shutil.which("git"):
         return []
     listed = subprocess.run(
@@ -335,50 +277,51 @@ def _tracked_files():
     return [ROOT / name for name in listed.stdout.split("\0") if name]
 
 
-def _write_course(draft):
-    """Write the course as an archive that is the same, byte for byte, as long as no file is touched."""
-    with zipfile.ZipFile(draft, "w", zipfile.ZIP_DEFLATED) as archive:
+def _write_course(archive_path):
+    """Write the course as an archive, with pages that have no outputs."""
+    with zipfile.ZipFile(archive_path, "w", zipfile.ZIP_DEFLATED) as archive:
         for path in course_files():
             data = path.read_bytes()
-            if path.suffix == ".ipynb":  # without what a run has left in it
+            if path.suffix == ".ipynb":
                 notebook, _ = ClearOutputPreprocessor().preprocess(
                     nbformat.reads(data.decode("utf-8"), 4), {}
                 )
                 data = nbformat.writes(notebook).encode("utf-8") + b"\n"
-            # With the files' own times: Python takes a module that was unpacked over an older one
-            # for older by them.
+            # With the files' own times: Python compares them with those of its compiled files.
             entry = zipfile.ZipInfo.from_file(
                 path,
                 f"slm-mlflow-course/{path.relative_to(ROOT).as_posix()}",
                 strict_timestamps=False,
             )
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
+    return archive_path
 
 
-def _wheels_page(files):
-    """Return a page of links with hashes, as pip reads it from a server and from a folder."""
-    wheels = {
-        name.removeprefix("wheels/"): files[name]["sha256"]
-        for name in sorted(files)
-        if name.endswith(".whl")
-    }
+def _write_wheels_index(folder):
+    """Write a page of links with hashes, as pip reads it from a server and from a folder."""
     links = [
-        f'<a href="{quote(name)}#sha256={digest}">{html.escape(name)}</a><br>'
-        for name, digest in wheels.items()
+        f'<a href="{quote(wheel.name)}#sha256={sha256(wheel)}">{html.escape(wheel.name)}</a><br>'
+        for wheel in sorted((folder / "wheels").glob("*.whl"))
     ]
     head = '<html lang="en"><head><meta charset="utf-8"><title>Wheels</title></head><body>'
-    return "\n".join(["<!DOCTYPE html>", head, *links, "</body></html>", ""])
+    page = folder / WHEELS_INDEX
+    page.write_text("\n".join(["<!DOCTYPE html>", head, *links, "</body></html>", ""]), "utf-8")
+    return page
 
 
-def _page(site):
-    """Return what a person sees who opens the kit's URL or its folder."""
-    models = sorted({name.split("/")[1] for name in site.wanted if name.startswith("models/")})
+def _write_page(folder, targets, models):
+    """Write the page that a participant opens."""
+    default = "smollm2-135m" in models
     words = {
-        "systems": ", ".join(site.head["platforms"]),
-        "pythons": ", ".join(site.head["pythons"]),
+        "systems": ", ".join(dict.fromkeys(target.platform for target in targets)),
+        "pythons": ", ".join(dict.fromkeys(target.python for target in targets)),
         "models": ", ".join(models),
         "course": COURSE,
-        "run": f"run --model {models[0]}" if "smollm2-135m" not in models and models else "run",
+        "run": "run" if default else f"run --model {next(iter(models))}",
     }
-    page = Template((DATA / "kit.html").read_text(encoding="utf-8"))
-    return page.substitute({name: html.escape(text) for name, text in words.items()})
+    template = Template((DATA / "kit.html").read_text(encoding="utf-8"))
+    page = folder / INDEX
+    page.write_text(
+        template.substitute({name: html.escape(text) for name, text in words.items()}), "utf-8"
+    )
+    return page

@@ -1,12 +1,15 @@
-"""Gathers the wheels that a system and a Python need, whatever machine this is.
+"""Downloads the wheels that a system and a Python need, also those of another system than this machine's.
 
-constraints.txt says which ones, with markers that are evaluated for that system; pip fetches them
-into the kit.
+constraints.txt says which: its markers are evaluated for that system and Python.
 """
 
 import os
 import platform
+import tempfile
+import zipfile
 from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
 
 from packaging.markers import default_environment
 from packaging.requirements import Requirement
@@ -21,8 +24,8 @@ from helpers.models.pip import PipError, explain, run_pip
 from helpers.paths import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
-# The oldest that all wheels run on: glibc 2.31 (llguidance), macOS 14 (torch). pip does not know
-# that a system takes the wheels of older ones,
+# The oldest systems that all wheels run on: glibc 2.31 (llguidance), macOS 14 (torch). pip has to be
+# told each older tag that a system also takes,
 # https://packaging.python.org/specifications/platform-compatibility-tags.
 PLATFORMS = {
     "windows": {
@@ -53,19 +56,18 @@ PLATFORMS = {
         ),
     },
 }
-# A marker may ask for a patch release, and the participants have different ones: both ends are
-# gathered.
+# A marker may ask for a patch release, and participants have different ones: wheels for the newest and
+# the oldest are gathered.
 PATCHES = (99, 0)
-# Measured: the wheels of one system and Python, and what pip holds beside them while it fetches.
+# Measured: the wheels of one system and Python, and pip's temporary files.
 WHEELS_MEGABYTES = 900
-BATCH = 8  # wheels in one call of pip: what is finished when somebody interrupts
 
 
 @dataclass(frozen=True)
 class Target:
-    """A system and a Python that the kit has wheels for, such as ``"3.12"``.
+    """A system and a Python that the kit has wheels for.
 
-    ``platform`` is a key of ``PLATFORMS``, or this machine's own name where it is none of them.
+    ``platform`` is a key of ``PLATFORMS``, or this machine's own name; ``python`` is such as ``"3.12"``.
     """
 
     platform: str
@@ -75,7 +77,7 @@ class Target:
         return f"Python {self.python} on {self.platform}"
 
     def requirements(self, patch: int) -> list[Requirement]:
-        """Return what constraints.txt wants on this target for a patch release of its Python."""
+        """Return the lines of constraints.txt that apply to this target with a patch release of its Python."""
         version = f"{self.python}.{patch}"
         environment = (
             default_environment()
@@ -91,19 +93,18 @@ class Target:
         return [one for one in wanted if one.marker is None or one.marker.evaluate(environment)]
 
     def platform_tags(self) -> tuple[str, ...]:
-        """Return the tags of its wheels that are made for one system, best first."""
+        """Return the tags of wheels for its system, best first."""
         return (
             PLATFORMS[self.platform]["tags"]
             if self.platform in PLATFORMS
             else tuple(platform_tags())
         )
 
+    @cached_property
     def tags(self) -> set[Tag]:
-        """Return every tag that a wheel for it may have."""
-        version, interpreter = (
-            tuple(map(int, self.python.split("."))),
-            "cp" + self.python.replace(".", ""),
-        )
+        """Every tag that a wheel for it may have."""
+        version = tuple(map(int, self.python.split(".")))
+        interpreter = "cp" + self.python.replace(".", "")
         return {
             *cpython_tags(version, [interpreter], self.platform_tags()),
             *compatible_tags(version, interpreter, self.platform_tags()),
@@ -133,72 +134,96 @@ def this_platform() -> str:
     return PLATFORM_NAMES.get(machine, " ".join(machine))
 
 
-def _wheels(site):
-    """Return project, version, build and tags of each wheel that is in the kit, whole, by its path there."""
-    return {
-        name: parse_wheel_filename(name.removeprefix("wheels/"))
-        for name in site.listed
-        if name.endswith(".whl") and site.has(name)
-    }
-
-
-def _answers(wheel, requirement, tags):
-    project, version, _, its_tags = wheel
-    return (
-        project == canonicalize_name(requirement.name)
-        and not its_tags.isdisjoint(tags)
-        and requirement.specifier.contains(version, prereleases=True)
-    )
-
-
-def missing_wheels(site, target: Target, patch: int) -> list[Requirement]:
-    """Return what a target wants for a patch release of its Python, and no wheel of the kit answers."""
-    tags, wheels = target.tags(), _wheels(site).values()
+def add_wheels(folder: Path, targets: list[Target]) -> list[Path]:
+    """Fetch the wheels that ``folder`` lacks for the targets; return all that they need."""
+    # pip may have been interrupted while it wrote one.
+    for wheel in folder.glob("*.whl"):
+        if not zipfile.is_zipfile(wheel):
+            wheel.unlink()
+    total = sum(len(_missing(folder, target, PATCHES[0])) for target in targets)
+    with progress_bar("Fetching wheels", total) as bar:
+        for target in targets:
+            for patch in PATCHES:
+                missing = _missing(folder, target, patch)
+                torch = [one for one in missing if one.name == "torch"]
+                if torch:  # it has options of its own
+                    _download(folder, target, patch, torch, bar)
+                if others := [one for one in missing if one.name != "torch"]:
+                    _download(folder, target, patch, others, bar)
+    wheels = _wheels(folder)
     return [
-        one
-        for one in target.requirements(patch)
-        if not any(_answers(wheel, one, tags) for wheel in wheels)
+        folder / name
+        for name, wheel in wheels.items()
+        if any(
+            _answers(wheel, one, target)
+            for target in targets
+            for patch in PATCHES
+            for one in target.requirements(patch)
+        )
     ]
 
 
-def add_wheels(site, target: Target) -> None:
-    """Fetch what the kit lacks for one system and Python."""
-    for patch in PATCHES:
-        # torch comes first, and alone: it has options of its own.
-        missing = sorted(missing_wheels(site, target, patch), key=lambda one: one.name != "torch")
-        if not missing:
-            continue
-        with progress_bar(f"Fetching wheels for {target}", len(missing)) as bar:
-            while missing:
-                size = 1 if missing[0].name == "torch" else BATCH
-                batch, missing = missing[:size], missing[size:]
-                _fetch(site, target, patch, batch)
-                bar.update(len(batch))
+def missing_share(folder: Path, targets: list[Target]) -> float:
+    """Return how many sets of wheels for one target are still to come, as a sum of shares."""
+    return sum(
+        len(_missing(folder, target, PATCHES[0])) / len(target.requirements(PATCHES[0]))
+        for target in targets
+    )
 
 
-def _fetch(site, target, patch, batch):
-    """Let pip fetch some wheels, and take them into the kit once they are whole."""
-    # Without the markers: pip would ask this machine about them.
-    words = [*target.pip_options(patch), *(f"{one.name}{one.specifier}" for one in batch)]
-    if batch[0].name == "torch" and "linux" in target.platform.lower():
-        none = ["--ignore-installed", "--target", site.staging / "none"]
-        words = cpu_torch_options(
-            lambda *words: _pip(site, target, *words, *none), site.staging / "plan.json", *words
-        )
-    fetched = site.staging / "wheels"
-    _pip(site, target, "download", "--no-deps", "--dest", fetched, *words)
-    for wheel in sorted(fetched.glob("*.whl")):
-        site.take(f"wheels/{wheel.name}", wheel)
-    site.note(site.listed)
+def _wheels(folder):
+    """Return project, version, build and tags of each wheel in ``folder``, by its name."""
+    return {path.name: parse_wheel_filename(path.name) for path in folder.glob("*.whl")}
 
 
-def _pip(site, target, *arguments):
-    """Run pip with space for its temporary files in the kit's folder rather than in a small /tmp."""
-    scratch = site.staging / "tmp"
-    scratch.mkdir(exist_ok=True)
-    places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch))
+def _answers(wheel, requirement, target):
+    """Tell whether a wheel is what a requirement asks for, and can be installed on the target."""
+    project, version, _, tags = wheel
+    return (
+        project == canonicalize_name(requirement.name)
+        and requirement.specifier.contains(version, prereleases=True)
+        and not tags.isdisjoint(target.tags)
+    )
+
+
+def _missing(folder, target, patch):
+    """Return the requirements of a target that no wheel in ``folder`` answers."""
+    wheels = _wheels(folder).values()
+    return [
+        one
+        for one in target.requirements(patch)
+        if not any(_answers(wheel, one, target) for wheel in wheels)
+    ]
+
+
+def _download(folder, target, patch, requirements, bar):
+    """Let pip download wheels; its cache keeps them if it is interrupted."""
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        # Without the markers: pip would ask this machine about them.
+        words = [
+            *target.pip_options(patch),
+            *(f"{one.name}{one.specifier}" for one in requirements),
+        ]
+        if requirements[0].name == "torch" and "linux" in target.platform.lower():
+            none = ["--ignore-installed", "--target", f"{scratch}/none"]
+            words = cpu_torch_options(
+                lambda *words: _pip(scratch, target, None, *words, *none),
+                Path(scratch, "plan.json"),
+                *words,
+            )
+        _pip(scratch, target, bar, "download", "--no-deps", "--dest", folder, *words)
+
+
+def _pip(scratch, target, bar, *arguments):
+    """Run pip with its temporary files in ``scratch``: /tmp may be small."""
+    places = dict.fromkeys(("TMPDIR", "TEMP", "TMP"), scratch)
+
+    def show(text):
+        if bar:
+            bar.update(text.count("Collecting "))
+
     try:
-        run_pip(*map(str, arguments), environment=dict(os.environ, **places))
+        run_pip(*map(str, arguments), environment=dict(os.environ, **places), on_output=show)
     except PipError as error:
         failure = error.failure
         if failure.kind == "missing":
@@ -207,24 +232,4 @@ def _pip(site, target, *arguments):
                 f"The package index has no wheel of {failure.package} for {target}.",
                 "Check the index that pip uses (python -m pip config list), or leave this platform or Python out.",
             ) from None
-        if failure.kind == "unreachable":
-            raise CourseError(
-                "pip-unreachable",
-                f"pip could not get the wheels for {target} from the package index.",
-                "Check the network, the proxy (HTTPS_PROXY) and pip's index (python -m pip config list), and "
-                "run this again; what is finished stays.",
-            ) from None
         raise explain(failure, f"Fetching the wheels for {target}") from None
-
-
-def keep_wanted_wheels(site, targets: list[Target]) -> None:
-    """Take each wheel that a target wants; the rest of those listed is stale."""
-    wheels = _wheels(site)
-    for target in targets:
-        tags, wanted = (
-            target.tags(),
-            [one for patch in PATCHES for one in target.requirements(patch)],
-        )
-        for name in wheels.keys() - site.wanted.keys():
-            if any(_answers(wheels[name], one, tags) for one in wanted):
-                site.keep(name)
