@@ -4,6 +4,7 @@ The environment variable COURSE_KIT names the kit. ``course.kit`` builds and ser
 it on a bare Python, so this module imports the standard library and modules that do the same.
 """
 
+import errno
 import hashlib
 import http.client
 import ipaddress
@@ -46,7 +47,8 @@ CONNECTION_ERRORS = (urllib.error.URLError, http.client.HTTPException, OSError)
 
 def kit_address() -> str:
     """Return the value of COURSE_KIT; an empty text if it is not set."""
-    return os.environ.get("COURSE_KIT", "").strip()
+    address = os.environ.get("COURSE_KIT", "")
+    return address if address.strip() else ""
 
 
 def open_kit() -> "Kit | None":
@@ -174,7 +176,7 @@ class Kit:
                 yield block
             # At the end of a connection that broke, Python's HTTP client returns no more bytes and no error.
             if getattr(stream, "length", 0):
-                raise ConnectionResetError("the connection broke")
+                raise ConnectionResetError(errno.ECONNRESET, "the connection broke")
 
     def models(self) -> list[str]:
         """Return the folder names of its models, sorted."""
@@ -271,7 +273,10 @@ def _normal_address(address):
     """Return a URL without a page's name or a slash at its end, or an absolute folder."""
     try:
         if "://" not in address:
-            return str((ROOT / Path(address.strip()).expanduser()).resolve())
+            # The name of a folder may end in a space.
+            folder = (ROOT / Path(address).expanduser()).resolve()
+            stripped = (ROOT / Path(address.strip()).expanduser()).resolve()
+            return str(folder if folder.exists() else stripped)
         parts = urlsplit(re.sub(rf"/({INDEX}|{SUMS})?([?#].*)?$", "", address.strip()))
         port = parts.port  # raises ValueError if it is none
         if (

@@ -28,8 +28,8 @@ def big(tmp_path_factory):
     folder = tmp_path_factory.mktemp("kit") / "Kit für alle"
     command = [*COMMAND, "build", folder, "--model", "tiny-phi3"]
     if sys.platform != "win32":  # which has no SIGINT for another process
-        # In the middle of the second or third call of pip.
-        interrupt(command, lambda: len(list(folder.glob("wheels/*.whl"))) >= 12)
+        # In the middle of pip's calls.
+        interrupt(command, lambda: len(list(folder.glob("wheels/*.whl"))) >= 1)
         with refuses("kit-incomplete"):
             read_kit(str(folder))
     before = list_files(folder) if folder.exists() else {}
@@ -37,7 +37,6 @@ def big(tmp_path_factory):
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, encoding="utf-8")
     assert result.returncode == 0, result.stdout + result.stderr
     assert finished.items() <= list_files(folder).items()
-    assert not (folder / "kit.partial").exists()
     return folder
 
 
@@ -110,8 +109,8 @@ def test_a_participant_runs_a_notebook_from_one_url_and_nothing_else(big, tmp_pa
     assert "Making random weights" not in output
     home = course / "data" / "models" / "tiny-phi3"
     in_kit = {
-        name: entry["sha256"]
-        for name, entry in kit.files.items()
+        name: digest
+        for name, digest in kit.files.items()
         if name.startswith("models/tiny-phi3/transformers/") and not name.endswith(".receipt.json")
     }
     assert len(in_kit) > 4
@@ -147,7 +146,7 @@ def test_the_whole_kit_is_as_it_was_built_and_every_command_of_the_course_can_co
         [*COMMAND, "check", big], cwd=ROOT, capture_output=True, text=True, encoding="utf-8"
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    assert " MB: as they were built." in result.stdout
+    assert "are as they were built." in result.stdout
     names = {
         path.name.split("-")[0].lower().replace("_", "-") for path in (big / "wheels").glob("*.whl")
     }

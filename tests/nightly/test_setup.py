@@ -5,7 +5,6 @@ Run: python -m helpers nightly tests/nightly/test_setup.py
 
 import contextlib
 import importlib.metadata
-import json
 import os
 import shutil
 import signal
@@ -15,11 +14,11 @@ import time
 import zipfile
 
 import pytest
-from support.kits import only_wheels
+from support.kits import only_wheels, write_sums
 from support.user import make_checkout, user
 
 from course.environment import UNFINISHED, pins
-from helpers.models.kit import MANIFEST
+from helpers.files import sha256
 from helpers.paths import VENV, VENV_PYTHON
 
 PYPROJECT = """[build-system]
@@ -229,7 +228,7 @@ def kit(index, tmp_path):
     """Return the folder of a kit that has these wheels, and variables whose index must not be asked."""
     folder = tmp_path / "Kit, für alle"
     shutil.copytree(index[0], folder / "wheels")
-    write_manifest(folder)
+    write_lists(folder)
     return folder, {
         "UV_CACHE_DIR": index[1]["UV_CACHE_DIR"],
         "PIP_NO_CACHE_DIR": "1",
@@ -239,33 +238,14 @@ def kit(index, tmp_path):
     }
 
 
-def write_manifest(folder):
-    from helpers.files import sha256
-
-    wheels = {
-        f"wheels/{path.name}": {"size": path.stat().st_size, "sha256": sha256(path)}
-        for path in (folder / "wheels").glob("*.whl")
-    }
+def write_lists(folder):
     links = [
-        f'<a href="{name.removeprefix("wheels/")}#sha256={entry["sha256"]}">{name.removeprefix("wheels/")}</a>'
-        for name, entry in wheels.items()
+        f'<a href="{path.name}#sha256={sha256(path)}">{path.name}</a>'
+        for path in (folder / "wheels").glob("*.whl")
     ]
-    (folder / "wheels" / "index.html").write_text(
-        "\n".join(["<!DOCTYPE html>", *links]), encoding="utf-8"
-    )
-    (folder / MANIFEST).write_text(
-        json.dumps(
-            {
-                "format": 1,
-                "complete": True,
-                "files": wheels,
-                "models": [],
-                "platforms": ["linux", "windows", "macos"],
-                "pythons": ["3.9"],
-            }
-        ),
-        encoding="utf-8",
-    )
+    page = "\n".join(["<!DOCTYPE html>", *links])
+    (folder / "wheels" / "index.html").write_text(page, encoding="utf-8")
+    write_sums(folder)
 
 
 @pytest.mark.parametrize("over_http", [False, True])
@@ -282,8 +262,8 @@ def test_set_up_from_a_kit(checkout, kit, over_http):
 @pytest.mark.parametrize(
     ("wheel", "change", "code"),
     [
-        ("six", "absent", "The kit lacks wheels for Python"),
-        ("uv", "absent", "The kit lacks wheels for Python"),
+        ("six", "absent", "The kit lacks wheels for this course on Python"),
+        ("uv", "absent", "The kit lacks wheels for this course on Python"),
         ("torch", "another", "is not as it was built"),
         ("setuptools", "another", "is not as it was built"),
         ("uv", "another", "is not as it was built"),
@@ -297,7 +277,7 @@ def test_a_wheel_that_a_kit_lacks_or_that_was_changed_is_refused(
     (path,) = (folder / "wheels").glob(f"{wheel}-*.whl")
     if change == "absent":
         path.unlink()
-        write_manifest(folder)
+        write_lists(folder)
     elif change == "cut":
         os.truncate(path, path.stat().st_size // 2)
     else:

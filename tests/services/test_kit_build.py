@@ -5,18 +5,23 @@ Run: python -m helpers test tests/services/test_kit_build.py
 
 import errno
 import os
+import shutil
+import stat
 import subprocess
 import sys
+import time
+import zipfile
+from pathlib import Path
 
+import nbformat
 import pytest
 from packaging.tags import sys_tags
 from support import ROOT, refuses
-from support.kits import change_manifest, list_files, only_wheels
+from support.kits import list_files, only_wheels
 
-from course.kit.build import build, course_files
+from course.kit.build import _write_course, build, course_files
 from course.kit.wheels import PLATFORMS, Target
-from helpers.files import sha256
-from helpers.models.kit import MANIFEST, read_kit
+from helpers.models.kit import SUMS, read_kit
 
 # --- wheels for other systems ---------------------------------------------------------------
 
@@ -56,7 +61,7 @@ def test_a_marker_of_a_patch_release_is_asked_at_both_ends():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="speaks of Linux")
 def test_the_tags_of_a_target_are_those_that_its_own_python_has():
-    here = {str(tag) for tag in Target("linux", "{}.{}".format(*sys.version_info[:2])).tags()}
+    here = {str(tag) for tag in Target("linux", "{}.{}".format(*sys.version_info[:2])).tags}
     own = {str(tag) for tag in sys_tags()}
     # This machine may have a newer glibc than the oldest that the kit is for, and nothing but that.
     assert {tag for tag in here - own if "manylinux" not in tag} == set()
@@ -89,11 +94,11 @@ def test_a_kit_has_the_wheels_of_each_system_and_patch_release(built):
         "soupsieve-4.1.2-py3-none-any.whl",
     } <= set(names)
     kit = read_kit(str(built))
-    assert kit.manifest["platforms"] == ["windows", "macos", "linux"]
+    assert "windows, macos, linux" in (built / "index.html").read_text(encoding="utf-8")
     page = (built / "wheels" / "index.html").read_text(encoding="utf-8")
     assert page.count("<a ") == len(names)
     for name in names:
-        assert f'"{name}#sha256={kit.files[f"wheels/{name}"]["sha256"]}"' in page
+        assert f'"{name}#sha256={kit.files[f"wheels/{name}"]}"' in page
 
 
 def test_pip_chooses_the_wheels_that_each_target_can_use_and_leaves_the_rest(built):
@@ -144,33 +149,53 @@ def test_the_cuda_build_of_torch_is_refused(tmp_path, monkeypatch):
 # --- building again ---------------------------------------------------------------------------
 
 
-def test_a_second_build_keeps_what_is_there_drops_what_is_stale_and_leaves_the_users_files(small):
+def test_a_second_build_keeps_what_is_right_drops_what_is_stale_and_leaves_the_users_files(small):
     (small / "wheels" / "my notes.txt").write_text("mine", encoding="utf-8")
     (small / "my.txt").write_text("mine", encoding="utf-8")
     damaged = next((small / "wheels").glob("six-*.whl"))
     damaged.write_bytes(damaged.read_bytes()[:100])
+    changed = small / "models" / "tiny-phi3" / "onnx" / "model.onnx"
+    changed.write_bytes(bytes(changed.stat().st_size))
     before = list_files(small)
     build(small, ["tiny-phi3"], ["linux"], ["3.11"])
     after = list_files(small)
     gone = {name for name in before if name not in after}
     assert {name.split("-")[0] for name in gone} == {"wheels/markupsafe", "wheels/pywinpty"}
     assert all("win_amd64" in name or "macosx" in name for name in gone)
-    # The two pages and the manifest speak of other wheels now; the damaged one was fetched anew.
-    rewritten = {"index.html", "wheels/index.html", MANIFEST, f"wheels/{damaged.name}"}
-    assert {name for name in after if before.get(name) != after[name]} <= rewritten | {"course.zip"}
+    stayed = {name for name in after if before.get(name) == after[name]}
+    assert {name for name in stayed if name.endswith(".whl")} == {
+        name for name in after if name.endswith(".whl")
+    } - {f"wheels/{damaged.name}"}
     assert (small / "my.txt").read_text(encoding="utf-8") == "mine"
-    kit = read_kit(str(small))
-    assert list(kit.problems()) == []
-    assert kit.unknown() == ["my.txt", "wheels/my notes.txt"]
+    assert list(read_kit(str(small)).problems()) == []
+    assert not {"my.txt", "wheels/my notes.txt"} & read_kit(str(small)).files.keys()
+
+
+def test_half_a_wheel_that_an_interrupted_first_build_left_is_fetched_again(tmp_path, index, tiny):
+    folder = tmp_path / "kit"
+    build(folder, ["tiny-phi3"], ["linux"], ["3.13"])
+    wheel = next((folder / "wheels").glob("six-*.whl"))
+    wheel.write_bytes(wheel.read_bytes()[:100])
+    (folder / SUMS).unlink()
+    (folder / "SHA256SUMS.unfinished").touch()
+    build(folder, ["tiny-phi3"], ["linux"], ["3.13"])
+    assert wheel.stat().st_size > 100
+
+
+def test_a_kit_is_a_list_that_sha256sum_reads(built):
+    if not shutil.which("sha256sum"):
+        pytest.skip("needs sha256sum")
+    assert (
+        subprocess.run(["sha256sum", "--check", "--strict", "--quiet", SUMS], cwd=built).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize(
     "there",
     [
         {"index.html": "my site"},
-        {"manifest.json": '{"name": "my app"}'},
         {"photos/a.jpg": "mine"},
-        {"manifest.json": '{"files": {"thesis.txt": {"size": 4}}}', "thesis.txt": "mine"},
     ],
 )
 def test_a_folder_that_holds_something_else_is_left_alone(tmp_path, there):
@@ -191,17 +216,17 @@ def test_a_kit_is_not_built_over_the_course_or_its_models(folder):
         build(folder, ["tiny-phi3"])
 
 
-def test_a_manifest_cannot_make_a_build_remove_what_is_outside(small, tmp_path):
+def test_a_list_cannot_make_a_build_remove_what_is_outside(small, tmp_path):
     (tmp_path / "precious").write_text("mine", encoding="utf-8")
-    change_manifest(
-        small,
-        lambda manifest: manifest["files"].update(
-            {"../precious": {"size": 4, "sha256": sha256(tmp_path / "precious")}}
-        ),
-    )
-    with refuses("kit-other-folder"):
-        build(small, ["tiny-phi3"], ["linux"], ["3.13"])
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "x.whl").write_text("mine", encoding="utf-8")
+    if os.name == "posix":
+        (small / "link").symlink_to(tmp_path / "elsewhere")
+    with (small / SUMS).open("a", encoding="utf-8") as sums:
+        sums.write(f"{'0' * 64}  ../precious\n{'0' * 64}  link/x.whl\n")
+    build(small, ["tiny-phi3"], ["linux"], ["3.13"])
     assert (tmp_path / "precious").exists()
+    assert (tmp_path / "elsewhere" / "x.whl").exists()
 
 
 def test_the_course_in_a_kit_is_all_of_it_and_nothing_else():
@@ -254,7 +279,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_fetched(
 
 
 def test_a_disk_that_fills_up_is_an_error_that_says_so(tmp_path, index, monkeypatch):
-    def full(site, target):
+    def full(folder, targets):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("course.kit.wheels.add_wheels", full)
@@ -282,3 +307,36 @@ def test_whoever_gets_a_kit_may_read_it_also_where_the_builders_files_are_privat
         != (0o055 if path.is_dir() else 0o044)
     ]
     assert not private
+
+
+# --- the archive of the course ------------------------------------------------------------------
+
+
+def test_the_archive_of_the_course_has_no_outputs_and_the_files_own_times(tmp_path, monkeypatch):
+    (tmp_path / "notebooks").mkdir()
+    page = tmp_path / "notebooks" / "Page.ipynb"
+    script = tmp_path / "Makefile"
+    notebook = nbformat.read(ROOT / "notebooks" / "TransformerPipeline.ipynb", 4)
+    next(cell for cell in notebook.cells if cell.cell_type == "code").update(
+        execution_count=3, outputs=[nbformat.v4.new_output("stream", text="Zoë's secret")]
+    )
+    nbformat.write(notebook, page)
+    script.write_text("run:\n", encoding="utf-8")
+    script.chmod(0o755)
+    os.utime(script, (time.mktime((2024, 5, 6, 7, 8, 10, 0, 0, -1)),) * 2)
+    monkeypatch.setattr("course.kit.build.ROOT", tmp_path)
+    monkeypatch.setattr("course.kit.build.course_files", lambda: [script, page])
+    with zipfile.ZipFile(_write_course(tmp_path / "course.zip")) as archive:
+        entries = {entry.filename: entry for entry in archive.infolist()}
+        inside = archive.read("slm-mlflow-course/notebooks/Page.ipynb").decode("utf-8")
+    assert entries["slm-mlflow-course/Makefile"].date_time == (2024, 5, 6, 7, 8, 10)
+    if os.name == "posix":
+        assert entries["slm-mlflow-course/Makefile"].external_attr >> 16 & stat.S_IXUSR
+    assert "Zoë's secret" not in inside
+    assert nbformat.reads(inside, 4).cells[0] == notebook.cells[0]
+
+
+def test_a_page_that_was_not_run_travels_as_it_is(built):
+    with zipfile.ZipFile(built / "course.zip") as archive:
+        for name in ("notebooks/TransformerPipeline.ipynb", "data/kit.html", "course/kit/build.py"):
+            assert archive.read(f"slm-mlflow-course/{name}") == Path(ROOT, name).read_bytes()

@@ -1,16 +1,16 @@
 """A small kit of handmade wheels, and a kit that is served, as the tests of kits share them."""
 
 import contextlib
-import json
 import os
 import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
-from helpers.models.kit import MANIFEST
+from helpers.files import sha256
+from helpers.models.kit import SUMS
 from support import ROOT
 
 COMMAND = [sys.executable, "-m", "helpers", "kit"]
@@ -74,11 +74,11 @@ def only_wheels(folder: Path, *names: str, requires: str = "") -> dict[str, str]
     }
 
 
-def change_manifest(folder: Path, change: Callable[[dict], None]) -> None:
-    """Change what the manifest of a kit says."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    change(manifest)
-    (folder / MANIFEST).write_text(json.dumps(manifest), encoding="utf-8")
+def write_sums(folder: Path) -> None:
+    """Write SHA256SUMS for all files of a folder, as they are now."""
+    paths = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != SUMS]
+    lines = [f"{sha256(path)}  {path.relative_to(folder).as_posix()}\n" for path in paths]
+    (folder / SUMS).write_text("".join(lines), encoding="utf-8", newline="\n")
 
 
 def list_files(folder: Path) -> dict[str, int]:
@@ -107,7 +107,7 @@ def served(folder: Path, *words: str) -> Iterator[tuple[str, list[str]]]:
     ) as process:
         try:
             lines = []
-            while not lines or not re.search("Participants|This machine alone", lines[-1]):
+            while not lines or not re.search("Participants|Only this machine", lines[-1]):
                 lines.append(process.stdout.readline())
                 assert lines[-1], process.communicate()
             port = re.search(r"http://\S+:(\d+)", "".join(lines))[1]

@@ -17,8 +17,6 @@ from course import environment, install
 from course.install import TORCH_CPU_INDEX, cpu_torch_options, pip_environment
 from helpers.models.kit import Kit
 
-MANIFEST = {"files": {}, "models": [], "platforms": [], "pythons": []}
-
 
 @pytest.fixture
 def users(monkeypatch):
@@ -65,7 +63,7 @@ def test_without_a_kit_pip_has_the_users_own_settings():
     ],
 )
 def test_with_a_kit_pip_asks_it_and_nobody_else(users, address, links, trusted, direct):
-    variables = pip_environment(Kit(address, MANIFEST))
+    variables = pip_environment(Kit(address, {}))
     assert {
         name: value for name, value in variables.items() if name.upper().startswith("PIP_")
     } == {

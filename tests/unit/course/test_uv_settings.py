@@ -193,7 +193,7 @@ def test_the_pins_carry_the_hashes_of_the_kits_wheels(monkeypatch, system, torch
         "wheels/index.html": "i",
         "models/six-1.17.0-py3-none-any.whl": "m",
     }
-    kit = Kit("/kit", {"files": {name: {"sha256": digest} for name, digest in files.items()}})
+    kit = Kit("/kit", files)
     lines = "# made\njupyter-core==5.9.1 ; os_name == 'nt'\nsix==1.17.0\ntorch==2.13.0\n"
     assert kit_constraints(kit, lines) == (
         f"jupyter-core==5.9.1 ; os_name == 'nt' --hash=sha256:j\nsix==1.17.0 \n{torch}"

@@ -483,6 +483,7 @@ def kit_of(tmp_path, home, monkeypatch):
             receipt = change(read_receipt(made / track) | {"facts": {"found": track}})
             receipt_path(target).write_text(json.dumps(receipt), encoding="utf-8")
         kit.mkdir(exist_ok=True)
+        (kit / "course.zip").write_bytes(b"PK")
         paths = [path for path in kit.rglob("*") if path.is_file()]
         lines = [f"{sha256(path)}  {path.relative_to(kit).as_posix()}\n" for path in paths]
         (kit / "SHA256SUMS").write_text("".join(lines), encoding="utf-8")
