@@ -99,14 +99,13 @@ def run_step(
     )
 
 
-def ask(title: str, module: str, order: dict, environment: dict[str, str] | None = None) -> dict:
+def ask(title: str, module: str, order: dict) -> dict:
     """Run ``work(order)`` of a module of ours in another process, which may use the network; return what it returns."""
-    online = {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     output = run_step(
         title,
         [sys.executable, "-m", module, json.dumps(order)],
         r"Progress (\d+) of (\d+)",
-        online | (environment or {}),
+        {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
     )
     return json.loads(output.splitlines()[-1])
 
