@@ -1,6 +1,6 @@
-"""Installs packages into ``.venv``: pip gets uv and, on Linux, the CPU build of torch; uv installs all the rest.
+"""Installs the course's packages into ``.venv``: pip gets uv and, on Linux, torch's CPU build; uv installs the rest.
 
-It runs before any package is installed, so it imports the standard library and modules that do the
+This runs before any package is installed: it imports the standard library and modules that do the
 same.
 """
 
@@ -38,10 +38,10 @@ CONSTRAINTS = ROOT / "constraints.txt"
 
 
 def install(project: str, pins: dict[str, str], kit: Kit | None) -> None:
-    """Install a project, such as ``.[dev]``, into ``.venv`` with all that it needs, as constraints.txt pins it.
+    """Install a project, such as ``.[dev]``, and its dependencies into ``.venv``, in the versions of constraints.txt.
 
-    Raises CourseError: no package index, no space, or a CUDA build of torch as the only one; a kit
-    that has stopped answering, lacks a wheel, or has one that was changed.
+    Raises CourseError: no package index, no space, or only a CUDA build of torch; a kit that does
+    not answer any more, lacks a wheel, or has one that was changed.
     """
     pip = partial(_pip, kit=kit)
     _, version = run_program([VENV_PYTHON, "-m", "uv", "--version"], dict(os.environ), log)
@@ -94,9 +94,10 @@ def uv_install(python: Path | str, *arguments: str | Path, kit: Kit | None = Non
 
 
 def _fetch_cpu_torch(pip, version):
-    """Let pip fetch the CPU build of torch. Return a list with its wheel, empty where torch is installed already."""
+    """Download torch's CPU build with pip; return a list with its wheel, an empty one if torch is installed already."""
     _print_step("Getting torch")
-    folder, plan = BUILD / "torch", BUILD / "torch.json"
+    folder = BUILD / "torch"
+    plan = BUILD / "torch.json"
     shutil.rmtree(folder, ignore_errors=True)  # an interrupted pip may have left half a file
     options = cpu_torch_options(pip, plan, "--constraint", str(CONSTRAINTS), f"torch=={version}")
     if json.loads(plan.read_text(encoding="utf-8"))["install"]:
@@ -105,18 +106,18 @@ def _fetch_cpu_torch(pip, version):
 
 
 def cpu_torch_options(pip: Callable[..., object], plan: Path, *options: str) -> list[str]:
-    """Return pip's ``options``, with PyTorch's own index added where it is needed for the CPU build on Linux.
+    """Return pip's options for torch's CPU build on Linux, with PyTorch's own index if that has the version.
 
-    The last of ``options`` is ``torch==VERSION``. ``pip`` writes what it would install to the file
-    ``plan``. Raises CourseError where that is the CUDA build.
+    The last of ``options`` is ``torch==VERSION``. ``pip`` runs pip, which writes what it would
+    install to the file ``plan``. Raises CourseError if that is the CUDA build.
     """
     try:
         with urllib.request.urlopen(TORCH_CPU_INDEX + "/torch/", timeout=10) as page:
-            # A proxy may answer with a page of its own.
+            # It may be a proxy's page: use the index only if the page lists the version.
             if options[-1].replace("==", "-").encode() in page.read():
                 options = ("--extra-index-url", TORCH_CPU_INDEX, *options)
     except CONNECTION_ERRORS:
-        pass  # pip then asks the user's index alone
+        pass  # pip then asks only the user's index
     pip("install", "--dry-run", "--no-deps", "--report", str(plan), *options)
     for chosen in json.loads(plan.read_text(encoding="utf-8"))["install"]:
         if any(
@@ -149,7 +150,7 @@ def _pip(*arguments, kit):
 
 
 def pip_environment(kit: Kit | None) -> dict[str, str] | None:
-    """Return the environment in which pip uses the kit alone; None, for this process's own, without a kit."""
+    """Return an environment in which pip takes packages only from the kit; without a kit None, for this process's own."""
     if kit is None:
         return None
     environment = {
@@ -158,8 +159,8 @@ def pip_environment(kit: Kit | None) -> dict[str, str] | None:
         if not name.upper().startswith("PIP_")
         or name.upper() in ("PIP_CACHE_DIR", "PIP_NO_CACHE_DIR")
     }
-    # The kit's page of links has the hashes that pip checks, on a USB stick, too. pip splits this
-    # variable at spaces, so that a folder has to be a URI.
+    # pip checks the hashes in the kit's page of links. It splits this variable at spaces, so a folder
+    # has to be a URI.
     links = kit.place(WHEELS_INDEX) if kit.is_url else Path(kit.place(WHEELS_INDEX)).as_uri()
     environment |= {"PIP_CONFIG_FILE": os.devnull, "PIP_NO_INDEX": "1", "PIP_FIND_LINKS": links}
     if kit.address.startswith("http://"):
@@ -173,19 +174,19 @@ def pip_environment(kit: Kit | None) -> dict[str, str] | None:
 
 
 def log(text: str) -> None:
-    """Add what a program prints to set-up's log."""
+    """Append a program's output to set-up's log."""
     LOG.parent.mkdir(exist_ok=True)
     with LOG.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
 def _print_step(title):
-    """Print a line for a step that takes long."""
+    """Print a line for a step that takes seconds."""
     print(f"{title} ...", flush=True)
 
 
 def _log_and_show(text):
-    """Log what pip or uv prints, and show in a terminal which package it is at."""
+    """Log the output of pip or uv, and show the current package in a terminal."""
     log(text)
     lines = re.findall(
         r"^ *((?:Collecting|Downloading|Building|Prepared|Installing|Installed) .*)",
@@ -197,7 +198,7 @@ def _log_and_show(text):
 
 
 def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
-    """Return the error for a set-up in which pip or uv failed: its own words, and what to do."""
+    """Return the error for a failed pip or uv: its own message, and what to do."""
     details = f"Details: {LOG.relative_to(ROOT)}."
     message = final_error(output)
     if re.search(r"No space left on device|os error (28|112)\b", output):
@@ -208,7 +209,7 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
             "Free some space and run this again; what is downloaded stays.",
         )
     if kit is None:
-        # Such as PIP_NO_INDEX or UV_OFFLINE, which neither pip nor uv names when nothing is found.
+        # pip and uv do not name a variable such as PIP_NO_INDEX or UV_OFFLINE that stopped them.
         variables = sorted(name for name in os.environ if name.upper().startswith(("PIP_", "UV_")))
         settings = [*variables, "python -m pip config list"]
         return CourseError(
@@ -231,7 +232,7 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
     except CONNECTION_ERRORS:
         return CourseError(
             "kit-gone",
-            f"The kit {kit.address} has stopped answering.",
+            f"The kit {kit.address} does not answer any more.",
             "Check that `kit serve` still runs there and that this machine is in the same network, and run this again.",
         )
     if re.search("No solution found|No matching distribution found|ResolutionImpossible", output):
@@ -244,7 +245,7 @@ def to_error(program: str, output: str, kit: Kit | None = None) -> CourseError:
 
 
 def final_error(output: str) -> str:
-    """Return the error with which pip or uv ended, as one sentence without colours."""
+    """Return the last error message of pip or uv as one sentence without colours."""
     lines = re.sub(r"\x1b\[[\d;]*m", "", output).split("\n")
     lines = [line.strip().removeprefix("cause: ") for line in lines if line.strip()] or [
         "It printed nothing"

@@ -1,9 +1,9 @@
-"""Says where uv finds packages: where the user's pip finds them, or in an offline kit and nowhere else.
+"""Makes the environment and options that tell uv where packages are: where the user's pip finds them, or in a kit.
 
-uv does not read pip's configuration, https://docs.astral.sh/uv/pip/compatibility, so the options of
-pip that matter are translated into uv's variables, https://docs.astral.sh/uv/reference/environment.
-This module runs before any package is installed, so it imports the standard library and modules
-that do the same.
+uv does not read pip's configuration, https://docs.astral.sh/uv/pip/compatibility. So pip's options
+are translated into uv's variables, https://docs.astral.sh/uv/reference/environment.
+This runs before any package is installed: it imports the standard library and modules that do the
+same.
 """
 
 import re
@@ -13,9 +13,9 @@ from urllib.parse import urlsplit
 
 from helpers.models.kit import WHEELS_INDEX, Kit, local_address
 
-# The variables of uv that stay as the user has set them: how packages get here and, without a kit,
-# where they come from. With the others uv would install elsewhere (UV_TARGET, UV_SYSTEM_PYTHON),
-# something else (UV_OVERRIDE, UV_TORCH_BACKEND) or nothing.
+# uv's variables that keep the user's values: how packages are downloaded and, without a kit, from
+# where. Others could make uv install elsewhere (UV_TARGET, UV_SYSTEM_PYTHON), something else
+# (UV_OVERRIDE, UV_TORCH_BACKEND) or nothing.
 DOWNLOAD = r"UV_(CACHE_DIR|NO_CACHE|LINK_MODE|CONCURRENT_\w+|HTTP_\w+)"
 INDEX = (
     r"UV_(DEFAULT_INDEX|INDEX|INDEX_\w+|EXTRA_INDEX_URL|FIND_LINKS|INSECURE_HOST|KEYRING_PROVIDER|SYSTEM_CERTS"
@@ -25,10 +25,10 @@ PROXIES = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy"
 
 
 def like_pip(pip: dict[str, str], variables: dict[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return the environment and the options with which uv finds packages where pip does.
+    """Return the environment and the options with which uv finds packages where the user's pip finds them.
 
-    ``pip`` has the values of pip's options by their names, such as ``"index-url"``; ``variables``
-    is this process's environment. uv's own variables win over pip's options.
+    ``pip`` has the values of pip's options by name, such as ``"index-url"``; ``variables`` is this
+    process's environment. uv's own variables win over pip's options.
     """
     # Without its option cert, pip uses the variables of requests, its HTTP library.
     certificate = (
@@ -76,9 +76,9 @@ def like_pip(pip: dict[str, str], variables: dict[str, str]) -> tuple[dict[str, 
 def from_kit(
     kit: Kit, constraints: Path, variables: dict[str, str]
 ) -> tuple[dict[str, str], list[str]]:
-    """Return the environment and the options with which uv asks a kit and nobody else.
+    """Return the environment and the options with which uv takes packages only from a kit.
 
-    ``constraints`` is a file with the wheels' hashes, as ``kit_constraints`` makes it.
+    ``constraints`` is a file with the text that ``kit_constraints`` returns.
     """
     links = kit.place(WHEELS_INDEX) if kit.is_url else (Path(kit.address) / "wheels").as_uri()
     direct = {}
@@ -101,7 +101,7 @@ def from_kit(
 
 
 def kit_constraints(kit: Kit, constraints: str) -> str:
-    """Return the lines of constraints.txt with the hashes of the kit's wheels: uv then checks what it gets."""
+    """Return the lines of constraints.txt with the hashes of the kit's wheels, which uv then checks."""
     wheels = {}  # by project and version
     for name, digest in kit.files.items():
         if name.startswith("wheels/") and name.endswith(".whl"):
@@ -113,8 +113,7 @@ def kit_constraints(kit: Kit, constraints: str) -> str:
             continue
         pin, semicolon, marker = line.partition(";")
         project, version = pin.strip().split("==")
-        # On Linux the kit has torch's CPU build, and for the other systems the one of the package
-        # index.
+        # For Linux, the kit has torch's CPU build; for other systems, the build of the package index.
         if sys.platform == "linux" and (project, f"{version}+cpu") in wheels:
             version += "+cpu"
         hashes = "".join(
@@ -131,7 +130,7 @@ def _normal_name(project):
 
 
 def _with_uv_variables(variables, pattern):
-    """Return the environment with those of uv's variables that the pattern matches, and without uv's own files."""
+    """Return the environment with only those of uv's variables that match a pattern, and with uv's files switched off."""
     kept = {
         name: value
         for name, value in variables.items()
@@ -141,7 +140,7 @@ def _with_uv_variables(variables, pattern):
 
 
 def _values(pip, option):
-    """Return the values of an option that may have several: pip splits them at spaces, package names at commas too."""
+    """Return the values of an option that may have several: pip splits them at spaces, package names also at commas."""
     text = pip.get(option, "")
     return (
         re.split(r"[,\s]+", text.strip(", ")) if option == "only-binary" and text else text.split()
@@ -149,17 +148,17 @@ def _values(pip, option):
 
 
 def _expand_home(text):
-    """Return a URL as it is, and a path with what ``~`` stands for."""
+    """Return a path with ``~`` expanded; a URL as it is."""
     return str(Path(text).expanduser()) if text.startswith("~") else text
 
 
 def _keyring(provider):
-    """Return uv's provider of passwords for pip's: of pip's several, uv has the program ``keyring`` alone."""
+    """Return uv's name for pip's source of passwords: of pip's several, uv knows only the program ``keyring``."""
     return provider and ("disabled" if provider == "disabled" else "subprocess")
 
 
 def _is_on(pip, option):
-    """Return "1" where a switch of pip's is on, and an empty text where it is off."""
+    """Return "1" if a switch of pip's is on, an empty text if it is off."""
     return "1" if pip.get(option, "").lower() in ("1", "y", "yes", "t", "true", "on") else ""
 
 

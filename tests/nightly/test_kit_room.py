@@ -184,4 +184,4 @@ def test_a_kit_that_stops_answering_is_named(built, course):
     with web_server(built, gone=["/wheels/index.html"]) as url:
         result = user(course, "setup", COURSE_KIT=url)
     assert result.returncode == 1, result.stdout + result.stderr
-    assert f"error: The kit {url} has stopped answering." in result.stderr
+    assert f"error: The kit {url} does not answer any more." in result.stderr
