@@ -94,7 +94,7 @@ def uv_install(python: Path | str, *arguments: str | Path, kit: Kit | None = Non
 
 
 def _fetch_cpu_torch(pip, version):
-    """Download torch's CPU build with pip; return a list with its wheel, an empty one if torch is installed already."""
+    """Download torch's CPU build with pip; return a list with its wheel, empty if torch is installed already."""
     _print_step("Getting torch")
     folder = BUILD / "torch"
     plan = BUILD / "torch.json"
@@ -150,7 +150,7 @@ def _pip(*arguments, kit):
 
 
 def pip_environment(kit: Kit | None) -> dict[str, str] | None:
-    """Return an environment in which pip takes packages only from the kit; without a kit None, for this process's own."""
+    """Return an environment in which pip takes packages only from the kit; None, for this process's own, without one."""
     if kit is None:
         return None
     environment = {

@@ -130,7 +130,7 @@ def _normal_name(project):
 
 
 def _with_uv_variables(variables, pattern):
-    """Return the environment with only those of uv's variables that match a pattern, and with uv's files switched off."""
+    """Return the environment with only those of uv's variables that match a pattern, and without uv's files."""
     kept = {
         name: value
         for name, value in variables.items()
