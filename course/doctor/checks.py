@@ -1,344 +1,145 @@
-"""Says what this machine can run: one line per check, with the fix beside it.
+"""Checks what this machine can run, and prints a line for each check, with the fix below it.
 
-It prepares tiny-phi3 to try both tracks on it, and changes nothing else. Before set-up it runs on
-the standard library alone, and does the checks that need no more. A check returns or yields
-``(level, what, fix)`` with a level of OK, WARN or FAIL; ``fix`` is empty for OK.
+The doctor prepares tiny-phi3 to try both tracks on it, and changes nothing else. Before set-up it
+runs on the standard library alone, and does the checks that need no more.
 """
 
-import contextlib
 import csv
-import getpass
 import importlib.metadata
 import os
 import platform
-import queue
 import re
 import shutil
 import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
-import time
-import unicodedata
 import webbrowser
+from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from urllib.parse import quote, unquote
 
-from course.doctor import network
-from course.doctor.smoke import smoke
+from course.doctor.network import check_network
+from course.doctor.result import Result, fail, ok, warn
+from course.doctor.smoke import check_tracks
 from course.environment import differing_packages, is_set_up, pins, project
-from helpers.errors import CourseError
 from helpers.files import is_writable
 from helpers.models.catalogue import find_entry, read_catalogue
-from helpers.models.kit import kit_address
 from helpers.models.space import existing, free_disk, free_memory
 from helpers.paths import BUILD, ROOT, model_cache
 
 # Megabytes (10**6 bytes): what set-up takes, and what a run writes beside its copies of the model.
-SETUP_MEGABYTES, PAGES_MEGABYTES = 4000, 100
+SETUP_MEGABYTES = 4000
+PAGES_MEGABYTES = 100
 # A run logs track A's folder once and track B's twice: this times what the model has on disk.
 COPIES = 1.3
-# Where the browser tests find a browser.
-CHROMIUM = (
-    "chromium",
-    "chromium-browser",
-    "google-chrome",
-    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
-    os.path.expandvars(r"%ProgramFiles%\Google\Chrome\Application\chrome.exe"),
-)
 
 
 def doctor() -> int:
-    """Check the machine, print a line per check, and return the exit code: 1 if anything failed."""
-    described = ""
-    if (ROOT / ".git").exists() and shutil.which("git"):
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--exclude=*"],
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-        ).stdout.strip()
-    print(
-        _public(
-            f"The course {project()['version']}" + (f", commit {described}" if described else "")
-        ),
-        flush=True,
-    )
-    levels = []
-    for level, what, fix in _checks():
-        levels.append(level)
-        print(_public(f"{level:<4}  {what}" + (f"\n      {fix}" if fix else "")), flush=True)
-    failed, warnings = levels.count("FAIL"), levels.count("WARN")
-    print(
-        (f"{failed} of {len(levels)} checks failed" if failed else "Fit: no check failed")
-        + f", {warnings} warning{'' if warnings == 1 else 's'}."
-    )
+    """Check the machine, print a line for each check, and return the exit code: 1 if a check failed."""
+    print(_version(), flush=True)
+    levels = Counter()
+    for level, line, fix in _run_checks():
+        levels[level] += 1
+        print(f"{level:<4}  {line}", flush=True)
+        if fix:
+            print(f"      {fix}", flush=True)
+    failed = levels["FAIL"]
+    warnings = f"{levels['WARN']} warning{'' if levels['WARN'] == 1 else 's'}"
+    summary = f"{failed} of {levels.total()} checks failed" if failed else "Fit: no check failed"
+    print(f"{summary}, {warnings}.")
+    print("Read this before you paste it anywhere: it names folders and addresses of this machine.")
     return int(failed > 0)
 
 
-def _public(text):
-    """Return a line for a report that strangers read: places by what they are for, and nobody's names and passwords.
+def _version():
+    """Return the course's version and, in a git checkout, its commit."""
+    version = f"The course {project()['version']}"
+    if not (ROOT / ".git").exists() or not shutil.which("git"):
+        return version
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    described = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return f"{version}, commit {described.stdout.strip()}" if described.stdout else version
 
-    Of a path that the course does not know, its last part is left.
+
+def _run_checks() -> Iterator[Result]:
+    differing = differing_packages()
+    missing = list(_missing_files())
+    installed = not missing and all(version for _, version in differing.values())
+
+    yield check_platform(sysconfig.get_platform(), platform.machine(), sys.maxsize)
+    yield from check_packages(differing, missing)
+    yield check_cores()
+    yield check_writable(BUILD)
+    yield check_disk(installed)
+    if installed:
+        yield check_memory()
+        yield from check_models()
+    yield check_port(8888, "JupyterLab", "JupyterLab takes the next free port by itself.")
+    yield check_port(
+        5000, "the MLflow UI", "Choose another port: python -m helpers ui --port 5001."
+    )
+    yield check_java()
+    yield check_browser()
+    if installed:
+        yield from check_tracks()
+    yield from check_network(installed)
+
+
+# --- Python and its packages ------------------------------------------------------------------
+
+
+def check_platform(built_for: str, processor: str, largest: int) -> Result:
+    """Check that torch has builds for this Python.
+
+    The arguments are ``sysconfig.get_platform()``, ``platform.machine()`` and ``sys.maxsize``.
     """
-    text = re.sub(r"://[^\s'\"]*@", "://***@", text)
-    text = re.sub(SECRETS, r"\1***", text)
-    for place, role in sorted(_places(), key=lambda known: -len(known[0])):
-        text = re.sub(
-            _forms(place) + r"(?!\w)", lambda _, role=role: role, text, flags=re.IGNORECASE
-        )
-    text = text.replace("the course's folder/", "").replace("the course's folder\\", "")
-    text = re.sub(r"file:/+[^\s'\"]*", lambda uri: _last_part(unquote(uri[0])), text)
-    for path in PATHS:
-        text = re.sub(path, lambda found: _last_part(found[0]), text)
-    for name in sorted(_names(), key=len, reverse=True):
-        # As Windows shortens it: JANEDO~1.
-        short = re.sub(r"[^a-z0-9]", "", name, flags=re.IGNORECASE)[:6]
-        forms = [
-            re.escape(form)
-            for spelt in (name, unicodedata.normalize("NFD", name))
-            for form in (spelt, quote(spelt))
-        ] + ([rf"{short}~\d"] if short else [])
-        text = re.sub(
-            rf"(?<![^\W_])({'|'.join(forms)})(?![^\W_])", "***", text, flags=re.IGNORECASE
-        )
-    return text
-
-
-# What a program may print of a secret: after the name of one, or in a shape that shows what it is.
-SECRETS = (
-    r"(?i)(\b(?:bearer|basic) +|\b[\w-]*(?:token|passw(?:or)?d|secret|api_?key|signature)[\"']?\s*[=:]\s*[\"']?"
-    r"|[?&][^=&\s]+=)[^\s&'\"]+|\b(?-i:hf_)\w{8,}"
-)
-# Folders that hold others by their owners' names.
-OF_PEOPLE = (
-    "home",
-    "users",
-    "media",
-    "volumes",
-    "mnt",
-    "scratch",
-    "profiles",
-    "documents and settings",
-    "net",
-)
-_PART = r"[^\s/\\:*?\"'<>|,;](?:[^/\\:*?\"'<>|,;\n]*[^\s/\\:*?\"'<>|,;])?"
-# A last part ends at a space, unless a capital letter follows, as in Jane Doe.
-_LAST = r"[^\s/\\:*?\"'<>|,;)]*(?: [A-Z\u00c0-\u00de][^\s/\\:*?\"'<>|,;)]*)*"
-# Absolute paths: in quotes to their end; of Windows, of a share, and of other systems, where a list
-# has colons.
-PATHS = (
-    r"(?<=')(?:/|[A-Za-z]:[\\/]|\\\\)[^'\n]*(?=')",
-    r'(?<=")(?:/|[A-Za-z]:[\\/]|\\\\)[^"\n]*(?=")',
-    rf"(?<![\w/])(?:[A-Za-z]:[\\/]+|\\{{2,}})(?:{_PART}[\\/]+)*{_LAST}",
-    rf"(?<![\w/~.…-])/(?!/)(?:{_PART}/+)+{_LAST}",
-)
-# A user may be called what the doctor has to say.
-OWN_WORDS = (
-    "python",
-    "java",
-    "make",
-    "course",
-    "helpers",
-    "model",
-    "models",
-    "cache",
-    "http",
-    "https",
-    "ok",
-    "warn",
-    "fail",
-    "localhost",
-    "linux",
-    "windows",
-    "darwin",
-)
-
-
-def _last_part(path):
-    """Return what tells a file from others, and not whose it is."""
-    parts = [part for part in re.split(r"[/\\]+", path.removeprefix("file:").rstrip("/\\")) if part]
-    return "a folder" if len(parts) < 3 or parts[-2].lower() in OF_PEOPLE else f"…/{parts[-1]}"
-
-
-def _places():
-    """Yield the folders that a line may name, each with what it is for."""
-    with contextlib.suppress(CourseError):
-        if os.environ.get("COURSE_CACHE"):
-            yield str(model_cache()), "COURSE_CACHE"
-    for name in ("COURSE_CACHE", "COURSE_KIT", "JAVA_HOME"):
-        if re.match(r"/|[A-Za-z]:[\\/]|\\\\", os.environ.get(name, "")):
-            yield os.environ[name], name
-    folders = [
-        (str(ROOT), "the course's folder"),
-        (sys.prefix, "this Python's folder"),
-        (sys.base_prefix, "this Python's folder"),
-        (_home(), "~"),
-    ]
-    with contextlib.suppress(OSError):
-        folders.append((tempfile.gettempdir(), "the temporary folder"))
-    for folder, role in folders:
-        for spelt in {folder, os.path.realpath(folder)}:
-            if len(Path(spelt).parts) > 1:  # the home folder of a container's user may be /
-                yield spelt.rstrip("/\\"), role
-
-
-def _home():
-    return os.path.expanduser("~")  # noqa: PTH111, as Path.home() raises where there is none
-
-
-def _forms(place):
-    """Return a pattern for a folder as it is written: with either slash, one or two, or as the path of a URI."""
-    parts = [
-        f"(?:{re.escape(part)}|{re.escape(quote(part))})" for part in re.split(r"[/\\]+", place)
-    ]
-    return r"(?:file:/{1,3}(?=/|[A-Za-z]:))?" + r"[/\\]{1,4}".join(parts)
-
-
-def _names():
-    """Return what the user and the machine are called."""
-    names = {
-        os.environ.get(name, "")
-        for name in (
-            "USER",
-            "USERNAME",
-            "LOGNAME",
-            "SUDO_USER",
-            "COMPUTERNAME",
-            "USERDOMAIN",
-            "HOSTNAME",
-        )
-    }
-    with contextlib.suppress(ImportError, KeyError, OSError):
-        names.add(getpass.getuser())
-    names |= {Path(_home()).name, platform.node(), platform.node().split(".")[0]}
-    names |= {part for name in names for part in re.split(r"[\\@]", name)}
-    return {
-        name
-        for name in names
-        if len(name) > 1 and name.lower() not in OWN_WORDS and not name.isdigit()
-    }
-
-
-def port_is_taken(port: int) -> bool:
-    """Tell whether somebody listens on this machine's ``port``."""
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-def find_chromium() -> str | None:
-    """Return the path of the browser that the tests drive, None where there is none."""
-    return next(filter(None, map(shutil.which, CHROMIUM)), None)
-
-
-def _checks():
-    yield _platform(sysconfig.get_platform(), platform.machine(), sys.maxsize)
-    differing, gone = differing_packages(), list(_files_gone())
-    yield from _packages(differing, gone)
-    ready = not gone and all(installed for _, installed in differing.values())
-    begun, clocks = time.monotonic(), []
-    asked = {"the package index": network.in_background(network.index)}
-    if ready:
-        asked["the Hugging Face Hub"] = network.in_background(network.hub)
-    if kit_address():
-        asked["the kit of COURSE_KIT"] = network.in_background(network.kit)
-
-    yield _cores()
-    yield _writable(BUILD)
-    yield _disk(ready)
-    if ready:
-        yield _memory()
-        yield from _models()
-    for port, use in ((8888, "JupyterLab"), (5000, "the MLflow UI")):
-        yield (
-            (
-                "WARN",
-                f"port {port} is taken: {use} starts on it",
-                "JupyterLab takes the next one by itself; for the other: python -m helpers ui --port 5001",
-            )
-            if port_is_taken(port)
-            else ("OK", f"port {port} is free for {use}", "")
-        )
-    yield _java()
-    yield from _browsers()
-    yield from network.proxy()
-    if ready:
-        yield from smoke()
-
-    for name, answers in asked.items():
-        try:
-            line, ahead = answers.get(
-                timeout=max(network.PATIENCE - (time.monotonic() - begun), 0.1)
-            )
-        except queue.Empty:  # looking up a name has no time limit of its own
-            line, ahead = (
-                (
-                    "FAIL" if "kit" in name else "WARN",
-                    f"{name} does not answer in {network.PATIENCE} s",
-                    "Check the network, HTTPS_PROXY and that address.",
-                ),
-                None,
-            )
-        yield line
-        clocks += [] if ahead is None else [ahead]
-    yield network.clock(min(clocks, key=abs, default=None))
-
-
-# --- Python and its packages ----------------------------------------------------------------
-
-
-def _platform(built_for, machine, largest):
-    """Return the line on this Python: ``sysconfig.get_platform()``, ``platform.machine()``, ``sys.maxsize``."""
-    # course.__main__ has refused a version that is too old or too new.
-    what = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, {built_for}"
+    line = f"Python {platform.python_version()} on {platform.system()} {platform.release()}, {built_for}"
     if largest <= 2**32:
-        return (
-            "FAIL",
-            f"{what}: a 32-bit Python",
+        return fail(
+            f"{line}: a 32-bit Python",
             "Install the 64-bit Python: the packages have no other builds.",
         )
-    # What torch has builds of; for win-arm64 and Intel's Macs it has none.
     if built_for == "win-arm64":
-        return (
-            "WARN",
-            f"{what}: torch has no build for it",
-            "Install Python for x64, which Windows runs here, too.",
+        return warn(
+            f"{line}: torch has no build for it",
+            "Install Python for x64: Windows on ARM runs it, too.",
         )
-    if built_for.startswith("macosx") and machine == "x86_64":
-        return (
-            "WARN",
-            f"{what}: torch has no build for a Mac with Intel's processor",
+    if built_for.startswith("macosx") and processor == "x86_64":
+        return warn(
+            f"{line}: torch has no build for a Mac with Intel's processor",
             "On a Mac with Apple's processor, install a Python for arm64; otherwise, use another machine.",
         )
-    return "OK", what, ""
+    return ok(line)
 
 
-def _packages(differing, gone):
-    """Yield the lines on the packages: what differs from the pins, and ``(package, file)`` for what is gone."""
+def check_packages(
+    differing: dict[str, tuple[str, str | None]], missing: list[tuple[str, str]]
+) -> Iterator[Result]:
+    """Check that the pinned packages are installed, with all their files.
+
+    ``differing`` is what ``differing_packages`` returns, ``missing`` has the package and the name
+    of each installed file that is gone.
+    """
     # Set-up does nothing in an environment that it has finished.
     fix = f"{'Delete .venv and run' if is_set_up() else 'Run'}: python -m helpers setup"
     if sum(installed is None for _, installed in differing.values()) > len(pins()) / 2:
-        yield "FAIL", "the course's packages are not installed", fix
+        yield fail("the course's packages are not installed", fix)
         return
     for name, (pinned, installed) in differing.items():
-        yield "FAIL", f"{name} is {installed or 'not installed'}, and {pinned} is pinned", fix
-    for name in dict(gone):
-        files = [file for package, file in gone if package == name]
-        yield (
-            "FAIL",
+        yield fail(f"{name} is {installed or 'not installed'}, and {pinned} is pinned", fix)
+    for name in dict(missing):
+        files = [file for package, file in missing if package == name]
+        yield fail(
             f"{name} lacks {len(files)} of its files, such as {files[0]}",
-            f"If an antivirus took it, tell it to leave .venv alone. {fix}",
+            f"If an antivirus program removed them, exclude .venv from its scans. {fix}",
         )
-    if not differing and not gone:
-        yield "OK", "packages are as pinned, and whole", ""
-    for name, (pinned, installed) in differing_packages(("dev",)).items():
-        if installed and name not in differing:
-            yield "WARN", f"{name} is {installed}, and {pinned} is pinned, for the tests", fix
+    if not differing and not missing:
+        yield ok("all packages are as pinned, and complete")
 
 
-def _files_gone():
-    """Yield package and file for each file that pip has installed and that is not there any more."""
+def _missing_files():
+    """Yield the package and the name of each file that pip or uv installed and that is gone."""
     for package in importlib.metadata.distributions():
         # conda's own packages list files that conda leaves out.
         if (package.read_text("INSTALLER") or "").strip() in ("pip", "uv"):
@@ -347,181 +148,161 @@ def _files_gone():
                     yield package.metadata["Name"], file
 
 
-# --- the machine ----------------------------------------------------------------------------
+# --- the machine ------------------------------------------------------------------------------
 
 
-def _cores():
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    return (
-        ("OK", f"{cores} cores", "")
-        if cores > 1
-        else ("WARN", "1 core", "The course runs, at less than half the speed.")
-    )
+def check_cores() -> Result:
+    """Check that this process may use more than one core."""
+    # A container or a batch system may give a process fewer cores than the machine has.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores == 1:
+        return warn("1 core", "The course runs, at less than half the speed.")
+    return ok(f"{cores} cores")
 
 
-def _disk(ready):
-    """Return the line on the disk of the course's folder."""
-    needed, free = PAGES_MEGABYTES if ready else SETUP_MEGABYTES, free_disk(ROOT)
-    what = f"{free:,.0f} MB are free on the disk of the course's folder"
-    return (
-        ("OK", what, "")
-        if free >= needed
-        else (
-            "FAIL",
-            f"{what}, and {'a run' if ready else 'set-up'} needs {needed:,} MB",
-            "Free some space.",
-        )
-    )
-
-
-def _memory():
-    import psutil
-
-    least = min(entry.memory for entry in read_catalogue().values())
-    free = free_memory()
-    what = f"{free:,.0f} MB of memory are free, of {psutil.virtual_memory().total / 1e6:,.0f} MB"
-    return (
-        ("OK", what, "")
-        if free >= least
-        else (
-            "FAIL",
-            f"{what}, and the smallest model needs {least:,} MB",
-            "Close programs, or give the container more memory.",
-        )
-    )
-
-
-def _models():
-    """Yield a line for each model of the catalogue, and for each other one in the cache."""
-    from helpers.models.prepare import cache_state, cached_models
-
-    entries, memory = read_catalogue(), free_memory()
-    try:
-        states = {name: cache_state(name) for name in dict.fromkeys([*entries, *cached_models()])}
-    except OSError as error:
-        yield (
-            "FAIL",
-            f"the cache of models cannot be read: {error.strerror}",
-            "Set COURSE_CACHE to a folder that is yours.",
-        )
-        return
-    lacks = {name: _lacks(entry, states[name], memory) for name, entry in entries.items()}
-    for name, state in states.items():
-        if state == "damaged":
-            yield (
-                "WARN",
-                f"{name}: files in its folder {find_entry(name).folder} are not as they were written",
-                f"Get them anew: python -m helpers prepare --model {name}",
-            )
-        elif lacks.get(name):
-            smaller = [
-                other
-                for other in entries
-                if not lacks[other] and entries[other].memory < entries[name].memory
-            ]
-            fits = max(smaller, key=lambda other: entries[other].memory, default=None)
-            what, fix = lacks[name]
-            yield (
-                "WARN",
-                f"{name}: {state}; a run needs {what}",
-                fix + (f", or choose a smaller model: MODEL={fits}." if fits else "."),
-            )
-        else:
-            yield (
-                "OK",
-                f"{name}: {state}"
-                + (", with memory and disk for a run" if name in entries else ""),
-                "",
-            )
-
-
-def _lacks(entry, state, memory):
-    """Return what a run of a model lacks here, and what to do about it; None where it lacks nothing."""
-    if memory < entry.memory:
-        return f"{entry.memory:,} MB of memory, and {memory:,.0f} MB are free", "Close programs"
-    cache, needed = model_cache(), {ROOT: round(entry.disk * COPIES) + PAGES_MEGABYTES}
-    if state == "not prepared":
-        place = ROOT if existing(cache).stat().st_dev == ROOT.stat().st_dev else cache
-        needed[place] = needed.get(place, 0) + entry.disk
-    for folder, megabytes in needed.items():
-        if free_disk(folder) < megabytes:
-            where = "the course" if folder == ROOT else "the cache of models"
-            return (
-                f"{megabytes:,} MB of disk for {where}, and {free_disk(folder):,.0f} MB are free",
-                "Free some space, or set COURSE_CACHE to a folder on another disk",
-            )
-    return None
-
-
-def _writable(folder):
+def check_writable(folder: Path) -> Result:
+    """Check that the course can write to ``folder``."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         writable = is_writable(folder)
     except OSError:
         writable = False
-    return (
-        ("OK", "the course's folder can be written", "")
-        if writable
-        else (
-            "FAIL",
-            "the course's folder cannot be written",
-            "Move the course to a folder that is yours.",
+    if not writable:
+        return fail(
+            "the course's folder cannot be written", "Move the course to a folder that is yours."
         )
-    )
+    return ok("the course's folder can be written")
 
 
-def _java():
-    """Return the line on Java, looked for where Spark looks."""
+def check_disk(installed: bool) -> Result:
+    """Check the free disk space for a run or, before the packages are installed, for set-up."""
+    needed = PAGES_MEGABYTES if installed else SETUP_MEGABYTES
+    free = free_disk(ROOT)
+    line = f"{free:,.0f} MB are free on the disk of the course's folder"
+    if free < needed:
+        user = "a run" if installed else "set-up"
+        return fail(f"{line}, and {user} needs {needed:,} MB", "Free some space.")
+    return ok(line)
+
+
+def check_memory() -> Result:
+    """Check that the smallest model fits into the free memory."""
+    import psutil
+
+    needed = min(entry.memory for entry in read_catalogue().values())
+    free = free_memory()
+    line = f"{free:,.0f} MB of memory are free, of {psutil.virtual_memory().total / 1e6:,.0f} MB"
+    if free < needed:
+        return fail(
+            f"{line}, and the smallest model needs {needed:,} MB",
+            "Close programs, or give the container more memory.",
+        )
+    return ok(line)
+
+
+def check_port(port: int, program: str, fix: str) -> Result:
+    """Check that nothing listens on the port of a program."""
+    if port_is_taken(port):
+        return warn(f"port {port} is taken, and {program} starts on it", fix)
+    return ok(f"port {port} is free for {program}")
+
+
+def port_is_taken(port: int) -> bool:
+    """Tell whether a program listens on this machine's ``port``."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def check_java() -> Result:
+    """Check for a Java that Spark runs on, where Spark looks for it: in JAVA_HOME, then on the PATH."""
     fix = "For the section on Spark alone: install Java 17, from https://adoptium.net or your system's packages."
     home = os.environ.get("JAVA_HOME")
     java = shutil.which("java", path=Path(home, "bin") if home else None)
     if home and not java:
-        return (
-            "WARN",
+        return warn(
             "JAVA_HOME is set, and there is no Java in it",
             f"Correct JAVA_HOME or unset it. {fix}",
         )
-    try:
-        said = subprocess.run(
-            [java or "", "-version"], capture_output=True, text=True, errors="replace", timeout=20
-        )
-        version = re.search(r'version "((?:1\.)?(\d+)[^"]*)"', said.stderr + said.stdout)
-    except (OSError, subprocess.TimeoutExpired):
-        version = None
+    if not java:
+        return warn("there is no Java", fix)
+    said = subprocess.run([java, "-version"], capture_output=True, text=True, errors="replace")
+    version = re.search(r'version "((?:1\.)?(\d+)[^"]*)"', said.stderr + said.stdout)
     if version is None:  # a Mac has a `java` that only says where to get one
-        return "WARN", "there is no Java", fix
-    return (
-        ("OK", f"Java {version[1]}", "")
-        if int(version[2]) >= 17
-        else ("WARN", f"Java is {version[1]}", fix)
-    )
+        return warn("there is no Java", fix)
+    if int(version[2]) < 17:
+        return warn(f"Java is {version[1]}", fix)
+    return ok(f"Java {version[1]}")
 
 
-def _browsers():
+def check_browser() -> Result:
+    """Check for a browser that JupyterLab can open."""
     try:
-        browser = _file_name(getattr(webbrowser.get(), "name", ""))
-        yield "OK", f"JupyterLab opens the browser {browser}".strip(), ""
+        webbrowser.get()
     except webbrowser.Error:
-        yield (
-            "WARN",
+        return warn(
             "JupyterLab finds no browser to open",
             "Open the address that it prints in a browser, on this machine or through a tunnel.",
         )
-    if not any(installed is None for _, installed in differing_packages(("dev",)).values()):
-        chromium = find_chromium()
-        yield (
-            ("OK", f"the browser tests drive {_file_name(chromium)}", "")
-            if chromium
-            else (
-                "WARN",
-                "the browser tests find neither Chromium nor Chrome, and are skipped",
-                "Only for `make test`: install Google Chrome, or Chromium, on the PATH.",
-            )
+    return ok("JupyterLab finds a browser to open")
+
+
+# --- models -----------------------------------------------------------------------------------
+
+
+def check_models() -> Iterator[Result]:
+    """Check each model of the catalogue and each other one in the cache: its files, memory and disk."""
+    from helpers.models.prepare import cache_state, cached_models
+
+    entries = read_catalogue()
+    memory = free_memory()
+    try:
+        states = {name: cache_state(name) for name in dict.fromkeys([*entries, *cached_models()])}
+    except OSError as error:
+        yield fail(
+            f"the cache of models cannot be read: {error.strerror}",
+            "Set COURSE_CACHE to a folder that is yours.",
         )
+        return
+    shortages = {name: _shortage(entry, states[name], memory) for name, entry in entries.items()}
+    for name, state in states.items():
+        if state == "damaged":
+            yield warn(
+                f"{name}: files in its folder {find_entry(name).folder} are not as they were written",
+                f"Get them again: python -m helpers prepare --model {name}",
+            )
+        elif shortages.get(name):
+            need, fix = shortages[name]
+            smaller = [
+                entry
+                for entry in entries.values()
+                if not shortages[entry.name] and entry.memory < entries[name].memory
+            ]
+            if smaller:
+                largest = max(smaller, key=lambda entry: entry.memory)
+                fix += f", or choose a smaller model: MODEL={largest.name}"
+            yield warn(f"{name}: {state}; a run needs {need}", f"{fix}.")
+        elif name in entries:
+            yield ok(f"{name}: {state}; memory and disk are enough for a run")
+        else:
+            yield ok(f"{name}: {state}")
 
 
-def _file_name(program):
-    """Return a program's name without its folder; BROWSER names them in any system's way."""
-    return re.split(r"[/\\]", program)[-1]
+def _shortage(entry, state, memory):
+    """Return the memory or disk that a run of a model lacks here, and the fix; None if it lacks nothing."""
+    if memory < entry.memory:
+        return f"{entry.memory:,} MB of memory, and {memory:,.0f} MB are free", "Close programs"
+    run = round(entry.disk * COPIES) + PAGES_MEGABYTES
+    model = entry.disk if state == "not prepared" else 0
+    cache = model_cache()
+    if existing(cache).stat().st_dev == ROOT.stat().st_dev:
+        needs = [("the course", ROOT, run + model)]
+    else:
+        needs = [("the course", ROOT, run), ("the cache of models", cache, model)]
+    for place, folder, needed in needs:
+        free = free_disk(folder)
+        if free < needed:
+            return (
+                f"{needed:,} MB of disk for {place}, and {free:,.0f} MB are free",
+                "Free some space, or set COURSE_CACHE to a folder on another disk",
+            )
+    return None

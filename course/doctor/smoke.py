@@ -1,7 +1,7 @@
-"""Generates five tokens on tiny-phi3 through both tracks, each in a process of its own, for ``course.doctor.checks``.
+"""Generates five tokens on tiny-phi3 with each track, each in a process of its own.
 
-A processor without an instruction or a broken library ends a process: that one, and not the one
-that asks.
+A processor without an instruction or a broken library ends a process: that one, and not the
+doctor's.
 """
 
 import os
@@ -10,97 +10,93 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator, Mapping
 
+from course.doctor.result import Result, fail, ok
 from helpers.models.steps import last_line
 from helpers.paths import ROOT, model_cache
 
-TRACK_PATIENCE = 120  # seconds
+TRACK_TIMEOUT = 120  # seconds
 
 
-def smoke():
-    """Yield a line for each track, once it has generated five tokens in a process of its own."""
-    code, said = _run("helpers", "prepare", "--model", "tiny-phi3")
+def check_tracks() -> Iterator[Result]:
+    """Check that both tracks generate five tokens on tiny-phi3, which is prepared if it is not there."""
+    code, output = run_module("helpers", "prepare", "--model", "tiny-phi3")
     if code:
-        told = re.search(r"^error: (.*)\n +(.*)$", said, re.MULTILINE)
-        yield (
-            ("FAIL", *told.groups())
-            if told
-            else (
-                "FAIL",
-                "tiny-phi3 could not be prepared, or another process is at it",
-                "Wait for the other process, and run: python -m helpers prepare --model tiny-phi3",
+        told = re.search(r"^error: (.*)\n +(.*)$", output, re.MULTILINE)
+        if told:
+            yield fail(*told.groups())
+        else:
+            yield fail(
+                f"tiny-phi3 could not be prepared: {last_line(output)}",
+                "If another process prepares it, wait for that one, and run: "
+                "python -m helpers prepare --model tiny-phi3",
             )
-        )
         return
     for name, track in (("A", "transformers"), ("B", "onnx")):
         begun = time.perf_counter()
-        code, said = _run("course.doctor.smoke", track)
-        if code == 0 and "tokens: 5\n" in said:
-            seconds = time.perf_counter() - begun
-            yield (
-                "OK",
-                f"track {name} generated 5 tokens on tiny-phi3 in {seconds:.0f} s, loading included",
-                "",
+        code, output = run_module("course.doctor.smoke", track)
+        seconds = time.perf_counter() - begun
+        if code == 0 and "tokens: 5\n" in output:
+            yield ok(
+                f"track {name} generated 5 tokens on tiny-phi3 in {seconds:.0f} s, loading included"
             )
         else:
-            yield _failure(name, code, said)
+            yield track_failure(name, code, output)
 
 
-def _run(*words):
-    """Run one of the course's modules; return its exit code, and what it printed."""
+def run_module(
+    *words: str, env: Mapping[str, str] = os.environ, timeout: float = TRACK_TIMEOUT
+) -> tuple[int, str]:
+    """Run ``python -m WORDS`` for ``timeout`` seconds at most; return its exit code and all that it printed."""
     try:
-        tried = subprocess.run(
+        program = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=ROOT,
-            text=True,
+            env=env | {"PYTHONUTF8": "1"},
+            stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=TRACK_PATIENCE,
             encoding="utf-8",
             errors="replace",
-            env=dict(os.environ, PYTHONUTF8="1"),
+            timeout=timeout,
         )
     except subprocess.TimeoutExpired:
-        return 1, f"no answer in {TRACK_PATIENCE} s"
-    return tried.returncode, tried.stdout
+        return 1, f"no answer in {timeout} s"
+    return program.returncode, program.stdout
 
 
-def _failure(track, code, said):
-    """Return the line on a track's process that ended with ``code``: a signal where it is negative."""
-    last = last_line(said) if said.strip() else "nothing"
-    fix = (
-        f"Delete {model_cache() / 'tiny-phi3'} and run this again; "
-        "if it stays, delete .venv and run: python -m helpers setup"
-    )
-    # Windows has no signals, and large codes.
-    name = (
-        signal.Signals(-code).name
-        if code < 0
-        else f"exit code {code:#x}"
-        if code > 255
-        else f"exit code {code}"
-    )
-    if name == "SIGILL" or code == 0xC000001D:
+def track_failure(track: str, code: int, output: str) -> Result:
+    """Return the result for a track whose process ended with ``code``: a signal if it is negative."""
+    ended = f"exit code {code:#x}" if code > 255 else f"exit code {code}"  # Windows has large ones
+    if code < 0:
+        ended = signal.Signals(-code).name
+    if ended in ("SIGILL", "exit code 0xc000001d"):
         fix = "This processor lacks an instruction that the track's library needs: use another machine."
-    elif name == "SIGKILL":
-        fix = "The system ended it, most often for want of memory: close programs, or give the container more."
-    elif "DLL load failed" in said:
+    elif ended == "SIGKILL":
+        fix = "The system ended it, most often for lack of memory: close programs, or give the container more."
+    elif "DLL load failed" in output:
         fix = (
             "Install Microsoft's Visual C++ Redistributable, https://aka.ms/vs/17/release/vc_redist.x64.exe; "
             "if it is there, delete .venv and run: python -m helpers setup"
         )
-    return (
-        "FAIL",
-        f"track {track} did not generate on tiny-phi3: {name}; it printed last: {last}",
+    else:
+        fix = (
+            f"Delete {model_cache() / 'tiny-phi3'} and run this again; "
+            "if it stays, delete .venv and run: python -m helpers setup"
+        )
+    return fail(
+        f"track {track} did not generate on tiny-phi3: {ended}; the last line was: {last_line(output)}",
         fix,
     )
 
 
 def _generate(track):
-    """Generate five tokens on tiny-phi3, in this process, and print how many came."""
+    """Generate five tokens on tiny-phi3, in this process, and print how many there are."""
     from helpers.models.prepare import prepare_model
 
-    prepared, prompt = prepare_model("tiny-phi3"), "The capital of Spain is"
+    prepared = prepare_model("tiny-phi3")
+    prompt = "The capital of Spain is"
     if track == "transformers":
         import transformers
 
@@ -110,12 +106,14 @@ def _generate(track):
         (answer,) = pipeline(
             prompt, min_new_tokens=5, max_new_tokens=5, do_sample=False, return_tensors=True
         )
-        sequence, asked = answer["generated_token_ids"], pipeline.tokenizer(prompt)["input_ids"]
+        sequence = answer["generated_token_ids"]
+        asked = pipeline.tokenizer(prompt)["input_ids"]
     else:
         import onnxruntime_genai as og
 
         model = og.Model(str(prepared.onnx_dir))
-        asked, settings = og.Tokenizer(model).encode(prompt), og.GeneratorParams(model)
+        asked = og.Tokenizer(model).encode(prompt)
+        settings = og.GeneratorParams(model)
         settings.set_search_options(
             min_length=len(asked) + 5, max_length=len(asked) + 5, do_sample=False
         )

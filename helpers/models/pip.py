@@ -7,7 +7,6 @@ import ast
 import errno
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -219,74 +218,3 @@ def explain(failure: PipFailure, title: str) -> Exception:
         "Look at pip's own settings (python -m pip config list) and run this again; if it stays, report "
         "it with that line.",
     )
-
-
-@dataclass(frozen=True)
-class IndexAnswer:
-    """What the package index that pip uses says of a package.
-
-    ``kind`` is ``"found"``, ``"no-pip"``, ``"certificate"``, ``"absent"`` (it has no such package),
-    ``"other-page"`` (it is no index that answers) or ``"none"``. ``site`` is the index without a
-    name or a password, ``url`` the page that was asked, empty where nobody answered; ``status`` is
-    the last HTTP status, empty for none.
-    """
-
-    kind: str
-    site: str = "it"
-    url: str = ""
-    status: str = ""
-
-
-def ask_index(name: str, seconds: float) -> IndexAnswer:
-    """Ask the index for a package, for so many seconds at most. pip knows its own index, proxy and certificates."""
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "-vv",
-        "--no-input",
-        "--retries",
-        "1",
-        "--timeout",
-        "4",
-        "--disable-pip-version-check",
-        "index",
-        "versions",
-        name,
-    ]
-    try:
-        variables = dict(os.environ) | users_settings("index", sys.executable, dict(os.environ))
-        asked = subprocess.run(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            timeout=seconds,
-            env=variables,
-        )
-    except PipError as error:
-        return read_index(False, error.failure.line)
-    except subprocess.TimeoutExpired:
-        return IndexAnswer("none")
-    return read_index(asked.returncode == 0, asked.stdout)
-
-
-def read_index(found: bool, output: str) -> IndexAnswer:
-    """Read what ``pip -vv index versions`` printed; ``found``: it ended without an error."""
-    statuses = re.findall(r"HTTP/\S+ (\d{3}) ", output)
-    page = re.search(r"Getting page (https?://)(?:\S*@)?([^/\s]+)(\S*)", output)
-    site, url = (
-        (page[1] + page[2], "".join(page.groups()) if statuses else "") if page else ("it", "")
-    )
-    if found:
-        kind = "found"
-    elif "No module named pip" in output:
-        kind = "no-pip"
-    elif re.search("confirming the ssl certificate|SSLError", output):
-        kind = "certificate"
-    else:
-        kind = "absent" if "404" in statuses else "other-page" if "200" in statuses else "none"
-    return IndexAnswer(kind, site, url, statuses[-1] if statuses else "")

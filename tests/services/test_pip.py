@@ -18,7 +18,6 @@ from helpers.models.pip import (
     USERS,
     PipError,
     PipFailure,
-    ask_index,
     download_wheel,
     explain,
     read_failure,
@@ -171,7 +170,6 @@ OURS = {
     "ignore-requires-python",
     "implementation",
     "isolated",
-    "json",
     "local-log",
     "log",
     "log-file",
@@ -256,7 +254,7 @@ install.find-links='C:\\wheels'
 def test_each_option_of_pip_is_the_users_or_the_courses():
     code = (
         "from pip._internal.commands import create_command\n"
-        "for name in ('install', 'download', 'index'):\n"
+        "for name in ('install', 'download'):\n"
         "    for option in create_command(name).parser.option_list_all:\n"
         "        print(*(long[2:] for long in option._long_opts), sep='\\n')"
     )
@@ -272,7 +270,7 @@ def test_each_option_of_pip_is_the_users_or_the_courses():
     [
         ("install", {"timeout": "9", "find-links": "C:\\wheels"}),
         ("download", {"timeout": "5"}),
-        ("index", {"timeout": "3"}),
+        ("wheel", {"timeout": "3"}),
     ],
 )
 def test_what_pips_files_say_of_where_packages_come_from_is_kept(command, settings):
@@ -348,9 +346,3 @@ def test_a_wheel_arrives_whatever_else_pip_is_told(index, tmp_path, monkeypatch,
         "llm_words-1.0-py3-none-any.whl"
     ]
     assert "Downloading llm-words==1.0: 100%" in capsys.readouterr().out
-
-
-def test_the_doctor_reads_what_pip_says_whatever_else_it_is_told(index, tmp_path, monkeypatch):
-    make_hostile(monkeypatch, tmp_path, "variables")
-    only_wheels(index, "llm_words-1.0-py3-none-any.whl")
-    assert ask_index("llm-words", 60).kind == "found"

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 import pytest
 
 from course.commands import lab_options
-from course.doctor.checks import find_chromium
 from helpers.paths import BUILD, NOTEBOOKS
 
 try:
@@ -30,6 +29,13 @@ PATIENCE = 180
 SCREENSHOTS = BUILD / "browser"
 # What a learner's laptop shows at least.
 SCREEN = {"width": 1366, "height": 768}
+CHROMIUM = (
+    "chromium",
+    "chromium-browser",
+    "google-chrome",
+    "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
+    os.path.expandvars(r"%ProgramFiles%\Google\Chrome\Application\chrome.exe"),
+)
 # Chromium's sandbox refuses to start as root. The other flags keep it from calling home, and from
 # any other machine.
 CHROMIUM_FLAGS = [
@@ -61,6 +67,11 @@ EXECUTE = "code => jupyterapp.shell.currentWidget.sessionContext.session.kernel.
 WRITE = "([index, source]) => jupyterapp.shell.currentWidget.content.widgets[index].model.sharedModel.setSource(source)"
 # JupyterLab shows an error, a warning and MLflow's word on a new version in the same red box.
 RED_BOX = f'{CODE_CELL} .jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]'
+
+
+def find_chromium() -> str | None:
+    """Return the path of the browser that the tests drive; None if there is none."""
+    return next(filter(None, map(shutil.which, CHROMIUM)), None)
 
 
 def need_chromium() -> None:
