@@ -150,7 +150,7 @@ def _pip(*arguments, kit):
 
 
 def pip_environment(kit: Kit | None) -> dict[str, str] | None:
-    """Return an environment in which pip takes packages only from the kit; None, for this process's own, without one."""
+    """Return an environment in which pip takes packages only from the kit; without a kit None: this process's own."""
     if kit is None:
         return None
     environment = {

@@ -20,7 +20,7 @@ from course.install import cpu_torch_options
 from helpers.errors import CourseError
 from helpers.files import progress_bar
 from helpers.models.kit import PLATFORM_NAMES
-from helpers.models.pip import PipError, explain, run_pip
+from helpers.models.pip import PipError, pip_error, run_pip
 from helpers.paths import ROOT
 
 CONSTRAINTS = ROOT / "constraints.txt"
@@ -232,4 +232,4 @@ def _pip(scratch, target, bar, *arguments):
                 f"The package index has no wheel of {failure.package} for {target}.",
                 "Check the index that pip uses (python -m pip config list), or leave this platform or Python out.",
             ) from None
-        raise explain(failure, f"Fetching the wheels for {target}") from None
+        raise pip_error(failure, f"Fetching the wheels for {target}") from None

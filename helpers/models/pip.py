@@ -1,6 +1,6 @@
-"""Runs pip, and reads what it says when it fails: its words are read here and nowhere else.
+"""Runs pip and finds out why it failed. No other module reads pip's output.
 
-Set-up calls it on a bare Python, so it imports the standard library alone.
+Set-up calls it on a bare Python: it imports the standard library and modules that do the same.
 """
 
 import ast
@@ -15,10 +15,9 @@ from datetime import datetime
 from helpers.errors import CourseError
 from helpers.models.steps import last_line, run_behind_a_bar, run_program
 
-# The options that a user's variables and files may set for the course's pip: where packages come
-# from, how they get here, and which of them are trusted. All others say what pip does with them, or
-# how it tells so: that is the course's.
-USERS = frozenset(
+# The options of pip that keep the user's values: where packages come from, how they are downloaded,
+# and which of them are trusted. The others change what pip does or prints: the course sets these.
+USER_OPTIONS = frozenset(
     (
         "index-url",
         "pypi-url",
@@ -57,10 +56,10 @@ class PipFailure:
     ----------
     kind : str
         ``"disk-full"``, ``"certificate"``, ``"unreachable"`` (no index answers, or something else
-        answers in its place), ``"missing"`` (no file of that package and version fits), or
-        ``"other"``.
+        answers in its place), ``"missing"`` (the index has no file of that package and version for
+        this machine), or ``"other"``.
     package : str
-        The requirement that is missing, such as ``"torch==2.13.0"``; empty where pip names none.
+        The requirement that is missing, such as ``"torch==2.13.0"``; empty if pip names none.
     line : str
         The last line that pip printed.
     """
@@ -70,7 +69,7 @@ class PipFailure:
     line: str
 
 
-# The first pattern that pip's output holds says why it failed.
+# Why pip failed, by the first pattern that its output contains.
 KINDS = {
     "disk-full": "No space left on device",
     "certificate": "CERTIFICATE_VERIFY_FAILED",
@@ -80,14 +79,14 @@ KINDS = {
 
 
 def read_failure(output: str) -> PipFailure:
-    """Read why pip failed from all that it printed."""
+    """Return why pip failed, from its output."""
     kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, output)), "other")
     missing = re.search(r"No matching distribution found for (\S+)", output)
     return PipFailure(kind, missing[1] if missing else "", last_line(output))
 
 
 class PipError(Exception):
-    """pip ended with an error; ``failure`` says which, ``output`` is all that it printed. Callers raise CourseError."""
+    """pip failed: ``output`` is what it printed, ``failure`` says why. Callers turn it into a CourseError."""
 
     def __init__(self, output: str):
         super().__init__(output)
@@ -101,9 +100,9 @@ def run_pip(
     environment: dict[str, str] | None = None,
     on_output: Callable[[str], None] = lambda text: None,
 ) -> str:
-    """Run a Python's pip and return what it printed; raise PipError where it fails.
+    """Run a Python's pip and return its output; raise PipError if it fails.
 
-    ``environment`` takes the place of this process's environment.
+    ``environment`` replaces this process's environment.
     """
     variables = dict(os.environ) if environment is None else environment
     command = [python, "-m", "pip", *arguments, "--disable-pip-version-check"]
@@ -112,50 +111,52 @@ def run_pip(
 
 
 def users_settings(command: str, python: str, variables: dict[str, str]) -> dict[str, str]:
-    """Return variables that leave a command of pip no options of the user's but ``USERS``.
+    """Return variables that switch off all of the user's options for a command of pip, except ``USER_OPTIONS``.
 
-    The user's are in the environment and in pip's files. With others pip would install elsewhere
-    (``target``, ``user``, ``prefix``), nothing (``dry-run``) or in silence (``quiet``). To pip, an
-    empty variable is none. Raises PipError where pip cannot read its files.
+    Users set options in the environment and in pip's files. Others than ``USER_OPTIONS`` could make
+    pip install elsewhere (``target``, ``user``, ``prefix``), install nothing (``dry-run``) or print
+    nothing (``quiet``). pip ignores an empty variable. Raises PipError if pip cannot read its files.
     """
     options = {name: _option(name) for name in variables if name.upper().startswith("PIP_")}
     emptied = {
-        name: "" for name, option in options.items() if option not in USERS | {"config-file"}
+        name: "" for name, option in options.items() if option not in USER_OPTIONS | {"config-file"}
     }
     if variables.get("PIP_CONFIG_FILE") == os.devnull:
         return emptied
-    # What the files say of these may keep pip from listing them.
+    # With these options in its files, pip would not list them.
     able = {"PIP_QUIET": "0", "PIP_REQUIRE_VIRTUALENV": "0"}
     command_line = [python, "-m", "pip", "config", "list"]
     listed = _result(*run_program(command_line, variables | emptied | able, lambda text: None))
-    there = {option for name, option in options.items() if variables[name]}
+    in_environment = {option for name, option in options.items() if variables[name]}
     kept = {
         "PIP_" + option.upper().replace("-", "_"): value
         for option, value in read_settings(command, listed).items()
-        if option not in there
+        if option not in in_environment
     }
     return emptied | kept | {"PIP_CONFIG_FILE": os.devnull}
 
 
 def users_options(command: str, python: str, variables: dict[str, str]) -> dict[str, str]:
-    """Return the values of those of ``USERS`` that the user's variables and files set, by the options' names.
+    """Return the ``USER_OPTIONS`` that the user's variables and files set, as values by the options' names.
 
-    Raises PipError where pip cannot read its files.
+    Raises PipError if pip cannot read its files.
     """
     settings = variables | users_settings(command, python, variables)
     options = {
         _option(name): value for name, value in settings.items() if name.upper().startswith("PIP_")
     }
-    return {option: value for option, value in options.items() if value and option in USERS}
+    return {option: value for option, value in options.items() if value and option in USER_OPTIONS}
 
 
 def read_settings(command: str, listed: str) -> dict[str, str]:
-    """Return those of ``USERS`` that pip's files hold for a command, from what ``pip config list`` printed."""
+    """Return the ``USER_OPTIONS`` for a command in the output of ``pip config list``."""
     found = re.findall(rf"^(global|{command})\.([\w-]+)=(.+)$", listed, re.MULTILINE)
-    # What stands under the command's own name wins.
+    # A setting for the command itself overrides a global one.
     for_all_first = sorted(found, key=lambda row: row[0] == command)
     return {
-        option: ast.literal_eval(value) for _, option, value in for_all_first if option in USERS
+        option: ast.literal_eval(value)
+        for _, option, value in for_all_first
+        if option in USER_OPTIONS
     }
 
 
@@ -164,7 +165,7 @@ def _option(name):
 
 
 def download_wheel(title: str, requirement: str, folder) -> None:
-    """Download one wheel into ``folder``, behind a bar; raise CourseError or, where the disk is full, OSError."""
+    """Download one wheel into ``folder``, with a progress bar; raise CourseError, or OSError for a full disk."""
     command = [
         sys.executable,
         "-m",
@@ -184,7 +185,7 @@ def download_wheel(title: str, requirement: str, folder) -> None:
         settings = users_settings("download", sys.executable, dict(os.environ))
         _result(*run_behind_a_bar(title, command, r"Progress (\d+) of (\d+)", settings))
     except PipError as error:
-        raise explain(error.failure, title) from None
+        raise pip_error(error.failure, title) from None
 
 
 def _result(code, output):
@@ -193,8 +194,8 @@ def _result(code, output):
     return output
 
 
-def explain(failure: PipFailure, title: str) -> Exception:
-    """Return what to raise where pip failed at ``title``: an OSError for a full disk, a CourseError for the rest."""
+def pip_error(failure: PipFailure, title: str) -> Exception:
+    """Return what to raise if pip failed at the step ``title``: OSError for a full disk, else CourseError."""
     if failure.kind == "disk-full":
         return OSError(errno.ENOSPC, "No space left on device")
     if failure.kind == "certificate":
@@ -202,13 +203,13 @@ def explain(failure: PipFailure, title: str) -> Exception:
             "pip-certificate",
             f"{title} failed: the package index shows a certificate that is not accepted; this machine's clock says "
             f"{datetime.now():%Y-%m-%d %H:%M}.",
-            "Set the clock if it is off; if it is right, a proxy opens the connection: set PIP_CERT to the certificate "
+            "Set the clock if it is wrong; if it is right, a proxy opens the connection: set PIP_CERT to the certificate "
             "that its owner gives you.",
         )
     if failure.kind in ("missing", "unreachable"):
         return CourseError(
             "pip-unreachable",
-            f"{title} failed: the package index has no answer, or something else answers in its place.",
+            f"{title} failed: the package index does not answer, or something else answers in its place.",
             "Check the network, the proxy (HTTPS_PROXY) and the index that pip uses, and run this again; "
             "or choose a model that is already in the cache.",
         )

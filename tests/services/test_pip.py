@@ -15,11 +15,11 @@ from support import refuses
 from support.kits import only_wheels
 
 from helpers.models.pip import (
-    USERS,
+    USER_OPTIONS,
     PipError,
     PipFailure,
     download_wheel,
-    explain,
+    pip_error,
     read_failure,
     read_settings,
     run_pip,
@@ -75,13 +75,13 @@ def test_why_pip_failed(output, kind, package):
 )
 def test_a_failure_is_told_in_two_sentences(kind, code):
     with refuses(code) as refusal:
-        raise explain(PipFailure(kind, "six", "pip's last line"), "Downloading six")
+        raise pip_error(PipFailure(kind, "six", "pip's last line"), "Downloading six")
     assert refusal.value.what.startswith("Downloading six failed: ")
     assert ("pip's last line" in refusal.value.what) == (code == "pip-failed")
 
 
 def test_a_full_disk_stays_an_error_of_the_disk():
-    error = explain(PipFailure("disk-full", "", ""), "Downloading six")
+    error = pip_error(PipFailure("disk-full", "", ""), "Downloading six")
     assert isinstance(error, OSError)
     assert error.errno == errno.ENOSPC
 
@@ -261,8 +261,8 @@ def test_each_option_of_pip_is_the_users_or_the_courses():
     said = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, encoding="utf-8", check=True
     )
-    assert set(said.stdout.split()) == USERS | OURS
-    assert not USERS & OURS
+    assert set(said.stdout.split()) == USER_OPTIONS | OURS
+    assert not USER_OPTIONS & OURS
 
 
 @pytest.mark.parametrize(
