@@ -203,8 +203,8 @@ def pip_error(failure: PipFailure, title: str) -> Exception:
             "pip-certificate",
             f"{title} failed: the package index shows a certificate that is not accepted; this machine's clock says "
             f"{datetime.now():%Y-%m-%d %H:%M}.",
-            "Set the clock if it is wrong; if it is right, a proxy opens the connection: set PIP_CERT to the certificate "
-            "that its owner gives you.",
+            "Set the clock if it is wrong; if it is right, a proxy opens the connection: set PIP_CERT to the "
+            "certificate that its owner gives you.",
         )
     if failure.kind in ("missing", "unreachable"):
         return CourseError(

@@ -120,7 +120,7 @@ def test_a_wheel_arrives_behind_a_bar(index, tmp_path, capsys):
 def test_no_index_is_an_error_that_says_what_to_check(index, tmp_path):
     with refuses("pip-unreachable") as refusal:
         get_words(tmp_path)
-    assert "the package index has no answer" in refusal.value.what
+    assert "the package index does not answer" in refusal.value.what
     assert "HTTPS_PROXY" in refusal.value.fix
 
 
