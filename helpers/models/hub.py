@@ -109,10 +109,10 @@ class Download:
     def fetch(self, names: list[str], progress: "Progress") -> None:
         """Download each file that is not whole yet, and check its hash."""
         for name in names:
-            progress.start(self.files[name].size)
-            if not any(self.is_whole(place / name, name) for place in (self.folder, self.finished)):
+            if any(self.is_whole(place / name, name) for place in (self.folder, self.finished)):
+                progress.update(self.files[name].size)
+            else:
                 self._fetch_one(name, progress)
-            progress.end()
 
     def _fetch_one(self, name, progress):
         target = self.folder / name
@@ -149,46 +149,31 @@ def _incomplete(path):
 
 
 class Progress:
-    """Prints ``Progress DONE of TOTAL`` in bytes, for the progress bar of the process that waits for this one."""
+    """Prints ``Progress DONE of TOTAL`` in bytes, for the progress bar of the process that waits for this one.
+
+    It has the part of tqdm's interface that http_get uses. With a total of 0 it prints nothing.
+    """
 
     def __init__(self, total: int):
         self.total = total
-        self.finished = 0
-        self.current = 0
+        self.done = 0
 
-    def start(self, size: int) -> None:
-        """Begin a file of ``size`` bytes."""
-        self.current = size
-
-    def end(self) -> None:
-        """Count the current file as finished."""
-        self.finished += self.current
-        self._print(0)
-
-    def bar(self, initial: int = 0, **options) -> "_FileBar":
-        """Return what http_get uses as its tqdm bar."""
-        return _FileBar(self._print, initial)
-
-    def _print(self, arrived):
-        if self.total:
-            print(f"Progress {self.finished + arrived} of {self.total}", flush=True)
-
-
-class _FileBar:
-    """The part of tqdm's interface that http_get uses."""
-
-    def __init__(self, show, initial):
-        self.show, self.arrived = show, initial
-
-    def __enter__(self):
+    def bar(self, initial: int = 0, **options) -> "Progress":
+        """Begin a file of which ``initial`` bytes are here; the options are tqdm's."""
+        self.update(initial)
         return self
 
-    def __exit__(self, *error):
-        pass
-
     def update(self, count: float) -> None:
-        self.arrived += count
-        self.show(self.arrived)
+        """Count more bytes; http_get takes some back when a server sends a file from its beginning."""
+        self.done += count
+        if self.total:
+            print(f"Progress {self.done} of {self.total}", flush=True)
+
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        """Do nothing: the next file goes on counting."""
 
 
 def download(
