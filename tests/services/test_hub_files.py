@@ -6,6 +6,7 @@ Run: python -m helpers test tests/services/test_hub_files.py
 """
 
 import json
+import re
 import shutil
 import ssl
 from pathlib import Path
@@ -175,7 +176,7 @@ def test_an_error_of_the_hub_that_stays_is_named(hub, where):
     assert f"it answers 503 for {TORCH}" in refused("hub-busy")
 
 
-def test_a_network_that_is_gone_leaves_what_arrived_and_the_next_call_goes_on(hub):
+def test_a_network_that_is_gone_leaves_what_arrived_and_the_next_call_goes_on(hub, capsys):
     hub.faults = {SHARD: [("cut", 70_000)]}
     hub.forever = {SHARD: ("cut", 0)}
     assert f"{hub.url}, does not answer" in refused("hub-no-answer")
@@ -183,8 +184,13 @@ def test_a_network_that_is_gone_leaves_what_arrived_and_the_next_call_goes_on(hu
     assert cache_state("phi-3-mini-4k") == "not prepared"
     hub.forever = {}
     hub.asked.clear()
+    capsys.readouterr()
     prepare_model("phi-3-mini-4k", "transformers")
     assert ranges_asked(hub, SHARD) == ["bytes=70000-"]
+    progress = re.findall(r"Progress (\d+) of (\d+)", capsys.readouterr().out)
+    done = [int(count) for count, _ in progress]
+    assert done == sorted(done)
+    assert progress[-1][0] == progress[-1][1]
     assert "tokenizer.json" not in files_asked(hub)
 
 
