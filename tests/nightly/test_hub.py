@@ -215,4 +215,4 @@ def test_a_certificate_out_of_its_time_says_what_the_clock_says(
     says = str(refusal.value)
     assert "expired" in says if first < 0 else "not yet valid" in says
     assert f"this machine's clock says {datetime.now():%Y-%m-%d}" in says
-    assert "Set the clock if it is off" in says
+    assert "Set the clock if it is wrong" in says

@@ -31,4 +31,4 @@ def test_an_index_with_an_expired_certificate_says_what_the_clock_says(tmp_path,
         download_wheel("Downloading llm-words==1.0", "llm-words==1.0", tmp_path)
     hub.close()
     assert "this machine's clock says 2" in refusal.value.what
-    assert "Set the clock if it is off" in refusal.value.fix
+    assert "Set the clock if it is wrong" in refusal.value.fix
