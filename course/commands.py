@@ -162,6 +162,7 @@ def _changed_options(parser):
     parser.add_argument(
         "--since", required=True, metavar="REF", help="a commit, branch or tag, such as origin/main"
     )
+    parser.add_argument("--run", action="store_true", help="only pages that `run` executes")
 
 
 def _lab_options(parser):
@@ -279,9 +280,11 @@ def _notebook(options):
 
 def _changed(options):
     from course.changed import changed_pages
+    from course.pages import tracks_to_run
 
     for page in changed_pages(options.since):
-        print(page)
+        if not options.run or page in tracks_to_run():
+            print(page)
     return 0
 
 

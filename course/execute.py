@@ -21,6 +21,7 @@ from traitlets.config import Config
 
 from course.exercises import solve
 from course.kernels import Kernel, kernel_variables
+from course.pages import tracks_to_run
 from course.results import ResultFiles, read_run
 from course.static_page import write_page
 from helpers.errors import CourseError
@@ -31,8 +32,7 @@ from helpers.stores.server import without_password
 from helpers.strangers import refuse_strangers
 from helpers.tracking import tracking_store
 
-# The pages of `python -m helpers run`, each with the track of the model that it needs.
-PAGES = {"TransformerPipeline": "transformers", "CustomPythonWrapper": "onnx", "ChatModel": "onnx"}
+PAGES = tracks_to_run()
 
 # Kernel and client talk over an encrypted socket: a workshop's machine may have other users.
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})
@@ -298,8 +298,8 @@ def print_answers(answers: list[dict[str, str]]) -> None:
 
 def print_page(execution: Execution) -> None:
     """Print how fast a page's answers came, where its run or answers are missing, and where to read on."""
-    # They ask many questions, and a run of theirs has no answers.
-    if execution.name in ("Operations", "Cloud"):
+    # Only the pages of `run` log questions and answers.
+    if execution.name not in PAGES:
         print(f"  page: {execution.page}", flush=True)
         return
     if execution.run is None:

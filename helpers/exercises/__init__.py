@@ -4,7 +4,9 @@ Each page has a module here. A check takes its answers by name from the page. It
 look at, or nothing if all is well; it may raise whatever an answer makes it raise.
 """
 
+import importlib
 import inspect
+import pkgutil
 from collections.abc import Callable
 
 from IPython import get_ipython
@@ -26,16 +28,9 @@ def check(name: str, answers: dict | None = None) -> bool:
 
 def load_checks() -> dict[str, Callable[..., str | None]]:
     """Return the checks of all pages by the names of their exercises."""
-    # Only now, as they import what their pages do.
-    from helpers.exercises import (  # noqa: F401
-        chat_model,
-        cloud,
-        custom_python_wrapper,
-        operations,
-        tracks,
-        transformer_pipeline,
-    )
-
+    # Here, because the modules import the libraries of their pages, which takes seconds.
+    for module in pkgutil.iter_modules(__path__):
+        importlib.import_module(f"{__name__}.{module.name}")
     return CHECKS
 
 

