@@ -18,6 +18,7 @@ from support import ALL_PAGES, PAGES, ROOT, refuses, run_python
 
 from course.__main__ import _explain, main
 from course.commands import COMMANDS, run_command
+from helpers.models.catalogue import read_catalogue
 from helpers.tracking import tracking_store
 
 
@@ -300,8 +301,7 @@ def test_a_model_that_is_not_there_is_refused_with_those_that_are(monkeypatch, c
     monkeypatch.setattr("course.environment.differing_packages", lambda tests: {})
     with refuses("model-unknown") as refusal:
         run_command(["run", "--model", "gpt-5"])
-    names = "tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini"
-    assert f"Choose one of: {names}; or hub:" in refusal.value.fix
+    assert f"Choose one of: {', '.join(read_catalogue())}; or hub:" in refusal.value.fix
 
 
 def test_a_page_that_is_not_there_is_refused_with_those_that_are():

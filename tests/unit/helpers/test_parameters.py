@@ -106,8 +106,7 @@ def test_a_bad_parameter_is_refused_by_name_with_its_value_and_its_range(name, v
     if code in RANGES:
         assert error.fix == RANGES[code].format(name)
     if code == "model-unknown":
-        names = "tiny-phi3, smollm2-135m, phi-3-mini-4k, phi-4-mini"
-        assert f"Choose one of: {names}; or hub:" in error.fix
+        assert "Choose one of: tiny-phi3, smollm2-135m, " in error.fix
 
 
 def test_a_repository_of_the_hub_passes_before_anything_is_known_of_it():
