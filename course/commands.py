@@ -209,6 +209,12 @@ def _kit_options(parser):
     check.add_argument("address", metavar="DIR_OR_URL")
 
 
+def _generate_options(parser):
+    parser.add_argument(
+        "--tables", action="store_true", help="only the tables and charts, without a network"
+    )
+
+
 def _deploy_options(parser):
     parser.add_argument("cloud", choices=["azureml"], help="Azure Machine Learning")
     parser.add_argument(
@@ -452,9 +458,9 @@ def _doctor(options):
 
 
 def _generate(options):
-    from course.generate import generate
+    from course.generate import generate, generate_tables
 
-    return generate()
+    return generate_tables() if options.tables else generate()
 
 
 def _exercises(options):
@@ -560,6 +566,7 @@ COMMANDS = {
     "generate": Command(
         "write environment.yml, constraints.txt and the documents' tables anew",
         _generate,
+        (_generate_options,),
         needs="tests",
     ),
     "exercises": Command(
