@@ -1,8 +1,7 @@
-"""``python -m helpers COMMAND``: from a bare checkout to a running course.
+"""Runs ``python -m helpers COMMAND``, and prints a failure as two sentences.
 
-An argument list comes in, an exit code goes out. This file runs on whatever Python is there, with
-nothing installed: it checks the version first, so an old Python has to be able to read it. No
-f-strings, no annotations.
+This file runs on any Python, with nothing installed, and checks its version first. So an old Python
+has to be able to read it: no f-strings, no annotations.
 """
 
 import errno
@@ -15,7 +14,7 @@ OLDEST, NEWEST = (3, 11), (3, 13)
 
 
 def check_python(version):
-    """Raise CourseError unless ``version``, such as ``(3, 12)``, is one that the pins support."""
+    """Raise CourseError unless the pins support this version of Python, such as ``(3, 12)``."""
     if not OLDEST <= tuple(version[:2]) <= NEWEST:
         raise CourseError(
             "python-version",
@@ -31,7 +30,7 @@ def main(arguments):
     try:
         check_python(sys.version_info)
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="replace")  # a terminal or a pipe may not take every letter
+            stream.reconfigure(errors="replace")  # not every terminal can print every letter
         from helpers.strangers import refuse_strangers
 
         refuse_strangers()
@@ -43,11 +42,11 @@ def main(arguments):
         return run_command(arguments)
     except CourseError as error:
         return _fail(error)
-    except BrokenPipeError:  # whoever read along, such as `head`, has read enough
+    except BrokenPipeError:  # the program that reads our output, such as `head`, has ended
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        known = _explain(error)
+        known = _to_course_error(error)
         if known is None:
             raise
         return _fail(known)
@@ -65,19 +64,19 @@ def _fail(error):
     return 1
 
 
-def _explain(error):
-    """Return a CourseError for what a disk refuses, and None for any other OSError."""
+def _to_course_error(error):
+    """Return a CourseError for an error of the disk, None for any other OSError."""
     if error.errno == errno.ENOSPC:
         return CourseError(
             "disk-full",
             "The disk is full.",
             "Free some space and run this again; `make clean` removes what earlier runs left.",
         )
-    if error.errno == errno.ENOENT and error.filename is None:  # so os.getcwd says it
+    if error.errno == errno.ENOENT and error.filename is None:  # this is what os.getcwd raises
         return CourseError(
             "folder-gone",
-            "The folder that this terminal is in is gone.",
-            "Go to another one, and run this again.",
+            "This terminal is in a folder that no longer exists.",
+            "Change to another folder, and run this again.",
         )
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return CourseError(

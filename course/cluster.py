@@ -1,7 +1,7 @@
-"""Starts a real standalone Spark cluster on this machine, from the pip package: a master and its workers.
+"""Starts a standalone Spark cluster on this machine from the pip package: a master and its workers.
 
-``python -m course.cluster FOLDER SITE WORDS...`` starts one in a folder, with the pyspark of
-another one, and on it the batch program with these words.
+``python -m course.cluster FOLDER SITE WORDS...`` starts one in ``FOLDER``, with pyspark from the
+folder ``SITE``, and runs the batch program on it with the arguments ``WORDS``.
 """
 
 import contextlib
@@ -21,13 +21,14 @@ BATCH = [sys.executable, "-m", "serving.batch"]
 
 
 class Cluster:
-    """A cluster that runs: its master's address, and the programs that it consists of.
+    """A running cluster: its master and its workers.
 
-    It works in ``folder``; ``site`` is the folder that has pyspark.
+    It writes to ``folder``; ``site`` is the folder in which pyspark is installed.
     """
 
     def __init__(self, folder: Path, site: Path):
-        self.folder, self.workers = folder, []
+        self.folder = folder
+        self.workers = []
         self._spark = str(site / "pyspark" / "bin" / "spark-class")
         self._variables = {
             "SPARK_LOCAL_IP": "127.0.0.1",
@@ -72,7 +73,7 @@ class Cluster:
         return worker
 
     def python_bytes(self) -> int:
-        """Return the resident bytes of the workers' Python processes, all together."""
+        """Return the resident bytes of all the workers' Python processes together."""
         total = 0
         for worker in self.workers:
             for process in psutil.Process(worker.pid).children(recursive=True):
@@ -81,7 +82,7 @@ class Cluster:
         return total
 
     def stop(self) -> None:
-        """End what still runs of it."""
+        """End the programs that still run."""
         for program in (*self.workers, self.master):
             program.kill()
 
@@ -98,7 +99,7 @@ class Cluster:
         )
 
     def environment(self, **variables: str) -> dict:
-        """Return the environment variables of a program that uses it."""
+        """Return the environment variables for a program that uses the cluster."""
         return os.environ | self._variables | variables
 
 
@@ -118,7 +119,7 @@ def running(folder: Path, site: Path, workers: int = 2) -> Iterator[Cluster]:
 if __name__ == "__main__":
     with running(Path(sys.argv[1]), Path(sys.argv[2])) as one:
         process = one.batch(*sys.argv[3:])
-        said, complained = process.communicate()
-        print(said, end="")
-        print(complained, end="", file=sys.stderr)
+        output, errors = process.communicate()
+        print(output, end="")
+        print(errors, end="", file=sys.stderr)
     sys.exit(process.returncode)

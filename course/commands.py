@@ -1,7 +1,7 @@
-"""The commands of ``python -m helpers``: one table with each one's help, options and work.
+"""The commands of ``python -m helpers``: a table with the help, the options and the function of each.
 
-A command line comes in, an exit code goes out. Before anything is installed this module reads the
-command line on a bare Python, so it imports the standard library alone; the work imports the rest.
+This module is imported on a bare Python, before set-up: it imports the standard library and modules
+that do the same. The functions of the commands import the rest.
 """
 
 import argparse
@@ -26,10 +26,10 @@ from helpers.stores.database import database_path
 
 DEFAULT_MODEL = DEFAULTS["model"]
 SMALL_MODELS = ("tiny-phi3", DEFAULT_MODEL)
-# What `mlflow ui` and JupyterLab listen on: this machine alone.
+# `mlflow ui` and JupyterLab listen on this address: only this machine reaches them.
 LOOPBACK = "127.0.0.1"
 NUMBERS = ("max_tokens", "temperature")
-# The extras of pyproject.toml that a command needs beside the course's own packages.
+# The extras of pyproject.toml for each value of `Command.needs`.
 EXTRAS = {
     "course": (),
     "tests": ("dev",),
@@ -40,20 +40,20 @@ EXTRAS = {
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what the list says of it, what does its work, and what it takes."""
+    """One command of ``python -m helpers``."""
 
     help: str
     work: Callable[[Namespace], int]
-    # Each adds some to the command's parser.
+    # Functions that add options to the command's parser.
     options: tuple[Callable[[ArgumentParser], None], ...] = ()
-    needs: str = "course"  # what has to be installed: "nothing", or a key of EXTRAS
-    parameters: tuple[str, ...] = ()  # those that -p NAME VALUE may set, for a page
-    takes_words: bool = False  # what is no option of its own goes on to the program that it starts
-    has_help: bool = False  # that program tells its options itself
+    needs: str = "course"  # what has to be installed: "nothing" or a key of EXTRAS
+    parameters: tuple[str, ...] = ()  # the page parameters that -p NAME VALUE may set
+    takes_words: bool = False  # unknown words are passed to the program that it starts
+    has_help: bool = False  # --help is passed to that program, too
 
 
 def run_command(arguments: list[str]) -> int:
-    """Read a command line, set up what the command needs, and do its work. Return the exit code."""
+    """Parse a command line, set up what the command needs, and run it. Return the exit code."""
     name = arguments[0] if arguments else "help"
     name = "help" if name in ("-h", "--help") else name
     if name not in COMMANDS:
@@ -62,7 +62,8 @@ def run_command(arguments: list[str]) -> int:
             f"There is no command called {name}.",
             f"Choose one of: {', '.join(COMMANDS)}.",
         )
-    command, words = COMMANDS[name], arguments[1:]
+    command = COMMANDS[name]
+    words = arguments[1:]
     parser = ArgumentParser(
         prog=f"python -m helpers {name}",
         description=command.help,
@@ -79,22 +80,22 @@ def run_command(arguments: list[str]) -> int:
     if rest and not command.takes_words:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     if command.parameters:
-        # What is no store is refused before set-up.
+        # Refuse a URI that is no store before set-up, which takes minutes.
         database_path(parameters.get("tracking_uri", ""))
     options.words = rest
     return _in_environment(command, options, arguments)
 
 
 def _in_environment(command, options, arguments):
-    """Do a command's work in an environment that has what it needs: this one, or else ``.venv``."""
+    """Run a command in an environment that has what it needs: this one, or else ``.venv``."""
     if command.needs == "nothing":
         return command.work(options)
     if environment.inside_venv():
         environment.set_up(EXTRAS[command.needs])
     elif environment.differing_packages(EXTRAS[command.needs]):
         line = [str(environment.set_up(EXTRAS[command.needs])), "-m", "helpers", *arguments]
-        # uv compiles nothing, so each program would compile torch and MLflow anew where nothing may
-        # be kept.
+        # uv does not compile packages. With this variable, each program would compile torch and MLflow
+        # again.
         os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
         if os.name == "posix":
             os.execv(line[0], line)
@@ -103,18 +104,24 @@ def _in_environment(command, options, arguments):
 
 
 def _split_parameters(words, known):
-    """Take each ``-p NAME VALUE`` out of a command line: argparse refuses a value that starts with a dash."""
-    rest, parameters, left = [], {}, iter(words)
+    """Split ``-p NAME VALUE`` off a command line; argparse would refuse a value that starts with a dash.
+
+    Returns the other words, and the parameters by name.
+    """
+    rest = []
+    parameters = {}
+    left = iter(words)
     for word in left:
         if word != "-p":
             rest.append(word)
             continue
-        name, value = next(left, None), next(left, None)
+        name = next(left, None)
+        value = next(left, None)
         if value is None:
             raise CourseError(
                 "parameter-incomplete",
-                "-p stands without a name and a value.",
-                'Such as: -p question "Who wrote Hamlet?".',
+                "-p has no name and value.",
+                'Write both, such as: -p question "Who wrote Hamlet?".',
             )
         try:
             parameters[name] = ast.literal_eval(value) if name in NUMBERS else value
@@ -122,13 +129,13 @@ def _split_parameters(words, known):
             raise CourseError(
                 "parameter-type",
                 f"{name} is {value!r}, and it has to be a number.",
-                f"Such as: -p {name} 1.",
+                f"Write a number, such as: -p {name} 1.",
             ) from None
     refuse_unknown(parameters, known)
     return rest, parameters
 
 
-# --- options that commands have ---------------------------------------------------------------
+# --- options ----------------------------------------------------------------------------------
 
 
 def _model_option(parser):
@@ -245,7 +252,7 @@ def _port(text):
     return port
 
 
-# --- what they do -----------------------------------------------------------------------------
+# --- functions of the commands ----------------------------------------------------------------
 
 
 def _run(options):
@@ -254,9 +261,11 @@ def _run(options):
     from helpers.tracking import tracking_store
 
     parameters = {"model": options.model} | options.parameters
-    tracking_store(parameters.get("tracking_uri", ""))  # refused here, before a model is fetched
+    tracking_store(
+        parameters.get("tracking_uri", "")
+    )  # refuses a bad store before the model is downloaded
     for name, track in PAGES.items():
-        # Each page waits for no more of the model than it needs.
+        # One track at a time: the first page need not wait for the other track's files.
         prepare_model(parameters["model"], track)
         print(f"\nRunning notebooks/{name}.ipynb", flush=True)
         print_page(execute(name, parameters, on_answers=print_answers))
@@ -300,7 +309,7 @@ def _prepare(options):
     if options.export and options.track == "transformers":
         raise CourseError(
             "export-without-onnx",
-            "--export makes ONNX files, and --track transformers wants none.",
+            "--export makes ONNX files, and --track transformers needs none.",
             "Leave out one of them.",
         )
     prepared = prepare_model(options.model, options.track, options.export)
@@ -326,7 +335,7 @@ def _lab(options):
     from course.execute import find_notebook
     from course.kernels import kernel_variables
 
-    # A name that is not there is refused here, and not in the page's first cells.
+    # Refuse an unknown name here rather than in the page's first cells.
     find_entry(options.model)
     page = quote(find_notebook(options.name).relative_to(ROOT).as_posix())
     return _serve(
@@ -344,17 +353,17 @@ def _lab(options):
 
 
 def lab_options() -> list[str]:
-    """Return what JupyterLab is told wherever it shows the course."""
+    """Return JupyterLab's options for showing the course."""
     options = [
         f"--ServerApp.ip={LOOPBACK}",
         "--KernelManager.transport_encryption=auto",
-        # No look-ups of news and newer versions, and no question about them.
+        # Switches off news, the look-up of newer versions, and the question about them.
         f"--LabApp.app_settings_dir={DATA / 'jupyterlab'}",
         "--ServerApp.contents_manager_class=course.contents.Contents",
         "--ServerApp.kernel_spec_manager_class=course.kernels.Kernels",
     ]
     if hasattr(os, "geteuid") and os.geteuid() == 0:
-        options.append("--allow-root")  # as in a container; it listens to this machine alone
+        options.append("--allow-root")  # such as in a container; only this machine reaches it
     return options
 
 
@@ -377,8 +386,7 @@ def _ui(options):
         )
     store = tracking_store().uri
     print(f"The MLflow UI: http://{LOOPBACK}:{options.port}   (Ctrl-C ends it)", flush=True)
-    # MLflow imports a module of Starlette's that is on its way out; the reader of the log can't
-    # help it.
+    # MLflow imports a deprecated module of Starlette; a learner can do nothing about that.
     quiet = "ignore:starlette.middleware.wsgi is deprecated"
     return _serve(
         [
@@ -399,17 +407,17 @@ def _ui(options):
     )
 
 
-def _refuse_empty_store(doing):
-    """Raise CourseError where no page has run yet: there is no database, and tracking_store would make it."""
+def _refuse_empty_store(action):
+    """Raise CourseError if no page has run yet: tracking_store would make an empty database."""
     database = database_path()
     if database and not database.exists():
         raise CourseError(
-            "store-empty", f"There is nothing to {doing} yet.", "Run the course first: make run."
+            "store-empty", f"There is nothing to {action} yet.", "Run the course first: make run."
         )
 
 
 def _serve(command, **variables):
-    """Turn this process into a server; Ctrl-C is then the server's own business."""
+    """Replace this process by a server, so that the server itself handles Ctrl-C."""
     variables = dict(os.environ, **variables)
     if os.name == "posix":
         os.chdir(ROOT)
@@ -417,15 +425,15 @@ def _serve(command, **variables):
     return subprocess.call(command, cwd=ROOT, env=variables)
 
 
-def _serving(program, doing, options):
-    """Turn this process into a program of serving/, which reads the words itself, on the course's store."""
+def _serving(program, action, options):
+    """Replace this process by a program of serving/, which parses the words itself, on the course's store."""
     from helpers.tracking import tracking_store
 
     command = [sys.executable, "-m", program, *options.words]
     if {"-h", "--help"} & set(options.words):
         return _serve(command)
     check_variables()
-    _refuse_empty_store(doing)
+    _refuse_empty_store(action)
     return _serve(command, MLFLOW_TRACKING_URI=tracking_store().uri)
 
 

@@ -1,7 +1,7 @@
-"""Lets JupyterLab open and save a page without changing it: a notebook file comes in with this Python's version.
+"""Lets JupyterLab open and save a page without changing it.
 
 JupyterLab writes the version of the running Python into every notebook that it opens. The course's
-pages have none, because each learner has another.
+pages have no version, because each learner has another Python.
 """
 
 import platform
@@ -10,7 +10,7 @@ from jupyter_server.services.contents.largefilemanager import AsyncLargeFileMana
 
 
 class Contents(AsyncLargeFileManager):
-    """JupyterLab's files: a notebook without a version of Python gets the running one until it is saved."""
+    """Gives a notebook the running Python's version when it is opened, and removes it when it is saved."""
 
     async def get(self, path, content=True, **options):
         """Return a file's model; see jupyter_server's ContentsManager."""
@@ -27,7 +27,7 @@ class Contents(AsyncLargeFileManager):
 
 
 def _language(model):
-    """Return a notebook's language_info; None of any other file, and of a model without content."""
+    """Return a notebook's language_info; None for any other file, and for a model without content."""
     content = model.get("content")
     return (
         content.get("metadata", {}).get("language_info")

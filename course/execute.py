@@ -1,4 +1,4 @@
-"""Runs a page of the course with papermill: a name and parameters come in, what it wrote and its MLflow run go out."""
+"""Executes a page of the course with papermill, and finds the MLflow run and the answers that it logged."""
 
 import contextlib
 import errno
@@ -37,14 +37,15 @@ PAGES = tracks_to_run()
 # Kernel and client talk over an encrypted socket: a workshop's machine may have other users.
 ENCRYPTED = Config({"KernelManager": {"transport_encryption": "auto"}})
 # MLflow puts the tags of this variable, a JSON object, on every run that a process begins.
-RUN_TAGS, EXECUTION_TAG = "MLFLOW_RUN_CONTEXT", "course.execution"
+RUN_TAGS = "MLFLOW_RUN_CONTEXT"
+EXECUTION_TAG = "course.execution"
 # The artifact of a page's run with its questions and answers.
 ANSWERS = "answers.csv"
 
 
 @dataclass(frozen=True)
 class Execution:
-    """A page that ran to its end: its name, the HTML file, the run that it logged and the answers in it."""
+    """A page that ran to its end: its name, its HTML file, its MLflow run and the answers that it logged."""
 
     name: str
     page: Path
@@ -60,12 +61,12 @@ def execute(
     results: ResultFiles | None = None,
     on_answers: Callable[[list[dict[str, str]]], None] | None = None,
 ) -> Execution:
-    """Run one page from its first cell to its last, with the parameters that papermill injects.
+    """Execute one page from its first cell to its last, with parameters that papermill inserts.
 
-    ``solved`` fills its exercises. ``folder`` gets ``name.ipynb`` and ``name.html``, also when a
-    cell fails, and ``name.log``; ``results`` are written in both cases. ``on_answers`` gets the
-    questions and answers as soon as the page has logged them: the rest of the page may take a
-    minute.
+    ``solved`` fills its exercises with their solutions. ``name.ipynb``, ``name.html`` and
+    ``name.log`` are written to ``folder`` and ``results`` are written, also if a cell fails.
+    ``on_answers`` is called with the questions and answers as soon as the page has logged them: the
+    rest of the page may take a minute.
 
     Raises
     ------
@@ -85,14 +86,15 @@ def execute(
     if tracking_uri:  # papermill writes it into the page
         tracking_uri = without_password(tracking_uri)
         parameters = parameters | {"tracking_uri": tracking_uri}
-    target, tag = folder / f"{name}.ipynb", uuid.uuid4().hex
+    target = folder / f"{name}.ipynb"
+    tag = uuid.uuid4().hex
     reported = False
 
     def on_cell_executed(cell, **_):
         nonlocal reported
-        # The cell that logs them names the file.
+        # The cell that logs the answers names their file.
         if on_answers and not reported and ANSWERS in cell.source:
-            # The page's own errors say more.
+            # If the page fails, its own error says more.
             with contextlib.suppress(CourseError, MlflowException, OSError):
                 if answers := read_answers(_find_run(tag, tracking_uri)):
                     reported = True
@@ -114,11 +116,11 @@ def execute(
 
 
 def _run_cells(name, source, target, parameters, tag, on_cell_executed):
-    """Execute a page's cells into ``target``; ``tag`` goes to the runs that it logs."""
+    """Execute a page's cells and write them to ``target``; the runs that it logs get the tag ``tag``."""
     log = target.with_suffix(".log")
     try:
         with _page_environment(tag), _kernel_log(log):
-            # papermill fills braces in a path with parameters.
+            # papermill replaces names in braces in a path: double braces stay.
             executed = papermill.execute_notebook(
                 source,
                 re.sub("[{}]", r"\g<0>\g<0>", str(target)),
@@ -133,16 +135,16 @@ def _run_cells(name, source, target, parameters, tag, on_cell_executed):
     except DeadKernelError:
         raise CourseError(
             "kernel-ended",
-            f"The system ended the Python that ran {name}, most likely for want of memory.",
-            "Close programs or choose a smaller model, and run this again; `make doctor` tells what fits.",
+            f"The system ended the Python that ran {name}, most likely because memory ran out.",
+            "Close programs or choose a smaller model, and run this again; `make doctor` shows what fits.",
         ) from None
-    except RuntimeError:  # jupyter_client's: it waits for a kernel's first word
+    except RuntimeError:  # jupyter_client raises it when a kernel does not answer at its start
         refuse_strangers([str(NOTEBOOKS), *sys.path])
         said = last_line(log.read_text(encoding="utf-8", errors="replace")).rstrip(".")
         raise CourseError(
             "kernel-not-started",
             f"The Python that runs {name} ended before its first cell: {said}.",
-            f"Read {log}: a file of yours that it names may be in the way.",
+            f"Read {log}: if it names a file of yours, Python may have imported that by mistake.",
         ) from None
     except papermill.PapermillExecutionError as error:
         if "[Errno 28]" in error.evalue:
@@ -171,12 +173,12 @@ def _run_cells(name, source, target, parameters, tag, on_cell_executed):
 
 
 def _write_results_of_failure(results, name, target, parameters, tag, failure):
-    """Write a failed page's results with what it logged. Whatever prevents that, the page's failure matters more."""
+    """Write the results of a page that failed; errors on the way are ignored, because the page's error matters more."""
     from mlflow.exceptions import MlflowException
 
     try:
         run = _find_run(tag, parameters.get("tracking_uri", ""))
-    except (CourseError, MlflowException, OSError):  # the store may be what made the page fail
+    except (CourseError, MlflowException, OSError):  # the page may have failed because of its store
         run = None
     try:
         results.write(
@@ -187,14 +189,14 @@ def _write_results_of_failure(results, name, target, parameters, tag, failure):
 
 
 def _read_figures(run):
-    """Return a page's run for the results; None without a run."""
+    """Return the figures of a page's run for the results; None without a run."""
     import mlflow
 
     return None if run is None else read_run(run, mlflow.MlflowClient())
 
 
 def _fill_folder(folder, name):
-    """Make the folder of a page, with the images that it shows."""
+    """Make the folder for a page, and copy the images that it shows."""
     try:
         (folder / "images").mkdir(parents=True, exist_ok=True)
         for image in (NOTEBOOKS / "images").iterdir():
@@ -210,7 +212,7 @@ def _fill_folder(folder, name):
 
 
 def find_notebook(name: str) -> Path:
-    """Return the file of a page by its name; CourseError lists the names where there is none."""
+    """Return the file of a page by its name; raise CourseError with all names if there is none."""
     source = NOTEBOOKS / f"{name}.ipynb"
     if not source.exists():
         names = ", ".join(sorted(path.stem for path in NOTEBOOKS.glob("*.ipynb")))
@@ -222,7 +224,7 @@ def find_notebook(name: str) -> Path:
 
 @contextlib.contextmanager
 def _page_environment(tag: str) -> Iterator[None]:
-    """Let a kernel that begins from here on find the course, and put the tag on its runs."""
+    """Set the environment of kernels that start in this block: they find the course, and tag their runs."""
     tags = json.loads(os.environ.get(RUN_TAGS) or "{}") | {EXECUTION_TAG: tag}
     saved = dict(os.environ)
     os.environ.update(kernel_variables() | {RUN_TAGS: json.dumps(tags)})
@@ -234,7 +236,7 @@ def _page_environment(tag: str) -> Iterator[None]:
 
 
 def _find_run(execution, tracking_uri):
-    """Return the newest run with the tag of an execution, or None. Deleted and renamed ones are searched, too."""
+    """Return the newest run with the tag of an execution, or None. Deleted runs and experiments are searched, too."""
     import mlflow
     from mlflow.entities import ViewType
 
@@ -251,14 +253,14 @@ def _find_run(execution, tracking_uri):
 
 @contextlib.contextmanager
 def _kernel_log(path):
-    """Send what the kernel's process says beside the notebook, such as a stack at Ctrl-C, to a file."""
+    """Write to a file what the kernel's process prints outside the notebook, such as a stack trace at Ctrl-C."""
     with path.open("w", encoding="utf-8") as log, _sent("stdout", 1, log), _sent("stderr", 2, log):
         yield
 
 
 @contextlib.contextmanager
 def _sent(name, descriptor, log):
-    """Send what goes to a descriptor to a log; what this process prints still reaches the terminal."""
+    """Redirect a file descriptor to a log; this process's own output still reaches the terminal."""
     stream = getattr(sys, name)
     stream.flush()
     with os.fdopen(os.dup(descriptor), "w") as terminal:
@@ -273,7 +275,7 @@ def _sent(name, descriptor, log):
 
 
 def read_answers(run: object) -> list[dict[str, str]] | None:
-    """Return the questions and answers of an ``mlflow.entities.Run``, None for no run and for one without them."""
+    """Return the questions and answers of an ``mlflow.entities.Run``; None without a run or without answers."""
     import mlflow
     import pandas as pd
     from mlflow.exceptions import MlflowException
@@ -297,7 +299,7 @@ def print_answers(answers: list[dict[str, str]]) -> None:
 
 
 def print_page(execution: Execution) -> None:
-    """Print how fast a page's answers came, where its run or answers are missing, and where to read on."""
+    """Print how fast a page's answers came, whether its run or answers are missing, and where its HTML file is."""
     # Only the pages of `run` log questions and answers.
     if execution.name not in PAGES:
         print(f"  page: {execution.page}", flush=True)

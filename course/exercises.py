@@ -1,8 +1,8 @@
-"""Makes the exercises of a page from its solutions: a notebook comes in, and goes out with cells to fill, or filled.
+"""Makes the exercise cells of a page from its solutions.
 
-A Markdown cell tagged ``solution`` holds the code, folded. Where a line of it ends with ``# your
-turn``, the learner writes what stands there: the cell tagged ``exercise`` before it is made from
-it, with three dots in that place.
+A Markdown cell tagged ``solution`` holds the code, folded. The code cell tagged ``exercise`` before
+it has the same code, but with three dots in place of each value whose line ends with ``# your
+turn``: there the learner writes.
 """
 
 import ast
@@ -27,12 +27,13 @@ def make_exercise(solution: str) -> str:
         for node in ast.walk(ast.parse(solution))
         if isinstance(node, ast.Assign | ast.Return | ast.Expr)
     ]
-    # From the end: lines before it keep their numbers.
+    # From the last to the first, so that the line numbers of those before stay right.
     for node in sorted(statements, key=lambda node: -node.lineno):
         value = node.value
         if lines[node.lineno - 1].endswith(MARK):
-            start, end = lines[value.lineno - 1], lines[value.end_lineno - 1]
-            # ast counts bytes.
+            start = lines[value.lineno - 1]
+            end = lines[value.end_lineno - 1]
+            # ast counts columns in bytes.
             head = start.encode()[: value.col_offset].decode()
             tail = (
                 end.encode()[value.end_col_offset :].decode()
@@ -45,7 +46,8 @@ def make_exercise(solution: str) -> str:
 
 def pair(notebook: NotebookNode) -> list[tuple[NotebookNode, str]]:
     """Return each exercise cell of a page with the code of its solution."""
-    pairs, exercise = [], None
+    pairs = []
+    exercise = None
     for cell in notebook.cells:
         tags = cell.metadata.get("tags", [])
         exercise = cell if "exercise" in tags else exercise
@@ -62,7 +64,7 @@ def solve(notebook: NotebookNode) -> NotebookNode:
 
 
 def write_exercises(check: bool, folder: Path = NOTEBOOKS) -> int:
-    """Make the exercise cells of every page anew; or, to check, raise CourseError where one is stale."""
+    """Write the exercise cells of every page; with ``check``, raise CourseError if one is stale instead."""
     for path in sorted(folder.glob("*.ipynb")):
         notebook = nbformat.read(path, as_version=4)
         made = [(cell, make_exercise(solution)) for cell, solution in pair(notebook)]
@@ -71,8 +73,8 @@ def write_exercises(check: bool, folder: Path = NOTEBOOKS) -> int:
         if check:
             raise CourseError(
                 "exercise-stale",
-                f"An exercise of {path.name} is not what its solution makes.",
-                "Make them anew: python -m helpers exercises.",
+                f"An exercise of {path.name} does not match its solution.",
+                "Write them again: python -m helpers exercises.",
             )
         for cell, exercise in made:
             cell.source = exercise

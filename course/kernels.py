@@ -1,7 +1,7 @@
-"""Runs a page on the Python that runs the command, whatever kernels and packages of the same names are around.
+"""Runs pages on the Python that runs the command.
 
-A notebook asks for the kernel ``python3``, and the first of that name on Jupyter's path may belong
-to another Python.
+A notebook asks for the kernel ``python3``. The first kernel of that name on Jupyter's path may
+belong to another Python.
 """
 
 import os
@@ -25,12 +25,12 @@ class Kernels(KernelSpecManager):
         return {NATIVE_KERNEL_NAME: RESOURCES}
 
     def get_kernel_spec(self, kernel_name: str) -> KernelSpec:
-        """Return how to start the running Python, also for a page that was saved with another kernel's name."""
+        """Return how to start the running Python, also for a page that names another kernel."""
         return KernelSpec(resource_dir=RESOURCES, **get_kernel_dict())
 
 
 class Kernel(AsyncKernelManager):
-    """A kernel that is one of ``Kernels``."""
+    """Starts a kernel from ``Kernels``."""
 
     @default("kernel_spec_manager")
     def _list_kernels(self):
@@ -38,25 +38,20 @@ class Kernel(AsyncKernelManager):
 
 
 def kernel_variables() -> dict[str, str]:
-    """Return what a kernel, or the JupyterLab that starts it, has in its environment beside this process's own.
+    """Return the environment variables that a kernel, or the JupyterLab that starts it, needs.
 
-    The course's folder comes first on Python's path: ``helpers`` and ``serving`` are then the
-    course's, whatever else is called so. Where the home folder takes no file, Jupyter and IPython
-    keep theirs in a temporary one.
+    The course's folder comes first on Python's path, so that ``helpers`` and ``serving`` are the
+    course's packages. If the home folder cannot be written, Jupyter and IPython get a temporary one.
     """
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
-    return (
-        {"PYTHONPATH": path}
-        if _has_home()
-        else {
-            "PYTHONPATH": path,
-            **dict.fromkeys(("HOME", "USERPROFILE"), tempfile.mkdtemp(prefix="home-")),
-        }
-    )
+    if _has_home():
+        return {"PYTHONPATH": path}
+    home = tempfile.mkdtemp(prefix="home-")
+    return {"PYTHONPATH": path, "HOME": home, "USERPROFILE": home}
 
 
 def _has_home():
     try:
         return is_writable(Path.home())
-    except (OSError, RuntimeError):  # there is no such folder, or nobody knows which one it is
+    except (OSError, RuntimeError):  # RuntimeError: the system does not know the home folder
         return False

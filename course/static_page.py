@@ -1,6 +1,6 @@
-"""Writes an executed notebook as one HTML file that asks nothing of a network: for a phone, a screen, light or dark.
+"""Writes an executed notebook as one HTML file that loads nothing from a network.
 
-The colours and sizes stand in ``data/page.css``.
+``data/page.css`` has its colours and sizes, for phones and screens, light and dark.
 """
 
 import mimetypes
@@ -16,10 +16,10 @@ from nbconvert import HTMLExporter
 
 from helpers.paths import DATA, NOTEBOOKS
 
-# What needs a program in the page. A widget leaves its text or HTML behind, where it has any.
-LIVE = ("application/vnd.jupyter.widget-view+json", "application/javascript")
-# nbconvert's cells without its head, which loads four programs from the network. The policy lets
-# nothing be loaded.
+# Outputs that need a program in the page. A widget usually has a text or HTML output as well.
+LIVE_OUTPUTS = ("application/vnd.jupyter.widget-view+json", "application/javascript")
+# nbconvert's cells without its head, which loads four programs from the network. The content policy
+# forbids loading anything.
 TEMPLATE = """
 {%- extends 'lab/base.html.j2' -%}
 {%- block header -%}
@@ -43,7 +43,7 @@ TEMPLATE = """
 def write_page(notebook_file: Path) -> Path:
     """Write ``name.html`` beside ``name.ipynb``, its images inside, and return its path."""
     notebook = nbformat.read(notebook_file, as_version=4)
-    _drop_what_is_live(notebook)
+    _drop_live_outputs(notebook)
     exporter = HTMLExporter(
         exclude_input_prompt=True, exclude_output_prompt=True, raw_template=TEMPLATE
     )
@@ -60,28 +60,29 @@ def write_page(notebook_file: Path) -> Path:
     _add_contents(document)
     _let_wide_parts_scroll(document)
     _embed_images(document, notebook_file.parent)
-    _lead_links_on(document, notebook_file.parent)
+    _redirect_links(document, notebook_file.parent)
     page = notebook_file.with_suffix(".html")
     page.write_text(str(document), encoding="utf-8")
     return page
 
 
-def _drop_what_is_live(notebook):
-    """Take widgets and scripts out of the outputs; an output that was nothing else goes."""
+def _drop_live_outputs(notebook):
+    """Remove widgets and scripts from the outputs, and outputs that are then empty."""
     notebook.metadata.pop("widgets", None)
     for cell in notebook.cells:
         for output in cell.get("outputs", []):
-            for kind in LIVE:
+            for kind in LIVE_OUTPUTS:
                 output.get("data", {}).pop(kind, None)
         if "outputs" in cell:
             cell.outputs = [output for output in cell.outputs if output.get("data", True)]
 
 
 def _add_contents(document):
-    """Take the title from the page's heading, and put links to the H2 headings after it."""
+    """Use the page's first heading as its title, and add links to the H2 headings below it."""
     for mark in document.select("a.anchor-link"):
         mark.decompose()
-    title, sections = document.h1, document.select("h2[id]")
+    title = document.h1
+    sections = document.select("h2[id]")
     if not title:
         return
     document.title.string = title.get_text()
@@ -95,15 +96,11 @@ def _add_contents(document):
 
 
 def _let_wide_parts_scroll(document):
-    """Put code, text and tables into boxes that scroll, also by the keyboard."""
+    """Put code, text and tables into boxes that scroll, by the keyboard, too."""
     for part in document.select("pre, table"):
-        label = (
-            "Table"
-            if part.name == "table"
-            else "Output"
-            if part.find_parent(class_="jp-OutputArea")
-            else "Code"
-        )
+        label = "Output" if part.find_parent(class_="jp-OutputArea") else "Code"
+        if part.name == "table":
+            label = "Table"
         part.wrap(
             document.new_tag(
                 "div",
@@ -112,8 +109,8 @@ def _let_wide_parts_scroll(document):
         )
 
 
-def _lead_links_on(document, folder):
-    """Let a link to another page lead to its HTML beside this one, and one to a file of the course to that file."""
+def _redirect_links(document, folder):
+    """Point links to other pages at their HTML files beside this one, and links to the course's files at these."""
     for link in document.select("a[href]"):
         target, mark, anchor = link["href"].partition("#")
         if not target or urlsplit(target).scheme:
@@ -127,7 +124,7 @@ def _lead_links_on(document, folder):
 
 
 def _address(file, folder):
-    """Return the address of a file for a page in a folder: a relative one, unless they are on two drives."""
+    """Return the relative address of a file for a page in a folder; an absolute one if it is on another drive."""
     try:
         return quote(Path(os.path.relpath(file, folder)).as_posix())
     except ValueError:
@@ -135,7 +132,7 @@ def _address(file, folder):
 
 
 def _embed_images(document, folder):
-    """Put the images' files into the page. nbconvert's own way shuts each `<details>` before its content."""
+    """Put the images' files into the page. nbconvert's own option closes each `<details>` too early."""
     for image in document.select('img[src]:not([src^="data:"])'):
         file = folder / unquote(image["src"])
         if file.is_file():

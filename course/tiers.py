@@ -1,6 +1,6 @@
-"""Runs one tier of the tests, check, test or nightly, and compares how long their files take with a baseline.
+"""Runs one tier of the tests (check, test or nightly), and compares the files' times with a baseline.
 
-A tier is a set of folders in ``tests``, so the folder of a test says when it runs.
+A tier is a set of folders in ``tests``: the folder of a test decides when it runs.
 """
 
 import itertools
@@ -22,13 +22,12 @@ from helpers.paths import BUILD, ROOT
 
 @dataclass(frozen=True)
 class Tier:
-    """What one tier runs, what it needs, and by how much a file's share of its time may grow."""
+    """The folders that one tier runs, what it needs, and how much a file's share of its time may grow."""
 
     folders: tuple[str, ...]  # of tests/
     models: tuple[str, ...]
     extras: tuple[str, ...]
-    # A tenth of a short tier is what a worker imports first, and that counts for whichever file
-    # comes first.
+    # Imports take a tenth of a short tier's time, and count for the first file of each worker.
     most_added: float = 0.06
 
 
@@ -42,22 +41,21 @@ TIERS = {
 # baseline in git.
 MEASURED = BUILD / "durations.json"
 BASELINE = ROOT / "tests" / "durations.json"
-# A file has outgrown its share of the time when that grew by more than this factor and by more than
-# `most_added`.
+# A file's share of the time may grow by this factor, or by `most_added`.
 MOST_GROWTH = 1.5
 
 
 def run_tests(name: str, pytest_options: list[str]) -> int:
     """Prepare a tier's models and extras, and run its tests with pytest in up to four processes. Return the exit code.
 
-    A whole run removes the executed pages first. Where an option is a path in ``tests``, only that
-    path is run, and what it needs besides the models is installed by the tests that ask for it.
-    Raises CourseError where another whole run still reads the executed pages of this folder.
+    A whole run removes the executed pages first. If an option is a path in ``tests``, only that path
+    is run, and its tests install the extras that they need. Raises CourseError if another whole run
+    in this folder has not ended.
     """
     tier = TIERS[name]
     has_paths = any(Path(option).parts[:1] == ("tests",) for option in pytest_options)
     folders = [] if has_paths else [f"tests/{folder}" for folder in tier.folders]
-    # The models come first, so that no test file's time has a download in it.
+    # Before the tests, so that no test file's time includes a download.
     for model in tier.models:
         prepare_model(model)
     BUILD.mkdir(exist_ok=True)
@@ -68,10 +66,12 @@ def run_tests(name: str, pytest_options: list[str]) -> int:
         except Timeout:
             raise CourseError(
                 "tests-running",
-                "Another run of the tests still works in this folder.",
+                "Another run of the tests has not ended in this folder.",
                 "Wait until it has ended, or run them in another clone.",
             ) from None
-        shutil.rmtree(BUILD / "executed", ignore_errors=True)  # a whole run executes each page anew
+        shutil.rmtree(
+            BUILD / "executed", ignore_errors=True
+        )  # a whole run executes each page again
         for extra in tier.extras:
             install_extra(extra)
     # Tests of pages and services are idle for half of their time, so they get one process more than
@@ -90,8 +90,8 @@ def run_tests(name: str, pytest_options: list[str]) -> int:
         *pytest_options,
     ]
     variables = {
-        # PyTorch's idle threads spin: with more than one thread each, two tests side by side take
-        # three times as long.
+        # PyTorch's idle threads keep a core busy: with several threads each, two tests side by side
+        # take three times as long.
         "OMP_NUM_THREADS": "1",
         # Here pytest makes a folder for each run, so that two runs do not remove each other's
         # files.
@@ -118,7 +118,7 @@ def update_baseline() -> int:
 
 
 def read_durations(path: Path) -> dict[str, dict[str, float]]:
-    """Return the seconds by tier and test file that a file has; an empty dict where there is no such file."""
+    """Return the seconds by tier and test file from a JSON file; an empty dict if it does not exist."""
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
@@ -152,8 +152,8 @@ def find_outgrown(
 ) -> dict[str, tuple[float, float]]:
     """Return the files whose share of the time grew too much, each with its share now and in the baseline.
 
-    Shares and not seconds, because machines differ in speed. A new file has no share in the
-    baseline; one that is gone counts for nothing.
+    Shares are compared, not seconds, because machines differ in speed. A new file's share in the
+    baseline is 0; a deleted file is ignored.
     """
     if not baseline:
         return {}

@@ -16,7 +16,7 @@ from argparse import ArgumentParser
 import pytest
 from support import ALL_PAGES, PAGES, ROOT, refuses, run_python
 
-from course.__main__ import _explain, main
+from course.__main__ import _to_course_error, main
 from course.commands import COMMANDS, run_command
 from helpers.models.catalogue import read_catalogue
 from helpers.tracking import tracking_store
@@ -245,9 +245,9 @@ def test_the_ui_says_when_there_is_nothing_to_show_and_when_its_port_is_taken(
     ],
 )
 def test_what_a_disk_refuses_becomes_two_sentences(number, code, says):
-    error = _explain(OSError(number, "no", "/course/build"))
+    error = _to_course_error(OSError(number, "no", "/course/build"))
     assert (error.code, error.what) == (code, says)
-    assert _explain(OSError(errno.ENOENT, "no", "/course/build")) is None
+    assert _to_course_error(OSError(errno.ENOENT, "no", "/course/build")) is None
 
 
 def test_a_store_that_is_none_is_refused_before_set_up(monkeypatch):
@@ -273,7 +273,7 @@ def test_a_terminal_whose_folder_is_gone_is_told_so(tmp_path):
     result = run_python(tmp_path, "-c", code, cwd=gone)
     assert (result.returncode, result.stderr) == (
         1,
-        "error: The folder that this terminal is in is gone.\n       Go to another one, and run this again.\n",
+        "error: This terminal is in a folder that no longer exists.\n       Change to another folder, and run this again.\n",
     )
 
 
