@@ -1,6 +1,6 @@
 """Makes ``.venv`` from the pins in pyproject.toml, once: from pip's index, or from the kit that COURSE_KIT names.
 
-It runs before any package is installed, so it imports the standard library and modules that do the
+This runs before any package is installed: it imports the standard library and modules that do the
 same.
 """
 
@@ -22,18 +22,18 @@ from helpers.models.steps import run_program
 from helpers.paths import BUILD, DATA, ROOT, VENV, VENV_PYTHON
 from helpers.requirements import installed_build
 
-# Says for what .venv was set up; UNFINISHED during set-up, and after one that was interrupted.
+# The pins and extras that .venv was set up for; UNFINISHED during set-up, and after an interrupted one.
 STAMP = VENV / "course.stamp"
 UNFINISHED = "Set-up has begun, and has not finished.\n"
 
 
 def project() -> dict:
-    """Return the table ``project`` of pyproject.toml: the course's version, its dependencies."""
+    """Return the table ``project`` of pyproject.toml, with the course's version and dependencies."""
     return tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 
 
 def pins(extras: tuple[str, ...] = ()) -> dict[str, str]:
-    """Return the pinned version of each dependency of the course, and of some extras, that this system needs."""
+    """Return the pinned version of each dependency that this system needs, of the course and of some extras."""
     course = project()
     groups = [course["dependencies"], *(course["optional-dependencies"][extra] for extra in extras)]
     requirements = itertools.chain.from_iterable(groups)
@@ -51,10 +51,10 @@ def _applies(requirement):
 
 
 def install_extra(name: str) -> Path:
-    """Install an extra into a folder of its own, anew when its pins change, and return the folder.
+    """Install an extra into a folder of its own, again when its pins change, and return the folder.
 
-    It is for packages that must not be in ``.venv``, such as Spark: MLflow imports that wherever it
-    is installed.
+    This is for packages that must not be in ``.venv``. Spark is one: MLflow imports it if it is
+    installed.
     """
     from filelock import FileLock  # this module is imported before anything is installed
 
@@ -63,8 +63,7 @@ def install_extra(name: str) -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
-            # A stopped installation must not pass for a whole one, so the folder gets its name at
-            # the end.
+            # The folder gets its name at the end, so that an interrupted installation does not count.
             partial = folder.with_suffix(".partial")
             shutil.rmtree(partial, ignore_errors=True)
             uv_install(sys.executable, "--target", partial, *requirements)
@@ -79,7 +78,7 @@ def inside_venv() -> bool:
 
 
 def differing_packages(extras: tuple[str, ...] = ()) -> dict[str, tuple[str, str | None]]:
-    """Return the pinned and the installed version (None for none) of each package that is not as pinned."""
+    """Return each package whose installed version (None if missing) is not the pinned one, with both versions."""
     differing = {}
     for name, pinned in pins(extras).items():
         installed = installed_build(name)[1]
@@ -89,7 +88,7 @@ def differing_packages(extras: tuple[str, ...] = ()) -> dict[str, tuple[str, str
 
 
 def is_set_up(extras: tuple[str, ...] = ()) -> bool:
-    """Tell whether ``.venv`` was finished with these pins and extras, in this folder and by this Python."""
+    """Tell whether set-up finished ``.venv`` with these pins and extras, in this folder and by this Python."""
     stamp = _read_stamp()
     return (
         VENV_PYTHON.exists()
@@ -99,9 +98,9 @@ def is_set_up(extras: tuple[str, ...] = ()) -> bool:
 
 
 def set_up(extras: tuple[str, ...] = ()) -> Path:
-    """Make ``.venv``, or complete it, and do nothing where it is complete. Return its Python.
+    """Make or complete ``.venv``, unless it is complete, and return its Python.
 
-    Raises CourseError: no venv module, and as ``course.install.install`` does.
+    Raises CourseError if Python has no venv module, and as ``course.install.install`` does.
     """
     if is_set_up(extras):
         return VENV_PYTHON
@@ -140,7 +139,7 @@ def clean(everything: bool) -> int:
 
 
 def _read_stamp():
-    """Return what the stamp says of the last set-up: an empty dict where none has finished."""
+    """Return the content of the stamp; an empty dict if no set-up has finished."""
     try:
         return json.loads(STAMP.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):
@@ -148,20 +147,20 @@ def _read_stamp():
 
 
 def _state():
-    """Return a digest of all that .venv depends on: the whole of pyproject.toml, which lists the packages, too."""
+    """Return a digest of everything that .venv depends on: pyproject.toml, the pins, the folder, the Python."""
     return _digest((ROOT / "pyproject.toml").read_text(encoding="utf-8"), str(ROOT))
 
 
 def _digest(*parts: str) -> str:
-    """Return a digest of these parts, the pins and this Python, on which every installation depends."""
+    """Return a digest of these parts, the pins and this Python: every installation depends on the last two."""
     pinned = (ROOT / "constraints.txt").read_text(encoding="utf-8")
     return hashlib.sha256("\0".join([*parts, pinned, sys.version]).encode()).hexdigest()
 
 
 def _make_venv():
-    """Make ``.venv``, anew where its Python is gone or of another version, or where set-up was interrupted.
+    """Make ``.venv``; delete it first if its Python is missing or another one, or if set-up was interrupted.
 
-    Neither pip nor uv sees that a package is only half there. uv's cache keeps what was downloaded.
+    pip and uv do not notice a package that is half installed. uv's cache keeps the downloads.
     """
     if os.pathsep in str(ROOT):
         raise CourseError(
