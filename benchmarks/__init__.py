@@ -1,1 +1,1 @@
-"""Measurements of the pages and of the chat model, for the README."""
+"""Measures the pages, the chat model, the service and the batch, for the tables of the documents."""

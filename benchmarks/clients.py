@@ -1,7 +1,7 @@
-"""HTTP clients in a process of their own: jobs come in as lines of JSON, what each request took goes out.
+"""Times the requests of several HTTP clients, which run in a process of their own.
 
-Who measures a server from inside another busy process measures that process, too. ``Clients``
-starts this file as a program, and talks to it.
+Clients inside a busy process would measure that process, too. ``Clients`` starts this file as a
+program, writes jobs to it as lines of JSON, and reads the times.
 """
 
 import asyncio
@@ -18,11 +18,11 @@ from helpers.errors import CourseError
 from helpers.operations.load import Reply
 from helpers.paths import ROOT
 
-SECONDS = 600  # for one answer
+TIMEOUT = 600  # seconds for one answer
 
 
 class Clients:
-    """So many HTTP clients as a job wants, on the other side of a pipe."""
+    """The program with the HTTP clients, for as long as the block runs."""
 
     def __enter__(self) -> Self:
         self._program = subprocess.Popen(
@@ -41,11 +41,14 @@ class Clients:
         self._program.communicate()
 
     def ask(self, url: str, bodies: list[dict], callers: int) -> tuple[float, list[dict]]:
-        """Send requests, ``callers`` at a time. Return the seconds until all had their answers, and what each took.
+        """Send requests, ``callers`` at once.
 
-        Of each request, in order: ``seconds``; ``first_token_seconds``, None for an answer that
-        comes whole; its ``tokens``, as the server counted them; ``texts``, if it is MLflow's
-        server, which counts none.
+        Returns
+        -------
+        tuple
+            The seconds until all had their answers, and a dict for each request, in order:
+            ``seconds``; ``first_token_seconds``, None if the answer was not streamed; ``tokens``,
+            as the server counts them; ``texts`` of MLflow's server, which counts no tokens.
 
         Raises
         ------
@@ -68,14 +71,16 @@ class Clients:
 
 
 async def run_job(url: str, bodies: list[dict], callers: int) -> tuple[float, list[dict]]:
-    """Let ``callers`` work off the requests, each as soon as it is free."""
-    left, replies = iter(enumerate(bodies)), {}
-    timeout, connector = aiohttp.ClientTimeout(SECONDS), aiohttp.TCPConnector(limit=0)
-    # A session for each job: a server may close a connection that was idle between two jobs.
+    """Send the requests from ``callers`` clients, each its next one after its answer."""
+    waiting = iter(enumerate(bodies))
+    replies = {}
+    timeout = aiohttp.ClientTimeout(TIMEOUT)
+    connector = aiohttp.TCPConnector(limit=0)
+    # Each job has a session: a server may close a connection that was idle between two jobs.
     async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
 
         async def call():
-            for place, body in left:
+            for place, body in waiting:
                 replies[place] = await _ask(session, url, body)
 
         started = time.perf_counter()
@@ -85,9 +90,9 @@ async def run_job(url: str, bodies: list[dict], callers: int) -> tuple[float, li
 
 
 async def _ask(session, url, body):
-    started, reply = time.perf_counter(), Reply()
-    # llama.cpp's server ends a connection behind a stream, though it says that it keeps it: nobody
-    # keeps one here.
+    started = time.perf_counter()
+    reply = Reply()
+    # llama.cpp's server closes the connection after a stream, although it announces keep-alive.
     headers = {"Connection": "close"} if body.get("stream") else {}
     try:
         async with session.post(url, json=body, headers=headers) as response:

@@ -1,11 +1,10 @@
-"""Says how near each contender keeps to the model: their answers come in beside those of transformers in fp32.
+"""Measures how often each contender's next token is the one of transformers in fp32.
 
-A contender that answers faster with other weights, rounded to 8 or 4 bits, has to show what the
+A contender that is faster because its weights are rounded to 8 or 4 bits has to show what the
 rounding changed.
 """
 
 import statistics
-from collections.abc import Callable
 
 import numpy as np
 
@@ -39,131 +38,91 @@ QUESTIONS = (
 )
 
 
-def equal_tokens(answer: list, reference: list) -> int:
-    """Return how many tokens two answers have in common before the first difference."""
-    pairs = enumerate(zip(answer, reference, strict=False))
-    return next(
-        (place for place, (ours, theirs) in pairs if ours != theirs),
-        min(len(answer), len(reference)),
+def measure_fidelity(contenders: Contenders) -> tuple[dict, dict]:
+    """Compare the contenders with transformers in fp32 on 24 questions. Return no ratios, and the figures.
+
+    ``next_token_agreement`` is the share of positions in fp32's greedy answers at which a contender
+    that has read everything before takes the same token. The chat model shows no logits: its ONNX
+    file is measured through onnxruntime-genai.
+    """
+    prompts = [contenders.encode([{"role": "user", "content": text}]) for text in QUESTIONS]
+    references = _answer_in_fp32(contenders, prompts)
+    next_tokens = {"chat_model": _next_tokens_of_engine}
+    if contenders.gguf:
+        next_tokens["llama_cpp"] = _next_tokens_of_llama
+        next_tokens["openvino"] = _next_tokens_of_openvino
+    figures = {"prompts": len(prompts)}
+    for name, find_next in next_tokens.items():
+        found = [
+            find_next(contenders, prompt, reference)
+            for prompt, reference in zip(prompts, references, strict=True)
+        ]
+        figures[name] = {"next_token_agreement": agreement(found, references)}
+    return {}, {"fidelity": figures}
+
+
+def agreement(answers: list[list[int]], references: list[list[int]]) -> float:
+    """Return the share of all positions at which the answers have the references' tokens."""
+    return statistics.mean(
+        float(token == expected)
+        for answer, reference in zip(answers, references, strict=True)
+        for token, expected in zip(answer, reference, strict=True)
     )
 
 
-def fidelity(them: Contenders) -> tuple[dict, dict]:
-    """Compare the contenders with transformers in fp32, on 24 questions. Return no ratios, and the figures.
-
-    ``equal_tokens`` is the mean number of greedy tokens before the first that is not fp32's, and
-    ``reference_tokens`` the mean number of tokens of fp32's own answers, end tokens left out: what
-    equals it, equals fp32. ``next_token_agreement`` is the share of places in fp32's answers at
-    which a contender that has read all before takes the same token. Of the chat model this is
-    measured on its ONNX file, because it shows no logits.
-    """
-    prompts = [them.encode([{"role": "user", "content": question}]) for question in QUESTIONS]
-    references = _answer_in_fp32(them, prompts)
-    figures = {
-        "chat_model": {
-            "equal_tokens": _mean(
-                _equal_text(them, *pair) for pair in zip(QUESTIONS, references, strict=True)
-            ),
-            "next_token_agreement": _agreement(
-                lambda *one: _next_by_engine(them, *one), prompts, references
-            ),
-        }
-    }
-    if them.gguf:
-        for name, ask in (("llama_cpp", _ask_llama), ("openvino", _ask_openvino)):
-            answers = ask(them, prompts, them.tokens)
-            equal = _mean(map(equal_tokens, answers, references))
-            figures[name] = {
-                "equal_tokens": equal,
-                "next_token_agreement": _agreement(
-                    lambda *one, ask=ask: _next_by_asking(them, ask, *one), prompts, references
-                ),
-            }
-    return {}, {
-        "fidelity": {"prompts": len(prompts), "reference_tokens": _mean(map(len, references))}
-        | figures
-    }
-
-
-def _mean(counts):
-    return statistics.mean(map(float, counts))
-
-
-def _answer_in_fp32(them, prompts):
-    """Return the greedy answers of the original, without end tokens; it leaves the memory again."""
-    import torch  # takes seconds, and only a measurement needs it
+def _answer_in_fp32(contenders, prompts):
+    """Return the greedy answers of transformers, without end tokens, and free its model."""
+    # Both take seconds to import, and only a measurement needs them.
+    import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(
-        them.prepared.transformers_dir, dtype=torch.float32
+        contenders.prepared.transformers_dir, dtype=torch.float32
     )
     ends = model.generation_config.eos_token_id
     ends = ends if isinstance(ends, list) else [ends]
     answers = []
     for prompt in prompts:
         tokens = torch.tensor([prompt])
-        found = model.generate(
+        output = model.generate(
             tokens,
             attention_mask=torch.ones_like(tokens),
-            max_new_tokens=them.tokens,
+            max_new_tokens=contenders.tokens,
             do_sample=False,
             pad_token_id=ends[0],
         )
-        answers.append([token for token in found[0, len(prompt) :].tolist() if token not in ends])
+        answers.append([token for token in output[0, len(prompt) :].tolist() if token not in ends])
     return answers
 
 
-def _equal_text(them, question, reference):
-    """Count the chat model's equal tokens. It answers with text, so both texts are cut into tokens anew."""
-    (answer,) = them.chat.predict(
-        {"messages": [{"role": "user", "content": question}], "max_tokens": them.tokens}
-    )
-    texts = (
-        answer["choices"][0]["message"]["content"],
-        them.template.decode(reference, skip_special_tokens=True),
-    )
-    return equal_tokens(*(them.template.encode(text, add_special_tokens=False) for text in texts))
-
-
-def _agreement(next_tokens: Callable, prompts: list, references: list) -> float:
-    """Return the share of places at which ``next_tokens(prompt, reference)`` has the reference's token."""
-    same = [
-        ours == theirs
-        for prompt, reference in zip(prompts, references, strict=True)
-        for ours, theirs in zip(next_tokens(prompt, reference), reference, strict=True)
-    ]
-    return _mean(same)
-
-
-def _next_by_engine(them, prompt, reference):
-    """Return the token with the highest logit at each place of the reference."""
-    generator, found = them.generator(len(prompt) + len(reference) + 1), []
+def _next_tokens_of_engine(contenders, prompt, reference):
+    """Return the token with the highest logit at each position of the reference."""
+    generator = contenders.generator(len(prompt) + len(reference) + 1)
+    tokens = []
     for piece in (prompt, *([token] for token in reference[:-1])):
         generator.append_tokens(piece)
-        found.append(int(np.argmax(generator.get_logits()[0, -1])))
-    return found[: len(reference)]  # an answer may be empty
+        tokens.append(int(np.argmax(generator.get_logits()[0, -1])))
+    return tokens[: len(reference)]  # a reference may be empty
 
 
-def _next_by_asking(them, ask, prompt, reference):
-    """Ask for one token after each beginning of the reference: the greedy one has the highest logit."""
-    beginnings = [prompt + reference[:place] for place in range(len(reference))]
-    return [(answer or [None])[0] for answer in ask(them, beginnings, 1)]
+def _beginnings(prompt: list, reference: list) -> list[list]:
+    """Return the prompt with each beginning of the reference, for one greedy token after each."""
+    return [prompt + reference[:position] for position in range(len(reference))]
 
 
-def _ask_llama(them, prompts, max_tokens):
-    return [
-        [
-            token
-            for event in llama_events(
-                them.llama, prompt=prompt, n_predict=max_tokens, return_tokens=True
-            )
-            for token in event["tokens"]
-        ]
-        for prompt in prompts
-    ]
+def _first_tokens(answers):
+    """Return the first token of each answer, None where an end token left it empty."""
+    return [next(iter(answer), None) for answer in answers]
 
 
-def _ask_openvino(them, prompts, max_tokens):
-    return them.openvino.answer(
-        [(prompt, max_tokens) for prompt in prompts], CALLERS, ignore_eos=False
-    )
+def _next_tokens_of_llama(contenders, prompt, reference):
+    answers = []
+    for beginning in _beginnings(prompt, reference):
+        events = llama_events(contenders.llama, prompt=beginning, n_predict=1, return_tokens=True)
+        answers.append([token for event in events for token in event["tokens"]])
+    return _first_tokens(answers)
+
+
+def _next_tokens_of_openvino(contenders, prompt, reference):
+    requests = [(beginning, 1) for beginning in _beginnings(prompt, reference)]
+    return _first_tokens(contenders.openvino.answer(requests, CALLERS, ignore_eos=False))

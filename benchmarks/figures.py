@@ -1,268 +1,289 @@
-"""Says what the measurements should reach, and puts those of several machines together: runs come in, ranges go out.
+"""Names what the benchmark measures and its targets, and keeps the runs of several machines.
 
-A run is what ``make bench`` writes: ``machine``, ``date``, ``versions``, ``ratios`` and, behind
-them, ``raw`` figures. Nothing in it is rounded: whoever shows a figure rounds it. A run that is
-kept although it misses something says why, in ``missed``: the name of each figure with a sentence.
+A run is what ``make bench`` writes: ``machine``, ``date``, ``versions``, ``ratios`` and ``raw``, the
+figures behind the ratios. A run is not rounded: whoever shows a figure rounds it. A run that is kept
+although it misses a target gives the reasons in ``missed``, a sentence for each name.
 """
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from course.execute import PAGES
 from helpers.paths import DATA
 
 BENCH = DATA / "bench.json"
-KEPT = 5  # runs of each machine in data/bench.json
-# What each ratio should reach.
-REACH = {
-    "single_overhead": {
-        "at_least": 1.0,
-        "what": "one conversation through `predict`",
-        "against": "a bare engine loop",
-    },
-    "rows16": {
-        "at_least": 1.8,
-        "what": "16 rows in one `predict`",
-        "against": "16 times `predict`",
-    },
-    "callers8": {
-        "at_least": 1.5,
-        "what": "8 threads, 32 requests of mixed length",
-        "against": "the lesson's wrapper behind a lock",
-    },
-    "callers8_llamacpp": {
-        "at_least": 1.25,
-        "what": "the same load",
-        "against": "llama.cpp with 8 slots",
-    },
-    "single_llamacpp": {"at_least": 0.95, "what": "one stream", "against": "llama.cpp, one stream"},
-    "single_openvino": {
-        "at_least": 1.2,
-        "what": "one stream",
-        "against": "OpenVINO GenAI, one stream",
-    },
-    "callers8_openvino": {
-        "at_least": 0.8,
-        "what": "the load of 8 callers",
-        "against": "OpenVINO GenAI",
-    },
-    "rows16_openvino": {"at_least": 0.8, "what": "the 16 rows", "against": "OpenVINO GenAI"},
-    "json_rate": {
-        "at_least": 0.8,
-        "what": "tokens per second of an answer bound to a JSON schema",
-        "against": "a free answer of as many tokens",
-    },
-    "turn5_llamacpp": {
-        "under": 0.6,
-        "what": "seconds to the first token of a conversation's 5th turn",
-        "against": "llama.cpp with its prompt cache",
-    },
-    "newcomer_ttft": {
-        "under": 1.0,
-        "what": "seconds to a stream's first token beside 7 running answers, 95th percentile",
-        "against": "three steps of these answers, and reading its prompt alone",
-    },
-    "track_ratio": {"at_least": 4.0, "what": "track B's tokens per second", "against": "track A's"},
-    "memory": {
-        "under": 1.6,
-        "what": "peak memory of a process that loads it, less 200 MB",
-        "against": "the size of the model's folder",
-    },
-    "log_disk": {
-        "under": 1.05,
-        "what": "bytes that logging adds",
-        "against": "the size of the model's folder",
-    },
-    "service8_llamacpp": {
-        "at_least": 1.15,
-        "what": "8 HTTP clients, answers of mixed length, half of them streamed",
-        "against": "llama.cpp's server",
-    },
-    "service32_llamacpp": {
-        "at_least": 1.15,
-        "what": "32 such clients",
-        "against": "llama.cpp's server with 8 or 32 slots, whichever is faster",
-    },
-    "service8_mlflow": {
-        "at_least": 1.5,
-        "what": "the 8 clients",
-        "against": "`mlflow models serve` with the lesson's wrapper",
-    },
-    "service32_mlflow": {"at_least": 1.5, "what": "the 32 clients", "against": "the same"},
-    "service_ttft95_llamacpp": {
-        "under": 0.7,
-        "what": "seconds to the first token of 8 clients' streams, 95th percentile",
-        "against": "llama.cpp's server",
-    },
-    "soak_memory": {
-        "under": 1.05,
-        "what": "the server's memory after 10,000 requests",
-        "against": "after the first 1,000",
-    },
-    "spark_two_workers": {"what": "rows per second on two workers", "against": "on one worker"},
-    "spark_predict": {
-        "what": "the same on two workers",
-        "against": "one `predict` in one process on all cores",
-    },
-}
-# These stand on the service's page.
-SERVICE = [name for name in REACH if name.startswith(("service", "soak"))]
-BATCH = [name for name in REACH if name.startswith("spark")]  # and these on the batch's
-CONTENDERS = {
-    "chat_model": "the chat model, int8",
-    "llama_cpp": "llama.cpp, Q4_1",
-    "openvino": "OpenVINO GenAI, Q4_1",
-}
-FIDELITY = ("chat", "fidelity")
-# The instructions of a processor that multiply whole numbers of 8 bits, as Linux names them.
-INT8 = ("amx_int8", "avx512_vnni", "avx_vnni_int8", "avx_vnni", "i8mm", "asimddp")
+KEPT_RUNS = 5  # of each machine, in data/bench.json
+MODEL = "smollm2-135m"
 UNITS = {"ms": 1e-3, "s": 1, "min": 60, "GB": 1e9, "": 1}
 
 
 @dataclass(frozen=True)
+class Ratio:
+    """A comparison of two figures of one run, and its target.
+
+    Attributes
+    ----------
+    what, against : str
+        The two things that are compared.
+    at_least, under : float, optional
+        The target.
+    """
+
+    what: str
+    against: str
+    at_least: float | None = None
+    under: float | None = None
+
+
+CHAT_RATIOS = {
+    "single_overhead": Ratio(
+        "tokens per second, one caller of `predict`", "a bare `og.Generator` loop", at_least=1.0
+    ),
+    "single_llamacpp": Ratio("tokens per second, one stream", "llama.cpp", at_least=0.95),
+    "single_openvino": Ratio("tokens per second, one stream", "OpenVINO GenAI", at_least=1.2),
+    "rows16": Ratio("tokens per second, 16 rows in one `predict`", "16 calls", at_least=1.8),
+    "rows16_openvino": Ratio(
+        "tokens per second, 16 rows in one `predict`", "OpenVINO GenAI", at_least=0.8
+    ),
+    "callers8": Ratio(
+        "tokens per second, 8 callers", "track B's wrapper, one caller at a time", at_least=1.5
+    ),
+    "callers8_llamacpp": Ratio(
+        "tokens per second, 8 callers", "llama.cpp with 8 slots", at_least=1.25
+    ),
+    "callers8_openvino": Ratio("tokens per second, 8 callers", "OpenVINO GenAI", at_least=0.8),
+    "turn5_llamacpp": Ratio(
+        "seconds to the first token of a conversation's fifth answer",
+        "llama.cpp with its prompt cache",
+        under=0.6,
+    ),
+    "track_ratio": Ratio("tokens per second, track B", "track A", at_least=4.0),
+}
+SERVICE_RATIOS = {
+    "service8_llamacpp": Ratio(
+        "tokens per second, 8 clients, half of them streaming",
+        "llama.cpp's server",
+        at_least=1.15,
+    ),
+    "service32_llamacpp": Ratio(
+        "tokens per second, 32 clients, half of them streaming",
+        "llama.cpp's server with 8 or 32 slots, whichever is faster",
+        at_least=1.15,
+    ),
+    "service8_mlflow": Ratio(
+        "tokens per second, 8 clients",
+        "`mlflow models serve` with track B's wrapper",
+        at_least=1.5,
+    ),
+    "service32_mlflow": Ratio(
+        "tokens per second, 32 clients",
+        "`mlflow models serve` with track B's wrapper",
+        at_least=1.5,
+    ),
+}
+BATCH_RATIOS = {
+    "spark_two_workers": Ratio("rows per second, two workers", "one worker"),
+    "spark_predict": Ratio(
+        "rows per second, two workers", "one `predict` in one process on all cores"
+    ),
+}
+RATIOS = CHAT_RATIOS | SERVICE_RATIOS | BATCH_RATIOS
+
+
+@dataclass(frozen=True)
 class Figure:
-    """A row of the README's table of figures: where a run's ``raw`` has it, and what it should stay under."""
+    """A measured figure, and its target.
+
+    Attributes
+    ----------
+    what : str
+        Its name in a table.
+    path : tuple of str
+        The keys that lead to it in a run's ``raw``.
+    unit : str
+        One of ``UNITS``.
+    digits : int
+        Decimal places that a table shows.
+    under : float, optional
+        The target on 2 cores, in seconds or bytes.
+    """
 
     what: str
     path: tuple[str, ...]
     unit: str = ""
     digits: int = 0
-    # Such as {"under": 60}, in seconds or bytes, on 2 cores.
-    budget: dict = field(default_factory=dict)
-
-    def find(self, run: dict) -> float | None:
-        """Return a run's figure; None where it has none."""
-        found = run["raw"]
-        for step in self.path:
-            found = found.get(step) if found else None
-        return found
+    under: float | None = None
 
 
-def _page_figures(page, model, seconds):
-    ran = ("pages", f"{page} on {model}")
+def _page_figures(page):
+    ran = ("pages", f"{page} on {MODEL}")
+    measured = ("tracks", page)
     return (
-        Figure(f"`{page}` on `{model}`, Run All", (*ran, "seconds"), "s", 0, {"under": seconds}),
-        Figure("its peak memory", (*ran, "peak_memory_bytes"), "GB", 1, {"under": 4e9}),
+        Figure(f"`{page}`: time of Run All", (*ran, "seconds"), "s", 0, 180),
+        Figure(f"`{page}`: peak memory of Run All", (*ran, "peak_memory_bytes"), "GB", 1, 4e9),
+        Figure(f"`{page}`: time to the first token", (*measured, "first_token_seconds"), "s", 2),
+        Figure(f"`{page}`: then tokens per second", (*measured, "tokens_per_second")),
+        Figure(f"`{page}`: the logged model on disk", (*measured, "disk_bytes"), "GB", 2),
     )
 
 
-def _track_figures(page):
-    return (
-        Figure(
-            f"`{page}`: seconds to the first token", ("tracks", page, "first_token_seconds"), "s", 2
-        ),
-        Figure("then tokens per second", ("tracks", page, "tokens_per_second")),
-        Figure("a logged copy of it, on disk", ("tracks", page, "disk_bytes"), "GB", 2),
-    )
-
-
-def _fidelity_figures(name, title):
-    return (
-        Figure(
-            f"{title}: tokens of these before the first that differs, a mean",
-            (*FIDELITY, name, "equal_tokens"),
-            "",
-            1,
-        ),
-        Figure(
-            "the share of next tokens that agree", (*FIDELITY, name, "next_token_agreement"), "", 3
-        ),
-    )
-
-
+SET_UP_FIGURES = (
+    Figure("time to prepare the model", ("prepare", "seconds"), "s"),
+    Figure(
+        "peak memory while preparing the model", ("prepare", "peak_memory_bytes"), "GB", 1, 2.5e9
+    ),
+    Figure("`make test` from a bare checkout", ("test", "seconds"), "min", 1, 900),
+    Figure("`make test` after set-up", ("test", "tests_seconds"), "min", 1, 660),
+    Figure("disk after `make test`, packages and models included", ("test", "disk_bytes"), "GB", 1),
+)
 FIGURES = (
-    *(
-        figure
-        for model, seconds in (("tiny-phi3", 30), ("smollm2-135m", 180))
-        for page in PAGES
-        for figure in _page_figures(page, model, seconds)
-    ),
+    *SET_UP_FIGURES,
+    *(figure for page in PAGES for figure in _page_figures(page)),
     Figure(
-        "`smollm2-135m` fetched, converted and exported: peak memory",
-        ("prepare", "peak_memory_bytes"),
+        "the chat model with 8 callers: peak memory",
+        ("chat", "memory", "callers8_bytes"),
         "GB",
-        1,
-        {"under": 2.5e9},
+        2,
+        0.62e9,
     ),
-    Figure("the same, found in the cache", ("prepare", "warm_seconds"), "s", 3, {"under": 0.5}),
     Figure(
-        "`make test` from a bare checkout, set-up and models in it",
-        ("test", "seconds"),
-        "min",
-        1,
-        {"under": 900},
-    ),
-    Figure("`make test` once set up", ("test", "tests_seconds"), "min", 1, {"under": 660}),
-    Figure(
-        "disk after that: packages, models, what the tests left", ("test", "disk_bytes"), "GB", 1
-    ),
-    *(figure for page in PAGES for figure in _track_figures(page)),
-    Figure(
-        "the server: what it adds to a request, at the median",
+        "the service: time that it adds to a request, median",
         ("chat", "service", "overhead", "added_seconds"),
         "ms",
         1,
-        {"under": 0.010},
-    ),
-    Figure(
-        "threads and descriptors that 9,000 requests leave behind in it",
-        ("chat", "service", "soak", "left_behind"),
-        "",
-        0,
-        {"under": 1},
+        0.010,
     ),
     *(
         Figure(
-            f"{title}: seconds to the first token of a conversation's 5th turn",
-            ("chat", "conversation", name, "5", "first_token_seconds"),
-            "s",
-            2,
+            f"{contender}: share of next tokens that agree with transformers in fp32",
+            ("chat", "fidelity", name, "next_token_agreement"),
+            "",
+            3,
         )
-        for name, title in (
-            ("chat_model", "the chat model"),
-            ("llama_cpp", "llama.cpp with its prompt cache"),
+        for name, contender in (
+            ("chat_model", "the chat model, int8"),
+            ("llama_cpp", "llama.cpp, Q4_1"),
+            ("openvino", "OpenVINO GenAI, Q4_1"),
         )
     ),
-    Figure(
-        "tokens of a greedy answer by transformers in fp32, a mean",
-        (*FIDELITY, "reference_tokens"),
-        "",
-        1,
-    ),
-    *(figure for name, title in CONTENDERS.items() for figure in _fidelity_figures(name, title)),
 )
 
 
-def reaches(value: float, reach: dict) -> bool:
-    """Tell whether a figure is ``at_least`` what it should be, or ``under`` it; without either, it always is."""
-    return value >= reach.get("at_least", value) and (
-        "under" not in reach or value < reach["under"]
-    )
+@dataclass(frozen=True)
+class SummaryRow:
+    """A row of the README's table: one figure of each page or of its model.
+
+    ``paths`` has, for a page, the keys that lead to its figure in a run. ``unit`` and ``digits`` are
+    as in `Figure`.
+    """
+
+    what: str
+    paths: dict[str, tuple[str, ...]]
+    unit: str = ""
+    digits: int = 0
 
 
-def misses(run: dict) -> list[str]:
-    """Return the names of a run's figures that miss their reach or their budget."""
-    measured = [(name, run["ratios"].get(name), reach) for name, reach in REACH.items()]
-    measured += [(": ".join(figure.path), figure.find(run), figure.budget) for figure in FIGURES]
-    return [
-        name for name, value, reach in measured if value is not None and not reaches(value, reach)
+def _of_each_page(*path):
+    """Return a path for each page, with the page's name in place of ``PAGE``."""
+    return {page: tuple(key.replace("PAGE", page) for key in path) for page in PAGES}
+
+
+def _rates(comparison, **names):
+    """Return the paths to tokens per second in a comparison, by page and contender."""
+    return {
+        page: ("raw", "chat", *comparison, "tokens_per_second", name)
+        for page, name in names.items()
+    }
+
+
+SUMMARY = (
+    SummaryRow(
+        "time of Run All", _of_each_page("raw", "pages", f"PAGE on {MODEL}", "seconds"), "s"
+    ),
+    SummaryRow(
+        "peak memory of Run All",
+        _of_each_page("raw", "pages", f"PAGE on {MODEL}", "peak_memory_bytes"),
+        "GB",
+        1,
+    ),
+    SummaryRow(
+        "the logged model on disk", _of_each_page("raw", "tracks", "PAGE", "disk_bytes"), "GB", 2
+    ),
+    SummaryRow(
+        "time to the first token",
+        _of_each_page("raw", "tracks", "PAGE", "first_token_seconds"),
+        "s",
+        2,
+    ),
+    SummaryRow(
+        "tokens per second, one caller", _of_each_page("raw", "tracks", "PAGE", "tokens_per_second")
+    ),
+    SummaryRow(
+        "tokens per second, 8 callers",
+        _rates(("callers8",), CustomPythonWrapper="lesson_behind_a_lock", ChatModel="chat_model"),
+    ),
+    SummaryRow(
+        "tokens per second, 16 rows in one call", _rates(("rows16",), ChatModel="one_predict")
+    ),
+    SummaryRow(
+        "tokens per second, 8 HTTP clients",
+        _rates(("service", "crowds", "8"), CustomPythonWrapper="mlflow", ChatModel="openai_server"),
+    ),
+    SummaryRow(
+        "8 callers: times llama.cpp's tokens per second",
+        {"ChatModel": ("ratios", "callers8_llamacpp")},
+        "",
+        2,
+    ),
+    SummaryRow(
+        "8 callers: times OpenVINO GenAI's tokens per second",
+        {"ChatModel": ("ratios", "callers8_openvino")},
+        "",
+        2,
+    ),
+)
+
+
+def find(values: dict | None, path: Iterable[str]) -> float | None:
+    """Return the figure under these keys, None if the run has not measured it."""
+    for key in path:
+        values = values.get(key) if values else None
+    return values
+
+
+def meets(value: float, at_least: float | None = None, under: float | None = None) -> bool:
+    """Return whether an unrounded figure meets its target; a figure without a target does."""
+    return (at_least is None or value >= at_least) and (under is None or value < under)
+
+
+def find_misses(run: dict) -> list[str]:
+    """Return the names of a run's ratios and figures that miss their targets."""
+    missed = [
+        name
+        for name, ratio in RATIOS.items()
+        if name in run["ratios"] and not meets(run["ratios"][name], ratio.at_least, ratio.under)
     ]
+    for figure in FIGURES:
+        value = find(run["raw"], figure.path)
+        if value is not None and not meets(value, under=figure.under):
+            missed.append(": ".join(figure.path))
+    return missed
 
 
 def read_runs(path: Path = BENCH) -> list[dict]:
-    """Return the runs that are kept, oldest first."""
+    """Return the kept runs, oldest first."""
     return json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []
 
 
 def write_runs(runs: list[dict], path: Path = BENCH) -> None:
-    """Write the runs that are kept."""
+    """Write the kept runs."""
     path.write_text(json.dumps({"runs": runs}, indent=1) + "\n", encoding="utf-8")
 
 
 def machine_name(run: dict) -> str:
-    """Return what the system says of a run's machine, such as ``"2 cores (AMD EPYC, Linux, 25 GB)"``."""
+    """Describe a run's machine, such as ``"2 cores (AMD EPYC, Linux, 25 GB)"``."""
     machine = run["machine"]
     return (
         f"{machine['cores']} cores ({machine['processor']}, {machine['system']}, "
@@ -270,28 +291,18 @@ def machine_name(run: dict) -> str:
     )
 
 
-def int8_instructions(cpuinfo: str) -> list[str]:
-    """Return the instructions for whole numbers of 8 bits that ``/proc/cpuinfo`` tells of, such as ``["asimddp"]``."""
-    told = {
-        name
-        for line in cpuinfo.splitlines()
-        if line.startswith(("flags", "Features"))
-        for name in line.partition(":")[2].split()
-    }
-    return [name for name in INT8 if name in told]
-
-
 def keep_run(runs: list[dict], run: dict) -> list[dict]:
-    """Return the runs with one more, last; the oldest ones of its machine make way for it, those of others stay."""
-    if run["raw"] in [one["raw"] for one in runs]:
+    """Add a run, and drop the oldest runs of its machine beyond ``KEPT_RUNS``."""
+    if run["raw"] in [kept["raw"] for kept in runs]:
         return runs
-    same = [one for one in runs if machine_name(one) == machine_name(run)]
-    gone = same[: max(len(same) + 1 - KEPT, 0)]
-    return [*(one for one in runs if one not in gone), run]
+    same_machine = [kept for kept in runs if machine_name(kept) == machine_name(run)]
+    dropped = same_machine[: max(len(same_machine) + 1 - KEPT_RUNS, 0)]
+    return [*(kept for kept in runs if kept not in dropped), run]
 
 
 def show_range(values: Iterable[float], digits: int = 2) -> str:
-    """Return the smallest and the largest of some figures, such as ``"5.67 to 9.09"``; one where they look alike."""
+    """Return the range of the values, such as ``"5.67 to 9.09"``; one number if both ends are equal."""
     values = list(values)
-    least, most = f"{min(values):,.{digits}f}", f"{max(values):,.{digits}f}"
+    least = f"{min(values):,.{digits}f}"
+    most = f"{max(values):,.{digits}f}"
     return least if least == most else f"{least} to {most}"

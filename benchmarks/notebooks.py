@@ -1,7 +1,7 @@
-"""Measures the course and writes ``build/bench/bench.json``: the tests, a model's set-up, both pages, the chat model.
+"""Measures the tests, a model's preparation, the pages and the chat model: ``python -m helpers bench``.
 
-``--keep`` puts that run into ``data/bench.json``, of which ``python -m helpers generate`` makes the
-README's tables.
+A run is written to ``build/bench/bench.json``. ``--keep`` adds it to ``data/bench.json``, from which
+``python -m helpers generate`` makes the tables of the documents.
 """
 
 import datetime
@@ -17,15 +17,25 @@ from pathlib import Path
 import psutil
 
 from benchmarks.chat import bench_chat
-from benchmarks.figures import BENCH, REACH, keep_run, machine_name, misses, read_runs, write_runs
+from benchmarks.figures import (
+    BENCH,
+    MODEL,
+    RATIOS,
+    find_misses,
+    keep_run,
+    machine_name,
+    read_runs,
+    write_runs,
+)
 from course.environment import pins
 from course.execute import PAGES
 from helpers.errors import CourseError
 from helpers.files import folder_bytes
 from helpers.paths import BUILD, ROOT
 
-# In a process of its own, so that its time and its memory are the page's: it writes what the page's
-# run measured.
+CONTENDERS = ("mlflow", "onnxruntime-genai", "openvino-genai", "torch", "transformers", "xllamacpp")
+# A page runs in a process of its own, whose time and memory are the page's. It writes the metrics
+# that the page has logged.
 _PAGE = """
 import json, sys
 from pathlib import Path
@@ -37,7 +47,10 @@ Path(folder, f"{page}.json").write_text(json.dumps(run.data.metrics), encoding="
 
 
 def bench(keep: bool, folder: Path = BUILD / "bench", kept: Path = BENCH) -> int:
-    """Measure all and write the run to ``folder``; or, to keep, put the run that stands there into ``kept``."""
+    """Measure a run and write it to ``folder``; if ``keep`` is set, add the last run to ``kept`` instead.
+
+    Prints the targets that the run misses. Returns the exit code.
+    """
     target = folder / "bench.json"
     if not keep:
         folder.mkdir(parents=True, exist_ok=True)
@@ -47,32 +60,32 @@ def bench(keep: bool, folder: Path = BUILD / "bench", kept: Path = BENCH) -> int
             "bench-missing", "There is no measurement to keep.", "Measure first: make bench."
         )
     (run,) = read_runs(target)
-    for name in misses(run):
-        print(
-            f"misses what it should reach: {name}. Whoever keeps the run says why, in its `missed`."
-        )
+    for name in find_misses(run):
+        print(f"misses its target: {name}. If you keep the run, give the reason under `missed`.")
     if keep:
         write_runs(keep_run(read_runs(kept), run), kept)
         print(
-            f"Kept in {kept}: {run['date']}, {machine_name(run)}. For the README: python -m helpers generate"
+            f"Kept in {kept}: {run['date']}, {machine_name(run)}. "
+            "For the tables: python -m helpers generate"
         )
     else:
-        print(f"Written: {target}. To keep it for the README: python -m helpers bench --keep")
+        print(f"Written: {target}. To keep it for the tables: python -m helpers bench --keep")
     return 0
 
 
 def _measure(folder):
     store = "sqlite:///" + (folder / "mlflow.db").as_posix()
-    test = _bench_test(folder)  # first: what fails a test need not be measured
+    test = _bench_test(folder)  # first: a checkout that fails its tests is not measured
     prepare = bench_prepare(folder)
-    pages, tracks = {}, {}
-    for model in ("tiny-phi3", "smollm2-135m"):
-        for page in PAGES:
-            pages[f"{page} on {model}"], tracks[page] = bench_page(page, model, store, folder)
+    pages = {}
+    tracks = {}
+    for page in PAGES:
+        pages[f"{page} on {MODEL}"], tracks[page] = bench_page(page, MODEL, store, folder)
     ratios, chat = bench_chat(store)
-    pinned = pins(("bench",))
     speeds = {page: track["tokens_per_second"] for page, track in tracks.items()}
     ratios["track_ratio"] = speeds["CustomPythonWrapper"] / speeds["TransformerPipeline"]
+    pinned = pins(("bench",))
+    versions = {name: pinned[name] for name in CONTENDERS}
     return {
         "machine": {
             "cores": os.cpu_count(),
@@ -81,25 +94,14 @@ def _measure(folder):
             "memory_bytes": psutil.virtual_memory().total,
         },
         "date": datetime.date.today().isoformat(),
-        "versions": {"python": platform.python_version()}
-        | {
-            name: pinned[name]
-            for name in (
-                "mlflow",
-                "onnxruntime-genai",
-                "openvino-genai",
-                "torch",
-                "transformers",
-                "xllamacpp",
-            )
-        },
-        "ratios": {name: ratios[name] for name in REACH},
+        "versions": {"python": platform.python_version()} | versions,
+        "ratios": {name: ratios[name] for name in RATIOS},
         "raw": {"pages": pages, "tracks": tracks, "chat": chat, "test": test, "prepare": prepare},
     }
 
 
 def bench_page(page: str, model: str, store: str, folder: Path) -> tuple[dict, dict]:
-    """Run a page; return its seconds and peak memory, and the metrics of the MLflow run that it made."""
+    """Run a page. Return its seconds and peak memory, and the metrics of its MLflow run."""
     seconds, peak = run_measured(
         [sys.executable, "-c", _PAGE, page, model, store, str(folder)],
         ROOT,
@@ -111,14 +113,14 @@ def bench_page(page: str, model: str, store: str, folder: Path) -> tuple[dict, d
 
 
 def _bench_test(folder):
-    """Time the README's test command on a clone of what is committed, with nothing set up in it."""
+    """Time ``make test`` in a clone of the last commit, before and after set-up."""
     with tempfile.TemporaryDirectory(prefix="bench ") as parent:
         clone = Path(parent) / "course"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True)
         environment = {
             name: value for name, value in os.environ.items() if not name.startswith("COURSE_")
         }
-        # The one that made this environment.
+        # The Python that made this environment.
         python = getattr(sys, "_base_executable", sys.executable)
         command = [python, "-m", "helpers", "test"]
         setup, _ = run_measured(
@@ -133,41 +135,25 @@ def _bench_test(folder):
     return {"seconds": setup + tests, "tests_seconds": tests, "disk_bytes": disk_bytes}
 
 
-def bench_prepare(folder: Path, model: str = "smollm2-135m") -> dict:
-    """Time a model's way into an empty cache, and the call that finds it there."""
+def bench_prepare(folder: Path, model: str = MODEL) -> dict:
+    """Measure how long and how much memory a model's preparation takes, with an empty cache."""
     with tempfile.TemporaryDirectory(prefix="bench ") as cache:
-        environment = dict(os.environ, COURSE_CACHE=cache)
         seconds, peak = run_measured(
             [sys.executable, "-m", "helpers", "prepare", "--model", model],
             ROOT,
             folder / "prepare.log",
-            environment,
+            dict(os.environ, COURSE_CACHE=cache),
         )
-        code = (
-            "import time; from helpers import prepare_model; started = time.perf_counter(); "
-            f"prepare_model({model!r}); print(time.perf_counter() - started)"
-        )
-        warm = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=ROOT,
-            env=environment,
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
-    figures = {"seconds": seconds, "peak_memory_bytes": peak, "warm_seconds": float(warm)}
-    print(
-        f"{model}: {seconds:.0f} s, {peak / 1e9:.2f} GB; found again in {float(warm):.3f} s",
-        flush=True,
-    )
-    return figures
+    print(f"{model} prepared: {seconds:.0f} s, {peak / 1e9:.2f} GB", flush=True)
+    return {"seconds": seconds, "peak_memory_bytes": peak}
 
 
 def run_measured(
     command: list, folder: Path, log: Path, environment: dict | None = None
 ) -> tuple[float, int]:
-    """Run a program; return its seconds and the peak memory, in bytes, of it and its children together."""
-    started, peak = time.perf_counter(), 0
+    """Run a program. Return its seconds and the peak memory, in bytes, of it with its children."""
+    started = time.perf_counter()
+    peak = 0
     with log.open("w", encoding="utf-8") as output:
         process = psutil.Popen(
             command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, env=environment
@@ -183,18 +169,18 @@ def run_measured(
 
 
 def _memory(process):
-    """Return the bytes that a process and its descendants hold right now."""
+    """Return the resident memory, in bytes, of a process and its descendants."""
     total = 0
     try:
         for member in [process, *process.children(recursive=True)]:
             total += member.memory_info().rss
     except psutil.NoSuchProcess:
-        pass  # it ended between two looks
+        pass  # one of them has just ended
     return total
 
 
 def _processor():
-    """Return the processor's name as the system tells it."""
+    """Return the processor's name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

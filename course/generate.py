@@ -1,6 +1,7 @@
-"""Writes the files that are made from others: environment.yml, constraints.txt, what documents and the container need.
+"""Writes the generated files: environment.yml, constraints.txt, the container's pins, tables and charts.
 
-In come pyproject.toml, deploy/container/requirements.in, data/models.toml and data/bench.json.
+Their sources are pyproject.toml, deploy/container/requirements.in, data/models.toml,
+data/bench.json, MLproject and the notebooks.
 """
 
 import hashlib
@@ -12,42 +13,50 @@ import nbformat
 import yaml
 
 from benchmarks.figures import (
-    BATCH,
+    BATCH_RATIOS,
     BENCH,
+    CHAT_RATIOS,
     FIGURES,
-    REACH,
-    SERVICE,
+    MODEL,
+    SERVICE_RATIOS,
+    SET_UP_FIGURES,
+    SUMMARY,
     UNITS,
+    find,
+    find_misses,
     machine_name,
-    misses,
     read_runs,
     show_range,
 )
 from course.environment import project
+from course.execute import PAGES
 from course.exercises import pair
 from course.install import TORCH_CPU_INDEX
+from course.pages import read_pages
 from helpers.models.catalogue import read_catalogue
 from helpers.paths import DATA, NOTEBOOKS, ROOT
 
 IMAGE = ROOT / "deploy" / "container" / "requirements.in"
-CHART, SERVICE_CHART = DATA / "bench.svg", DATA / "service.svg"
-DOCUMENTS_WITH_TABLES = ("models", "chat-model", "serving", "batch", "parameters")
+CHART = DATA / "bench.svg"
+SERVICE_CHART = DATA / "service.svg"
+DOCUMENTS_WITH_TABLES = ("models", "figures", "chat-model", "serving", "batch", "parameters")
 PAGES_WITH_TABLES = (
     ROOT / "README.md",
     *(ROOT / "docs" / f"{name}.md" for name in DOCUMENTS_WITH_TABLES),
 )
 TABLE = re.compile(
-    r"(<!-- (figures|models|ratios|service|batch|entries|exercises) -->\n)(.*?)(<!-- /\2 -->)",
+    r"(<!-- (summary|pages|figures|models|ratios|service|batch|entries|exercises) -->\n)(.*?)(<!-- /\2 -->)",
     re.DOTALL,
 )
-LINES = (("#1f5fa8", "-"), ("#b3541e", "--"))
-SERVERS = {"openai_server": "this server", "llama_cpp": "llama.cpp's"}
-# What the CUDA build of torch asks for on Linux; the course takes the CPU build.
+LINE_STYLES = (("#1f5fa8", "-"), ("#b3541e", "--"))
+SERVERS = {"openai_server": "this service", "llama_cpp": "llama.cpp's server"}
+NOT_MEASURED = "No run has measured it.\n"
+# Requirements of torch's CUDA build on Linux; the course installs the CPU build.
 CUDA_PACKAGES = ("nvidia-", "cuda-", "triton")
 
 
 def generate() -> int:
-    """Write all of them. The first two ask the package index; the rest needs no network."""
+    """Write all generated files. Needs the package index. Returns the exit code."""
     constraints = ROOT / "constraints.txt"
     command = [
         sys.executable,
@@ -84,6 +93,11 @@ def generate() -> int:
     )
     subprocess.run([sys.executable, *command.split()], cwd=ROOT, check=True)
     (ROOT / "environment.yml").write_text(environment_yml(), encoding="utf-8")
+    return generate_tables()
+
+
+def generate_tables() -> int:
+    """Write the tables in the documents and the charts, without a network. Returns the exit code."""
     for page in PAGES_WITH_TABLES:
         page.write_text(with_tables(page.read_text(encoding="utf-8")), encoding="utf-8")
     runs = read_runs()
@@ -121,9 +135,11 @@ def environment_yml() -> str:
 
 
 def with_tables(text: str) -> str:
-    """Return a document's text with its tables made anew, from ``data/bench.json`` and ``data/models.toml``."""
+    """Return a document's text with its tables generated anew."""
     runs = read_runs()
     tables = {
+        "summary": summary_table(runs),
+        "pages": pages_table(),
         "figures": figures_table(runs),
         "ratios": ratios_table(runs),
         "models": models_table(),
@@ -147,8 +163,20 @@ def models_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def pages_table() -> str:
+    """Return data/pages.toml as a Markdown table."""
+    lines = ["| | page | time | afterwards you can |", "|---|---|---|---|"]
+    for number, page in enumerate(read_pages(), 1):
+        label = f", {page.label}" if page.label else ""
+        lines.append(
+            f"| {number} | [{page.name}](notebooks/{page.name}.ipynb){label} | {page.minutes} minutes "
+            f"| {page.afterwards} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def entries_table() -> str:
-    """Return the entry points of MLproject, with the names of their parameters, as a Markdown table."""
+    """Return the entry points of MLproject and their parameters as a Markdown table."""
     entries = yaml.safe_load((ROOT / "MLproject").read_text(encoding="utf-8"))["entry_points"]
     lines = ["| entry | parameters |", "|---|---|"]
     for entry, content in entries.items():
@@ -157,7 +185,7 @@ def entries_table() -> str:
 
 
 def exercises_table() -> str:
-    """Return how many exercises each page has as a Markdown table."""
+    """Return the number of each page's exercises as a Markdown table."""
     lines = ["| page | exercises |", "|---|---|"]
     for page in sorted(NOTEBOOKS.glob("*.ipynb")):
         exercises = pair(nbformat.read(page, as_version=4))
@@ -165,157 +193,157 @@ def exercises_table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def summary_table(runs: list[dict]) -> str:
+    """Return the README's table: what a learner and an operator decide by, over all runs."""
+    lines = [
+        f"| with `{MODEL}` | " + " | ".join(f"`{page}`" for page in PAGES) + " |",
+        "|---" * (1 + len(PAGES)) + "|",
+    ]
+    for row in SUMMARY:
+        cells = [_show(runs, row.paths.get(page), row.unit, row.digits) for page in PAGES]
+        lines.append(f"| {row.what} | {' | '.join(cells)} |")
+    set_up = [
+        f"{figure.what}: {shown}"
+        for figure in SET_UP_FIGURES
+        if (shown := _show(runs, ("raw", *figure.path), figure.unit, figure.digits))
+    ]
+    return "\n".join(lines) + f"\n\nSet-up: {'; '.join(set_up)}.\n"
+
+
 def figures_table(runs: list[dict]) -> str:
-    """Return what the pages and commands take, over all runs, as a Markdown table."""
-    lines = ["| what | measured | budget |", "|---|---|---|"]
+    """Return all figures that are not ratios, over all runs, and the machines that they come from."""
+    lines = ["| what | measured | target |", "|---|---|---|"]
+    titles = {}
     for figure in FIGURES:
-        unit, scale = figure.unit, UNITS[figure.unit]
-        if values := [value / scale for value in map(figure.find, runs) if value is not None]:
-            budget = (
-                f"{figure.budget['under'] / scale:g} {unit}".strip() + " " if figure.budget else ""
-            )
-            shown = f"{show_range(values, figure.digits)} {unit}".strip()
-            lines.append(f"| {figure.what} | {shown} | {budget}|")
+        if shown := _show(runs, ("raw", *figure.path), figure.unit, figure.digits):
+            name = ": ".join(figure.path)
+            titles[name] = figure.what
+            scaled = None if figure.under is None else figure.under / UNITS[figure.unit]
+            target = _show_target(runs, name, None, scaled, figure.unit)
+            lines.append(f"| {figure.what} | {shown} | {target} |")
     dates = {}
     for run in runs:
-        dates.setdefault(f"{machine_name(run)}, Python {run['versions']['python']}", []).append(
-            run["date"]
-        )
-    measured = "; ".join(
-        f"{machine}: {', '.join(dict.fromkeys(days))}" for machine, days in dates.items()
-    )
-    return "\n".join(lines) + (
-        f"\n\n{_missed(runs)}Measured by `make bench` in {len(runs)} runs on {measured}.\n"
+        machine = f"{machine_name(run)}, Python {run['versions']['python']}"
+        dates.setdefault(machine, {})[run["date"]] = None
+    measured = "; ".join(f"{machine}: {', '.join(days)}" for machine, days in dates.items())
+    return (
+        "\n".join(lines)
+        + f"\n\n{_explain_misses(runs, titles)}"
+        + f"Measured by `make bench` in {len(runs)} runs on {measured}.\n"
     )
 
 
 def ratios_table(runs: list[dict]) -> str:
-    """Return the chat model's comparisons over all runs as a Markdown table, and what missed its reach."""
+    """Return the chat model's comparisons over all runs."""
     rates = [
-        (
-            what,
-            [
-                run["raw"]["chat"][part]["tokens_per_second"][name]
-                for run in runs
-                if "chat" in run["raw"]
-            ],
-        )
+        f"{what} {shown}"
         for what, part, name in (
-            ("one conversation", "single", "chat_model"),
+            ("one caller", "single", "chat_model"),
             ("16 rows", "rows16", "one_predict"),
             ("8 callers", "callers8", "chat_model"),
             ("llama.cpp with 8 callers", "callers8", "llama_cpp_8_slots"),
-            ("the lesson's wrapper with 8 callers", "callers8", "lesson_behind_a_lock"),
+            ("track B's wrapper with 8 callers", "callers8", "lesson_behind_a_lock"),
         )
+        if (shown := _show(runs, ("raw", "chat", part, "tokens_per_second", name)))
     ]
-    return _reach_table(runs, [name for name in REACH if name not in SERVICE + BATCH]) + (
-        "In tokens per second: "
-        + "; ".join(f"{what} {show_range(values, 0)}" for what, values in rates)
-        + ". The time to read the prompts is in these figures.\n"
+    return _comparison(runs, CHAT_RATIOS) + (
+        f"In tokens per second, with the time to read the prompts: {'; '.join(rates)}.\n"
     )
 
 
 def service_table(runs: list[dict]) -> str:
-    """Return the server's comparisons over all runs, and how the seconds grew with the clients in the last of them."""
+    """Return the service's comparisons over all runs, and its times by clients in the last run."""
     growth = service_growth(runs)
     if not growth:
-        return "No run has measured it.\n"
+        return NOT_MEASURED
     lines = [
         "| clients | server | whole answer, median | 95th percentile | first token, median | 95th percentile |",
         "|---|---|---|---|---|---|",
     ]
     for clients, servers in growth.items():
         for name, title in SERVERS.items():
-            if found := servers.get(name):
-                seconds = [
-                    found[part][share]
+            if name in servers:
+                cells = [
+                    f"{servers[name][part][share]:.2f} s"
                     for part in ("whole", "first_token")
                     for share in ("median", "p95")
                 ]
-                lines.append(
-                    f"| {clients} | {title} | "
-                    + " | ".join(f"{value:.2f} s" for value in seconds)
-                    + " |"
-                )
-    return _reach_table(runs, SERVICE) + "\n".join(lines) + "\n"
+                lines.append(f"| {clients} | {title} | {' | '.join(cells)} |")
+    return _comparison(runs, SERVICE_RATIOS) + "\n".join(lines) + "\n"
 
 
 def batch_table(runs: list[dict]) -> str:
     """Return the batch's comparisons over all runs, and its rows per second."""
-    measured = [
-        run["raw"]["chat"]["spark"] for run in runs if "spark" in run["raw"].get("chat", {})
-    ]
-    if not measured:
-        return "No run has measured it.\n"
+    spark = ("raw", "chat", "spark")
     rates = [
-        (what, [found["rows_per_second"][name] for found in measured])
+        f"{what} {shown}"
         for what, name in (("one worker", "1"), ("two workers", "2"), ("one `predict`", "predict"))
+        if (shown := _show(runs, (*spark, "rows_per_second", name), "", 1))
     ]
-    return (
-        _reach_table(runs, BATCH)
-        + "In rows per second: "
-        + "; ".join(f"{what} {show_range(values, 1)}" for what, values in rates)
-        + (
-            f". A run of 8 rows, all of it a start, takes "
-            f"{show_range([found['few_rows_seconds'] for found in measured], 0)} s.\n"
-        )
+    if not rates:
+        return NOT_MEASURED
+    start = _show(runs, (*spark, "few_rows_seconds"), "s")
+    return _comparison(runs, BATCH_RATIOS) + (
+        f"In rows per second: {'; '.join(rates)}. A run of 8 rows, most of which is the start, "
+        f"takes {start}.\n"
     )
 
 
-def _reach_table(runs, names):
-    """Return these ratios over all runs, and what missed its reach."""
-    lines = ["| what | against | times | reach |", "|---|---|---|---|"]
-    for name in names:
-        reach, values = REACH[name], [run["ratios"][name] for run in runs if name in run["ratios"]]
-        if not values:  # no kept run has measured it
-            continue
-        bound = "; ".join(
-            f"{kind.replace('_', ' ')} {reach[kind]}"
-            for kind in ("at_least", "under")
-            if kind in reach
-        )
-        days = dict.fromkeys(run["date"] for run in runs if name in misses(run))
-        bound += f"; missed on {', '.join(days)}" if days else ""
-        lines.append(
-            f"| {reach['what']} | {reach['against']} | {show_range(values, 3)} | {bound} |"
-        )
-    return "\n".join(lines) + "\n\n" + _missed(runs, names)
+def _show(runs, path, unit="", digits=0):
+    """Return the range of a figure over the runs that have it, with its unit; empty without one."""
+    values = [find(run, path) for run in runs] if path else []
+    values = [value / UNITS[unit] for value in values if value is not None]
+    return f"{show_range(values, digits)} {unit}".strip() if values else ""
+
+
+def _show_target(runs, name, at_least, under, unit=""):
+    """Return a figure's target, and the days of the runs that missed it."""
+    bounds = {"at least": at_least, "under": under}
+    parts = [f"{word} {bound:g} {unit}".strip() for word, bound in bounds.items() if bound]
+    days = dict.fromkeys(run["date"] for run in runs if name in find_misses(run))
+    if days:
+        parts.append(f"missed on {', '.join(days)}")
+    return "; ".join(parts)
+
+
+def _comparison(runs, ratios):
+    """Return these ratios over all runs as a Markdown table, and the reasons for missed targets."""
+    lines = ["| what | compared with | times | target |", "|---|---|---|---|"]
+    for name, ratio in ratios.items():
+        if shown := _show(runs, ("ratios", name), "", 3):
+            target = _show_target(runs, name, ratio.at_least, ratio.under)
+            lines.append(f"| {ratio.what} | {ratio.against} | {shown} | {target} |")
+    titles = {
+        name: f"{ratio.what}, compared with {ratio.against}" for name, ratio in ratios.items()
+    }
+    return "\n".join(lines) + "\n\n" + _explain_misses(runs, titles)
 
 
 def service_growth(runs: list[dict]) -> dict:
-    """Return how the server's seconds grew with its clients, in the last run that measured it; empty without one."""
-    return next(
-        (
-            run["raw"]["chat"]["service"]["growth"]
-            for run in reversed(runs)
-            if "service" in run["raw"].get("chat", {})
-        ),
-        {},
-    )
+    """Return the service's times by clients, of the last run that has them; empty without one."""
+    measured = [find(run, ("raw", "chat", "service", "growth")) for run in runs]
+    return next((growth for growth in reversed(measured) if growth), {})
 
 
-def _missed(runs, names=()):
-    """Return a sentence for each of these ratios that missed its reach; without names, for each other figure.
-
-    Two runs of one day that missed it for one reason have one sentence.
-    """
+def _explain_misses(runs, titles):
+    """Return a sentence for each missed target among these names; equal sentences of a day once."""
     lines = [
-        f"Missed on {run['date']}, {REACH[name]['what'] if names else name}: "
+        f"Missed on {run['date']}, {titles[name]}: "
         f"{run.get('missed', {}).get(name, 'no reason is known.')}\n\n"
         for run in runs
-        for name in misses(run)
-        if (name in names if names else name not in REACH)
+        for name in find_misses(run)
+        if name in titles
     ]
     return "".join(dict.fromkeys(lines))
 
 
 def bench_digest() -> str:
-    """Return the sha256 of ``data/bench.json``, which the chart carries as its source."""
+    """Return the sha256 of ``data/bench.json``, which each chart's file names as its source."""
     return hashlib.sha256(BENCH.read_bytes()).hexdigest()
 
 
 def draw_chart(growth: dict) -> None:
-    """Write ``data/bench.svg``: tokens per second by callers, and what a longer prompt costs."""
+    """Write ``data/bench.svg``: tokens per second by callers, and times by length of the prompt."""
     callers, prompts = growth["tokens_per_second_by_callers"], growth["by_prompt_tokens"]
     _draw(
         CHART,
@@ -336,7 +364,7 @@ def draw_chart(growth: dict) -> None:
 
 
 def draw_service_chart(growth: dict) -> None:
-    """Write ``data/service.svg``: how the seconds of an answer, and to its first token, grow with the clients."""
+    """Write ``data/service.svg``: seconds of an answer, and to its first token, by clients."""
 
     def lines(part, share):
         return {
@@ -356,7 +384,7 @@ def draw_service_chart(growth: dict) -> None:
 
 
 def _draw(path, panels):
-    """Write a chart: of each panel its title, what stands below, and lines of points by name."""
+    """Write a chart. Each panel has a title, a label of the x-axis, and lines of points by name."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -367,7 +395,7 @@ def _draw(path, panels):
         for axes, (title, xlabel, lines) in zip(
             figure.subplots(1, len(panels)), panels, strict=True
         ):
-            for (name, points), (color, style) in zip(lines.items(), LINES, strict=False):
+            for (name, points), (color, style) in zip(lines.items(), LINE_STYLES, strict=False):
                 axes.plot(
                     list(map(int, points)),
                     list(points.values()),

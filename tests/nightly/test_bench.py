@@ -8,17 +8,14 @@ import json
 import mlflow
 from support.chat import chat_model_for
 
-from benchmarks import chat, service, spark, turns
+from benchmarks import chat, service, spark, timing
 from benchmarks.contenders import llama_events, start_llama
-from benchmarks.figures import (
-    BATCH,
-    REACH,
-)
+from benchmarks.figures import BATCH_RATIOS, RATIOS
 from benchmarks.notebooks import bench_page, bench_prepare
 from helpers.models.prepare import prepare_model
 
 
-def test_llama_cpp_does_not_know_a_story_that_comes_again():
+def test_llama_cpp_has_dropped_a_prompt_that_comes_again():
     (gguf,) = (prepare_model("smollm2-135m").onnx_dir.parent / "gguf").glob("*.gguf")
     server = start_llama(gguf, 1, 512)
 
@@ -35,9 +32,9 @@ def test_llama_cpp_does_not_know_a_story_that_comes_again():
     assert read(ships) > first / 2
 
 
-def test_a_model_is_prepared_in_an_empty_cache_and_found_again(tmp_path):
+def test_a_model_is_prepared_in_an_empty_cache(tmp_path):
     figures = bench_prepare(tmp_path, "tiny-phi3")
-    assert figures["seconds"] > figures["warm_seconds"] > 0
+    assert figures["seconds"] > 0
     assert figures["peak_memory_bytes"] > 1e8
     assert "is ready" in (tmp_path / "prepare.log").read_text(encoding="utf-8")
 
@@ -59,61 +56,48 @@ def test_everything_is_measured_on_what_a_page_has_registered(tiny, tmp_path, mo
     info = mlflow.pyfunc.log_model(name="slm-onnx", **chat_model_for(tiny))
     version = mlflow.register_model(info.model_uri, "slm-onnx")
     mlflow.MlflowClient().set_registered_model_alias("slm-onnx", "champion", version.version)
-    for module in (chat, turns):
+    for module in (chat, timing):
         monkeypatch.setattr(module, "PAUSE", 0)
     monkeypatch.setattr(service, "LOGS", tmp_path)
-    monkeypatch.setattr(service, "SOAK", 200)
     monkeypatch.setattr(service, "GROWTH", (1, 2))
     monkeypatch.setattr(
-        spark, "take_turns", lambda works, repeats: {name: [work()] for name, work in works.items()}
+        spark, "interleave", lambda works, repeats: {name: [work()] for name, work in works.items()}
     )
     ratios, raw = chat.bench_chat(store, "tiny-phi3", repeats=1, tokens=4)
-    # It has none.
-    against_gguf = {name for name in REACH if name.endswith(("_llamacpp", "_openvino"))}
-    assert len(against_gguf) == 9
-    assert set(ratios) == set(REACH) - {"track_ratio"} - against_gguf
-    # The tiny model's rows take less than a start of Spark differs from the next.
-    assert all(ratio > 0 for name, ratio in ratios.items() if name not in BATCH)
+    # The tiny model has no GGUF file.
+    against_gguf = {name for name in RATIOS if name.endswith(("_llamacpp", "_openvino"))}
+    assert len(against_gguf) == 8
+    assert set(ratios) == set(RATIOS) - {"track_ratio"} - against_gguf
+    # The tiny model's rows take less time than Spark's start varies by.
+    assert all(ratio > 0 for name, ratio in ratios.items() if name not in BATCH_RATIOS)
     assert json.loads(json.dumps(raw)) == raw
     assert set(raw) == {
         "single",
-        "json_rate",
         "rows16",
         "callers8",
-        "newcomer_ttft",
         "conversation",
         "growth",
         "fidelity",
         "service",
         "spark",
         "memory",
-        "log_disk",
-        "int8_instructions",
     }
     sizes = [turn["prompt_tokens"] for turn in raw["conversation"]["chat_model"].values()]
     assert len(sizes) == 5 and sizes == sorted(set(sizes))
-    assert set(raw["fidelity"]) == {"prompts", "reference_tokens", "chat_model"}
-    assert 0 < raw["fidelity"]["reference_tokens"] <= 4
-    # Of text cut anew: noise may have more tokens then.
-    assert raw["fidelity"]["chat_model"]["equal_tokens"] > 0
+    assert set(raw["fidelity"]) == {"prompts", "chat_model"}
     assert 0.5 < raw["fidelity"]["chat_model"]["next_token_agreement"] <= 1
     assert list(raw["growth"]["tokens_per_second_by_callers"]) == ["1", "2", "4", "8", "16"]
-    # The longest prompts are longer than its context.
+    # The longest prompts do not fit into its context.
     assert 3 < len(raw["growth"]["by_prompt_tokens"]) < 7
     assert raw["memory"]["callers8_bytes"] >= raw["memory"]["load_bytes"] > 1e8
-    assert raw["log_disk"]["logged_bytes"] > raw["memory"]["model_bytes"]
     served = raw["service"]
-    assert set(served) == {"overhead", "crowds", "first_token", "growth", "soak"}
+    assert set(served) == {"overhead", "crowds", "growth"}
     assert {name: found["requests"] for name, found in served["crowds"].items()} == {
         "8": 32,
         "32": 128,
     }
     assert set(served["crowds"]["8"]["tokens_per_second"]) == {"openai_server", "mlflow"}
     assert list(served["growth"]) == ["1", "2"]
-    for found in (
-        served["growth"]["2"]["openai_server"]["whole"],
-        served["first_token"]["openai_server"],
-    ):
-        assert 0 < found["median"] <= found["p95"]
-    assert served["soak"]["requests"] == 200 and served["soak"]["settled"]["memory_bytes"] > 1e8
+    whole = served["growth"]["2"]["openai_server"]["whole"]
+    assert 0 < whole["median"] <= whole["p95"]
     assert mlflow.get_tracking_uri() == store
