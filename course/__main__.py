@@ -31,9 +31,9 @@ def main(arguments):
         check_python(sys.version_info)
         for stream in (sys.stdout, sys.stderr):
             stream.reconfigure(errors="replace")  # not every terminal can print every letter
-        from helpers.strangers import refuse_strangers
+        from helpers.shadowing import refuse_shadowing_files
 
-        refuse_strangers()
+        refuse_shadowing_files()
         from helpers.environment import clean_process
 
         clean_process()

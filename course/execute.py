@@ -29,7 +29,7 @@ from helpers.models.steps import last_line
 from helpers.parameters import check_variables
 from helpers.paths import BUILD, NOTEBOOKS
 from helpers.stores.server import without_password
-from helpers.strangers import refuse_strangers
+from helpers.shadowing import refuse_shadowing_files
 from helpers.tracking import tracking_store
 
 PAGES = tracks_to_run()
@@ -139,7 +139,7 @@ def _run_cells(name, source, target, parameters, tag, on_cell_executed):
             "Close programs or choose a smaller model, and run this again; `make doctor` shows what fits.",
         ) from None
     except RuntimeError:  # jupyter_client raises it when a kernel does not answer at its start
-        refuse_strangers([str(NOTEBOOKS), *sys.path])
+        refuse_shadowing_files([str(NOTEBOOKS), *sys.path])
         said = last_line(log.read_text(encoding="utf-8", errors="replace")).rstrip(".")
         raise CourseError(
             "kernel-not-started",

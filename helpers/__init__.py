@@ -42,7 +42,7 @@ def __getattr__(name):
         raise AttributeError("module 'helpers' has no attribute " + repr(name))
     import importlib
 
-    from helpers.strangers import refuse_strangers
+    from helpers.shadowing import refuse_shadowing_files
 
-    refuse_strangers()
+    refuse_shadowing_files()
     return getattr(importlib.import_module(_HOME[name]), name)

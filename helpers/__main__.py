@@ -1,4 +1,4 @@
-"""``python -m helpers COMMAND`` is the course's one command: it runs the package ``course``, which stands beside."""
+"""Runs ``python -m helpers COMMAND``: the package ``course`` has the commands."""
 
 import runpy
 

@@ -1,9 +1,9 @@
-"""Says whether the engine of a track can run on a device, before a model is loaded. It moves nothing."""
+"""Checks whether a track's engine can run on a device, before a model is loaded."""
 
 from helpers.errors import CourseError
 from helpers.requirements import GPU_BUILDS
 
-# What the parameter `device` may be. "mps" is Apple's GPU, "dml" is DirectML on Windows.
+# The values of the parameter `device`. "mps" is Apple's GPU, "dml" is DirectML on Windows.
 DEVICES = ("cpu", "cuda", "mps", "dml")
 CPU = 'or leave device at "cpu".'
 
@@ -14,7 +14,7 @@ def torch_device(device: str) -> str:
     Raises
     ------
     CourseError
-        torch was built without it, or this machine has no such thing.
+        torch was built without the device, or this machine does not have it.
     """
     import torch
 
@@ -22,17 +22,17 @@ def torch_device(device: str) -> str:
         raise CourseError(
             "device-track",
             "Track A has no DirectML: torch does not run on it.",
-            "Take track B, which does; " + CPU,
+            "Use track B, which has it; " + CPU,
         )
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not there[device]:
+    if not available[device]:
         raise CourseError(
             "device-absent",
-            f'device is "{device}", and torch {torch.__version__} finds none here.',
+            f'device is "{device}", and torch {torch.__version__} finds no such device here.',
             "Install the build of torch for it, as https://pytorch.org/get-started/locally says; "
             + CPU,
         )
@@ -45,7 +45,7 @@ def onnx_provider(device: str) -> str:
     Raises
     ------
     CourseError
-        The package that is installed has been built without it.
+        The installed package was built without the device.
     """
     import onnxruntime_genai as og
 
@@ -53,13 +53,13 @@ def onnx_provider(device: str) -> str:
         raise CourseError(
             "device-track",
             "Track B does not run on Apple's GPU: onnxruntime-genai has no provider for it.",
-            "Take track A, which does; " + CPU,
+            "Use track A, which does; " + CPU,
         )
-    there = {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}
-    if not there[device]:
+    available = {"cpu": True, "cuda": og.is_cuda_available(), "dml": og.is_dml_available()}
+    if not available[device]:
         raise CourseError(
             "device-absent",
-            f'device is "{device}", and the onnxruntime-genai that is installed runs without it.',
+            f'device is "{device}", and the installed onnxruntime-genai was built without it.',
             f"Install {GPU_BUILDS['onnxruntime-genai'][device]}=={og.__version__} in its place; "
             + CPU,
         )

@@ -1,7 +1,7 @@
-"""Decides what becomes of a shell's variables: which the course leaves out, and which it sets.
+"""Decides which of a shell's variables the course removes, and which it sets. docs/variables.md lists them.
 
-`docs/variables.md` says so to the reader. Importing this changes nothing: `clean_process` does, in
-the course's commands and at the top of a page.
+Importing this module changes nothing. The course's commands and a page's first cell call
+`clean_process`.
 """
 
 import fnmatch
@@ -10,32 +10,31 @@ import sys
 import warnings
 from collections.abc import Mapping
 
-# These would send what a page does elsewhere, or break it, without a word. A star stands for any
-# letters.
-LEFT_OUT = (
-    # `mlflow run` sets them for the run that it keeps itself; a page opens its own, in the
-    # experiment of its name.
+# With these, a page would log elsewhere or fail, without an error that names them. A star stands for
+# any letters.
+REMOVED = (
+    # `mlflow run` sets them for its own run; a page starts another one, in the experiment of its name.
     "MLFLOW_RUN_ID",
     "MLFLOW_EXPERIMENT_ID",
-    # A page registers its model in the store that it logs to.
+    # A page registers its model in the store to which it logs.
     "MLFLOW_EXPERIMENT_NAME",
     "MLFLOW_REGISTRY_URI",
-    # A page's figures belong to the model that it logged.
+    # A page links its figures to the model that it logged.
     "MLFLOW_ACTIVE_MODEL_ID",
     "_MLFLOW_ACTIVE_MODEL_ID",
-    "MLFLOW_ENABLE_ASYNC_LOGGING",  # a page reads at once what it has logged
-    # They are for a server's database; the course's is one file.
+    "MLFLOW_ENABLE_ASYNC_LOGGING",  # a page reads back at once what it has logged
+    # They are for the database of a server; the course's database is one file.
     "MLFLOW_SQLALCHEMYSTORE_*",
     "MLFLOW_ENABLE_WORKSPACES",
     "MLFLOW_WORKSPACE_STORE_URI",
     "MLFLOW_ARTIFACT_LOCATION_MAX_LENGTH",
-    # The page says where its model runs, how it is stored and what it requires; for more, MLflow
-    # asks an index.
+    # The page decides where its model runs, how it is stored and what it requires. To lock
+    # dependencies, MLflow would ask a package index.
     "MLFLOW_DEFAULT_PREDICTION_DEVICE",
     "MLFLOW_*HUGGINGFACE_*",
     "MLFLOW_LOG_MODEL_COMPRESSION",
     "MLFLOW_LOCK_MODEL_DEPENDENCIES",
-    # `python -m helpers ui` says what it shows, and where.
+    # `python -m helpers ui` decides what it shows, and where.
     "MLFLOW_ARTIFACTS_ONLY",
     "MLFLOW_STATIC_PREFIX",
     "MLFLOW_SERVE_ARTIFACTS",
@@ -44,48 +43,47 @@ LEFT_OUT = (
     # The pages need this machine's Python, and its JupyterLab.
     "JUPYTER_GATEWAY_*",
     "JUPYTERLAB_DIR",
-    # MLflow fails without docstrings, and where a warning raises.
+    # MLflow fails without docstrings, and where warnings raise errors.
     "PYTHONOPTIMIZE",
     "PYTHONWARNINGS",
 )
-SET = {
-    # Every file the course loads is on this machine once it is set up, and a look-up costs 23 s
-    # where there is no network. What has to ask the Hub runs in a process of its own, which
-    # `helpers.models.steps.ask` starts.
+ALWAYS_SET = {
+    # After set-up, the course loads only files of this machine, and without a network each look-up
+    # would take 23 s. `helpers.models.steps.ask` starts a process for what has to ask the Hub.
     "HF_HUB_OFFLINE": "1",
 }
-SET_UNLESS_THERE = {
+SET_IF_UNSET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "1",
-    # MLflow's evaluate imports LiteLLM where it is installed, and that asks GitHub for prices.
+    # MLflow's evaluate imports LiteLLM if it is installed, and that downloads prices from GitHub.
     "LITELLM_LOCAL_MODEL_COST_MAP": "True",
-    # MLflow's and transformers' own notes and progress bars would come between the lines of a page.
+    # Notes and progress bars of MLflow and transformers would appear among a page's outputs.
     "TRANSFORMERS_VERBOSITY": "error",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # Fork-safety notice of the tokenizers library: the course forks only to start programs.
+    # The tokenizers library warns about forks; the course forks only to start programs.
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 
-# `mlflow run` always sets these two, so nobody has to be told.
-LEFT_OUT_SILENTLY = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
+# `mlflow run` always sets these two: no note tells the user about them.
+REMOVED_SILENTLY = ("MLFLOW_RUN_ID", "MLFLOW_EXPERIMENT_ID")
 TRUE = ("1", "true", "yes", "on")  # as huggingface_hub reads a switch
 
 
 def clean(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return an environment in which the course runs, and what the user should know of the changes.
+    """Return an environment in which the course runs, and notes about the changes.
 
     Parameters
     ----------
     environment : mapping
-        A process's variables. It stays as it is.
+        A process's variables. It is not changed.
 
     Returns
     -------
     tuple
-        The variables, and sentences about those that the user had set otherwise.
+        The variables, and a sentence for each change that the user has to know.
     """
     # Treat empty variables as unset: MLflow fails to read a number in one.
     cleaned = {
@@ -93,16 +91,16 @@ def clean(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
         for name, value in environment.items()
         if value or not name.startswith(("MLFLOW_", "HF_"))
     }
-    left_out = sorted(name for name in cleaned if _is_left_out(name, cleaned[name]))
-    for name in left_out:
+    removed = sorted(name for name in cleaned if _is_removed(name, cleaned[name]))
+    for name in removed:
         del cleaned[name]
     notes = []
-    if told := [name for name in left_out if name not in LEFT_OUT_SILENTLY]:
-        notes.append(f"the course leaves out {', '.join(told)}; docs/variables.md says why.")
-    for name, value in SET.items():
+    if told := [name for name in removed if name not in REMOVED_SILENTLY]:
+        notes.append(f"the course removes {', '.join(told)}; docs/variables.md says why.")
+    for name, value in ALWAYS_SET.items():
         if name in cleaned and (cleaned[name].lower() in TRUE) != (value in TRUE):
             notes.append(f"the course sets {name} to {value}; docs/variables.md says why.")
-    cleaned = SET_UNLESS_THERE | cleaned | SET
+    cleaned = SET_IF_UNSET | cleaned | ALWAYS_SET
     # MLflow starts programs such as uvicorn by their names, and .venv may not be activated.
     folder = os.path.dirname(sys.executable)  # noqa: PTH120 - PATH holds texts
     path = cleaned.get("PATH", "")
@@ -111,10 +109,10 @@ def clean(environment: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     return cleaned, notes
 
 
-def _is_left_out(name, value):
+def _is_removed(name, value):
     if name == "PYTHONWARNINGS":
         return "error" in value
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in LEFT_OUT)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in REMOVED)
 
 
 def clean_process() -> None:

@@ -1,4 +1,4 @@
-"""Measures a logged model the same way for both tracks, through MLflow's pyfunc interface alone."""
+"""Measures a logged model through MLflow's pyfunc interface, in the same way for both tracks."""
 
 import re
 import statistics
@@ -19,27 +19,27 @@ REPEATS = 3
 def measure(
     folder: Path | str, ask: Callable[[object, int], int], tokens: int
 ) -> tuple[dict[str, float], PyFuncModel]:
-    """Load a logged model anew, time what it does, and return the figures with the model.
+    """Load a logged model, time its predictions, and return the figures with the model.
 
     Parameters
     ----------
     folder : Path or str
-        Of a logged model.
+        The folder of a logged model.
     ask : callable
         ``ask(model, max_tokens)`` makes one prediction and returns the number of tokens in its
         answer.
     tokens : int
-        Most tokens of the longer answer, 2 or more.
+        The most tokens of the longer answer, 2 or more.
 
     Returns
     -------
     figures : dict of str to float
         ``load_seconds``; ``first_token_seconds``, the time to an answer of one token;
-        ``tokens_per_second`` after the first token, absent where the answers were too short to
-        tell; ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far, with
-        all that it has loaded. Times are medians of three, after a warm-up.
+        ``tokens_per_second`` after the first token, missing if the answers were too short to
+        measure it; ``disk_bytes`` of the logged model; ``peak_memory_bytes`` of this process so far.
+        Times are medians of three, after a warm-up.
     model : mlflow.pyfunc.PyFuncModel
-        The copy that was measured, to go on with.
+        The copy that was measured.
     """
     started = time.perf_counter()
     model = mlflow.pyfunc.load_model(str(folder))
@@ -59,18 +59,18 @@ def measure(
 def read_times(
     pairs: list[tuple[tuple[int, float], tuple[int, float]]],
 ) -> tuple[float, float | None]:
-    """Return the seconds to the first token, and the tokens per second after it or None.
+    """Return the seconds to the first token, and the tokens per second after it, None if they cannot be measured.
 
-    ``pairs`` has tokens and seconds of an answer of one token and of a longer one. The difference
-    of two nearly equal times is no figure: the rest of the longer answer has to take a tenth of the
-    time to its first token, and twice as long as that time differs from one answer to the next.
+    ``pairs`` has the tokens and seconds of an answer of one token and of a longer one. Their
+    difference has to be clear: at least a tenth of the time to the first token, and twice the
+    spread of that time.
     """
     firsts = [seconds for (_, seconds), _ in pairs]
     first = statistics.median(firsts)
     rest = statistics.median(seconds - one for (_, one), (_, seconds) in pairs)
     later = statistics.median(tokens - 1 for _, (tokens, _) in pairs)
-    differs = statistics.median(abs(seconds - first) for seconds in firsts)
-    return first, later / rest if later >= 1 and rest > max(first / 10, 2 * differs) else None
+    spread = statistics.median(abs(seconds - first) for seconds in firsts)
+    return first, later / rest if later >= 1 and rest > max(first / 10, 2 * spread) else None
 
 
 def _timed(ask, model, max_tokens):
@@ -80,11 +80,11 @@ def _timed(ask, model, max_tokens):
 
 
 def peak_memory_bytes() -> int:
-    """Return the most memory that this process has held so far, in bytes."""
+    """Return the peak of this process's memory so far, in bytes."""
     if sys.platform == "win32":
         return psutil.Process().memory_info().peak_wset
     if sys.platform == "linux":
-        # Not ru_maxrss: there, a program starts with the peak of the one that started it.
+        # Not ru_maxrss, which begins with the peak of the process that started this one.
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) * 1024
     import resource

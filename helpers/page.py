@@ -1,7 +1,6 @@
-"""Opens a page: its environment, its parameters, its tracking store and its experiment.
+"""Opens a page: cleans its environment, checks its parameters, opens its tracking store and experiment.
 
-It imports no library before the environment is clean: libraries read their variables when they are
-imported.
+Libraries are imported inside the functions, because they read the environment at their import.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import typing
 
 from helpers.environment import clean_process
-from helpers.strangers import refuse_strangers
+from helpers.shadowing import refuse_shadowing_files
 
 if typing.TYPE_CHECKING:
     from helpers.tracking import TrackingStore
@@ -21,7 +20,7 @@ def open_page(track: str | None = None, **parameters: str | float) -> dict:
     See `helpers.check_parameters` for the parameters and its errors, and `docs/variables.md` for
     the environment.
     """
-    refuse_strangers()
+    refuse_shadowing_files()
     clean_process()
     from helpers.parameters import check_parameters
 

@@ -1,4 +1,4 @@
-"""Checks what a learner, a workshop or CI puts into a page, before anything long starts."""
+"""Checks a page's parameters and the shell's variables before anything starts that takes long."""
 
 import ast
 import json
@@ -11,7 +11,7 @@ from helpers.devices import DEVICES
 from helpers.errors import CourseError
 from helpers.models.catalogue import TRACKS, find_entry
 
-# What a page's parameters are where nobody changes them.
+# The default values of a page's parameters.
 DEFAULTS = {
     "model": "smollm2-135m",
     "tracking_uri": "",
@@ -22,8 +22,8 @@ DEFAULTS = {
     "device": "cpu",
 }
 PARAMETERS = tuple(DEFAULTS)
-# Variables in which libraries look for a number while they are imported.
-COUNTS = (
+# Variables that libraries read as a number when they are imported.
+NUMBER_VARIABLES = (
     "HF_HUB_DOWNLOAD_TIMEOUT",
     "HF_HUB_ETAG_TIMEOUT",
     "JOBLIB_MULTIPROCESSING",
@@ -43,7 +43,7 @@ def check_parameters(
     device: str,
     track: str | None = None,
 ) -> None:
-    """Raise an error that says what to change, unless all parameters are usable.
+    """Raise CourseError unless all parameters can be used.
 
     Parameters
     ----------
@@ -52,15 +52,15 @@ def check_parameters(
     tracking_uri : str
         An MLflow tracking URI; empty for the course's own store.
     question, system_prompt : str
-        What to ask, and the instruction that stands before it. The second may be empty.
+        The question and the instruction before it, which may be empty.
     max_tokens : int
-        Most tokens of an answer: 1 to what the model's context leaves.
+        The most tokens of an answer: 1 to what fits into the model's context.
     temperature : float
-        0 takes the likeliest token each time; up to 2.
+        0 to 2; 0 takes the most probable token each time.
     device : str
-        One of ``helpers.devices.DEVICES``. Whether it is there, the track asks its engine.
+        One of ``helpers.devices.DEVICES``. Each track asks its engine whether the device exists.
     track : str, optional
-        One of ``helpers.models.catalogue.TRACKS``, where a page takes either.
+        One of ``helpers.models.catalogue.TRACKS``, for a page that takes either track.
 
     Raises
     ------
@@ -98,20 +98,20 @@ def check_parameters(
             raise CourseError(
                 "parameter-text",
                 f"{name} holds a character that is not text (NUL or half a surrogate pair).",
-                "Take it out.",
+                "Remove that character.",
             )
-    # What the Hub alone knows, is not known yet: check_fits looks once more.
+    # For a model from the Hub it is not known yet: check_fits checks again later.
     limit = entry.context_length or math.inf
     if (
         not isinstance(max_tokens, int)
         or isinstance(max_tokens, bool)
         or not 0 < max_tokens < limit
     ):
-        to = "" if limit == math.inf else f" to {limit - 1}"
+        most = "" if limit == math.inf else f" to {limit - 1}"
         raise CourseError(
             "max-tokens-range",
             f"max_tokens is {max_tokens!r}.",
-            f"Choose a whole number from 1{to} for {entry.title}.",
+            f"Choose a whole number from 1{most} for {entry.title}.",
         )
     if (
         not isinstance(temperature, int | float)
@@ -129,8 +129,8 @@ def check_parameters(
 
 
 def check_variables() -> None:
-    """Raise CourseError where MLflow, or a library under it, cannot read what a variable of the shell holds."""
-    for name in (*COUNTS, "MLFLOW_RUN_CONTEXT", "MLFLOW_LOGGING_LEVEL"):
+    """Raise CourseError if MLflow, or a library that it uses, cannot read the value of a variable of the shell."""
+    for name in (*NUMBER_VARIABLES, "MLFLOW_RUN_CONTEXT", "MLFLOW_LOGGING_LEVEL"):
         if name in os.environ and not _is_readable(name, os.environ[name]):
             raise _unreadable(f"{name} is {os.environ[name]!r}")
     try:
@@ -156,14 +156,14 @@ def _unreadable(what):
     return CourseError(
         "variable-unreadable",
         f"A variable of this shell cannot be read: {what}.",
-        "Correct it, or take it away (unset NAME), and run this again, in a page with a new kernel.",
+        "Correct or unset it, and run this again; in a page, restart the kernel.",
     )
 
 
 def name_run(model: str, **parameters) -> str:
-    """Return a name for a run: its model, and each parameter that is not the default.
+    """Return a name for a run: the model, and each parameter that differs from the default.
 
-    Where the store is does not count. A text is cut after 40 characters.
+    ``tracking_uri`` is left out, and a text is cut after 40 characters.
     """
     changed = [
         f"{name}={str(value)[:40]}"
@@ -174,9 +174,9 @@ def name_run(model: str, **parameters) -> str:
 
 
 def _refuse_injected(known):
-    """Raise an error where papermill has injected a parameter that the notebook does not have.
+    """Raise CourseError if papermill has inserted a parameter that the notebook does not have.
 
-    papermill itself says so in a log line and exits with 0.
+    papermill itself only logs a line, and exits with 0.
     """
     try:
         shell = get_ipython()
@@ -186,7 +186,7 @@ def _refuse_injected(known):
 
 
 def injected_names(cells: list[str]) -> list[str]:
-    """Return the names that papermill's injected cell sets; of several such cells, the last: it was corrected."""
+    """Return the names that the cell inserted by papermill sets; of several such cells, the last one counts."""
     injected = [source for source in cells if source.startswith("# Parameters\n")]
     statements = ast.parse(injected[-1]).body if injected else []
     return [
@@ -221,7 +221,7 @@ def check_fits(prepared, messages: list[dict[str, str]], max_tokens: int) -> int
     ------
     CourseError
         The prompt and its answer are too long together, or a message holds the model's own markup,
-        which would let the one who writes it speak in another role.
+        with which its author could write in the name of another role.
     """
     from jinja2 import TemplateError
     from transformers import AutoTokenizer
@@ -235,7 +235,7 @@ def check_fits(prepared, messages: list[dict[str, str]], max_tokens: int) -> int
                 raise CourseError(
                     "markup",
                     f"The {message['role']}'s text holds {token}, which is markup to this model.",
-                    "Take it out, or write it with a space inside.",
+                    "Remove it, or write it with a space inside.",
                 )
     try:
         prompt = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

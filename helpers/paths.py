@@ -1,4 +1,4 @@
-"""Says where things stand on disk, and creates nothing: the course's folders, the model cache, the store."""
+"""Returns the paths of the course's folders, the model cache and the store. Creates nothing."""
 
 import os
 import sys
@@ -15,9 +15,9 @@ VENV_PYTHON = VENV / ("Scripts/python.exe" if sys.platform == "win32" else "bin/
 
 
 def model_cache() -> Path:
-    """Return the folder of prepared models: ``data/models``, or COURSE_CACHE where it is set. It may not exist yet.
+    """Return the folder of prepared models: COURSE_CACHE, by default ``data/models``. It may not exist yet.
 
-    A relative COURSE_CACHE starts at the course's folder, whatever folder a kernel runs in.
+    A relative COURSE_CACHE starts at the course's folder, not at the folder in which a kernel runs.
     """
     try:
         return (
@@ -26,11 +26,11 @@ def model_cache() -> Path:
     except RuntimeError:
         raise CourseError(
             "cache-path",
-            "COURSE_CACHE begins with the home folder of somebody who is not here.",
+            "COURSE_CACHE begins with the home folder of a user whom this machine does not know.",
             "Set it to a folder that is yours.",
         ) from None
 
 
 def tracking_uri() -> str:
-    """Return the URI of the course's MLflow store: ``build/mlflow.db``, or COURSE_TRACKING_URI where it is set."""
+    """Return the URI of the course's MLflow store: COURSE_TRACKING_URI, by default ``build/mlflow.db``."""
     return os.environ.get("COURSE_TRACKING_URI") or "sqlite:///" + (BUILD / "mlflow.db").as_posix()

@@ -1,7 +1,6 @@
-"""Decides which version of a registered model is champion: the rule that all pages share.
+"""Decides which version of a registered model is champion. All pages use these rules.
 
-A registered model may have the alias ``champion`` for the version that answers, and ``challenger``
-for one that may replace it.
+The alias ``champion`` marks the version that answers, ``challenger`` one that may replace it.
 """
 
 import re
@@ -13,11 +12,11 @@ from mlflow.entities.model_registry import ModelVersion
 
 from helpers.errors import CourseError
 
-REHEARSAL_MODEL = "tiny-phi3"  # its weights are random, so any model may replace it
+RANDOM_MODEL = "tiny-phi3"  # has random weights, so any model may replace it
 
 
 def find_champion(client: MlflowClient, name: str) -> ModelVersion | None:
-    """Return the version that has a name's alias ``champion``, None where there is none."""
+    """Return the version of a registered model that has the alias ``champion``; None if no version has it."""
     found = client.search_registered_models(f"name = '{name}'")
     if not found or "champion" not in found[0].aliases:
         return None
@@ -25,33 +24,33 @@ def find_champion(client: MlflowClient, name: str) -> ModelVersion | None:
 
 
 def model_of(version: ModelVersion | None) -> str:
-    """Return which of the course's models a version holds, as its tag ``model`` says."""
+    """Return the name of the course's model in a version, from its tag ``model``."""
     if version is None:
         return "nobody"
-    # A version that was made by hand may lack the tag.
+    # A version that somebody made by hand may not have the tag.
     return version.tags.get("model") or "an unknown model"
 
 
 def choose_alias(champion: ModelVersion | None, model: str) -> str:
     """Return ``champion`` for a new version of ``model`` that may replace the champion, else ``challenger``.
 
-    It may if there is no champion, if the champion holds the same model, or if its weights are
-    random.
+    It may replace the champion if there is none, if the champion is a version of the same model, or
+    if the champion has random weights.
     """
-    if champion is None or model_of(champion) in (model, REHEARSAL_MODEL):
+    if champion is None or model_of(champion) in (model, RANDOM_MODEL):
         return "champion"
     return "challenger"
 
 
 def choose_name(client: MlflowClient, name: str, model: str) -> str:
-    """Return ``name``, or ``name-model`` where ``name`` has a champion that ``model`` may not replace."""
+    """Return ``name``, or ``name-model`` if ``name`` has a champion that ``model`` may not replace."""
     if choose_alias(find_champion(client, name), model) == "champion":
         return name
     return f"{name}-{re.sub('[^A-Za-z0-9]+', '-', model)}"
 
 
 def promote(client: MlflowClient, version: ModelVersion) -> None:
-    """Make a version champion, and note on it which version it replaces."""
+    """Make a version champion, and tag it with the version that it replaces."""
     former = find_champion(client, version.name)
     client.set_registered_model_alias(version.name, "champion", version.version)
     if former and former.version != version.version:
@@ -59,7 +58,7 @@ def promote(client: MlflowClient, version: ModelVersion) -> None:
 
 
 def roll_back(client: MlflowClient, name: str) -> None:
-    """Make the version champion that the present champion replaced."""
+    """Make the version champion again that the present champion replaced."""
     champion = find_champion(client, name)
     if champion is None or "replaced" not in champion.tags:
         raise CourseError(
@@ -74,7 +73,7 @@ def roll_back(client: MlflowClient, name: str) -> None:
 class Decision:
     """Whether to promote a challenger, why, and the rows that decided.
 
-    Of each row there are the id, and what champion and challenger did.
+    Each row is an id, the champion's result and the challenger's result.
     """
 
     promote: bool
@@ -83,7 +82,7 @@ class Decision:
 
 
 def count_met(rows: list[dict]) -> dict[str, tuple[int, int]]:
-    """Return for each family how many of its rows are met, and how many rows it has."""
+    """Return for each family how many of its rows met their expectations, and how many rows it has."""
     met = Counter(row["family"] for row in rows if row["met"])
     return {
         family: (met[family], count)
@@ -99,23 +98,23 @@ def gate(
     Parameters
     ----------
     champion, challenger : list of dict
-        The evaluated rows of each, in any order: ``id``, ``family``, ``met`` and ``reason``.
+        The evaluated rows, in any order: ``id``, ``family``, ``met`` and ``reason``.
     most_lost : float
-        The share of a family's rows that may be lost.
+        The largest share of a family's rows that the challenger may lose.
     least_gained : int
-        How many more rows it has to meet in all, 1 or more: a tie keeps the champion.
+        How many more rows the challenger has to meet in all, at least 1: a tie keeps the champion.
 
     Raises
     ------
     CourseError
-        The two were not asked the same prompts, each once.
+        The two did not answer the same prompts, each once.
     """
     was = {(row["family"], row["id"]): row for row in champion}
     now = {(row["family"], row["id"]): row for row in challenger}
     if len(champion) != len(was) or len(challenger) != len(now) or was.keys() != now.keys():
         raise CourseError(
             "other-prompts",
-            "Champion and challenger were not asked the same prompts, each once.",
+            "Champion and challenger did not answer the same prompts, each once.",
             "Evaluate both on the same file.",
         )
     before, after = count_met(champion), count_met(challenger)
@@ -130,7 +129,7 @@ def gate(
     else:
         reason = f"It meets {gained:+d} rows in all; {needed:+d} promote."
     decisive = worse or lost
-    # Promoted: the rows that only the challenger meets. Else: those that only the champion meets.
+    # The rows that only the challenger meets, if it is promoted; else those that only the champion meets.
     rows = tuple(
         (key[1], was[key]["reason"], now[key]["reason"])
         for key in was

@@ -1,4 +1,4 @@
-"""Says which builds of packages are installed here, and writes the requirements of a logged model from them."""
+"""Finds the installed builds of packages, and writes a logged model's requirements from them."""
 
 import importlib.metadata
 
@@ -9,9 +9,9 @@ GPU_BUILDS = {
 
 
 def installed_build(name: str) -> tuple[str, str | None]:
-    """Return the distribution that is installed as the package ``name``, a build for a GPU first, and its version.
+    """Return the distribution that is installed for the package ``name``, and its version; a build for a GPU first.
 
-    The version is None where neither is installed.
+    The version is None if none is installed.
     """
     for build in (*GPU_BUILDS.get(name, {}).values(), name):
         try:
@@ -24,8 +24,8 @@ def installed_build(name: str) -> tuple[str, str | None]:
 def pinned(*names: str) -> list[str]:
     """Return exact requirements for ``pip_requirements=``, such as ``["torch==2.13.0"]``.
 
-    Where a build for a GPU is installed in a package's place, that one is named. A build tag such
-    as ``+cpu`` is left out: the machine that loads the model may offer another build.
+    A build for a GPU is named instead of the package if it is installed. A tag such as ``+cpu`` is
+    left out: the machine that loads the model may have another build.
     """
     found = [installed_build(name) for name in names]
     return [

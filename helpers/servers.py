@@ -1,4 +1,4 @@
-"""Serves an app for a moment, and writes commands for a terminal: an app or words come in, an address or lines out."""
+"""Serves an ASGI app while a block runs, and writes commands for the reader's terminal."""
 
 import contextlib
 import shlex
@@ -13,13 +13,10 @@ import uvicorn
 
 @contextlib.contextmanager
 def running(app: object) -> Iterator[str]:
-    """Serve an ASGI app on this machine alone while the block runs; yield its address, such as http://127.0.0.1:41234.
-
-    The port is one that is free.
-    """
+    """Serve an ASGI app on a free loopback port while the block runs; yield its address."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        listener.listen()  # from here on it takes connections; they wait until the server is up
+        listener.listen()  # connections now wait until the server is ready
         server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
         thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
         thread.start()
@@ -31,9 +28,9 @@ def running(app: object) -> Iterator[str]:
 
 
 def in_terminal(command: list[str], **variables: str) -> str:
-    """Return a command as lines for this system's terminal, where ``.venv`` need not be activated.
+    """Return lines that run a command in this system's terminal, in which ``.venv`` need not be activated.
 
-    ``variables`` are set for it. On Windows the lines are PowerShell's.
+    ``variables`` are environment variables for it. On Windows the lines are for PowerShell.
     """
     programs = str(Path(sys.executable).parent)
     if sys.platform == "win32":

@@ -1,4 +1,4 @@
-"""Says what was deleted in MLflow of what a page has logged: a run, an address or a name in, a refusal out."""
+"""Checks that a run, a model or a registered name still exists in MLflow; raises CourseError if not."""
 
 import mlflow
 from mlflow.exceptions import MlflowException
@@ -10,8 +10,9 @@ from helpers.tracking import tracking_store
 
 
 def check_run(run: object) -> None:
-    """Raise CourseError unless an ``mlflow.entities.Run`` is still in the store, and can take more."""
-    client, name = _client(), f"The run {run.info.run_name}"
+    """Raise CourseError unless an ``mlflow.entities.Run`` still exists, and can be logged to."""
+    client = _client()
+    name = f"The run {run.info.run_name}"
     try:
         info = client.get_run(run.info.run_id).info
         experiment = client.get_experiment(info.experiment_id)
@@ -39,10 +40,10 @@ def check_run(run: object) -> None:
 
 
 def check_model(uri: str, model_info: object = None) -> None:
-    """Raise CourseError unless the model at an address, ``models:/NAME@ALIAS`` or a logged one's, can be loaded.
+    """Raise CourseError unless the model at a URI, such as ``models:/NAME@ALIAS``, can be loaded.
 
-    With the ``mlflow.models.model.ModelInfo`` of another model, it has to take the same fields,
-    too.
+    With ``model_info``, an ``mlflow.models.model.ModelInfo``, its inputs have to be the same as
+    that model's.
     """
     client = _client()
     fix = (
@@ -63,38 +64,37 @@ def check_model(uri: str, model_info: object = None) -> None:
     if size < (model.model_size_bytes or 0):
         raise CourseError(
             "model-not-whole",
-            f"Of the {model.model_size_bytes:,} bytes that were logged for {uri}, "
-            f"the store has {size:,}: files of it were deleted.",
+            f"{model.model_size_bytes:,} bytes were logged for {uri}, and the store has {size:,}: files "
+            "were deleted.",
             fix,
         )
     if model_info and model.get_input_schema() != model_info.signature.inputs:
         raise CourseError(
             "model-other-contract",
-            f"The model at {uri} takes other fields than this page's: "
-            "somebody has moved the alias.",
+            f"The model at {uri} takes other fields than this page's model: somebody moved the alias.",
             fix,
         )
 
 
 def check_name(name: str) -> None:
-    """Raise CourseError where a prompt has the name of a registered model: MLflow would make the model its version."""
+    """Raise CourseError if a prompt has this name: MLflow would register the model as a version of the prompt."""
     client = _client()
     if client.get_prompt(name):
         raise CourseError(
             "name-taken",
-            f"In the registry of {client.tracking_uri}, {name} is the name of a prompt.",
+            f"The registry of {client.tracking_uri} has a prompt called {name}.",
             f'Delete it: mlflow.MlflowClient({client.tracking_uri!r}).delete_prompt("{name}").',
         )
 
 
 def _client():
-    """Return a client of the active store, if that can still be used."""
+    """Return a client of the active store; raise CourseError if that cannot be used any more."""
     uri = mlflow.get_tracking_uri()
     database = database_path(uri)
     if database and not database.exists():
         raise CourseError(
             "store-gone",
-            f"The tracking store {database} is not there any more.",
+            f"The tracking store {database} does not exist any more.",
             "Restart the kernel, and run this page from the top.",
         )
     tracking_store(uri)

@@ -1,4 +1,4 @@
-"""Says where MLflow keeps what the course logs, and where to look at it: a URI comes in, the store goes out."""
+"""Opens the tracking store that the course logs to, and returns addresses in the MLflow UI."""
 
 import json
 import tempfile
@@ -13,29 +13,29 @@ from helpers.paths import tracking_uri as course_tracking_uri
 from helpers.stores.database import database_path, open_database, sqlite_uri
 from helpers.stores.server import ask_server, remove_copies_at_exit, without_password
 
-UI = "http://127.0.0.1:5000"  # where `python -m helpers ui` listens unless it is told otherwise
+UI = "http://127.0.0.1:5000"  # the default address of `python -m helpers ui`
 
 
 @dataclass(frozen=True)
 class TrackingStore:
-    """A tracking URI and, for a local database, the place of the artifacts beside it.
+    """A tracking URI and, for a local database, the folder of its artifacts.
 
     Attributes
     ----------
     uri : str
-        Without a password: a page prints and logs it.
+        Has no password: a page prints and logs it.
     artifact_location : str or None
-        None where a tracking server decides.
+        None for a tracking server, which decides that itself.
     """
 
     uri: str
     artifact_location: str | None
 
-    def check_room(self, folder: Path) -> None:
-        """Raise CourseError unless the disks have room for the copies of ``folder`` that a page logs and loads."""
+    def check_disk_space(self, folder: Path) -> None:
+        """Raise CourseError unless the disks have space for the copies of ``folder`` that a page logs and loads."""
         size = folder_bytes(folder) / 1e6
         if self.artifact_location is None:
-            # One on its way to the server, and what three loads by a name bring back.
+            # One copy goes to the server, and three loads by a name download one each.
             needed = [("This page", 4 * size, Path(tempfile.gettempdir()), "the course up")]
         else:
             needed = [
@@ -52,20 +52,20 @@ class TrackingStore:
 
 
 def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
-    """Return the store to log to; make its folder and its database, where they are not there.
+    """Return the store to log to; make its folder and its database if they do not exist.
 
     Parameters
     ----------
     uri : str, optional
-        ``sqlite:///`` with a path, which starts at the course's folder when it is relative, or the
-        ``http`` address of a tracking server; empty for the course's own store under ``build/``. A
-        name and a password in an address go to the variables from which MLflow takes them.
+        ``sqlite:///`` with a path (a relative one starts at the course's folder), or the ``http``
+        address of a tracking server; empty for the course's own store under ``build/``. A name and a
+        password in an address are moved to MLflow's environment variables.
     experiment : str, optional
-        A name; one that is there and takes no runs is refused.
+        The name of an experiment; CourseError if it exists and takes no runs.
 
-    A local database keeps its artifacts in ``mlartifacts`` beside it: MLflow's own default is the
-    folder that a notebook happens to run in. Of a server's models MLflow loads copies, and leaves
-    them: they go to ``build/``, and away with this process.
+    A local database keeps its artifacts in ``mlartifacts`` beside it; MLflow's own default is the
+    folder in which a notebook runs. MLflow loads copies of a server's models and never deletes
+    them: they go to ``build/`` and are deleted when this process ends.
 
     Raises
     ------
@@ -96,20 +96,21 @@ def tracking_store(uri: str = "", experiment: str = "") -> TrackingStore:
     ):
         raise CourseError(
             "experiment-elsewhere",
-            f"The experiment {experiment} was made in the MLflow UI, and keeps its artifacts "
-            "where only a running server can write.",
+            f"The experiment {experiment} was made in the MLflow UI, and only a running server can write "
+            "its artifacts.",
             "Rename it in the UI, and run this again.",
         )
     return store
 
 
 def ui_addresses(store: TrackingStore, runs: list, registered: str) -> dict[str, str]:
-    """Return the addresses in the MLflow UI of a run, of its comparison with the others, and of a registered model.
+    """Return addresses in the MLflow UI: of the first run, of its comparison with the others, of a registered model.
 
-    ``runs`` are ``mlflow.entities.Run``, the one to show first; one that comes twice counts once.
+    ``runs`` are of the type ``mlflow.entities.Run``; a run that is listed twice counts once.
     """
     ui = f"{store.uri if store.artifact_location is None else UI}/#"
-    first, unique = runs[0].info, {run.info.run_id: run.info.experiment_id for run in runs}
+    first = runs[0].info
+    unique = {run.info.run_id: run.info.experiment_id for run in runs}
     addresses = {"this run": f"{ui}/experiments/{first.experiment_id}/runs/{first.run_id}"}
     if len(unique) > 1:
         ids, experiments = (

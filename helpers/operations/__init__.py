@@ -1,1 +1,1 @@
-"""What the operations page uses: programs that it starts, expectations, load, a dashboard."""
+"""What the Operations page uses: programs that it starts, evaluation of prompts, load."""

@@ -1,7 +1,6 @@
-"""Reads prompts with their expectations, judges an answer, and decides whether a challenger is promoted.
+"""Reads prompts with their expectations, and decides whether an answer meets them.
 
-Plain data comes in and goes out, and no model is asked: so every rule can be tried as a table of
-cases.
+The functions take and return plain data and call no model: a test can try each rule by itself.
 """
 
 import json
@@ -16,7 +15,7 @@ from helpers.errors import CourseError
 
 
 def _correct(value):
-    """Let a regular expression and a JSON schema pass that are one; pydantic turns a ValueError into its own."""
+    """Return a regular expression or a JSON schema if it is valid; else raise ValueError for pydantic."""
     try:
         re.compile(value) if isinstance(value, str) else Draft202012Validator.check_schema(value)
     except (re.error, SchemaError) as error:
@@ -33,15 +32,15 @@ Names = Annotated[list[Name], Field(min_length=1)]
 
 
 class Expectations(_Strict):
-    """What a model has to do with a request. A small letter counts as its capital, except in ``matches``."""
+    """What an answer has to be like. Upper and lower case are the same, except in ``matches``."""
 
     outcome: Literal["answered", "refused"] = "answered"
-    contains: Names | None = None  # one of these, as whole words
+    contains: Names | None = None  # at least one of these, as whole words
     lacks: Names | None = None  # none of these, not even inside a word
-    # This regular expression, somewhere.
+    # The answer contains a match of this regular expression.
     matches: Annotated[str, AfterValidator(_correct)] | None = None
-    words: Annotated[int, Field(ge=1)] | None = None  # so many words at most
-    # JSON of this schema.
+    words: Annotated[int, Field(ge=1)] | None = None  # at most this many words
+    # The answer is JSON that fits this schema.
     fits: Annotated[dict, AfterValidator(_correct)] | None = Field(None, alias="schema")
 
 
@@ -55,10 +54,10 @@ class _Prompt(_Strict):
 def read_prompts(path: Path) -> list[dict]:
     """Return the prompts of a file: on each line a JSON object with ``id``, ``family``, ``request``, ``expectations``.
 
-    A CourseError names the first line that is no prompt and what is wrong with it, or an ``id``
-    that comes twice.
+    CourseError names the first line that is no prompt, or whose ``id`` is not new, and the reason.
     """
-    prompts, seen = [], {}
+    prompts = []
+    seen = {}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             prompt = json.loads(line)
@@ -69,7 +68,7 @@ def read_prompts(path: Path) -> list[dict]:
             wrong = (
                 f"is no prompt: {'.'.join(map(str, problem['loc'])) or 'object'}: {problem['msg']}"
             )
-        # A ValueError, because it is no JSON or no UTF-8.
+        # ValueError: the line is no JSON or no UTF-8.
         except (ValueError, RecursionError) as error:
             wrong = f"is no JSON: {error}"
         if wrong:
@@ -82,9 +81,9 @@ def read_prompts(path: Path) -> list[dict]:
 
 
 def meets(expectations: dict, outcome: dict | None) -> tuple[bool, str]:
-    """Return whether what a model did meets the expectations, and in words what it did.
+    """Return whether an outcome meets the expectations, and a description of the outcome.
 
-    ``outcome`` is ``{"answer": text}``, ``{"refused": sentence}`` or, where the model failed, None.
+    ``outcome`` is ``{"answer": text}``, ``{"refused": sentence}``, or None if the model failed.
     """
     expected = Expectations.model_validate(expectations)
     if outcome is None:
@@ -92,18 +91,16 @@ def meets(expectations: dict, outcome: dict | None) -> tuple[bool, str]:
     if "refused" in outcome:
         return expected.outcome == "refused", f"refused: {outcome['refused']}"
     answer = outcome["answer"]
-    complaint = (
-        "is one, and none was due"
-        if expected.outcome == "refused"
-        else "is empty"
-        if not answer.strip()
-        else _complain(expected, answer)
-    )
-    return (False, f"answer {complaint}: {answer}") if complaint else (True, f"answer: {answer}")
+    problem = _find_problem(expected, answer)
+    return (False, f"answer {problem}: {answer}") if problem else (True, f"answer: {answer}")
 
 
-def _complain(expected, answer):
-    """Return what is wrong with an answer, or None."""
+def _find_problem(expected, answer):
+    """Return what is wrong with an answer; None if it meets the expectations."""
+    if expected.outcome == "refused":
+        return "came, and the model should have refused"
+    if not answer.strip():
+        return "is empty"
     if expected.contains and not any(
         re.search(rf"(?<!\w){re.escape(word)}(?!\w)", answer, re.IGNORECASE)
         for word in expected.contains

@@ -1,7 +1,6 @@
-"""Sends requests from several clients at once: bodies of chat requests come in, a row for each comes out.
+"""Sends chat requests from several clients at once, and records the result of each.
 
-A row has what its client saw. The clients run on a thread of their own, so that a page can watch
-meanwhile.
+The clients run in another thread, so that a page can watch the server meanwhile.
 """
 
 import asyncio
@@ -14,25 +13,28 @@ from dataclasses import dataclass
 
 import httpx
 
-AWAY = ("no connection", "broken off")  # what a client calls an answer that did not come
+CONNECTION_ERRORS = (
+    "no connection",
+    "broken off",
+)  # outcomes without a whole answer
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What one client saw of one request.
+class RequestResult:
+    """The result of one request, as its client saw it.
 
     Attributes
     ----------
     began : float
-        Seconds from the load's start to the request's.
+        Seconds from the start of the load to the start of the request.
     seconds : float
-        To the answer's end.
+        Seconds from the start of the request to the end of the answer.
     first_token_seconds : float or None
-        To the first text of a stream.
+        Seconds to the first text of a stream.
     tokens : int
-        Of the answer, as its usage tells.
+        The answer's tokens, from its usage.
     status : int
-        0 where no answer began.
+        The HTTP status; 0 if no answer began.
     outcome : str
         ``ok``, an error's code, ``no connection`` or ``broken off``.
     """
@@ -46,13 +48,15 @@ class Seen:
 
 
 class Reply:
-    """Reads an answer as it comes. Until its end has come, its outcome is ``broken off``."""
+    """Reads an answer while it arrives. Until its end, its outcome is ``broken off``."""
 
     def __init__(self):
-        self.first_token_seconds, self.tokens, self.outcome = None, 0, "broken off"
+        self.first_token_seconds = None
+        self.tokens = 0
+        self.outcome = "broken off"
 
     def read_line(self, line: str, seconds: float) -> None:
-        """Read a line of a stream that came after so many seconds."""
+        """Read a line of a stream that arrived ``seconds`` after the request."""
         if not line.startswith("data: "):
             return
         if line == "data: [DONE]":
@@ -70,7 +74,7 @@ class Reply:
             self.first_token_seconds = seconds
 
     def read_whole(self, body: dict) -> None:
-        """Read an answer that came at once, or an error."""
+        """Read an answer that is not a stream, or an error."""
         self.outcome = body["error"]["code"] if "error" in body else "ok"
         self.tokens = (body.get("usage") or {}).get("completion_tokens", 0)
 
@@ -78,23 +82,23 @@ class Reply:
 def start_load(
     address: str, requests: Iterable[dict], clients: int = 1, seconds: float = 60
 ) -> Future:
-    """Let clients send requests, each its next one as soon as it has an answer, and return at once.
+    """Start clients that each send the next request as soon as they have an answer. Return at once.
 
     Parameters
     ----------
     address : str
-        Of the server, without ``/v1``.
+        The server's address, without ``/v1``.
     requests : iterable of dict
-        Bodies of chat requests. The clients share them; with ``"stream": True``, an answer is
-        streamed.
+        Bodies of chat requests, shared by the clients. With ``"stream": True``, the answer is a
+        stream.
     clients : int
     seconds : float
-        After them, no client begins another request.
+        After this time, no client starts another request.
 
     Returns
     -------
     concurrent.futures.Future
-        Its ``result()`` waits for a list of Seen, in the order in which they ended.
+        Its ``result()`` waits for a list of RequestResult, in the order in which they ended.
     """
     pool = ThreadPoolExecutor(1)
     load = pool.submit(lambda: asyncio.run(_send(address, iter(requests), clients, seconds)))
@@ -102,9 +106,11 @@ def start_load(
     return load
 
 
-async def _send(address: str, requests: Iterator[dict], clients: int, seconds: float) -> list[Seen]:
+async def _send(
+    address: str, requests: Iterator[dict], clients: int, seconds: float
+) -> list[RequestResult]:
     rows = []
-    # trust_env=False: a proxy that a shell names would not find this machine's servers.
+    # trust_env=False: a proxy would not find this machine's servers.
     async with httpx.AsyncClient(
         base_url=address, timeout=120, trust_env=False, limits=httpx.Limits(max_connections=clients)
     ) as http:
@@ -115,8 +121,8 @@ async def _send(address: str, requests: Iterator[dict], clients: int, seconds: f
                 time.perf_counter() - start < seconds and (body := next(requests, None)) is not None
             ):
                 rows.append(await _ask(http, body, start))
-                if rows[-1].outcome in AWAY or rows[-1].status == 503:
-                    # It may come back; asking at once would only fill the table.
+                if rows[-1].outcome in CONNECTION_ERRORS or rows[-1].status == 503:
+                    # The server may come back; asking at once would only fill the table.
                     await asyncio.sleep(0.2)
 
         await asyncio.gather(*(work() for _ in range(clients)))
@@ -124,7 +130,9 @@ async def _send(address: str, requests: Iterator[dict], clients: int, seconds: f
 
 
 async def _ask(http, body, start):
-    reply, status, began = Reply(), 0, time.perf_counter()
+    reply = Reply()
+    status = 0
+    began = time.perf_counter()
     if body.get("stream"):
         body = body | {"stream_options": {"include_usage": True}}
     try:
@@ -139,7 +147,7 @@ async def _ask(http, body, start):
         reply.outcome = "no connection"
     except httpx.TransportError:
         reply.outcome = "broken off"
-    return Seen(
+    return RequestResult(
         began - start,
         time.perf_counter() - began,
         reply.first_token_seconds,
@@ -149,8 +157,8 @@ async def _ask(http, body, start):
     )
 
 
-def count_outcomes(rows: list[Seen]) -> list[tuple]:
-    """Return a row for each outcome: its name, how many requests, their tokens, their median of seconds."""
+def count_outcomes(rows: list[RequestResult]) -> list[tuple]:
+    """Return a row for each outcome: its name, its number of requests, their tokens, their median seconds."""
     found = {}
     for row in rows:
         found.setdefault(row.outcome, []).append(row)

@@ -1,7 +1,7 @@
-"""Starts the servers of a page as programs of their own: a command comes in, an address goes out once it is ready.
+"""Starts servers and other programs for a page, and ends them with the page's kernel.
 
-Each has a process group of its own, so that what it starts ends with it. All end with the kernel,
-also where that is killed: a watcher stands beside each.
+Each program has its own process group, so that the processes that it starts end with it. A watcher
+process ends it even if the kernel is killed.
 """
 
 import contextlib
@@ -21,8 +21,7 @@ from helpers.errors import CourseError
 from helpers.paths import ROOT
 
 READY_SECONDS = 120  # MLflow's server takes 10 s here, a small machine four times as long
-# Its input ends with the process that holds the other end. Windows has no signal that a program
-# without a window gets.
+# The watcher's input ends when the kernel ends. Windows has no signal for a program without a window.
 WATCHER = """
 import os, signal, subprocess, sys, time
 sys.stdin.read()
@@ -36,22 +35,24 @@ if os.name == "posix":
 else:
     subprocess.run(["taskkill", "/t", "/f", "/pid", sys.argv[1]], capture_output=True)
 """
-_programs = {}  # the last one that was started for each log
+_programs = {}  # the last program that was started for each log
 
 
 class Program:
-    """A program that ``start_program`` started.
+    """A program that was started by ``start_program``.
 
     Attributes
     ----------
     address : str
-        Such as ``http://127.0.0.1:41234``; empty where its ready line names none.
+        Such as ``http://127.0.0.1:41234``; empty if its ready line has no address.
     log : Path
-        What it prints and what it complains of, in one file.
+        The file with its output and its errors.
     """
 
     def __init__(self, process: subprocess.Popen, log: Path):
-        self.address, self.log, self._process = "", log, process
+        self.address = ""
+        self.log = log
+        self._process = process
         self._watcher = subprocess.Popen(
             [sys.executable, "-S", "-c", WATCHER, str(process.pid)],
             stdin=subprocess.PIPE,
@@ -60,7 +61,7 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """The process's number."""
+        """The process id."""
         return self._process.pid
 
     @property
@@ -69,14 +70,14 @@ class Program:
         return self._process.poll() is None
 
     def stop(self, seconds: float = 40) -> None:
-        """Ask it to end, and wait that long; then end it, and whatever it started and left behind."""
+        """Ask the program to end, and wait for it; then kill it and the processes that it started."""
         self._signal("SIGTERM")
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(seconds)
         self.kill()
 
     def kill(self) -> None:
-        """End it and what it started, at once and without a goodbye."""
+        """Kill the program and the processes that it started."""
         self._signal("SIGKILL")
         self._process.wait()
         self._watcher.kill()
@@ -84,14 +85,14 @@ class Program:
 
     def _signal(self, name):
         if os.name == "posix":
-            with contextlib.suppress(ProcessLookupError):  # nothing of it is left
+            with contextlib.suppress(ProcessLookupError):  # all of its processes have ended
                 os.killpg(self._process.pid, signal.Signals[name])
         elif self.running:
             subprocess.run(
                 ["taskkill", "/t", "/f", "/pid", str(self._process.pid)], capture_output=True
             )
 
-    def _last_words(self):
+    def _last_line(self):
         lines = [
             line.strip()
             for line in self.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -110,29 +111,28 @@ def start_program(
     Parameters
     ----------
     command : list of str
-        The program and its words.
+        The program and its arguments.
     ready : str
-        The ``http`` address that answers 200 when it is ready; or a regular expression for a line
-        that it prints then, whose first group is its address.
+        The ``http`` address that answers 200 when the program is ready; or a regular expression for
+        the line that it then prints, whose first group is its address.
     log : Path
-        The file for its output. One program a log: who starts another with the same log ends the
-        first.
+        The file for its output. Starting another program with the same log ends the first one.
     seconds : float, optional
-        How long it may take.
+        How long the start may take.
     **variables : str
-        Environment variables for it, beside those of this process.
+        Additional environment variables for the program.
 
     Raises
     ------
     CourseError
-        The address is taken; the program ended, or took too long. It says the last line of the log.
+        The address is taken, or the program ended or took too long; then with the log's last line.
     """
     log = log.resolve()
     _ask_without_proxy()
     if log in _programs:
         _programs.pop(log).stop()
     by_address = ready.startswith(("http://", "https://"))
-    if by_address and _is_taken(ready):  # or the stranger would pass for the program
+    if by_address and _is_taken(ready):  # the other program would answer in its place
         raise CourseError(
             "port-taken",
             f"Another program listens at {ready} already.",
@@ -152,14 +152,14 @@ def start_program(
     program = _programs[log] = Program(process, log)
     try:
         program.address = _wait(program, ready, by_address, time.monotonic() + seconds)
-    except BaseException:  # Ctrl-C, too, while it starts
+    except BaseException:  # also for Ctrl-C
         program.kill()
         raise
     return program
 
 
 def _own_group():
-    """Return what gives a process a group of its own, so that Ctrl-C in a terminal does not reach it."""
+    """Return the options that give a process its own group: Ctrl-C in a terminal then does not reach it."""
     return (
         {"start_new_session": True}
         if os.name == "posix"
@@ -168,7 +168,7 @@ def _own_group():
 
 
 def free_port() -> int:
-    """Return a port of this machine that nobody listens on now."""
+    """Return a port of this machine on which no program listens."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
@@ -180,8 +180,7 @@ def _wait(program, ready, by_address, until):
         if not program.running:
             raise CourseError(
                 "program-ended",
-                f"The program {program.log.stem} ended before it was ready; "
-                f"{program._last_words()}",
+                f"The program {program.log.stem} ended before it was ready; {program._last_line()}",
                 f"Read its log: {program.log}.",
             )
         if by_address:
@@ -197,17 +196,17 @@ def _wait(program, ready, by_address, until):
         time.sleep(0.1)
     raise CourseError(
         "program-not-ready",
-        f"The program {program.log.stem} was not ready in time; {program._last_words()}",
+        f"The program {program.log.stem} was not ready in time; {program._last_line()}",
         f"Read its log: {program.log}.",
     )
 
 
 def _ask_without_proxy():
-    """Let this process ask this machine without a proxy, whatever the shell says: a program is one's own."""
+    """Add this machine to NO_PROXY, so that this process reaches its own programs without a proxy."""
     hosts = (os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or "").split(",")
     if "127.0.0.1" not in hosts:
         hosts = ",".join([*filter(None, hosts), "127.0.0.1"])
-        # The libraries differ in which one they read.
+        # Libraries differ in which of the two they read.
         os.environ.update(no_proxy=hosts, NO_PROXY=hosts)
 
 

@@ -1,4 +1,4 @@
-"""Makes a local database ready to log to: a path comes in, its URI and the experiment in it go out."""
+"""Opens a local MLflow database, or makes one; raises CourseError if the course cannot log to it."""
 
 import contextlib
 import re
@@ -13,16 +13,16 @@ from helpers.models.space import disk_full
 from helpers.paths import ROOT
 from helpers.paths import tracking_uri as course_tracking_uri
 
-# After the first comes a path as the system writes it. SQLAlchemy reads `%` and `?` as part of a
-# URI: a path that has them is quoted. Then the second stands before it, in which MLflow does not
-# make a folder of the quoted name.
-SQLITE, QUOTED_SQLITE = "sqlite:///", "sqlite+pysqlite:///"
+# The prefix of a plain path, and of a path that is quoted because SQLAlchemy reads `%` and `?` in it.
+# With the second prefix, MLflow does not make a folder of the quoted name.
+SQLITE = "sqlite:///"
+QUOTED_SQLITE = "sqlite+pysqlite:///"
 BUSY_SECONDS = 30
-START_ANEW = "choose another tracking_uri, or start anew: make clean"
+START_ANEW = "choose another tracking_uri, or start with an empty store: make clean"
 
 
 def database_path(uri: str = "") -> Path | None:
-    """Return the file of a local store, which may not exist yet; None for a server. CourseError: it is no store."""
+    """Return the file of a local store, which may not exist yet; None for a server. CourseError for other URIs."""
     uri = uri or course_tracking_uri()
     if uri.startswith(("http://", "https://")):
         return None
@@ -38,24 +38,23 @@ def database_path(uri: str = "") -> Path | None:
     if quoted := re.search("%[0-9A-Fa-f]{2}", str(database)):
         raise CourseError(
             "store-path",
-            f"MLflow would not find a model again in {database.parent}: it reads "
-            f"{quoted[0]} as another letter.",
+            f"MLflow would not find a model in {database.parent} again: it reads {quoted[0]} as another letter.",
             "Rename that folder, or set tracking_uri to sqlite:/// with a path without such a name.",
         )
     return database
 
 
 def sqlite_uri(database: Path) -> str:
-    """Return the URI of a database, from which SQLAlchemy and MLflow read its path as it is."""
+    """Return the URI from which SQLAlchemy and MLflow read a database's path as it is."""
     path = database.as_posix()
     quoted = path.replace("%", "%25").replace("?", "%3F")
     return SQLITE + path if quoted == path else QUOTED_SQLITE + quoted
 
 
 def open_database(database: Path, artifacts: str, experiment: str) -> object:
-    """Make the database where there is none, and return the ``mlflow.entities.Experiment`` of that name or None.
+    """Make the database if it does not exist, and return the ``mlflow.entities.Experiment`` of that name or None.
 
-    ``artifacts`` is the URI of the folder of its artifacts: a note beside the database keeps it.
+    ``artifacts`` is the URI of its artifacts' folder. A file beside the database keeps that URI.
 
     Raises
     ------
@@ -72,20 +71,19 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
     note = database.with_name(database.name + ".artifacts")
     try:
         database.parent.mkdir(parents=True, exist_ok=True)
-        # A class opens the page in the same moment, and MLflow makes its tables without asking who
-        # else is at it.
+        # A whole class may open the page at the same moment, and MLflow makes its tables without a lock.
         with FileLock(database.with_name(database.name + ".lock")):
             if not database.exists() or not note.exists():
                 note.write_text(artifacts, encoding="utf-8")
             noted = note.read_text(encoding="utf-8")
-            if noted != artifacts:  # the database holds the full path of its artifacts
+            if noted != artifacts:  # the database contains the full path of its artifacts
                 raise CourseError(
                     "store-moved",
-                    f"The tracking store {database} was made elsewhere, and its models are still in {noted}.",
+                    f"The tracking store {database} was made in another folder, and its models are still in {noted}.",
                     f"Move it back, {START_ANEW}.",
                 )
             with contextlib.closing(sqlite3.connect(database, timeout=BUSY_SECONDS)) as connection:
-                # What MLflow would try again for minutes fails here.
+                # A locked database fails here; MLflow would try again for minutes.
                 connection.execute("BEGIN IMMEDIATE")
                 tables = [
                     name
@@ -96,7 +94,9 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
                 connection.rollback()
                 if not tables:
                     _make_tables(connection, artifacts)
-                elif "alembic_version" not in tables:  # by which MLflow knows its tables
+                elif (
+                    "alembic_version" not in tables
+                ):  # in which MLflow keeps the version of its tables
                     raise sqlite3.DatabaseError("it has other tables than MLflow's")
         return MlflowClient(sqlite_uri(database)).get_experiment_by_name(experiment)
     except OSError as error:
@@ -127,7 +127,7 @@ def open_database(database: Path, artifacts: str, experiment: str) -> object:
 def _unreadable(database, why):
     return CourseError(
         "store-unreadable",
-        f"{database} is no whole database of MLflow's: {why}.",
+        f"{database} is no intact database of MLflow: {why}.",
         f"Remove it, {START_ANEW}.",
     )
 
@@ -145,11 +145,11 @@ def _not_writable(database):
 
 
 def _make_tables(connection, artifacts):
-    """Fill an empty database in one transaction: half of MLflow's tables, after an interruption, would stay half."""
+    """Make MLflow's tables in an empty database at once: MLflow itself never completes half a set of tables."""
     from mlflow import MlflowClient
 
-    # MLflow writes the working directory into a line of SQL, and stumbles where that has quotes of
-    # both kinds.
+    # MLflow writes the working directory into a line of SQL, which fails if its name has both kinds of
+    # quotes.
     with (
         tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder,
         contextlib.chdir(folder),
@@ -157,7 +157,7 @@ def _make_tables(connection, artifacts):
         made = Path(folder, "new.db")
         MlflowClient(sqlite_uri(made)).search_experiments(max_results=1)
         with contextlib.closing(sqlite3.connect(made)) as source:
-            # What it has written is the place of the artifacts of its own experiment, Default.
+            # MLflow has written another place for the artifacts of the experiment Default.
             source.execute("UPDATE experiments SET artifact_location = ?", [f"{artifacts}/0"])
             source.commit()
             source.backup(connection)

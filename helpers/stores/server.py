@@ -1,4 +1,4 @@
-"""Makes a tracking server ready to log to: an address comes in, its experiment goes out, or why it is no store."""
+"""Asks a tracking server for an experiment; raises CourseError if the course cannot log there."""
 
 import atexit
 import contextlib
@@ -13,8 +13,8 @@ from helpers.errors import CourseError
 from helpers.paths import BUILD
 
 SERVER_SECONDS = 10
-# The first row that fits the name of what was raised, MLflow's code or the HTTP status says why a
-# server is no store.
+# The first row whose pattern fits the exception's name, the HTTP status or MLflow's code decides why a
+# server cannot be used.
 REFUSALS = (
     (
         "ProxyError|407",
@@ -37,13 +37,13 @@ REFUSALS = (
     (
         "is_store",
         "old-server",
-        "The tracking server {0} is older than MLflow 3, and keeps no models of their own.",
+        "The tracking server {0} is older than MLflow 3, which the course's models need.",
         "Ask whoever runs it for MLflow 3, or leave tracking_uri empty for the course's own store.",
     ),
     (
         "RetryError|\\b5\\d\\d\\b",
         "out-of-order",
-        "The tracking server {0} reports an error of its own.",
+        "The tracking server {0} has an internal error.",
         "Ask whoever runs it, or run this again later.",
     ),
     (
@@ -62,7 +62,7 @@ REFUSALS = (
 
 
 def without_password(uri: str) -> str:
-    """Return an address without the name and the password in it, which go to MLflow's variables for them."""
+    """Return an address without name and password; put these into MLflow's environment variables."""
     found = re.fullmatch(r"(https?://)([^/?#]*)@(.*)", uri)
     if not found:
         return uri
@@ -74,10 +74,10 @@ def without_password(uri: str) -> str:
 
 
 def ask_server(uri: str, experiment: str) -> object:
-    """Ask a server once for an experiment, as MLflow does; return the ``mlflow.entities.Experiment`` or None.
+    """Ask a server once for an experiment through MLflow; return the ``mlflow.entities.Experiment`` or None.
 
-    Proxies and logins are MLflow's. It would go on asking for minutes; here an answer that is none
-    is a CourseError.
+    MLflow handles proxies and logins. By itself it would try again for minutes; here the first
+    failure is a CourseError.
     """
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
@@ -94,15 +94,15 @@ def ask_server(uri: str, experiment: str) -> object:
             if is_store and getattr(error, "error_code", "") != "ENDPOINT_NOT_FOUND":
                 return found
             status = re.search(r"failed with error code (\d+)", str(error))
-            said = " ".join(
+            description = " ".join(
                 [
                     type(error.__cause__ or error.__context__).__name__,
                     status[1] if status else "",
                     "is_store" if is_store else getattr(error, "error_code", "Invalid"),
                 ]
             )
-            _, code, what, fix = next(row for row in REFUSALS if re.search(row[0], said))
-            # Not `from error`: what it quotes may be secret.
+            _, code, what, fix = next(row for row in REFUSALS if re.search(row[0], description))
+            # Not `from error`: its text may contain secrets.
             host = re.match(r"https?://(\[.*?\]|[^:/]*)", uri)[1]
             raise CourseError(f"store-{code}", what.format(uri), fix.format(uri, host)) from None
     return found
@@ -110,7 +110,7 @@ def ask_server(uri: str, experiment: str) -> object:
 
 @contextlib.contextmanager
 def _once():
-    """Let MLflow ask no server twice, and wait no longer than SERVER_SECONDS or than the user's own variable says."""
+    """Let MLflow ask once, and wait for SERVER_SECONDS or for the user's MLFLOW_HTTP_REQUEST_TIMEOUT."""
     before = {
         name: os.environ.get(name)
         for name in ("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "MLFLOW_HTTP_REQUEST_TIMEOUT")
@@ -127,13 +127,16 @@ def _once():
 
 
 def remove_copies_at_exit() -> None:
-    """Let MLflow's copies of a server's models go to a folder of this process, and remove those of dead ones."""
+    """Keep MLflow's copies of a server's models in a folder that is deleted when this process ends.
+
+    Folders of processes that have ended without that are deleted, too.
+    """
     import psutil
 
     folder = BUILD / f"kernel-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a course's folder that others own: then beside the other temporary files
+    except OSError:  # the course's folder belongs to another user
         folder = Path(tempfile.mkdtemp(prefix="kernel-"))
     for other in BUILD.glob("kernel-*"):
         number = other.name.removeprefix("kernel-")

@@ -9,8 +9,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.genai.scorers import scorer
 from support.chat import load_chat
 
-from helpers.operations.evaluation import count_met, gate, meets, read_prompts
+from helpers.operations.evaluation import meets, read_prompts
 from helpers.paths import DATA
+from helpers.release import count_met, gate
 
 PROMPTS = read_prompts(DATA / "prompts.jsonl")
 

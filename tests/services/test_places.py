@@ -29,7 +29,7 @@ from helpers.models.folders import ensure
 from helpers.models.kit import as_word, read_kit
 from helpers.parameters import DEFAULTS
 from helpers.paths import NOTEBOOKS
-from helpers.strangers import refuse_strangers
+from helpers.shadowing import refuse_shadowing_files
 
 # Letters that a URI, a template, a pattern, a configuration file or a shell takes for its own.
 # Windows has only some.
@@ -273,31 +273,31 @@ def test_a_file_with_a_librarys_name_is_named(tmp_path, file, refused):
     (tmp_path / file).touch()
     folders = [str(tmp_path), *sys.path]
     if not refused:
-        refuse_strangers(folders)
+        refuse_shadowing_files(folders)
         return
     with refuses("file-in-the-way") as refusal:
-        refuse_strangers(folders)
+        refuse_shadowing_files(folders)
     assert str(tmp_path / file.split("/")[0]) in refusal.value.what
 
 
 def test_a_file_that_comes_after_the_library_hides_nothing(tmp_path):
     (tmp_path / "mlflow.py").touch()
-    refuse_strangers([*sys.path, str(tmp_path)])
+    refuse_shadowing_files([*sys.path, str(tmp_path)])
 
 
 def test_the_courses_own_packages_hide_what_is_called_so_and_nobody_elses_do(tmp_path):
     for folder in ("site-packages", "mine"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "helpers.py").touch()
-    refuse_strangers([str(ROOT), str(tmp_path / "site-packages")])
+    refuse_shadowing_files([str(ROOT), str(tmp_path / "site-packages")])
     with refuses("file-in-the-way"):
-        refuse_strangers([str(tmp_path / "mine"), str(tmp_path / "site-packages")])
+        refuse_shadowing_files([str(tmp_path / "mine"), str(tmp_path / "site-packages")])
 
 
 @pytest.mark.parametrize("cwd", ["gone", "course"])
 def test_nothing_is_in_the_way_of_the_course_itself(tmp_path, cwd):
     code = "import os, sys; os.chdir(sys.argv[1]); os.rmdir(sys.argv[1]); " if cwd == "gone" else ""
-    code += "from helpers.strangers import refuse_strangers; refuse_strangers()"
+    code += "from helpers.shadowing import refuse_shadowing_files; refuse_shadowing_files()"
     (tmp_path / "gone").mkdir()
     result = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "gone"], cwd=ROOT, capture_output=True, text=True
@@ -400,5 +400,6 @@ def test_a_command_says_so_before_anything_long(python, command):
     )
     assert result.returncode == 1
     assert re.fullmatch(
-        r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct it.*\n", result.stderr
+        r"error: A variable of this shell .*MLFLOW_RUN_CONTEXT.*\n +Correct or unset it.*\n",
+        result.stderr,
     )

@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from support import refuses
 
-from helpers.operations.load import Reply, Seen, count_outcomes, start_load
+from helpers.operations.load import Reply, RequestResult, count_outcomes, start_load
 from helpers.servers import running
 from helpers.show.dashboard import (
     Dashboard,
@@ -331,9 +331,9 @@ def test_a_stream_is_read(lines, outcome, first, tokens):
 
 def test_outcomes_are_counted():
     rows = [
-        Seen(0, 1.0, None, 4, 200, "ok"),
-        Seen(0, 3.0, None, 6, 200, "ok"),
-        Seen(1, 0.01, None, 0, 429, "busy"),
+        RequestResult(0, 1.0, None, 4, 200, "ok"),
+        RequestResult(0, 3.0, None, 6, 200, "ok"),
+        RequestResult(1, 0.01, None, 0, 429, "busy"),
     ]
     assert count_outcomes(rows) == [("busy", 1, 0, "0.01"), ("ok", 2, 10, "2.00")]
     assert count_outcomes([]) == []

@@ -2,10 +2,10 @@
 
 import os
 
-from helpers.environment import LEFT_OUT
+from helpers.environment import REMOVED
 
 # One hostile value for each name that is left out; a star stands for nothing here.
-HOSTILE = {name.replace("*", "X"): "1" for name in LEFT_OUT} | {
+HOSTILE = {name.replace("*", "X"): "1" for name in REMOVED} | {
     "MLFLOW_REGISTRY_URI": "sqlite:////nowhere/else.db",
     "MLFLOW_RUN_ID": "0" * 32,
     "MLFLOW_EXPERIMENT_ID": "77",

@@ -273,7 +273,8 @@ def test_a_terminal_whose_folder_is_gone_is_told_so(tmp_path):
     result = run_python(tmp_path, "-c", code, cwd=gone)
     assert (result.returncode, result.stderr) == (
         1,
-        "error: This terminal is in a folder that no longer exists.\n       Change to another folder, and run this again.\n",
+        "error: This terminal is in a folder that no longer exists.\n"
+        "       Change to another folder, and run this again.\n",
     )
 
 

@@ -13,8 +13,8 @@ import pytest
 from support import ROOT, refuses
 from support.hostile import HOSTILE
 
-from helpers.environment import LEFT_OUT, SET, SET_UNLESS_THERE, clean
-from helpers.parameters import COUNTS, DEFAULTS, check_variables
+from helpers.environment import ALWAYS_SET, REMOVED, SET_IF_UNSET, clean
+from helpers.parameters import DEFAULTS, NUMBER_VARIABLES, check_variables
 
 # MLflow's variables that reach the libraries as the user set them, and why that is right.
 OBEYED = {
@@ -168,7 +168,7 @@ def mlflow_variables():
 
 
 def mlflow_unknown(names):
-    ours = [*LEFT_OUT, *SET, *SET_UNLESS_THERE]
+    ours = [*REMOVED, *ALWAYS_SET, *SET_IF_UNSET]
     return {name for name in names if not matches(name, [*ours, *chain(*OBEYED.values())])}
 
 
@@ -181,7 +181,7 @@ def test_each_variable_of_mlflow_is_left_out_set_or_obeyed_for_a_reason():
     }
     idle = [
         pattern
-        for pattern in [*chain(*OBEYED.values()), *LEFT_OUT]
+        for pattern in [*chain(*OBEYED.values()), *REMOVED]
         if "MLFLOW" in pattern and not any(fnmatch.fnmatchcase(name, pattern) for name in names)
     ]
     assert idle == []
@@ -195,8 +195,8 @@ def test_the_document_lists_what_the_course_leaves_out_and_sets():
         cells = [line.split("|")[1] for line in part.splitlines() if line.startswith("| `")]
         return {name for cell in cells for name in re.findall("`([A-Z_*]+)`", cell)}
 
-    assert listed(left_out) == set(LEFT_OUT)
-    assert listed(rest) == {*SET, *SET_UNLESS_THERE}
+    assert listed(left_out) == set(REMOVED)
+    assert listed(rest) == {*ALWAYS_SET, *SET_IF_UNSET}
 
 
 # --- what a process of the course sees --------------------------------------------------------
@@ -210,7 +210,7 @@ SHOW = (
 def test_what_would_lead_elsewhere_is_left_out_and_told(python):
     result = python("-c", SHOW, **HOSTILE)
     assert result.returncode == 0, result.stderr  # the warning was none that raises
-    assert {name for name in json.loads(result.stdout) if matches(name, LEFT_OUT)} == set()
+    assert {name for name in json.loads(result.stdout) if matches(name, REMOVED)} == set()
     (note,) = [line for line in result.stderr.splitlines() if line.startswith("note: ")]
     assert set(re.findall("[A-Z_]{8,}", note)) == set(HOSTILE) - {
         "MLFLOW_RUN_ID",
@@ -287,8 +287,8 @@ NONSENSE = [
     ("MLFLOW_HTTP_REQUEST_TIMEOUT", "soon"),
     ("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "perhaps"),
     ("MLFLOW_DISABLE_TELEMETRY", "yes"),
-    *((name, "many") for name in COUNTS),
-    (COUNTS[0], "1.5"),
+    *((name, "many") for name in NUMBER_VARIABLES),
+    (NUMBER_VARIABLES[0], "1.5"),
 ]
 
 

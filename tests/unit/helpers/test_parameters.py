@@ -160,10 +160,10 @@ def test_unknown_names_are_all_listed_with_those_there_are():
 @pytest.mark.parametrize(
     ("where", "device", "code", "says"),
     [
-        (torch_device, "dml", "device-track", "Take track B"),
+        (torch_device, "dml", "device-track", "Use track B"),
         (torch_device, "cuda", "device-absent", "https://pytorch.org/get-started/locally"),
         (torch_device, "mps", "device-absent", "https://pytorch.org/get-started/locally"),
-        (onnx_provider, "mps", "device-track", "Take track A"),
+        (onnx_provider, "mps", "device-track", "Use track A"),
         (
             onnx_provider,
             "cuda",

@@ -485,9 +485,9 @@ def test_room_is_asked_for_as_many_copies_as_a_page_makes(room, tmp_path, monkey
     for store, needed in ((local, 1), (TrackingStore("http://x", None), 4)):
         if room < needed:
             with refuses("disk-full"):
-                store.check_room(tmp_path / "model")
+                store.check_disk_space(tmp_path / "model")
         else:
-            store.check_room(tmp_path / "model")
+            store.check_disk_space(tmp_path / "model")
 
 
 @pytest.mark.parametrize(

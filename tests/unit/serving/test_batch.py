@@ -100,7 +100,7 @@ def test_a_list_with_a_null_in_it_is_that_rows_error():
 
 
 BAD = {
-    None: "There is nothing to ask: the cell is empty or null.",
+    None: "The cell is empty or null: it has no prompt.",
     "refused": "messages has to be something else.",
     "breaks": "The model failed on this row: ZeroDivisionError.",
     "busy": "The model failed on this row: MlflowException.",
