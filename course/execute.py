@@ -28,8 +28,8 @@ from helpers.errors import CourseError
 from helpers.models.steps import last_line
 from helpers.parameters import check_variables
 from helpers.paths import BUILD, NOTEBOOKS
-from helpers.stores.server import without_password
 from helpers.shadowing import refuse_shadowing_files
+from helpers.stores.server import without_password
 from helpers.tracking import tracking_store
 
 PAGES = tracks_to_run()
