@@ -1,8 +1,8 @@
 """Writes a page's results for other programs: junit with a test case for each code cell, and JSON with its figures.
 
-junit is written with the standard library: a package for it would be one more that every learner
-installs, and would not remove the characters that XML forbids. The tests read the file with
-junitparser and with Jenkins' schema.
+The junit file is written with the standard library: a package for it would be one more for every
+learner to install, and does not remove the characters that XML forbids. The tests read the file with
+junitparser and check it against Jenkins' schema.
 """
 
 import json
@@ -34,18 +34,18 @@ class CellResult:
     Attributes
     ----------
     name : str
-        The number that Jupyter shows beside it, and its first line.
+        Its number, as Jupyter shows it, and its first line.
     heading : str
-        The nearest heading above it.
+        The last heading before it.
     status : str
         PASSED, FAILED or SKIPPED.
     seconds : float
     error_type : str
-        Of a failed cell: a CourseError's code, or the name of another exception.
+        A failed cell's error code if it raised a CourseError, else the exception's class name.
     message : str
-        Of a failed cell: the exception's message.
+        The exception's message.
     details : str
-        Of a failed cell: the traceback.
+        The traceback.
     """
 
     name: str
@@ -58,8 +58,9 @@ class CellResult:
 
 
 def read_cells(notebook: NotebookNode) -> list[CellResult]:
-    """Return the code cells of an executed notebook; empty ones are left out."""
-    cells, heading = [], ""
+    """Return the results of an executed notebook's code cells, except empty ones."""
+    cells = []
+    heading = ""
     for cell in notebook.cells:
         if cell.cell_type == "markdown":
             found = HEADING.findall(CODE_FENCE.sub("", cell.source))
@@ -70,18 +71,19 @@ def read_cells(notebook: NotebookNode) -> list[CellResult]:
 
 
 def mark_failure(cells: list[CellResult], failure: Exception) -> list[CellResult]:
-    """Return the cells with a failed one among them, where no cell has the failure itself.
+    """Add a page's failure to its cells, unless a failed cell has it already.
 
-    A kernel that ends leaves no error in its cell: then it is the last cell that began. Any other
-    failure, such as a full disk after the last cell, gets an entry for the whole page.
+    A kernel that ends leaves no error in its cell: the last cell that was started gets the failure.
+    Any other failure, such as a full disk after the last cell, gets an entry for the whole page.
     """
     if any(cell.status == FAILED for cell in cells):
         return cells
-    code, message = getattr(failure, "code", type(failure).__name__), str(failure)
+    code = getattr(failure, "code", type(failure).__name__)
+    message = str(failure)
     failed = {"status": FAILED, "error_type": code, "message": message, "details": message}
-    begun = [place for place, cell in enumerate(cells) if cell.status == PASSED]
-    if code == "kernel-ended" and begun:
-        last = begun[-1]
+    started = [place for place, cell in enumerate(cells) if cell.status == PASSED]
+    if code == "kernel-ended" and started:
+        last = started[-1]
         return [*cells[:last], replace(cells[last], **failed), *cells[last + 1 :]]
     return [*cells, CellResult("the page as a whole", "", **failed)]
 
@@ -92,8 +94,10 @@ def _read_cell(cell, number, heading):
     timing = cell.metadata.get("papermill", {})
     seconds = timing.get("duration") or 0.0
     errors = [output for output in cell.outputs if output.output_type == "error"]
-    if not errors:  # papermill's own status is not reliable after a failure; a start time is
-        return CellResult(name, heading, PASSED if timing.get("start_time") else SKIPPED, seconds)
+    if not errors:
+        # After a failure, papermill's own status is not reliable, but its start time is.
+        status = PASSED if timing.get("start_time") else SKIPPED
+        return CellResult(name, heading, status, seconds)
     error = errors[0]
     lines = [COLORS.sub("", line) for line in error.traceback]
     code = ERROR_CODE.fullmatch(lines[-1]) if lines and error.ename == "CourseError" else None
@@ -109,16 +113,14 @@ def _read_cell(cell, number, heading):
 
 
 def make_junit(page: str, cells: list[CellResult], seconds: float) -> bytes:
-    """Return a page's cells as a junit file with one test suite, as Jenkins' schema junit-10.xsd has it."""
-    count = {
-        status: str(sum(cell.status == status for cell in cells)) for status in (FAILED, SKIPPED)
-    }
+    """Return a page's cells as a junit file with one test suite, which fits Jenkins' junit-10.xsd."""
+    statuses = [cell.status for cell in cells]
     suite = {
         "name": page,
         "tests": str(len(cells)),
-        "failures": count[FAILED],
+        "failures": str(statuses.count(FAILED)),
         "errors": "0",
-        "skipped": count[SKIPPED],
+        "skipped": str(statuses.count(SKIPPED)),
         "time": f"{seconds:.3f}",
     }
     root = ElementTree.Element("testsuites")
@@ -158,20 +160,17 @@ def make_json(
     run: dict | None,
     answers: list[dict],
 ) -> bytes:
-    """Return a page's results as JSON: its parameters, its cells' counts, its MLflow run's figures and its answers."""
-    error = next(
-        (
-            {
-                "code": cell.error_type,
-                "message": cell.message,
-                "cell": cell.name,
-                "heading": cell.heading,
-            }
-            for cell in cells
-            if cell.status == FAILED
-        ),
-        None,
-    )
+    """Return a page's results as JSON: parameters, counts of cells, the MLflow run and the answers."""
+    error = None
+    failed = [cell for cell in cells if cell.status == FAILED]
+    if failed:
+        error = {
+            "code": failed[0].error_type,
+            "message": failed[0].message,
+            "cell": failed[0].name,
+            "heading": failed[0].heading,
+        }
+    statuses = [cell.status for cell in cells]
     results = {
         "page": page,
         "status": FAILED if error else PASSED,
@@ -179,21 +178,16 @@ def make_json(
         "model": parameters.get("model"),
         "parameters": parameters,
         "duration": round(seconds, 3),
-        "cells": {
-            status: sum(cell.status == status for cell in cells)
-            for status in (PASSED, FAILED, SKIPPED)
-        },
+        "cells": {status: statuses.count(status) for status in (PASSED, FAILED, SKIPPED)},
         "run": run,
         "answers": answers,
     }
-    return (
-        json.dumps(_nan_to_none(results), indent=2, ensure_ascii=False, allow_nan=False).encode()
-        + b"\n"
-    )
+    text = json.dumps(_nan_to_none(results), indent=2, ensure_ascii=False, allow_nan=False)
+    return text.encode() + b"\n"
 
 
 def _nan_to_none(value):
-    """Return a value with None for NaN and infinities: MLflow takes them as metrics, and JSON has no such numbers."""
+    """Replace NaN and infinities by None: MLflow takes them as metrics, but JSON has no such numbers."""
     if isinstance(value, dict):
         return {key: _nan_to_none(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -202,41 +196,49 @@ def _nan_to_none(value):
 
 
 def read_run(run: object, client: object) -> dict:
-    """Return the figures of an ``mlflow.entities.Run`` for JSON, with the version that was registered from it."""
+    """Return an ``mlflow.entities.Run`` for JSON, with the model version that was registered from it."""
     versions = client.search_model_versions(f"run_id = '{run.info.run_id}'", max_results=1)
+    registered = None
+    if versions:
+        registered = {"name": versions[0].name, "version": int(versions[0].version)}
     return {
         "id": run.info.run_id,
         "name": run.info.run_name,
         "metrics": run.data.metrics,
         "params": run.data.params,
-        "registered": {"name": versions[0].name, "version": int(versions[0].version)}
-        if versions
-        else None,
+        "registered": registered,
     }
 
 
 @dataclass(frozen=True)
 class ResultFiles:
-    """The files for a page's results. One that is None is not written."""
+    """The paths of the files for a page's results. A file whose path is None is not written."""
 
     junit: Path | None = None
     json: Path | None = None
 
     def prepare(self) -> None:
-        """Make the folders and remove the files of an earlier run; CourseError where they cannot be written."""
+        """Create the folders and remove an earlier run's files.
+
+        Raises
+        ------
+        CourseError
+            A file cannot be written.
+        """
         for path in filter(None, (self.junit, self.json)):
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.unlink(missing_ok=True)
-                refused = not is_writable(path.parent)
-            # Such as a file where the folder should be, or a folder where the file should be.
-            except OSError:
-                refused = True
-            if refused:
+                writable = is_writable(path.parent)
+            except (
+                OSError
+            ):  # such as a file in place of the folder, or a folder in place of the file
+                writable = False
+            if not writable:
                 raise CourseError(
                     "results-not-writable",
-                    f"The file for the results, {path}, cannot be written.",
-                    "Name one in a folder that is yours; the page has not run yet.",
+                    f"The file for the results, {path}, cannot be written, so the page was not started.",
+                    "Name a file in a folder that you can write to.",
                 )
 
     def write(
@@ -248,14 +250,13 @@ class ResultFiles:
         answers: list[dict],
         failure: Exception | None = None,
     ) -> None:
-        """Write what the executed notebook says; CourseError where a disk refuses it."""
-        cells, seconds = [], 0.0
+        """Write the results of the executed notebook. Raises a CourseError if a file cannot be written."""
+        cells = []
+        seconds = 0.0
         if notebook.exists():
             executed = nbformat.read(notebook, as_version=4)
-            cells, seconds = (
-                read_cells(executed),
-                executed.metadata.get("papermill", {}).get("duration") or 0.0,
-            )
+            cells = read_cells(executed)
+            seconds = executed.metadata.get("papermill", {}).get("duration") or 0.0
         cells = mark_failure(cells, failure) if failure else cells
         contents = {
             self.junit: make_junit(page, cells, seconds),
@@ -268,6 +269,6 @@ class ResultFiles:
             except OSError as error:
                 raise CourseError(
                     "results-not-written",
-                    f"{page} ended, and its results could not be written to {path}: {error.strerror}.",
+                    f"{page} has run, but its results could not be written to {path}: {error.strerror}.",
                     f"The executed notebook, {page}.ipynb, and {page}.html are in {notebook.parent}.",
                 ) from None
