@@ -313,5 +313,7 @@ def print_page(execution: Execution) -> None:
     if execution.answers is None:
         print(f"  The run of this page has no {ANSWERS} with questions and answers.")
     speed = execution.run.data.metrics.get("tokens_per_second")
-    told = f"{speed:.0f} tokens per second" if speed else "the answer was too short to tell a speed"
-    print(f"  {told}; page: {execution.page}", flush=True)
+    shown = (
+        f"{speed:.0f} tokens per second" if speed else "the answer was too short to measure a speed"
+    )
+    print(f"  {shown}; page: {execution.page}", flush=True)

@@ -1,1 +1,1 @@
-"""What the cloud page uses: a cluster's work simulated, and its exercises."""
+"""What the Cloud page uses: a simulation of a cluster."""

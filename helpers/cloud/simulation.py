@@ -1,8 +1,8 @@
-"""Simulates a cluster that works off the tasks of a batch: what they take goes in, when they are done comes out.
+"""Simulates a cluster that runs the tasks of a batch.
 
-Executors take the next task as soon as they are free, as Spark's do. A slow one needs a multiple of
-the time for everything; a lost one takes its unfinished task back to the queue, and nothing else,
-because finished rows are written.
+An executor takes the next task as soon as it is free, as in Spark. A slow executor needs a multiple
+of the time. The unfinished task of a lost executor returns to the queue; its finished rows are
+written.
 """
 
 import heapq
@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 
 class Simulated(NamedTuple):
-    """What came of a batch: seconds until the last task ended, tasks done twice, and each executor's busy share."""
+    """The result: seconds until the last task ended, tasks that ran twice, and each executor's busy share."""
 
     seconds: float
     retried: int
@@ -26,33 +26,39 @@ def simulate(
     slow: Mapping[int, float] | None = None,
     lost: Mapping[int, float] | None = None,
 ) -> Simulated:
-    """Work off the tasks, in their order, and return when and how.
+    """Run the tasks in their order.
 
     Parameters
     ----------
     tasks : sequence of float
-        The seconds that each takes on an executor of the usual speed.
+        The seconds that each task takes on an executor of normal speed.
     executors : int
-        Each works on one task at a time.
+        How many there are; each runs one task at a time.
     start : float, optional
-        The seconds until an executor has its model and takes its first task.
+        Seconds until an executor has loaded its model and takes its first task.
     slow : mapping of int to float, optional
-        By the executor's number, how many times as long it takes for everything.
+        By an executor's number, the multiple of the time that it needs.
     lost : mapping of int to float, optional
-        By the executor's number, the second at which it is gone for good.
+        By an executor's number, the second at which it is lost.
 
     Raises
     ------
     ValueError
-        There is no executor, or all are lost before the tasks are done.
+        There is no executor, or all are lost before the last task ends.
     """
     if executors < 1:
         raise ValueError("There has to be an executor.")
-    slow, lost = slow or {}, lost or {}
-    left, retried, end, busy = list(reversed(tasks)), 0, 0.0, [0.0] * executors
-    free = [(start * slow.get(number, 1), number) for number in range(executors)]  # when, and who
+    slow = slow or {}
+    lost = lost or {}
+    left = list(reversed(tasks))
+    retried = 0
+    end = 0.0
+    busy = [0.0] * executors
+    free = [
+        (start * slow.get(number, 1), number) for number in range(executors)
+    ]  # the time and the number of each free executor
     heapq.heapify(free)
-    returned = []  # tasks of lost executors: when they are back, and their seconds
+    returned = []  # tasks of lost executors: the time of their return, and their seconds
     while left or returned:
         if not free:
             raise ValueError("All executors are lost, and tasks are left.")
@@ -64,7 +70,7 @@ def simulate(
             seconds = heapq.heappop(returned)[1]
         elif left:
             seconds = left.pop()
-        else:  # nothing to do until a lost one's task is back
+        else:  # wait until the task of a lost executor returns
             heapq.heappush(free, (returned[0][0], number))
             continue
         ended = now + seconds * slow.get(number, 1)
@@ -79,7 +85,7 @@ def simulate(
 
 
 def cut_tasks(seconds: Sequence[float], rows_per_task: int, seed: int = 0) -> list[float]:
-    """Return the seconds of each task: rows in random order, so many at a time."""
+    """Return the seconds of each task, for rows in random order with ``rows_per_task`` in each."""
     shuffled = list(seconds)
     random.Random(seed).shuffle(shuffled)
     return [

@@ -1,7 +1,7 @@
-"""Checks what a learner put in place of ``...``: prints PASS or one hint.
+"""Checks a learner's answers to the exercises of a page: prints PASS or one hint.
 
-Each page has a module here. A check takes its answers by name from the page. It returns what to
-look at, or nothing if all is well; it may raise whatever an answer makes it raise.
+Each page has a module here. A check is a function whose parameters are names of the page. It
+returns a hint, or None if the answers are right; an error that an answer raises becomes a hint.
 """
 
 import importlib
@@ -12,13 +12,15 @@ from collections.abc import Callable
 from IPython import get_ipython
 
 CHECKS: dict[str, Callable[..., str | None]] = {}
-DOTS = "put your own in place of the three dots after return, run that cell, then this one."
+NOT_WRITTEN = (
+    "write your own in place of the three dots after return, run that cell, then this one."
+)
 
 
 def check(name: str, answers: dict | None = None) -> bool:
-    """Print PASS or what to look at, and return whether the exercise is solved.
+    """Print PASS or a hint, and return whether the exercise is solved.
 
-    ``answers`` has them by name; left out, they are those of the page that asks.
+    ``answers`` has the answers by name; by default they are the variables of the page.
     """
     answers = get_ipython().user_ns if answers is None else answers
     hint = find_hint(name, answers)
@@ -35,27 +37,27 @@ def load_checks() -> dict[str, Callable[..., str | None]]:
 
 
 def find_hint(name: str, answers: dict) -> str | None:
-    """Return what to look at in the answers to an exercise; None where they are right."""
-    find = load_checks()[name]
-    needed = list(inspect.signature(find).parameters)
+    """Return a hint on the answers to an exercise; None if they are right."""
+    check_answers = load_checks()[name]
+    needed = list(inspect.signature(check_answers).parameters)
     for answer in needed:
         if answer not in answers:
             return f"there is no {answer} on this page. Run the cells above, from the top."
         if answers[answer] is ...:
-            return f"put your own in place of the three dots after {answer}, run that cell, then this one."
+            return f"write your own in place of the three dots after {answer}, run that cell, then this one."
     try:
-        return find(**{answer: answers[answer] for answer in needed})
-    except Exception as error:  # whatever a learner wrote: it is their code that runs here
+        return check_answers(**{answer: answers[answer] for answer in needed})
+    except Exception as error:  # this runs the learner's code, which may raise anything
         return f"your answer stops with {type(error).__name__}: {error}"
 
 
 def exercise(name: str) -> Callable:
-    """Put a check into CHECKS under its exercise's name."""
+    """Register a function in CHECKS as the check of an exercise."""
     return lambda function: CHECKS.setdefault(name, function)
 
 
 def surplus(answer, *known):
-    """Return a hint where an answer holds a field that its exercise does not need, and that may not go well."""
+    """Return a hint if an answer has a field other than the known ones; None if not."""
     return next(
         (
             f"leave {name} out: it is more than this exercise asks for."

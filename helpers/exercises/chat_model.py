@@ -3,7 +3,7 @@
 from jsonschema import Draft202012Validator
 from llguidance import LLMatcher
 
-from helpers.exercises import exercise, surplus
+from helpers.exercises import NOT_WRITTEN, exercise, surplus
 
 
 @exercise("seed")
@@ -14,8 +14,10 @@ def _(seeded, chat_model):
     if more := surplus(seeded, "temperature", "seed", "top_p", "top_k"):
         return more
     if not seeded.get("temperature"):
-        return "at a temperature of 0 there is no chance to repeat. Make it warm first."
-    return "a warm answer repeats itself only with a seed." if seeded.get("seed") is None else None
+        return "at a temperature of 0 an answer is never random. Set a temperature first."
+    return (
+        "a random answer repeats itself only with a seed." if seeded.get("seed") is None else None
+    )
 
 
 @exercise("pieces")
@@ -25,7 +27,7 @@ def _(read_piece):
 
     piece = read_piece(chunk({"content": "Ma"}))
     if piece is ...:
-        return "put your own in place of the three dots after return, run that cell, then this one."
+        return NOT_WRITTEN
     if not isinstance(piece, str):
         return f"a piece is text, and yours is of the type {type(piece).__name__}."
     if piece != "Ma":

@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 
-from helpers.exercises import DOTS, exercise
+from helpers.exercises import NOT_WRITTEN, exercise
 
 
 @exercise("reasons")
@@ -17,7 +17,7 @@ def _(count_reasons):
     )
     found = count_reasons(rows)
     if found is ...:
-        return DOTS
+        return NOT_WRITTEN
     if not isinstance(found, dict):
         return f"it returns a dict, and yours is of the type {type(found).__name__}: pandas has to_dict()."
     if "" in found:
@@ -34,7 +34,7 @@ def _(count_reasons):
 def _(estimate):
     found = estimate(1000, 0.5, 20, 10)
     if found is ...:
-        return DOTS
+        return NOT_WRITTEN
     if not isinstance(found, int | float):
         return f"it returns a number of seconds, and yours is of the type {type(found).__name__}."
     if math.isclose(found, 52):
@@ -58,7 +58,7 @@ def _(estimate):
 def _(choose_size):
     found = choose_size({20: 1.02, 200: 1.04, 1000: 1.1, 10_000: 4.0}, 1.1)
     if found is ...:
-        return DOTS
+        return NOT_WRITTEN
     if found == 20:
         return "it is the largest size that is good enough, and 20 is the smallest."
     if found == 200:
@@ -81,7 +81,7 @@ def _(choose_size):
 def _(count_copies):
     found = count_copies(9, 4, 1, 10)
     if found is ...:
-        return DOTS
+        return NOT_WRITTEN
     if found == 2:
         return "round up: with two copies, one of them has more than four waiting."
     if isinstance(found, float):

@@ -5,7 +5,7 @@ from mlflow.entities.model_registry import ModelVersion, ModelVersionTag
 from mlflow.exceptions import MlflowException
 from openai.types.chat import ChatCompletionChunk
 
-from helpers.exercises import DOTS, exercise
+from helpers.exercises import NOT_WRITTEN, exercise
 
 
 @exercise("roll back")
@@ -17,7 +17,7 @@ def _(find_former):
 
     former = find_former(version(9, model="tiny-phi3", replaced="4"))
     if former is ...:
-        return DOTS
+        return NOT_WRITTEN
     if str(former) == "8":
         return "the version before it by number need not be the one that it replaced: read the tag."
     if str(former) != "4":
@@ -31,7 +31,7 @@ def _(find_former):
 def _(ends_well):
     found = ends_well({"answer": "The capital of Spain is Madrid."})
     if found is ...:
-        return DOTS
+        return NOT_WRITTEN
     if found is not True:
         return f"an answer that ends with a full stop is True, and yours is {found!r}."
     for answer, expected in (
@@ -99,7 +99,7 @@ def _(read_stream):
     ]
     read = read_stream(chunks)
     if read is ...:
-        return DOTS
+        return NOT_WRITTEN
     if not isinstance(read, tuple) or len(read) != 2:
         return "it returns two things: return text, tokens."
     text, tokens = read
@@ -118,7 +118,7 @@ def _(read_stream):
 def _(find_outside):
     found = find_outside([5, 1, 2, 9, 8, 5], 2, 8)
     if found is ...:
-        return DOTS
+        return NOT_WRITTEN
     if not isinstance(found, list):
         return f"it returns a list of numbers, and yours is of the type {type(found).__name__}."
     if found == [1, 3]:
@@ -148,7 +148,7 @@ def _(pause):
     ]:
         found = pause(status, headers)
         if found is ...:
-            return DOTS
+            return NOT_WRITTEN
         if isinstance(found, str):
             return "a header is text, and nobody can sleep for a text: make a number of it, with float."
         if found != right or isinstance(found, bool):

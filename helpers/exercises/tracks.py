@@ -1,24 +1,26 @@
-"""Checks the exercise that both tracks have, and holds what they share."""
+"""Checks the exercise that both tracks have, and the settings that both ask for."""
 
 from helpers.exercises import exercise
 
 
 def settings_hint(settings, length):
-    """Return what is wrong with settings that should make an answer warm; ``length`` is the field that ends it."""
+    """Return a hint on settings that should make an answer random; ``length`` has the fields that limit its length."""
     if not isinstance(settings, dict):
         return 'the settings are a dict, such as {"do_sample": True}.'
     known = {"do_sample", "temperature", "top_p", "top_k", *length}
     if unknown := [name for name in settings if name not in known]:
         return f"{unknown[0]} is no setting here. Choose among: {', '.join(sorted(known))}."
     if settings.get("do_sample") is not True:
-        return "without do_sample=True the likeliest token is taken each time, whatever the temperature."
+        return "without do_sample=True the most probable token is taken each time, whatever the temperature."
     temperature = settings.get("temperature", 1.0)
     if (
         isinstance(temperature, bool)
         or not isinstance(temperature, int | float)
         or not 0 < temperature <= 2
     ):
-        return "the temperature is a number above 0, up to 2; 1.0 leaves the model's own odds."
+        return (
+            "the temperature is a number above 0, up to 2; 1.0 keeps the model's own probabilities."
+        )
     for name, most in (("top_p", 1), ("top_k", 100), *((name, 1000) for name in length)):
         value = settings.get(name, 1)
         if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= most:
@@ -42,9 +44,11 @@ def _(my_uri, version, client):
     except MlflowException as error:
         if error.error_code == "RESOURCE_DOES_NOT_EXIST":
             return f"{version.name} or its version was deleted. Run this page's cells from Register it on."
-        return f"the registry knows no alias mine of {version.name}. Call client.set_registered_model_alias."
+        return f"{version.name} has no alias mine in the registry. Call client.set_registered_model_alias."
     return (
         None
         if str(found) == str(version.version)
-        else (f"mine stands on version {found}, and this page's is {version.version}. Move it.")
+        else (
+            f"the alias mine is on version {found}, and this page's version is {version.version}. Move it."
+        )
     )

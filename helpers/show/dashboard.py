@@ -1,7 +1,7 @@
-"""Watches a server by its /metrics: two scrapes come in, the figures of the time between them come out.
+"""Computes a server's figures from scrapes of its /metrics, and shows them while a load runs.
 
-The arithmetic is Prometheus' own, small enough to read. `watch` shows it while it happens, as HTML
-without JavaScript that stays on the page as it was last, and as text.
+The arithmetic is that of Prometheus. `watch` shows the figures as HTML without JavaScript, which
+stays on the page, and as text.
 """
 
 import math
@@ -23,7 +23,7 @@ Samples = dict[tuple, float]  # by name and labels
 
 
 def read_metrics(text: str) -> Samples:
-    """Return each sample of a scrape under its name and its sorted labels."""
+    """Return the value of each sample of a scrape by its name and its sorted labels."""
     return {
         (sample.name, *sorted(sample.labels.items())): sample.value
         for family in text_string_to_metric_families(text)
@@ -32,13 +32,13 @@ def read_metrics(text: str) -> Samples:
 
 
 def scrape(address: str) -> Samples:
-    """Read a server's /metrics once. An httpx.HTTPError says that it did not answer."""
+    """Read a server's /metrics once. Raises httpx.HTTPError if it does not answer."""
     with _client(address) as http:
         return _scrape(http)
 
 
 def _client(address):
-    # No proxy would find this machine's servers.
+    # A proxy would not find this machine's servers.
     return httpx.Client(base_url=address, timeout=5, trust_env=False)
 
 
@@ -47,25 +47,27 @@ def _scrape(http):
 
 
 def increase(before: Samples, after: Samples) -> Samples:
-    """Return by how much each counter grew. After a restart of the server all of them began at 0.
+    """Return how much each counter grew between two scrapes. After a restart, counters begin at 0.
 
-    A restart shows by the time at which the process began; where the system does not tell it, by a
-    counter that fell.
+    A restart is seen by another start time of the process or, if the server does not report that, by
+    a counter that fell.
     """
-    grows = {
+    counters = {
         key: value
         for key, value in after.items()
         if key[0].endswith(("_total", "_bucket", "_count", "_sum"))
     }
-    begun = ("process_start_time_seconds",)
-    restarted = before.get(begun) != after.get(begun) or any(
-        value < before.get(key, 0) for key, value in grows.items()
+    start_time = ("process_start_time_seconds",)
+    restarted = before.get(start_time) != after.get(start_time) or any(
+        value < before.get(key, 0) for key, value in counters.items()
     )
-    return {key: value - (0 if restarted else before.get(key, 0)) for key, value in grows.items()}
+    return {
+        key: value - (0 if restarted else before.get(key, 0)) for key, value in counters.items()
+    }
 
 
 def add_increases(increases: list[Samples]) -> Samples:
-    """Return by how much each counter grew in all."""
+    """Return the sum of several increases of each counter."""
     total = {}
     for grown in increases:
         for key, value in grown.items():
@@ -74,52 +76,55 @@ def add_increases(increases: list[Samples]) -> Samples:
 
 
 def quantile(share: float, buckets: dict[float, float]) -> float:
-    """Return the value below which a share of a histogram's observations lies, as `histogram_quantile` estimates it.
+    """Return a quantile of a histogram, estimated as Prometheus' `histogram_quantile` does.
 
     Parameters
     ----------
     share : float
         From 0 to 1.
     buckets : dict
-        How many observations are at most as large as each bound; the last bound is infinite.
+        By each upper bound, how many observations are not larger; the last bound is infinite.
 
     Returns
     -------
     float
-        On a straight line inside its bucket. The highest finite bound where it lies beyond, nan
-        where there is nothing.
+        Interpolated linearly inside a bucket; the highest finite bound if it is larger; nan without
+        observations.
     """
     bounds = sorted(buckets)
     total = buckets[bounds[-1]] if bounds else 0
     if not total or bounds[-1] != math.inf or len(bounds) < 2:
         return math.nan
-    rank, low, below = share * total, 0.0, 0.0
+    rank = share * total
+    low = 0.0
+    below = 0.0
     for bound in bounds[:-1]:
         if buckets[bound] >= rank and buckets[bound] > below:
             return low + (bound - low) * (rank - below) / (buckets[bound] - below)
-        low, below = bound, buckets[bound]
+        low = bound
+        below = buckets[bound]
     return low
 
 
 @dataclass(frozen=True)
 class Figures:
-    """What a server did in a time, and how it stood at the end of it.
+    """What a server did in a period, and its state at the end.
 
     Attributes
     ----------
     seconds : float
     outcomes : dict
-        How many requests ended, by ``ok`` or an error's code.
+        How many requests ended, by ``ok`` or the error's code.
     prompt_tokens, completion_tokens : float
     answer_tokens : float
-        Of an answer, on average; nan where there was none.
+        The mean of an answer; nan without answers.
     request_seconds, first_token_seconds : dict
-        By share, such as 0.95; nan where there was none.
+        Quantiles by share, such as 0.95; nan without requests.
     running, waiting : float
     version : str
-        Empty where the server does not tell.
+        Empty if the server does not report it.
     failed_version : str
-        Of a version that did not load, else empty.
+        The version that did not load; empty without one.
     """
 
     seconds: float
@@ -141,14 +146,14 @@ class Figures:
 
     @property
     def refused_share(self) -> float:
-        """Which share of the requests was refused or failed; nan where there was none. Who left was not refused."""
-        left = self.outcomes.get("cancelled", 0)
-        answered = self.requests - left
+        """The share of requests that were refused or failed; nan without requests. Cancelled requests do not count."""
+        cancelled = self.outcomes.get("cancelled", 0)
+        answered = self.requests - cancelled
         return (answered - self.outcomes.get("ok", 0)) / answered if answered else math.nan
 
 
 def read_figures(grown: Samples, now: Samples, seconds: float) -> Figures:
-    """Return the figures of a time in which the counters grew so much; what a server does not tell is 0 or nan."""
+    """Return the figures of a period from the counters' increase; what a server does not report is 0 or nan."""
 
     def labelled(name, label):
         return {dict(key[1:])[label]: value for key, value in grown.items() if key[0] == name}
@@ -186,22 +191,18 @@ def read_figures(grown: Samples, now: Samples, seconds: float) -> Figures:
 
 
 class Dashboard:
-    """A server's figures over time: HTML with a small chart for each, and a text twin.
-
-    ``at`` and ``now`` of a scrape go in: seconds since the first, and its samples or None where
-    nobody answered.
-    """
+    """A server's figures over time, as HTML with a small chart for each, and as text."""
 
     def __init__(self, title: str, span: float = 5.0):
-        # A point of a chart tells of so many seconds before it.
-        self.title, self._span = title, span
+        self.title = title
+        self._span = span  # seconds before a point of a chart that count for it
         self._scrapes: list[tuple[float, Samples | None]] = []
         self._grown: list[Samples] = []
         self._known: Samples | None = None
         self.points: list[Figures | None] = []
 
     def add(self, at: float, now: Samples | None) -> None:
-        """Add a scrape."""
+        """Add a scrape: seconds since the first one, and its samples, None if the server did not answer."""
         self._grown.append(increase(self._known, now) if now and self._known is not None else {})
         self._known = self._known if now is None else now
         self._scrapes.append((at, now))
@@ -223,7 +224,7 @@ class Dashboard:
         )
 
     def rows(self) -> list[tuple[str, str, list[float]]]:
-        """Return for each figure its name, its value over the whole time, and its points."""
+        """Return for each figure its name, its value over the whole time, and the points of its chart."""
         whole = self.whole
 
         def points(read):
@@ -241,9 +242,8 @@ class Dashboard:
                 points(lambda point: read(point) / point.seconds),
             )
 
-        # A restart makes a gauge fall to 0 at once, so of these two the highest says more than the
-        # last.
-        tops = {
+        # A restart sets a gauge to 0 at once: the highest value says more than the last one.
+        gauges = {
             name: points(lambda point, name=name: getattr(point, name))
             for name in ("running", "waiting")
         }
@@ -259,7 +259,7 @@ class Dashboard:
                     f"{highest_of(values):.0f}".replace("nan", "-"),
                     values,
                 )
-                for name, values in tops.items()
+                for name, values in gauges.items()
             ),
             (
                 "refused or failed, share",
@@ -269,15 +269,16 @@ class Dashboard:
         ]
 
     def states(self) -> list[tuple[str, str]]:
-        """Return what is no number over time: who serves, and how requests ended."""
-        whole, away = self.whole, sum(now is None for _, now in self._scrapes)
+        """Return the rows without a chart: the version that serves, and how requests ended."""
+        whole = self.whole
+        failed_scrapes = sum(now is None for _, now in self._scrapes)
         serves = (
             f"version {whole.version or 'unknown'}" if self._scrapes[-1][1] else "nobody answers"
         )
         if whole.failed_version:
             serves += f"; version {whole.failed_version} did not load"
-        if away:
-            serves += f"; {away} of {len(self._scrapes)} looks had no answer"
+        if failed_scrapes:
+            serves += f"; {failed_scrapes} of {len(self._scrapes)} scrapes had no answer"
         ends = ", ".join(f"{outcome} {count}" for outcome, count in whole.outcomes.items())
         return [("serves", serves), ("requests ended", ends or "none")]
 
@@ -296,41 +297,39 @@ class Dashboard:
 
 
 def watch(address: str, work: Callable[[], Future], every: float = 0.25) -> tuple[Dashboard, Any]:
-    """Show a server's figures while something works; what is shown last stays on the page.
+    """Show a server's figures while some work runs; the last figures stay on the page.
 
     Parameters
     ----------
     address : str
-        Of the server, without ``/v1``.
+        The server's address, without ``/v1``.
     work : callable
-        Begins the work, such as `start_load`. It is called after the first look, so that nothing is
-        missed.
+        Starts the work, such as `start_load`. It is called after the first scrape, so that nothing
+        is missed.
     every : float
-        Seconds between two looks.
+        Seconds between two scrapes.
 
     Returns
     -------
     tuple of Dashboard and the work's result
     """
-    dashboard, start, handle, begun = (
-        Dashboard(f"The server at {address}"),
-        time.perf_counter(),
-        None,
-        None,
-    )
+    dashboard = Dashboard(f"The server at {address}")
+    start = time.perf_counter()
+    handle = None
+    running = None
     with _client(address) as http:
         while True:
-            finished = begun is not None and begun.done()
+            finished = running is not None and running.done()
             try:
                 now = _scrape(http)
             except httpx.HTTPError:
-                now = None  # that nobody answers is a figure, too
+                now = None  # the dashboard shows that the server did not answer
             dashboard.add(time.perf_counter() - start, now)
             if handle is None:
                 handle = display(dashboard, display_id=True)
             else:
                 handle.update(dashboard)
             if finished:
-                return dashboard, begun.result()
-            begun = begun or work()
+                return dashboard, running.result()
+            running = running or work()
             time.sleep(every)

@@ -1,20 +1,22 @@
-"""Draws values as an SVG line for a notebook, and as a line of bars for a terminal."""
+"""Draws values as an SVG line for a notebook, and as a row of text bars for a terminal."""
 
 import html
 import math
 
 
-def draw_svg(said: str, width: int, height: int, shapes: str) -> str:
-    """Return an SVG picture. ``said`` is what a screen reader says of it."""
+def draw_svg(description: str, width: int, height: int, shapes: str) -> str:
+    """Return an SVG picture. ``description`` is for screen readers."""
     return (
-        f'<svg role="img" aria-label="{html.escape(said)}" width="{width}" height="{height}" '
+        f'<svg role="img" aria-label="{html.escape(description)}" width="{width}" height="{height}" '
         f'viewBox="-1 0 {width + 2} {height}">{shapes}</svg>'
     )
 
 
 def draw_line(values: list[float], name: str) -> str:
-    """Return an SVG line over values from 0 up; nan leaves a gap. Its colour is the text's, dark or light."""
-    width, height, highest = 180, 24, highest_of(values)
+    """Return an SVG line for values from 0 up, in the colour of the text; nan leaves a gap."""
+    width = 180
+    height = 24
+    highest = highest_of(values)
     step = width / max(len(values) - 1, 1)
     points = [
         None
@@ -22,23 +24,24 @@ def draw_line(values: list[float], name: str) -> str:
         else (index * step, height - 1 - (height - 2) * value / (highest or 1))
         for index, value in enumerate(values)
     ]
-    path, before = "", None
+    path = ""
+    before = None
     for point in points:
         if point:
             path += f"{'L' if before else 'M'}{point[0]:.1f} {point[1]:.1f}" + (
                 "" if before else "h0.1"
             )
         before = point
-    said = f"{name}, over time" + ("" if math.isnan(highest) else f": at most {highest:.3g}")
+    description = f"{name}, over time" + ("" if math.isnan(highest) else f": at most {highest:.3g}")
     line = (
         f'<path d="{path}" fill="none" stroke="currentColor" stroke-width="1.5" '
         'stroke-linecap="round"/>'
     )
-    return draw_svg(said, width, height, line)
+    return draw_svg(description, width, height, line)
 
 
 def draw_bars(values: list[float]) -> str:
-    """Return a line of text bars, at most 40 characters: each shows the highest of its values."""
+    """Return a row of at most 40 text bars; each shows the highest of its values."""
     size = math.ceil(len(values) / 40) or 1
     groups = [highest_of(values[start : start + size]) for start in range(0, len(values), size)]
     highest = highest_of(groups)
@@ -49,5 +52,5 @@ def draw_bars(values: list[float]) -> str:
 
 
 def highest_of(values: list[float]) -> float:
-    """Return the highest of some values; nan where there is none."""
+    """Return the highest value that is not nan; nan if there is none."""
     return max((value for value in values if not math.isnan(value)), default=math.nan)

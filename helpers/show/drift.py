@@ -1,8 +1,8 @@
-"""Says when a figure leaves its band: the figures of windows come in, a band and a verdict for each come out.
+"""Detects when a figure drifts: learns a band from quiet windows, and judges later windows by it.
 
 The rule is that of the individuals chart of statistical process control (NIST/SEMATECH e-Handbook
 of Statistical Methods, 6.3.2.2): the mean of quiet windows, and 2.66 times their mean moving range
-on either side. That is three standard deviations where windows do not depend on each other.
+on either side. That is three standard deviations if the windows are independent.
 """
 
 import html
@@ -15,12 +15,12 @@ from helpers.errors import CourseError
 from helpers.show.drawing import draw_svg
 from helpers.show.tables import NO_MATHEMATICS, Table
 
-FEWEST = 6  # windows to learn from
+FEWEST = 6  # windows that a band can be learned from
 
 
 @dataclass(frozen=True)
 class Band:
-    """From where to where a figure lies while nothing changes, and its mean."""
+    """The range in which a figure stays while nothing changes, and its mean."""
 
     low: float
     middle: float
@@ -33,10 +33,10 @@ def learn_band(values: list[float], least: float) -> Band:
     Parameters
     ----------
     values : list of float
-        One of each window; nan where the window was empty, and that one teaches nothing.
+        One for each window; nan for an empty window, which is ignored.
     least : float
-        How far the band reaches at least on either side of its mean. Without it, a figure that
-        never changed would have no room at all.
+        The least half-width of the band. Without it, the band of a figure that never changed would
+        have no width.
 
     Raises
     ------
@@ -47,24 +47,28 @@ def learn_band(values: list[float], least: float) -> Band:
     if len(values) < FEWEST:
         raise CourseError(
             "few-windows",
-            f"A band was to be learned from {len(values)} windows.",
-            f"Take {FEWEST} or more in which something happened.",
+            f"{len(values)} windows are too few to learn a band from.",
+            f"Give {FEWEST} or more windows with requests.",
         )
     middle = statistics.fmean(values)
-    reach = max(2.66 * statistics.fmean(abs(b - a) for a, b in itertools.pairwise(values)), least)
-    return Band(max(middle - reach, 0.0), middle, middle + reach)
+    half_width = max(
+        2.66 * statistics.fmean(abs(b - a) for a, b in itertools.pairwise(values)), least
+    )
+    return Band(max(middle - half_width, 0.0), middle, middle + half_width)
 
 
 def judge(value: float, band: Band) -> str:
-    """Return ``inside``, ``above``, ``below`` or, for nan, ``empty``. A value on the line is inside."""
+    """Return ``inside``, ``above``, ``below`` or, for nan, ``empty``. A value on the edge is inside."""
     if math.isnan(value):
         return "empty"
-    return "above" if value > band.high else "below" if value < band.low else "inside"
+    if value > band.high:
+        return "above"
+    return "below" if value < band.low else "inside"
 
 
 @dataclass(frozen=True)
 class ControlChart:
-    """Values of windows against a band: HTML shows a chart, text a table. The first ``learned`` made the band."""
+    """Windows' values and a band: HTML shows a chart, text a table. The first ``learned`` windows made the band."""
 
     name: str
     values: tuple[float, ...]
@@ -85,7 +89,7 @@ class ControlChart:
 
     @property
     def caption(self) -> str:
-        """What there is to see, in words."""
+        """A description of the chart."""
         ends = (
             f"window {self.first_outside} leaves it"
             if self.first_outside
@@ -97,7 +101,9 @@ class ControlChart:
         )
 
     def _repr_html_(self) -> str:
-        width, height, edge = 420, 120, 8
+        width = 420
+        height = 120
+        edge = 8
         numbers = [value for value in self.values if not math.isnan(value)]
         top = max([*numbers, self.band.high]) or 1
         step = (width - 2 * edge) / max(len(self.values) - 1, 1)
@@ -109,7 +115,9 @@ class ControlChart:
         for index, value in enumerate(self.values):
             if not math.isnan(value):
                 out = judge(value, self.band) != "inside"
-                fill = "currentColor" if out else "none"  # a full dot: told apart without a colour
+                fill = (
+                    "currentColor" if out else "none"
+                )  # a filled dot differs from the others without colours
                 marks += (
                     f'<circle cx="{edge + index * step:.1f}" cy="{place(value):.1f}" r="{5 if out else 3}" '
                     f'fill="{fill}" stroke="currentColor"/>'
@@ -140,5 +148,5 @@ class ControlChart:
 
 
 def chart_drift(name: str, values: list[float], learned: int, least: float) -> ControlChart:
-    """Return a chart of a figure whose band is learned from its first windows; ``least`` is that of `learn_band`."""
+    """Return a chart of a figure whose band is learned from its first windows; see `learn_band` for ``least``."""
     return ControlChart(name, tuple(values), learn_band(list(values[:learned]), least), learned)

@@ -1,4 +1,4 @@
-"""A form that asks logged models: names and model URIs come in, a widget goes out, or a note where none can be used."""
+"""Shows a form in which the reader asks a logged model; without a live notebook, a note in its place."""
 
 import contextlib
 import gc
@@ -19,7 +19,7 @@ from helpers.errors import CourseError
 from helpers.show.tables import NO_MATHEMATICS, Table, show_table
 from helpers.states import check_model
 
-_SHOW_SECONDS = 0.1  # between two updates of the page: a browser cannot draw one for each token
+_UPDATE_SECONDS = 0.1  # between two updates of the answer: a browser cannot draw one for each token
 _NOTE = show_table(
     "Ask the models yourself",
     {
@@ -37,14 +37,14 @@ def show_playground(
     max_tokens: int,
     temperature: float,
 ) -> ipywidgets.VBox | Table:
-    """Return a form for the last line of a cell, or a note where nobody could press a button.
+    """Return a form for the last line of a cell; a note if nobody could press its buttons.
 
     ``models`` has the names that the form shows, each with a model URI or with a function that
-    returns a loaded ``mlflow.pyfunc.PyFuncModel``, the one that the page has at that time. A URI is
-    loaded when it is first asked, and dropped before another one is loaded or a form is made anew.
+    returns the page's loaded ``mlflow.pyfunc.PyFuncModel``. The model of a URI is loaded at its first
+    question, and dropped before another model is loaded or another form is made.
     """
-    # JupyterLab and VS Code tell the kernel that somebody could be asked for input; papermill,
-    # nbmake and nbconvert tell it that nobody could, and a program outside IPython has no kernel.
+    # JupyterLab and VS Code tell the kernel that it may ask for input; papermill, nbmake and nbconvert
+    # tell it that it may not, and a program outside IPython has no kernel.
     if not getattr(getattr(get_ipython(), "kernel", None), "_allow_stdin", False):
         return _NOTE
     _drop()
@@ -52,8 +52,9 @@ def show_playground(
 
 
 def kind_of(model: object) -> str:
-    """Return how a loaded model is asked: a ``stream`` or one piece for its ``messages``, or one for its ``prompt``."""
-    schema, base = model.metadata.get_input_schema(), PythonModel.predict_stream
+    """Return how a loaded model is asked: ``"stream"``, ``"messages"`` (without a stream) or ``"prompt"``."""
+    schema = model.metadata.get_input_schema()
+    base = PythonModel.predict_stream
     inputs = schema.input_names() if schema else []
     if "messages" in inputs:
         return (
@@ -78,7 +79,7 @@ def build_request(
     temperature: float,
     tokenizer: object = None,
 ) -> dict:
-    """Return the request for a kind of model. A ``prompt`` is made by the tokenizer's chat template."""
+    """Return the request for a kind of model (see kind_of). The tokenizer's chat template makes a ``prompt``."""
     messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
     messages.append({"role": "user", "content": question})
     settings = {"max_tokens": max_tokens, "temperature": temperature}
@@ -90,9 +91,9 @@ def build_request(
 
 
 def pieces(model: object, request: dict) -> Iterator[tuple[str, dict | list]]:
-    """Yield the pieces of an answer, each as its text and the response or chunk that it came in.
+    """Yield the pieces of an answer: the text, and the response or chunk that contains it.
 
-    Iterate in one thread. Closing the iterator ends the work of a model that streams.
+    Iterate in one thread. Closing the iterator stops a model that streams.
     """
     if "prompt" in request:
         response = model.predict({"prompt": request["prompt"]}, params=request["params"])
@@ -117,50 +118,54 @@ def _unwrap(model):
 
 
 def _tokenizer(uri):
-    from transformers import AutoTokenizer  # takes seconds to import, and only a prompt needs it
+    from transformers import (
+        AutoTokenizer,
+    )  # imported here because it takes seconds, and only a prompt needs it
 
     file = next(Path(mlflow.artifacts.download_artifacts(uri)).rglob("tokenizer_config.json"), None)
     if file is None:
         raise CourseError(
             "playground-tokenizer",
-            "The logged model has no tokenizer to make a prompt with.",
+            "The logged model has no tokenizer, which has to make the prompt.",
             "Choose a model that one of the course's pages has logged.",
         )
     return AutoTokenizer.from_pretrained(file.parent, trust_remote_code=False)
 
 
-# A URI and its model, or nothing: a second model may not fit into the memory beside the first.
-_held = {}
+# The model that is loaded, by its URI. Memory may be too small for a second one.
+_loaded = {}
 
 
 def _load(uri):
-    if uri not in _held:
+    if uri not in _loaded:
         check_model(uri)
         _drop()
-        _held[uri] = mlflow.pyfunc.load_model(uri)
-    return _held[uri]
+        _loaded[uri] = mlflow.pyfunc.load_model(uri)
+    return _loaded[uri]
 
 
 def _drop():
-    while _held:
-        python_model = _unwrap(_held.popitem()[1])
+    while _loaded:
+        python_model = _unwrap(_loaded.popitem()[1])
         if hasattr(python_model, "close"):
             python_model.close()
         del python_model
-        # MLflow holds on to the last one that a file of code has set.
+        # MLflow keeps a reference to the last model that was loaded from code.
         mlflow.models.set_model(PythonModel)
     gc.collect()
 
 
 class _Form(ipywidgets.VBox):
-    """The widgets. ``thread`` gets the latest answer: a callback on the kernel's main thread would block Stop."""
+    """The form's widgets. Answers are computed in ``thread``, because the kernel's main thread has to handle Stop."""
 
     def __init__(self, models, question, system_prompt, max_tokens, temperature):
         looks = {
             "style": {"description_width": "8em"},
             "layout": {"width": "100%", "max_width": "60em"},
         }
-        self.models, self.thread, self._stopped = models, None, threading.Event()
+        self.models = models
+        self.thread = None
+        self._stopped = threading.Event()
         self.model = ipywidgets.Dropdown(options=list(models), description="Logged model", **looks)
         self.fields = [
             ipywidgets.Textarea(question, description="Question", **looks),
@@ -175,7 +180,8 @@ class _Form(ipywidgets.VBox):
         self.generate = ipywidgets.Button(description="Generate", button_style="primary")
         self.stop = ipywidgets.Button(description="Stop", disabled=True)
         self.answer = ipywidgets.Textarea(description="Answer", rows=8, **looks)
-        self.status, self.raw = ipywidgets.HTML(), ipywidgets.HTML()
+        self.status = ipywidgets.HTML()
+        self.raw = ipywidgets.HTML()
         self.generate.on_click(self._start)
         self.stop.on_click(self._stop)
         super().__init__(
@@ -190,18 +196,19 @@ class _Form(ipywidgets.VBox):
         )
 
     def _repr_mimebundle_(self, **options):
-        # A page that is read without a kernel shows what stands beside the widget.
+        # A page without a kernel shows the note instead of the widget.
         note = {"text/html": _NOTE._repr_html_(), "text/plain": repr(_NOTE)}
         return super()._repr_mimebundle_(**options) | note
 
     def _start(self, _):
         values = [field.value for field in self.fields]
-        if self.generate.disabled:  # a second click was on its way
+        if self.generate.disabled:  # the second click of a double click
             return
         if not values[0].strip():
-            self._say("Write a question first.")
+            self._show_status("Write a question first.")
             return
-        self.generate.disabled, self.stop.disabled = True, False
+        self.generate.disabled = True
+        self.stop.disabled = False
         self._stopped.clear()
         self.thread = threading.Thread(
             target=self._run, args=(self.model.value, values), daemon=True
@@ -211,42 +218,49 @@ class _Form(ipywidgets.VBox):
     def _stop(self, _):
         self._stopped.set()
         self.stop.disabled = True
-        self._say("Stopping at the next piece of the answer.")
+        self._show_status("Stopping at the next piece of the answer.")
 
     def _run(self, name, values):
         try:
-            self._say(self._answer(name, values))
-        # Whatever it is, the reader gets a sentence, and the button back.
+            self._show_status(self._answer(name, values))
+        # Whatever it is, the reader sees a sentence, and can press the button again.
         except Exception as error:
             message = getattr(error, "message", "") or str(error)
             if not isinstance(error, mlflow.MlflowException | CourseError):
                 message = f"The model gave no answer: {type(error).__name__}: {message}"
-            self._say(message.strip().splitlines()[0])
+            self._show_status(message.strip().splitlines()[0])
         finally:
-            self.generate.disabled, self.stop.disabled = False, True
+            self.generate.disabled = False
+            self.stop.disabled = True
 
     def _answer(self, name, values):
-        """Show an answer as it comes, and return what there is to say of it."""
+        """Show an answer while it arrives, and return a sentence about its length and speed."""
         self.answer.value = self.raw.value = ""
-        self._say(f"Loading {name}.")
+        self._show_status(f"Loading {name}.")
         given = self.models[name]
         model = _load(given) if isinstance(given, str) else given()
-        kind, tokenizer = kind_of(model), None
+        kind = kind_of(model)
+        tokenizer = None
         if kind == "prompt":
             tokenizer = _tokenizer(
                 given if isinstance(given, str) else f"models:/{model.metadata.model_id}"
             )
         request = build_request(kind, *values, tokenizer)
         self.raw.value = _details("Raw request", request)
-        self._say(f"{name} is answering.")
-        text, raw, shown, started = "", [], -math.inf, time.perf_counter()
+        self._show_status(f"{name} is answering.")
+        text = ""
+        raw = []
+        shown = -math.inf  # when the answer was last updated
+        started = time.perf_counter()
         with contextlib.closing(pieces(model, request)) as answer:
             while not self._stopped.is_set() and (piece := next(answer, None)):
-                text, now = text + piece[0], time.perf_counter()
+                text += piece[0]
+                now = time.perf_counter()
                 raw.append(piece[1])
                 # A stream begins with a piece without text.
-                if piece[0] and now - shown >= _SHOW_SECONDS:
-                    self.answer.value, shown = text, now
+                if piece[0] and now - shown >= _UPDATE_SECONDS:
+                    self.answer.value = text
+                    shown = now
         seconds = time.perf_counter() - started
         self.answer.value = text
         self.raw.value += _details("Raw response", *raw)
@@ -261,19 +275,19 @@ class _Form(ipywidgets.VBox):
             f"{tokens} tokens in {seconds:.2f} seconds: {tokens / seconds:.1f} tokens per second."
         )
 
-    def _say(self, sentence):
+    def _show_status(self, sentence):
         self.status.value = f'<p role="status" {NO_MATHEMATICS}>{html.escape(sentence)}</p>'
 
 
 def _usage(raw):
-    """Return the tokens of an answer as its last object counts them, or None where no object has come or counts."""
+    """Return the number of an answer's tokens from the usage in its last object; None without a usage."""
     last = raw[-1] if raw else {}
     usage = (last[0] if isinstance(last, list) else last).get("usage")
     return usage and usage["completion_tokens"]
 
 
 def _details(title, *objects):
-    """Return objects as JSON behind a title that opens them: one over many lines, or many on a line each."""
+    """Return objects as JSON, folded under a title: one object over many lines, or several with a line each."""
     lines = [
         json.dumps(one, ensure_ascii=False, default=str, indent=2 if len(objects) == 1 else None)
         for one in objects

@@ -1,4 +1,4 @@
-"""Shows MLflow model signatures as tables: a model comes in, a row for each field goes out, nested ones too."""
+"""Shows an MLflow model's signature as a table with a row for each field, also for nested fields."""
 
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature, get_model_info
@@ -15,15 +15,14 @@ COLUMNS = ("Field", "Part", "Type", "Required", "Default")
 def show_signature(model: ModelSignature | ModelInfo | PyFuncModel | str) -> Table:
     """Return a table of a signature's inputs, outputs and parameters.
 
-    ``model`` is a signature, whatever has one, or the URI of a logged or registered model. In the
-    table, ``messages[].role`` is the field ``role`` of each element of ``messages``,
-    ``properties{}`` stands for every value of a map.
+    ``model`` is a signature, an object that has one, or the URI of a logged or registered model. In
+    the table, ``messages[].role`` is the field ``role`` of each element of ``messages``, and
+    ``properties{}`` is every value of a map.
 
     Raises
     ------
     CourseError
-        There is no such model, it was logged without a signature, or it is something else
-        altogether.
+        There is no such model, or it has no signature.
     """
     signature = find_signature(model)
     rows = []
@@ -62,8 +61,8 @@ def show_signature(model: ModelSignature | ModelInfo | PyFuncModel | str) -> Tab
 def compare_signatures(a, b, names: tuple[str, str] = ("first", "second")) -> Table:
     """Return a table of two signatures side by side, each given as for ``show_signature``.
 
-    ``names`` says what to call them. The table has one row per field of either, the first one's in
-    front. A dash stands where a signature lacks the field.
+    ``names`` are the headings of their columns. The table has a row for each field that either has,
+    first those of ``a``. A dash means that a signature does not have the field.
 
     Raises
     ------
@@ -83,13 +82,13 @@ def compare_signatures(a, b, names: tuple[str, str] = ("first", "second")) -> Ta
         (field, part, one.get((part, field), "-"), other.get((part, field), "-"))
         for part, field in dict.fromkeys([*one, *other])
     ]
-    # Stable: fields keep their order.
+    # The sort is stable: fields keep their order.
     rows.sort(key=lambda row: ("input", "output", "parameter").index(row[1]))
     return FoldedTable("Two signatures", ("Field", "Part", *names), tuple(rows))
 
 
 def find_signature(model) -> ModelSignature:
-    """Return the ModelSignature of whatever ``show_signature`` takes."""
+    """Return the ModelSignature of an argument of ``show_signature``."""
     if isinstance(model, str):
         try:
             model = get_model_info(model)
@@ -112,7 +111,7 @@ def find_signature(model) -> ModelSignature:
 
 
 def _fields(part, name, dtype, required, shape=None, default=""):
-    """Return the row of a field and, below it, those of the fields inside it."""
+    """Return the row of a field, followed by the rows of the fields inside it."""
     brackets = "[]" if shape else ""
     kind = "list of " if shape else ""
     while isinstance(dtype, Array | Map):

@@ -1,4 +1,4 @@
-"""Shows rows as a table, folded, with bars or over time, in HTML for a notebook and as text for a terminal."""
+"""Shows tables: plain, folded, with bars or with lines, in HTML for a notebook and as text for a terminal."""
 
 import html
 import re
@@ -6,20 +6,21 @@ from dataclasses import dataclass
 
 from helpers.show.drawing import draw_bars, draw_line
 
-# Neither JupyterLab nor an exported page may take what stands between two `$` for mathematics.
+# Without these classes, JupyterLab and an exported page read text between two `$` as mathematics.
 NO_MATHEMATICS = 'class="mathjax_ignore tex2jax_ignore"'
 
 
 @dataclass(frozen=True)
 class Table:
-    """A caption, column headings or none, and rows of text; the first cell of a row is its heading.
+    """A table of text: a caption, headings for the columns, and rows whose first cell is the row's heading.
 
     Attributes
     ----------
     caption : str
     columns : tuple of str
+        May be empty.
     rows : tuple of tuple of str
-        All of one length.
+        All rows have the same length.
     """
 
     caption: str
@@ -58,16 +59,18 @@ class Table:
 
 
 class FoldedTable(Table):
-    """A table of fields: those inside a field, such as ``messages[].role``, are folded below it.
+    """A table of fields, in which the fields inside a field, such as ``messages[].role``, are folded below it.
 
-    The rows of a field's fields follow its own.
+    Their rows follow the row of the outer field.
     """
 
     def _body(self):
-        body, rows = "", list(self.rows)
+        body = ""
+        rows = list(self.rows)
         while rows:
             top = rows.pop(0)
-            body, inside = body + _row(top), []
+            body += _row(top)
+            inside = []
             while rows and rows[0][0].startswith(tuple(f"{top[0]}{mark}" for mark in "[{.")):
                 inside.append(rows.pop(0))
             if inside:
@@ -80,7 +83,7 @@ class FoldedTable(Table):
 
 
 class BarTable(Table):
-    """A table whose last column is a length from 0 to 1, such as ``"0.25"``, and shown as a bar."""
+    """A table whose last column, a number from 0 to 1 such as ``"0.25"``, is shown as a bar."""
 
     def _body(self):
         bar = '<div style="width: {:.2%}; min-width: 1px; height: 0.8em; background: currentColor"></div>'
@@ -95,13 +98,13 @@ class BarTable(Table):
 
 
 class LineTable(Table):
-    """A table of three cells, the last a list of values over time. An empty list draws no line."""
+    """A table with three columns, the last a list of values over time, drawn as a line unless it is empty."""
 
     def _body(self):
         return "".join(
             _row(row[:-1], f'<td style="{_LEFT}">{draw_line(row[-1], row[0])}</td>')
             if row[-1]
-            else _row(row[:1], f'<td colspan="2" style="{_LEFT}">{_keep(row[1])}</td>')
+            else _row(row[:1], f'<td colspan="2" style="{_LEFT}">{_escape(row[1])}</td>')
             for row in self.rows
         )
 
@@ -110,7 +113,7 @@ class LineTable(Table):
         return repr(Table(self.caption, self.columns, rows))
 
 
-# The stages of an answer, by the name of their span: a word, a letter, and how dark their bar is.
+# The stages of an answer, by the name of their span: a word, a letter, and the opacity of the bar.
 STAGES = {
     "wait": ("waiting", ".", 0.15),
     "prefill": ("reading", "r", 0.5),
@@ -120,9 +123,9 @@ TEXT_WIDTH = 60  # characters
 
 
 class Timeline(Table):
-    """A table of callers, each with the stages of its answer: a name of STAGES, its begin and its end, from 0 to 1.
+    """A table of callers with the stages of their answers: a name of STAGES, its begin and its end, from 0 to 1.
 
-    HTML shows bars, text a line of letters for each caller.
+    HTML shows bars, and text a line of letters for each caller.
     """
 
     def _title(self):
@@ -171,12 +174,12 @@ _LEFT = "text-align: left; vertical-align: top"
 
 
 def _row(row, more=""):
-    cells = "".join(f'<td style="{_LEFT}">{_keep(cell)}</td>' for cell in row[1:])
-    return f'<tr><th scope="row" style="{_LEFT}">{_keep(row[0])}</th>{cells}{more}</tr>'
+    cells = "".join(f'<td style="{_LEFT}">{_escape(cell)}</td>' for cell in row[1:])
+    return f'<tr><th scope="row" style="{_LEFT}">{_escape(row[0])}</th>{cells}{more}</tr>'
 
 
-def _keep(text):
-    """Escape text, and keep its line breaks and leading spaces visible; an address becomes a link."""
+def _escape(text):
+    """Return text as HTML with its line breaks and spaces; an address becomes a link."""
     shown = html.escape(text)
     if re.fullmatch(r"https?://\S+", text):
         shown = f'<a href="{shown}" target="_blank" rel="noopener">{shown}</a>'
@@ -184,9 +187,9 @@ def _keep(text):
 
 
 def show_table(caption: str, rows: dict | list[tuple], columns: tuple = ()) -> Table:
-    """Return a table for the last line of a cell: a notebook renders it as HTML, ``print`` as text.
+    """Return a table for the last line of a cell: a notebook shows it as HTML, ``print`` as text.
 
-    A dict gives two columns, its keys and its values, and needs no headings in ``columns``.
+    A dict becomes two columns, its keys and its values; ``columns`` may then be empty.
     """
     pairs = rows.items() if isinstance(rows, dict) else rows
     return Table(caption, tuple(columns), tuple(tuple(str(cell) for cell in row) for row in pairs))

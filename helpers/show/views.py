@@ -1,4 +1,4 @@
-"""Shows what a table alone cannot: a text as tokens, a folder, figures of runs side by side, callers over time."""
+"""Shows a text as tokens, the files of a logged model, figures side by side, and answers over time."""
 
 import html
 import math
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from helpers.show.tables import NO_MATHEMATICS, STAGES, BarTable, Table, Timeline
 
-# What each file of a logged model is for, by the end of its name.
+# The purpose of each file of a logged model, by the end of its name.
 FILES = {
     "MLmodel": "how to load it: flavors, signature, versions",
     "requirements.txt": "what pip has to install",
@@ -32,7 +32,7 @@ FILES = {
     ".onnx.data": "the weights of that graph",
     ".py": "the wrapper, as source",
 }
-# What `measure` returns: what to call it, how to write it, and which one is better.
+# For each figure of `measure`: its name, its format, its scale, and which bar is better.
 FIGURES = {
     "load_seconds": ("load", "{:.2f} s", 1, "shorter"),
     "first_token_seconds": ("first token", "{:.2f} s", 1, "shorter"),
@@ -44,7 +44,7 @@ FIGURES = {
 
 @dataclass(frozen=True)
 class Tokens:
-    """The tokens of a text: number, piece of text, and whether it is markup. HTML shows boxes, text a table."""
+    """The tokens of a text: number, text, and whether it is markup. HTML shows boxes, and text a table."""
 
     rows: tuple[tuple[int, str, bool], ...]
 
@@ -69,9 +69,9 @@ class Tokens:
 
 
 def show_tokens(tokenizer, text: str) -> Tokens:
-    """Return a text cut into the tokens of a Hugging Face tokenizer, markup told apart.
+    """Return the tokens of a text by a Hugging Face tokenizer, with markup marked.
 
-    A space is shown as ``␣`` and a line's end as ``⏎``; ``�`` is a piece of a letter.
+    A space is shown as ``␣`` and a line break as ``⏎``; ``�`` is a part of a letter.
     """
     markup = set(tokenizer.get_added_vocab().values())
     visible = str.maketrans({" ": "␣", "\n": "⏎", "\r": "⏎", "\t": "⇥"})
@@ -84,7 +84,7 @@ def show_tokens(tokenizer, text: str) -> Tokens:
 
 
 def show_folder(folder: Path | str) -> Table:
-    """Return a table of a logged model's files: path, size in bytes, and what each one is for."""
+    """Return a table of a logged model's files: path, size in bytes, purpose."""
     files = sorted(
         (path for path in Path(folder).rglob("*") if path.is_file()),
         key=lambda path: (len(path.relative_to(folder).parts), path.name),
@@ -109,15 +109,14 @@ def compare_figures(figures: dict[str, dict[str, float]]) -> BarTable:
     Parameters
     ----------
     figures : dict
-        What ``measure`` returned, by the page's name. A figure that is not there, or no number, has
-        no bar.
+        What ``measure`` returned, by the page's name. A missing figure has no bar.
     """
     rows = []
     for figure, (what, form, scale, better) in FIGURES.items():
         values = {
             page: measured[figure]
             for page, measured in figures.items()
-            # MLflow keeps that for infinity.
+            # MLflow stores infinity as the largest float.
             if 0 <= measured.get(figure, math.nan) < sys.float_info.max
         }
         longest = max(values.values(), default=0) or 1
@@ -132,7 +131,7 @@ def compare_figures(figures: dict[str, dict[str, float]]) -> BarTable:
         ]
         if figure == "tokens_per_second":
             rows += [
-                (what, page, "the answer was too short to tell", "0")
+                (what, page, "the answer was too short to measure", "0")
                 for page, measured in figures.items()
                 if "first_token_seconds" in measured and figure not in measured
             ]
@@ -140,14 +139,14 @@ def compare_figures(figures: dict[str, dict[str, float]]) -> BarTable:
 
 
 def show_timeline(caption: str, traces: dict[str, list]) -> Timeline:
-    """Return a picture of how long the chat model's answers waited, were read and were written.
+    """Return a picture of how long the chat model's requests waited, were read and were answered.
 
     Parameters
     ----------
     caption : str
         What the picture shows.
     traces : dict
-        The spans of each caller's trace, by the caller's name. Those named wait, prefill and decode
+        The spans of each caller's trace, by the caller's name. The spans wait, prefill and decode
         are shown.
     """
     shown = {

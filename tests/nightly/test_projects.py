@@ -28,7 +28,7 @@ def executed() -> Executed:
 
 def test_mlflow_run_runs_operations_on_the_other_track_with_its_exercises_open(executed):
     assert_clean(executed)
-    assert "Not yet: put your own" in executed.file(".ipynb").read_text(encoding="utf-8")
+    assert "Not yet: write your own" in executed.file(".ipynb").read_text(encoding="utf-8")
     aliases = mlflow.MlflowClient(executed.store).get_registered_model("slm-transformers").aliases
     assert {alias: int(version) for alias, version in aliases.items()} == {
         "champion": 1,

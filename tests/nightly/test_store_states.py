@@ -373,7 +373,10 @@ def test_a_command_prints_its_own_pages_answers_whatever_became_of_the_run(
 @pytest.mark.parametrize(
     ("sql", "says"),
     [
-        ("DELETE FROM latest_metrics WHERE key = 'tokens_per_second'", "too short to tell a speed"),
+        (
+            "DELETE FROM latest_metrics WHERE key = 'tokens_per_second'",
+            "too short to measure a speed",
+        ),
         ("DELETE FROM tags WHERE key = 'course.execution'", "not in the store"),
     ],
 )

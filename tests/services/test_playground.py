@@ -240,7 +240,7 @@ def test_stop_before_the_first_piece_asks_nothing(uris, make, monkeypatch, kind)
     # The request stands there, the answer does not.
     form.raw.observe(lambda change: form.stop.click(), "value")
     assert press(form).startswith("Stopped after ")
-    (model,) = MODULE._held.values()
+    (model,) = MODULE._loaded.values()
     for name in ("predict", "predict_stream"):
         monkeypatch.setattr(model, name, lambda *values, **params: pytest.fail("it was asked"))
     assert press(form).startswith("Stopped after ")
@@ -331,7 +331,7 @@ def test_a_model_of_a_uri_is_loaded_once_and_the_former_one_is_gone_before(make,
 def test_mlflow_itself_holds_no_model_that_was_dropped(uris, make):
     form = make({"m": uris("prompt")})
     press(form)
-    (model,) = MODULE._held.values()
+    (model,) = MODULE._loaded.values()
     inside = weakref.ref(model.unwrap_python_model())
     del model
     MODULE._drop()

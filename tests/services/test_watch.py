@@ -198,7 +198,7 @@ def test_a_dashboard_counts_over_a_restart_and_says_that_nobody_answered():
     assert dashboard.whole.requests == 4 + 3 + 2
     assert [point and point.requests for point in dashboard.points] == [4, None, None, 3, 2]
     assert dict(dashboard.states()) == {
-        "serves": "version 2; 2 of 6 looks had no answer",
+        "serves": "version 2; 2 of 6 scrapes had no answer",
         "requests ended": "ok 9",
     }
     rows = {name: (value, points) for name, value, points in dashboard.rows()}
@@ -480,4 +480,4 @@ def test_nobody_who_answers_is_a_figure_and_no_error():
     done.set_result("done")
     dashboard, result = watch(gone, lambda: done, every=0)
     assert (result, dashboard.points) == ("done", [None])
-    assert dict(dashboard.states())["serves"] == "nobody answers; 2 of 2 looks had no answer"
+    assert dict(dashboard.states())["serves"] == "nobody answers; 2 of 2 scrapes had no answer"

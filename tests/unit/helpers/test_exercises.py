@@ -275,7 +275,7 @@ def test_a_check_passes_the_solution_and_not_the_untouched_cell(page, number, ca
             "Move it",
         ),
         ("alias", "my_uri = version", "models:/NAME"),
-        ("seed", "seeded = {'seed': 7}", "Make it warm"),
+        ("seed", "seeded = {'seed': 7}", "Set a temperature first"),
         ("seed", "seeded = {'temperature': 1.0}", "only with a seed"),
         ("seed", "seeded = {'temperature': 1.0, 'seed': '7'}", "seed has to be"),
         ("seed", "seeded = {'temperature': 3, 'seed': 7}", "temperature has to be"),

@@ -135,7 +135,7 @@ def test_a_speed_that_nobody_could_tell_is_said_to_be_none_and_no_number_has_a_b
         ("A", "0.01 s"),
         ("B", "0.02 s"),
         ("B", "40.0 tokens per second"),
-        ("A", "the answer was too short to tell"),
+        ("A", "the answer was too short to measure"),
     ]
     assert html_of(shown).select("td > div")[-1]["style"].startswith("width: 0.00%")
 

@@ -99,7 +99,7 @@ def test_a_command_prints_its_own_pages_answers_whatever_became_of_the_run(stand
     client.set_tag(stand.run_id, EXECUTION_TAG, "mine")
     assert printed() == (
         "  The run of this page has no answers.csv with questions and answers.\n"
-        "  the answer was too short to tell a speed; page: page.html\n"
+        "  the answer was too short to measure a speed; page: page.html\n"
     )
     client.log_text(stand.run_id, "question,answer\n1,042\nWho?,I and\n", "answers.csv")
     client.log_metric(stand.run_id, "tokens_per_second", 10.4)

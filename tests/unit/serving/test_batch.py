@@ -185,8 +185,8 @@ def test_a_model_that_answers_too_few_is_no_answer():
 @pytest.mark.parametrize(
     "error, what, named",
     [
-        ("java.io.IOException: No space left on device\n at x", "A disk is full.", "Make room"),
-        ("OSError: [Errno 122] Disk quota exceeded", "A disk is full.", "Make room"),
+        ("java.io.IOException: No space left on device\n at x", "A disk is full.", "Free space"),
+        ("OSError: [Errno 122] Disk quota exceeded", "A disk is full.", "Free space"),
         (
             "ExecutorLostFailure: Command exited with code 137",
             "A worker ran out of memory.",
@@ -204,7 +204,7 @@ def test_a_model_that_answers_too_few_is_no_answer():
         ),
         (
             "o1.parquet: SparkException: Python worker exited unexpectedly (crashed)",
-            "A worker's Python was ended",
+            "A worker's Python process was ended",
             "spark.executor.pyspark.memory",
         ),
         (
@@ -234,8 +234,8 @@ def test_a_model_that_answers_too_few_is_no_answer():
         ),
         (
             "[PYTHON_VERSION_MISMATCH] Python in worker",
-            "The workers' Python is of another",
-            "same version",
+            "The workers' Python has another version",
+            "of this version",
         ),
         (
             "Connection refused: the artifact store",
@@ -267,7 +267,7 @@ def test_a_model_that_answers_too_few_is_no_answer():
             "[FAILED_READ_FILE.CANNOT_READ_FILE_FOOTER] Encountered error while reading file "
             "file:///a/README.md. Could not",
             "Spark can't read the file file:///a/README.md.",
-            "take it out",
+            "remove it",
         ),
         (
             "[FAILED_READ_FILE.PARQUET_COLUMN_DATA_TYPE_MISMATCH] Encountered error while reading file "
@@ -279,19 +279,19 @@ def test_a_model_that_answers_too_few_is_no_answer():
         (
             "Caused by: java.lang.RuntimeException: file:/a b/c.parquet is not a Parquet file. Expected magic number",
             "Spark can't read the file file:/a b/c.parquet.",
-            "take it out",
+            "remove it",
         ),
         (
             "[PARQUET_TYPE_ILLEGAL] Illegal Parquet type: INT64 (TIMESTAMP(NANOS,false)). SQLSTATE: 42846",
-            "The input has a column of a type that Spark can't read: INT64 (TIMESTAMP(NANOS,false)).",
+            "Spark can't read the type of one of the input's columns: INT64 (TIMESTAMP(NANOS,false)).",
             "microseconds",
         ),
         (
             "\nSomething else.\n at y",
             "The job failed: Something else.",
-            "goes on with the rows that are missing",
+            "answers the rows that are missing",
         ),
-        ("", "The job failed: Spark gives no reason.", "goes on"),
+        ("", "The job failed: Spark gives no reason.", "answers the rows"),
     ],
 )
 def test_a_failure_of_spark_is_two_sentences(error, what, named):
@@ -343,9 +343,9 @@ def java(folder, said):
     "version, what",
     [
         ("17.0.1", None),
-        ("1.8.0_381", "this one is 8"),
-        ("11.0.2", "this one is 11"),
-        ("", "of no known version"),
+        ("1.8.0_381", "version is 8"),
+        ("11.0.2", "version is 11"),
+        ("", "version is unknown"),
     ],
 )
 def test_a_java_that_is_too_old_is_refused(version, what, tmp_path, monkeypatch):
@@ -367,7 +367,7 @@ def test_windows_itself_is_refused_before_anything_is_started(monkeypatch):
 
 def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyspark", None)  # as if it were not installed
-    with pytest.raises(batch_cluster.BatchError, match="This Python has no Spark"):
+    with pytest.raises(batch_cluster.BatchError, match="This Python has no pyspark"):
         batch_cluster.check_installation()
     monkeypatch.delitem(sys.modules, "pyspark")
     (tmp_path / "pyspark").mkdir()
@@ -377,7 +377,7 @@ def test_no_spark_and_no_java_are_refused(tmp_path, monkeypatch):
         batch_cluster.check_installation()
     monkeypatch.delenv("JAVA_HOME")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(batch_cluster.BatchError, match="there is none"):
+    with pytest.raises(batch_cluster.BatchError, match="none on the PATH"):
         batch_cluster.check_installation()
 
 
@@ -438,7 +438,7 @@ def test_words_that_are_no_command_are_refused(words, capsys):
 
 
 def test_settings_have_a_name_and_a_value():
-    with pytest.raises(batch_cluster.BatchError, match="no NAME=VALUE"):
+    with pytest.raises(batch_cluster.BatchError, match="the form NAME=VALUE"):
         batch_cluster.spark_config("spark://127.0.0.1:1", ["spark.executor.memory"])
 
 
