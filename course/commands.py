@@ -572,7 +572,7 @@ COMMANDS = {
     ),
     "doctor": Command("say what this machine can run", _doctor, needs="nothing"),
     "generate": Command(
-        "write environment.yml, constraints.txt and the documents' tables anew",
+        "write environment.yml, constraints.txt and the documents' tables",
         _generate,
         (_generate_options,),
         needs="tests",

@@ -135,7 +135,7 @@ def environment_yml() -> str:
 
 
 def with_tables(text: str) -> str:
-    """Return a document's text with its tables generated anew."""
+    """Return a document's text with its tables generated again."""
     runs = read_runs()
     tables = {
         "summary": summary_table(runs),

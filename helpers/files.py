@@ -1,4 +1,4 @@
-"""Looks at single files and folders: hashes, safe names, whether a folder takes files, one bar, one lock."""
+"""Small functions for files and folders: hashes, safe names, a test for write access, a progress bar, a lock."""
 
 import contextlib
 import errno
@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-# What the disk or its owner refuses, which is no fault of whoever sent the file.
+# Error numbers of a full disk, and of files that cannot be written.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -36,7 +36,7 @@ def folder_bytes(folder: Path | str) -> int:
 
 
 def is_plain(name: str) -> bool:
-    """Tell whether a relative name stays inside its folder, on every system: no drive, no stream, no way up."""
+    """Tell whether a relative name stays inside its folder on every system: no drive, no stream, no ``..``."""
     return (
         name.isprintable()
         and not re.search(r"[\\:]", name)
@@ -48,7 +48,7 @@ def is_plain(name: str) -> bool:
 
 
 def is_writable(folder: Path) -> bool:
-    """Tell whether files can be made in ``folder``. os.access is not asked: it says yes to root."""
+    """Tell whether files can be made in ``folder``. (os.access is always true for root.)"""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
@@ -59,28 +59,28 @@ def is_writable(folder: Path) -> bool:
 
 
 def progress_bar(title: str, total: int) -> Any:
-    """Return a tqdm bar on stdout: a notebook paints stderr red.
+    """Return a tqdm bar on stdout, because a notebook shows stderr in red.
 
-    It is painted twice a second, not at every byte. Where nothing is painted over, such as in a
-    file or the log of a CI job, it is printed when the step begins and when it ends.
+    It is updated twice a second. In a file or the log of a CI job, which cannot be updated, it is
+    printed at the start and at the end.
     """
-    from tqdm import tqdm  # set-up reads this module before there is one
+    from tqdm import tqdm  # set-up imports this module before tqdm is installed
 
-    paints = sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
+    updates = sys.stdout.isatty() or type(sys.stdout).__module__.startswith("ipykernel")
     return tqdm(
         desc=title,
         total=total,
         file=sys.stdout,
-        mininterval=0.5 if paints else float("inf"),
+        mininterval=0.5 if updates else float("inf"),
         bar_format="{desc}: {percentage:3.0f}%|{bar:30}| {elapsed}",
     )
 
 
 @contextlib.contextmanager
 def locked(folder: Path, on_busy: Callable[[], None]) -> Iterator[None]:
-    """Hold ``folder/.lock`` against other processes. Where one has it, call ``on_busy``, then wait for it.
+    """Hold the lock ``folder/.lock``. If another process holds it, call ``on_busy``, then wait.
 
-    ``on_busy`` prints that somebody waits, or raises where nobody should.
+    ``on_busy`` tells the user that this process waits, or raises an error.
     """
     from filelock import FileLock, Timeout
 

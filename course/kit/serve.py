@@ -92,7 +92,11 @@ def check(address: str) -> int:
     for problem in problems:
         print(f"FAIL  {problem}")
     if problems:
-        fix = "Tell whoever serves it." if kit.is_url else "Build it again, with the same command."
+        fix = (
+            "Tell the person who serves it."
+            if kit.is_url
+            else "Build it again, with the same command."
+        )
         print(f"{len(problems)} of {len(kit.files)} files are not as they were built. {fix}")
     else:
         print(f"All {len(kit.files)} files are as they were built.")

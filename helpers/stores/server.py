@@ -38,13 +38,13 @@ REFUSALS = (
         "is_store",
         "old-server",
         "The tracking server {0} is older than MLflow 3, which the course's models need.",
-        "Ask whoever runs it for MLflow 3, or leave tracking_uri empty for the course's own store.",
+        "Ask its administrator for MLflow 3, or leave tracking_uri empty for the course's own store.",
     ),
     (
         "RetryError|\\b5\\d\\d\\b",
         "out-of-order",
         "The tracking server {0} has an internal error.",
-        "Ask whoever runs it, or run this again later.",
+        "Ask its administrator, or run this again later.",
     ),
     (
         "Connection|Timeout|Invalid|LocationParse",

@@ -45,7 +45,7 @@ def test_check_names_a_file_that_is_not_as_it_was_built(small, over_http, capsys
     printed = capsys.readouterr().out
     assert f"FAIL  {name} is not as it was built." in printed
     assert printed.count("FAIL") == 1
-    assert ("Tell whoever serves it" if over_http else "Build it again") in printed
+    assert ("Tell the person who serves it" if over_http else "Build it again") in printed
 
 
 def test_the_server_gives_the_files_of_the_folder_and_none_outside(small, tmp_path):
