@@ -48,7 +48,7 @@ def is_plain(name: str) -> bool:
 
 
 def is_writable(folder: Path) -> bool:
-    """Tell whether files can be made in ``folder``. (os.access is always true for root.)"""
+    """Tell whether files can be made in ``folder``. os.access is always true for root."""
     try:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
