@@ -51,12 +51,22 @@ SHIPPED_FILES = (*SHARED_FILES, "batch_model.py")
 
 
 class Report(NamedTuple):
-    """What came of a run.
+    """The counts of a finished run.
 
-    ``rows`` are those of the input, ``kept`` those that were in the output already, errors included.
-    ``failed`` counts the rows with an error, and ``errors`` how often each of the 20 most frequent
-    reasons occurred. ``cut`` counts the answers that max_tokens ended, ``retried`` the tasks that
-    failed and that Spark tried again.
+    Attributes
+    ----------
+    rows : int
+        Rows of the input.
+    kept : int
+        Rows that an earlier run has answered, errors included.
+    failed : int
+        Rows with an error.
+    errors : dict of str to int
+        The 20 most frequent reasons, and how often each occurred.
+    cut : int
+        Answers that max_tokens ended.
+    retried : int
+        Tasks that failed and that Spark tried again.
     """
 
     rows: int
@@ -70,7 +80,7 @@ class Report(NamedTuple):
 def resolve_alias(uri: str) -> str:
     """Replace the alias in a model's URI by the version that it points to now.
 
-    So a later run of the same command knows whether it has the same model.
+    The output's settings keep the version: a later run can tell whether the alias has moved.
     """
     if not uri.startswith("models:/"):
         return uri
@@ -79,7 +89,7 @@ def resolve_alias(uri: str) -> str:
         _, _, number = name.partition("/")
         if number and not number.isdigit():
             raise BatchError(
-                f"{uri} has neither a version's number nor an alias.",
+                f"{uri} names neither a version nor an alias.",
                 "Correct --model, such as models:/NAME/3 or models:/NAME@ALIAS.",
             )
         return uri
@@ -92,7 +102,7 @@ def resolve_alias(uri: str) -> str:
                 "Start it, or correct the variable.",
             ) from None
         raise BatchError(
-            f"There is no model {name} whose alias {alias} points to a version.",
+            f"The registry has no model {name} with the alias {alias}.",
             "Register one and set its alias, or correct --model and MLFLOW_TRACKING_URI.",
         ) from None
     return f"models:/{name}/{version}"
@@ -101,7 +111,7 @@ def resolve_alias(uri: str) -> str:
 def wrap_model(uri: str, folder: Path, config: dict) -> Path:
     """Save a `BatchModel` around a model, with the code that it needs on a worker.
 
-    The code has a package name of its own, as the model may have brought a package ``serving``.
+    The code gets its own package name, because the model may bring a package ``serving``.
     """
     sources = [Path(__file__).with_name(name) for name in SHIPPED_FILES]
     code = copy_package(sources, folder.with_name("code"), "batch", "batch_model", "BatchModel")
@@ -109,8 +119,8 @@ def wrap_model(uri: str, folder: Path, config: dict) -> Path:
         signature = mlflow.models.get_model_info(uri).signature
         if signature and "messages" not in signature.inputs.input_names():
             raise BatchError(
-                f"{uri} does not take the chat contract: it has no messages.",
-                "Take a model that does, for example --model models:/slm-onnx@champion.",
+                f"{uri} is not a chat model: its signature has no messages.",
+                "Name a chat model, such as --model models:/slm-onnx@champion.",
             )
         with warnings.catch_warnings():
             # The model has no type hints and no input example, because only Spark calls it.
@@ -171,12 +181,12 @@ def read_input(spark: Any, path: str, prompt_column: str) -> tuple[Any, int]:
     except Exception as error:  # from Java
         if "PATH_NOT_FOUND" in str(error):
             raise BatchError(
-                f"{path} is not there.", "Correct the first argument, the input."
+                f"{path} does not exist.", "Correct the first argument, the input."
             ) from None
         reason = to_batch_error(error)
         if reason.what.startswith("The job failed"):
             reason = BatchError(
-                f"{path} holds no Parquet that Spark can read.", "Correct the path."
+                f"{path} has no Parquet file that Spark can read.", "Correct the path."
             )
         raise reason from None
     names = table.columns
@@ -188,15 +198,15 @@ def read_input(spark: Any, path: str, prompt_column: str) -> tuple[Any, int]:
     kind = table.schema[prompt_column].dataType
     if not _can_hold_prompts(kind):
         raise BatchError(
-            f"The column {prompt_column} holds neither texts nor messages: its type is "
+            f"The column {prompt_column} has neither texts nor messages: its type is "
             f"{kind.simpleString()}.",
             "Name another one: --column NAME.",
         )
-    # Most programs that read Parquet do not tell "Answer" from "answer".
+    # Most programs that read Parquet ignore the case of a column's name.
     taken = [name for name in names if name.lower() in (*ADDED_COLUMNS, *TEMPORARY_COLUMNS)]
     if taken:
         raise BatchError(
-            f"{path} has columns with names that the output needs: {', '.join(taken)}.",
+            f"{path} has columns with names of the output's columns: {', '.join(taken)}.",
             "Rename them.",
         )
     metadata = functions.col("_metadata")
@@ -214,7 +224,7 @@ def read_input(spark: Any, path: str, prompt_column: str) -> tuple[Any, int]:
 
 
 def _can_hold_prompts(kind):
-    """Tell whether a column of this type can hold texts, or lists of messages."""
+    """Return whether a column of this type can hold texts or lists of messages."""
     if kind.typeName() == "string":
         return True
     if kind.typeName() != "array" or kind.elementType.typeName() != "struct":
@@ -223,7 +233,7 @@ def _can_hold_prompts(kind):
     return fields.get("role") == fields.get("content") == "string"
 
 
-# How `to_json` writes a row for its hash: nothing is left out, in any time zone of the driver.
+# Options of `to_json` for the hash: all fields, and the same text in every time zone.
 JSON_OPTIONS = {
     "ignoreNullFields": "false",
     "timeZone": "UTC",
@@ -233,7 +243,7 @@ JSON_OPTIONS = {
 
 
 def add_hash(table: Any, settings: dict) -> Any:
-    """Add ``row_hash``, a hash of the row's content and of the settings its answer depends on."""
+    """Add ``row_hash``, a hash of a row's content and of the settings that its answer depends on."""
     from pyspark.sql import functions
 
     names = [name for name in table.columns if name != "row"]
@@ -297,7 +307,7 @@ def run(
     answer = mlflow.pyfunc.spark_udf(
         spark, wrapped.as_uri(), result_type=f"struct<{kinds}>", env_manager="local"
     )
-    # Rows of similar length follow each other, so that few rows of a call wait for a long one.
+    # Rows of similar length are answered together, so that short ones do not wait for long ones.
     parts = max(-(-(total - kept) // options.rows_per_task), 1)
     length = functions.length(column(options.column).cast("string"))
     ordered = missing.repartition(parts, "row").sortWithinPartitions(length, "row")
@@ -338,41 +348,48 @@ class Output:
             self._path
         ):
             raise BatchError(
-                f"{self._name} is there already, and is no output of this program.",
-                "Take another path.",
+                f"{self._name} exists, and this program has not written it.",
+                "Name another path.",
             )
         if self._file_system.exists(self._success) and not overwrite:
             raise BatchError(
-                f"{self._name} is there already.", "Take another path, or replace it: --overwrite."
+                f"{self._name} exists already, and is complete.",
+                "Name another path, or replace it with --overwrite.",
             )
 
     def start_or_resume(
         self, table: Any, total: int, settings: dict, overwrite: bool
     ) -> tuple[Any, int]:
-        """Return the rows that are still to be answered, and how many are done.
+        """Return the rows that are still to be answered, and the number of answered ones.
 
-        Deletes a folder that is complete or belongs to another run: call `check_usable` first.
+        Deletes an output that is complete or that an earlier run with other settings has left: call
+        `check_usable` first.
+
+        Raises
+        ------
+        BatchError
+            The earlier run had other settings or another input, and ``overwrite`` is not set.
         """
         before = json.loads(read_file(self._file_system, self._settings) or "null")
         is_complete = self._file_system.exists(self._success)
         if before is None or is_complete:
-            return self._begin_anew(table, settings)
+            return self._start_over(table, settings)
         change = _find_change(before, settings)
         done = None if change else self._read_rows()
         if done is not None and done.join(table, ROW_ID_COLUMNS, "left_anti").count():
             change = "another input"
         if change and not overwrite:
             raise BatchError(
-                f"{self._name} is of a run with {change}.",
-                "Run it again with the input and the options that it had, or begin anew: --overwrite.",
+                f"{self._name} is unfinished, and its run had {change}.",
+                "Run it again with the earlier input and options, or start over with --overwrite.",
             )
         if change or done is None:
-            return self._begin_anew(table, settings)
+            return self._start_over(table, settings)
         missing = table.join(done, ROW_ID_COLUMNS, "left_anti")
-        # The join has put its own columns first; all files have them in one order.
+        # The join puts its columns first. All output files need the input's order.
         return missing.select(*map(column, table.columns)), done.count()
 
-    def _begin_anew(self, table, settings):
+    def _start_over(self, table, settings):
         self._file_system.delete(self._path, True)
         write_file(self._file_system, self._settings, json.dumps(settings))
         return table, 0
@@ -392,12 +409,11 @@ class Output:
 
 
 def _find_change(before, settings):
-    """Return what is different from an earlier run's settings, or an empty text."""
-    return " and ".join(
-        f"another {name} ({before.get(name)})"
-        for name in settings
-        if before.get(name) != settings[name]
-    )
+    """Describe the settings of an earlier run that have changed since; empty if none has."""
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if not changed:
+        return ""
+    return "other settings: " + ", ".join(f"{name} {before.get(name)}" for name in changed)
 
 
 def _report(spark, output, total, kept):
@@ -405,10 +421,8 @@ def _report(spark, output, total, kept):
     from pyspark.sql import functions
 
     rows = spark.read.parquet(output)
-    is_error, is_cut = (
-        functions.expr("status = 'error'"),
-        functions.expr("finish_reason = 'length'"),
-    )
+    is_error = functions.expr("status = 'error'")
+    is_cut = functions.expr("finish_reason = 'length'")
     count, distinct, failed, cut = rows.agg(
         functions.count("*"),
         functions.countDistinct("row"),
@@ -417,7 +431,7 @@ def _report(spark, output, total, kept):
     ).first()
     if (count, distinct) != (total, total):
         raise BatchError(
-            f"{output} should have {total} rows, each once. It has {distinct} different ones, and "
+            f"{output} should have {total} rows, each once, but it has {distinct} different ones and "
             f"{count - distinct} repeats.",
             f"Remove {output}, and run the same command again.",
         )
@@ -486,7 +500,7 @@ def _positive(text):
 
 def _temperature(text):
     number = float(text)
-    if not 0 <= number <= 2:  # NaN fails this, too
+    if not 0 <= number <= 2:  # also refuses NaN
         raise argparse.ArgumentTypeError("it has to be a number from 0 to 2")
     return number
 
@@ -506,7 +520,7 @@ def main(words: list[str]) -> int:
     print(
         f"{report.rows} rows in {options.output}: {report.rows - report.failed} answered, "
         f"{report.failed} errors "
-        f"(kept from a run before: {report.kept}; cut by max_tokens: {report.cut}; "
+        f"(kept from an earlier run: {report.kept}; cut by max_tokens: {report.cut}; "
         f"tasks tried again: {report.retried})"
     )
     for reason, count in report.errors.items():

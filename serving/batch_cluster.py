@@ -1,7 +1,7 @@
-"""The Spark cluster of the batch program: its session, its loss, its errors, and one driver at a time.
+"""Connects the batch program to its Spark cluster.
 
-From top to bottom: what a failure of Spark's means, what has to be there before Spark starts, the
-session, the lock that keeps a second driver away, and the watch for a cluster that is lost.
+From top to bottom: translation of Spark's errors, checks before the start, the session, the lock
+against a second driver, and the watch that ends a run whose cluster is lost.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from urllib.parse import urlsplit
 from .errors import ProgramError
 
 OLDEST_JAVA = 17
-# For a Java with few cores and little work.
+# For short programs on few cores.
 FAST_START_JAVA_OPTIONS = "-XX:TieredStopAtLevel=1 -XX:+UseSerialGC"
 # SPARK_DAEMON_JAVA_OPTS for a master and its workers on one machine. A worker removes a program's
 # folder 30 seconds after the program has ended.
@@ -34,10 +34,10 @@ DAEMON_JAVA_OPTIONS = (
     f"{FAST_START_JAVA_OPTIONS} -Dspark.worker.cleanup.enabled=true -Dspark.worker.cleanup.interval=30 "
     "-Dspark.worker.cleanup.appDataTtl=30"
 )
-BEAT_SECONDS = 5.0  # between two checks of the cluster, each with a sign of life in the lock
-LOST_CHECKS = 4  # after so many in a row that find no master and no executor, a cluster is lost
-SILENT_BEATS = 4  # after so many without a change, the lock's driver counts as dead
-NO_EXECUTOR_CHECKS = 12  # after so many without an executor, warn once
+BEAT_SECONDS = 5.0  # between two checks of the cluster, each of which renews the lock
+LOST_CHECKS = 4  # checks in a row without a master or an executor: the cluster is lost
+SILENT_BEATS = 4  # intervals in which a lock does not change: its driver is dead
+NO_EXECUTOR_CHECKS = 12  # checks without an executor: warn once
 
 # --- errors ---------------------------------------------------------------------------------
 
@@ -46,20 +46,20 @@ class BatchError(ProgramError):
     """A failure that the user of the batch program can fix."""
 
 
-ADVICE_RUN_AGAIN = "Run the same command again: it goes on with the rows that are missing."
+ADVICE_RUN_AGAIN = "Run the same command again: it answers the rows that are missing."
 ADVICE_MORE_MEMORY = (
-    "Give its executors more, with --conf: spark.executor.memory is for Java, "
+    "Give the executors more memory with --conf: spark.executor.memory is for Java, "
     "spark.executor.memoryOverhead for the Python processes and their models, and "
-    f"spark.executor.pyspark.memory bounds these. {ADVICE_RUN_AGAIN}"
+    f"spark.executor.pyspark.memory limits these. {ADVICE_RUN_AGAIN}"
 )
 ADVICE_START_CLUSTER = f"Start the master and its workers. {ADVICE_RUN_AGAIN}"
-# Patterns in an exception's type and message, and what each means. The first that matches counts.
-# The text that a group captures replaces {} in the sentence.
+# A pattern of an exception's type and message, what happened, and what to do. The first match
+# counts, and the text of its group replaces {}.
 MEANINGS = (
     (
         r"No space left on device|Disk quota exceeded",
         "A disk is full.",
-        f"Make room where the rows are written, and where the workers keep their files. {ADVICE_RUN_AGAIN}",
+        f"Free space where the rows are written, and where the workers keep their files. {ADVICE_RUN_AGAIN}",
     ),
     (
         r"MemoryError|bad_alloc|Cannot allocate memory|DefaultCPUAllocator|"
@@ -70,7 +70,7 @@ MEANINGS = (
     ),
     (
         r"Python worker exited unexpectedly",
-        "A worker's Python was ended, most likely for want of memory.",
+        "A worker's Python process was ended, most likely because memory ran out.",
         ADVICE_MORE_MEMORY,
     ),
     (
@@ -81,10 +81,10 @@ MEANINGS = (
         ADVICE_START_CLUSTER,
     ),
     (
-        # A worker's own refusal stands further back in the text.
+        # Only at the start: a worker's own refused connection is further back in the text.
         r"Answer from Java side is empty|Py4JNetworkError|^ConnectionRefusedError",
-        "Spark's Java program on this machine has ended, most likely for want of memory.",
-        f"Give it more: --conf spark.driver.memory=2g. {ADVICE_RUN_AGAIN}",
+        "Spark's Java program on this machine has ended, most likely because memory ran out.",
+        f"Give it more memory: --conf spark.driver.memory=2g. {ADVICE_RUN_AGAIN}",
     ),
     (
         r"JAVA_GATEWAY_EXITED",
@@ -99,8 +99,8 @@ MEANINGS = (
     ),
     (
         r"PYTHON_VERSION_MISMATCH|Python in worker has different version",
-        "The workers' Python is of another version than this one.",
-        "Set the variable PYSPARK_PYTHON to the path, on the workers, of a Python of the same version.",
+        "The workers' Python has another version than this one.",
+        "Set the variable PYSPARK_PYTHON to the path of a Python of this version on the workers.",
     ),
     (
         r"reading Parquet column \[?([^\s,\]]+)",
@@ -110,12 +110,12 @@ MEANINGS = (
     (
         r"reading file ([^\n]+?)\.(?:\s|$)|RuntimeException: ([^\n]+?) is not a Parquet file",
         "Spark can't read the file {}.",
-        "Write it anew as Parquet, or take it out of the input's folder.",
+        "Write it again as Parquet, or remove it from the input's folder.",
     ),
     (
         r"(?:Illegal Parquet type|Parquet type not yet supported|Unrecognized Parquet type): "
         r"([^\n]+?)\.?(?:\s*SQLSTATE|\n|$)",
-        "The input has a column of a type that Spark can't read: {}.",
+        "Spark can't read the type of one of the input's columns: {}.",
         "Write the column in another type, such as times in microseconds.",
     ),
 )
@@ -126,7 +126,7 @@ PYTHON_REASON = r"Traceback \(most recent call last\):\n(?:[ \t].*\n)*(\S.*)"
 
 
 def to_batch_error(error: BaseException) -> BatchError:
-    """Translate an exception, mostly one of Spark's, into two sentences, by its text."""
+    """Translate an exception, mostly one of Spark's, into a BatchError by its text."""
     text = f"{type(error).__name__}: {error}"
     for pattern, what, fix in MEANINGS:
         if match := re.search(pattern, text):
@@ -142,7 +142,7 @@ def to_batch_error(error: BaseException) -> BatchError:
     )
 
 
-# --- what has to be there -----------------------------------------------------------------------
+# --- checks before the start --------------------------------------------------------------------
 
 
 def read_java_version(text: str) -> int:
@@ -155,16 +155,15 @@ def check_installation() -> None:
     """Raise a BatchError unless this machine has pyspark and a Java that Spark runs on."""
     if sys.platform == "win32":
         raise BatchError(
-            "Spark does not run on Windows itself: its programs are shell scripts, and it writes no "
-            "file without Hadoop's native programs.",
+            "Spark does not run on Windows itself: its programs are shell scripts, and it can't write "
+            "files without Hadoop's native programs.",
             "Use Linux under Windows: https://learn.microsoft.com/windows/wsl/install. Set up the "
             "course there, too.",
         )
     if importlib.util.find_spec("pyspark") is None:
         raise BatchError(
-            "This Python has no Spark.",
-            "Install pyspark; in the course's folder: "
-            'python -m pip install --editable ".[spark]".',
+            "This Python has no pyspark.",
+            'Install it; in the course\'s folder: python -m pip install --editable ".[spark]".',
         )
     home = os.environ.get("JAVA_HOME")
     java = str(Path(home) / "bin" / "java") if home else shutil.which("java")
@@ -177,16 +176,18 @@ def check_installation() -> None:
             [java or "java", "-version"], capture_output=True, text=True, timeout=60
         )
     except (OSError, subprocess.TimeoutExpired):
-        place = " where JAVA_HOME points" if home else ""
-        raise BatchError(f"Spark needs Java, and there is none{place}.", fix) from None
+        place = "where JAVA_HOME points" if home else "on the PATH"
+        raise BatchError(f"Spark needs Java, but there is none {place}.", fix) from None
     version = read_java_version(result.stderr)
     if version < OLDEST_JAVA:
-        found = version or "of no known version"
-        raise BatchError(f"Spark needs Java {OLDEST_JAVA} or newer, and this one is {found}.", fix)
+        found = version or "unknown"
+        raise BatchError(
+            f"Spark needs Java {OLDEST_JAVA} or newer, but this one's version is {found}.", fix
+        )
 
 
 def check_master(master: str) -> None:
-    """Raise a BatchError if ``master`` names no cluster, or a standalone master does not answer."""
+    """Raise a BatchError if ``master`` is no cluster's address, or a standalone master does not answer."""
     if not re.match(r"spark://|k8s://|yarn$", master):
         raise BatchError(
             f"{master} is not the address of a cluster.",
@@ -219,7 +220,7 @@ def spark_config(master: str, conf: Sequence[str]) -> dict[str, str]:
         "spark.sql.caseSensitive": "true",  # as Parquet is
         # Rows that Spark hands to Python at a time.
         "spark.sql.execution.arrow.maxRecordsPerBatch": "256",
-        # Each task's files appear when that task ends, so that a later run can go on.
+        # Each task's files appear when that task ends, so that a later run can resume.
         "spark.hadoop.mapreduce.fileoutputcommitter.algorithm.version": "2",
         # The program itself writes _SUCCESS, once it has counted the rows.
         "spark.hadoop.mapreduce.fileoutputcommitter.marksuccessfuljobs": "false",
@@ -237,7 +238,8 @@ def spark_config(master: str, conf: Sequence[str]) -> dict[str, str]:
         name, equals, value = setting.partition("=")
         if not equals:
             raise BatchError(
-                f"--conf {setting} is no NAME=VALUE.", "Such as --conf spark.executor.memory=2g."
+                f"--conf {setting} does not have the form NAME=VALUE.",
+                "Write it like --conf spark.executor.memory=2g.",
             )
         chosen[name] = value
     return chosen
@@ -246,15 +248,15 @@ def spark_config(master: str, conf: Sequence[str]) -> dict[str, str]:
 def start_spark(master: str, settings: Sequence[str] = ()) -> Any:
     """Return a Spark session on a cluster.
 
-    From then on, zip files of this process are not compressed: MLflow zips the model for Spark, and
-    weights hardly get smaller.
+    From then on, this process does not compress zip files: MLflow zips the model for Spark, and
+    weights hardly shrink.
     """
     from pyspark.sql import SparkSession
 
     builder = SparkSession.builder.master(master).appName("batch")
     for name, value in spark_config(master, settings).items():
         builder = builder.config(name, value)
-    # PySpark warns about this pandas at every function. The functions used here are tested.
+    # PySpark warns about this pandas at every function. The tests cover the functions used here.
     warnings.filterwarnings("ignore", "PySpark does not yet fully support pandas", FutureWarning)
     shutil.register_archive_format("zip", _make_zip, description="ZIP file, not compressed")
     with _quiet_java():
@@ -262,7 +264,7 @@ def start_spark(master: str, settings: Sequence[str] = ()) -> Any:
 
 
 def _make_zip(base_name, base_dir, **_):
-    """Write a zip file, as ``shutil.make_archive`` asks for one."""
+    """Write a zip file, with the arguments that ``shutil.make_archive`` gives."""
     with zipfile.ZipFile(f"{base_name}.zip", "w", zipfile.ZIP_STORED) as archive:
         for path in sorted(Path(base_dir).rglob("*")):
             archive.write(path)
@@ -271,33 +273,33 @@ def _make_zip(base_name, base_dir, **_):
 
 @contextlib.contextmanager
 def _quiet_java():
-    """Hide what Java writes to stderr for as long as it runs, but show it if Java does not start."""
+    """Hide what Java writes to stderr while it runs, but show it if Java does not start."""
     sys.stderr.flush()
-    kept = os.dup(2)
-    with tempfile.TemporaryFile() as words:
-        os.dup2(words.fileno(), 2)
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as output:
+        os.dup2(output.fileno(), 2)
         try:
             yield
         except Exception:
-            words.seek(0)
-            os.write(kept, words.read())
+            output.seek(0)
+            os.write(stderr, output.read())
             raise
         finally:
-            os.dup2(kept, 2)
-            os.close(kept)
+            os.dup2(stderr, 2)
+            os.close(stderr)
 
 
 # --- the lock -------------------------------------------------------------------------------
 
 
 def hadoop_path(spark: Any, path: str) -> tuple[Any, Any]:
-    """Return Hadoop's Path and the FileSystem that it is in."""
+    """Return Hadoop's Path and FileSystem for a path."""
     path = spark._jvm.org.apache.hadoop.fs.Path(path)
     return path, path.getFileSystem(spark._jsc.hadoopConfiguration())
 
 
 def read_file(file_system: Any, path: Any) -> str | None:
-    """Return a small file's text, None where there is no file."""
+    """Return a small file's text, None if it does not exist."""
     if not file_system.exists(path):
         return None
     stream = file_system.open(path)
@@ -319,8 +321,8 @@ def write_file(file_system: Any, path: Any, text: str, overwrite: bool = True) -
 class DriverLock:
     """Keeps a second driver from writing to the same output.
 
-    The lock is a file beside the output. While its driver works, it writes a growing number into
-    the file. Where a lock is there already, the next driver waits to see whether it changes.
+    The lock is a file beside the output, in which its driver counts up while it works. A driver that
+    finds a lock waits to see whether it changes.
 
     Parameters
     ----------
@@ -341,15 +343,15 @@ class DriverLock:
         try:
             self._write(overwrite=False)
             return
-        except Exception:  # from Java: the file is there, or its folder can't be written
+        except Exception:  # from Java: the file exists, or its folder can't be written
             text = self._read()
             if text is None:
                 raise
         seconds = SILENT_BEATS * BEAT_SECONDS
         owner = text.partition(",")[0]
         print(
-            f"The lock of this output is held by {owner}. Waiting {seconds:g} seconds to see "
-            "whether that still runs.",
+            f"This output is locked by {owner}. Waiting {seconds:g} seconds to see whether that "
+            "still runs.",
             file=sys.stderr,
         )
         time.sleep(seconds)
@@ -357,20 +359,20 @@ class DriverLock:
             raise self._refusal(text)
         self._write()
         time.sleep(BEAT_SECONDS)
-        if not self.beat():  # another driver waited, too, and took it at the same moment
+        if not self.beat():  # another driver waited, too, and took it after this one
             raise self._refusal(self._read())
 
     def _refusal(self, text):
         return BatchError(
             f"Another run writes to this output: {str(text).partition(',')[0]}.",
-            "Wait until it has ended, or end it, and run the same command again.",
+            "Wait for its end, or end it, and run the same command again.",
         )
 
     def beat(self) -> bool:
-        """Give a sign of life. Return whether the lock is still this driver's."""
+        """Renew the lock. Return whether it is still this driver's."""
         text = self._read()
         if text is None or (text and not text.startswith(self._owner)):
-            return False  # another driver has taken over, and may have ended since
+            return False  # another driver has taken over, and may have ended already
         self._write()  # also where a full disk has left the file empty
         return True
 
@@ -391,10 +393,10 @@ class DriverLock:
 
 
 def is_lost(checks: Sequence[tuple[bool, int]]) -> bool:
-    """Tell whether a cluster is lost.
+    """Return whether a cluster is lost.
 
-    Each check has whether a master answers, and the number of executors. Executors keep working
-    without a master, and a standby may take over, so both have to be missing.
+    A check is a pair: whether a master answers, and the number of executors. Executors keep working
+    without a master, and a standby master may take over, so both have to be missing.
     """
     last = checks[-LOST_CHECKS:]
     return len(last) == LOST_CHECKS and not any(has_master or count for has_master, count in last)
@@ -404,8 +406,8 @@ def is_lost(checks: Sequence[tuple[bool, int]]) -> bool:
 def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callable[[], None]]:
     """Hold the lock while the block runs, and cancel its jobs if the lock or the cluster is lost.
 
-    Spark would wait for ever for a standalone cluster that is lost. Of YARN and Kubernetes it
-    hears. Yields a function that raises a BatchError if one of them is lost.
+    Spark would wait forever for a lost standalone cluster; YARN and Kubernetes report their loss.
+    Yields a function that raises a BatchError if the lock or the cluster is lost.
     """
     ended = threading.Event()
     loss = []
@@ -419,7 +421,9 @@ def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callabl
         while not ended.wait(BEAT_SECONDS):
             try:
                 error = _check_once(spark, master, lock, checks)
-            except Exception as failure:  # from Java: one failed check is tolerated
+            except (
+                Exception
+            ) as failure:  # from Java: a failed check counts as one without a cluster
                 checks.append((False, 0))
                 error = to_batch_error(failure) if is_lost(checks) else None
             if error:
@@ -433,7 +437,7 @@ def watch_cluster(spark: Any, master: str, lock: DriverLock) -> Iterator[Callabl
     try:
         yield check
     except Exception:
-        check()  # the reason for a job that was cancelled
+        check()  # raises the reason if the watch has cancelled the job
         raise
     finally:
         ended.set()
@@ -448,17 +452,18 @@ def _check_once(spark, master, lock, checks):
     Returns
     -------
     BatchError or None
-        Why the lock or the cluster is lost, None if both are there.
+        Says whether the lock or the cluster is lost; None if neither is.
     """
     if not lock.beat():
         return BatchError(
-            "Another run has taken over this output, because this one gave no sign of life.",
-            "Wait until that one has ended, and run the same command again.",
+            "Another run has taken over this output, because this one did not renew its lock in time.",
+            "Wait for the other run's end, and run the same command again.",
         )
     if not master.startswith("spark://"):
         checks.append((True, 0))
         return None
-    count = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 1  # the driver is one
+    # The driver counts as one.
+    count = spark.sparkContext._jsc.sc().getExecutorMemoryStatus().size() - 1
     checks.append((_master_is_reachable(master), count))
     if len(checks) == NO_EXECUTOR_CHECKS and not any(count for _, count in checks):
         print(

@@ -1,4 +1,4 @@
-"""Answers the cells of a column: what runs on the workers of a Spark cluster.
+"""Answers the cells of a column on the workers of a Spark cluster.
 
 `serving/batch.py` ships this file with the model.
 """
@@ -15,7 +15,7 @@ from mlflow.exceptions import MlflowException
 from .errors import ServiceError, to_service_error
 from .served_model import ServedModel
 
-ROWS_AT_ONCE = 64  # the most rows in one call of a model that runs them together
+ROWS_AT_ONCE = 64  # the most rows in one call of a model that batches them
 TEST_REQUEST = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
 # The output's columns with an answer, and their Spark types.
 ANSWER_COLUMNS = {
@@ -86,9 +86,9 @@ def answer_rows(
     system : str
         A system prompt for each row, or an empty text.
     complete : callable
-        Returns the chat completions of several conversations. It raises if one of them is wrong.
+        Returns the chat completions of several conversations. It raises if one of them is refused.
     check_model : callable
-        Asks the model something that it can answer. It raises if the model does not work.
+        Sends the model a request that it can answer. It raises if the model does not work.
     at_once : int
         The most conversations that ``complete`` gets. Those of similar length go together.
 
@@ -110,7 +110,7 @@ def answer_rows(
         try:
             messages = read_messages(cell, system)
             if messages is None:
-                row = error_row("There is nothing to ask: the cell is empty or null.")
+                row = error_row("The cell is empty or null: it has no prompt.")
         except ServiceError as error:
             row = error_row(error.message)
         rows.append(row)
@@ -125,7 +125,7 @@ def answer_rows(
             for index, completion in zip(group, completions, strict=True):
                 rows[index] = answer_row(completion)
         except Exception as error:
-            if len(group) > 1:  # halve the group, until the row at fault is alone
+            if len(group) > 1:  # halve the group until the row at fault is alone
                 middle = len(group) // 2
                 groups += [group[:middle], group[middle:]]
             else:
@@ -147,7 +147,7 @@ def _explain_or_raise(error, check_model):
 
 
 class BatchModel(mlflow.pyfunc.PythonModel):
-    """A chat model as Spark calls it: a column of cells becomes a table with ``ANSWER_COLUMNS``'s fields.
+    """A chat model as Spark calls it: it returns a table with ``ANSWER_COLUMNS`` for a column of cells.
 
     The artifact ``model`` is the chat model's folder. ``model_config`` has ``fields``, which each
     request gets beside its messages; ``system``, a system prompt or an empty text; and

@@ -33,7 +33,7 @@ except ImportError:  # a batch deployment has no server
 
 
 MAX_BODY = 1 << 20  # bytes of a request
-LINES_AT_ONCE = 32  # lines of a batch that a model that streams works on together
+LINES_AT_ONCE = 32  # lines of a batch that a streaming model answers at once
 
 _model: ServedModel | None = None
 _one_caller = threading.Lock()
@@ -42,14 +42,14 @@ _one_caller = threading.Lock()
 def init() -> None:
     """Load the model, once for each worker of the server."""
     global _model
-    # Otherwise MLflow's own errors would quote the request.
+    # MLflow's own errors would quote the request.
     os.environ.setdefault("MLFLOW_DISABLE_SCHEMA_DETAILS", "true")
     folder = find_model(Path(os.environ["AZUREML_MODEL_DIR"]))
     _model = ServedModel(mlflow.pyfunc.load_model(str(folder)))
 
 
 def find_model(folder: Path) -> Path:
-    """Return the folder of the MLflow model below ``folder``, where Azure puts it by its name."""
+    """Return the folder of the MLflow model in ``folder``, where Azure puts it under the model's name."""
     found = sorted(folder.rglob("MLmodel"), key=lambda path: len(path.parts))
     if not found:
         raise FileNotFoundError(
@@ -60,7 +60,7 @@ def find_model(folder: Path) -> Path:
 
 @rawhttp
 def run(request: Request | list[str]) -> Response | pd.DataFrame:
-    """Answer one HTTP request, whole or as server-sent events; or each line of a batch's files."""
+    """Answer one HTTP request, whole or as server-sent events, or each line of a batch's files."""
     if isinstance(request, list):
         return answer_files(request)
     try:
@@ -78,7 +78,7 @@ def _to_response(value, status, headers=None):
 
 
 def read_request(body: bytes) -> dict:
-    """Return the fields of a request. Raises a ServiceError if no model could answer it."""
+    """Return the fields of a request. Raises a ServiceError if no model could answer them."""
     if len(body) > MAX_BODY:
         message = f"The body may have at most {MAX_BODY} bytes. Send less."
         raise ServiceError(413, message, "request_too_large")
@@ -92,16 +92,16 @@ def answer(values: dict) -> dict:
     request = _model.adapt(values)
     if _model.streams:
         return _model.complete(request)
-    with _one_caller:  # nothing says that this model may be asked by several threads
+    with _one_caller:  # this model may not be safe to call from several threads
         return _model.complete(request)
 
 
 def start_stream(values: dict) -> Iterator[bytes]:
-    """Return the events of a stream, once its first chunk is there and no refusal can come."""
+    """Return the events of a stream, after its first chunk: from then on no refusal is possible."""
     if not _model.streams:
         raise ServiceError(
             400,
-            "stream has to be false or left out: this model answers whole.",
+            "stream has to be false or left out: this model cannot stream.",
             "invalid_value",
             "stream",
         )
@@ -111,7 +111,7 @@ def start_stream(values: dict) -> Iterator[bytes]:
 
 
 def _finish_stream(first, events, chunks):
-    """Yield the events. A caller that leaves closes this generator and the model's work."""
+    """Yield the events. If the caller disconnects, close the chunks: that ends the model's work."""
     with contextlib.closing(chunks):
         yield first
         try:
@@ -122,13 +122,13 @@ def _finish_stream(first, events, chunks):
 
 
 def answer_files(names: list[str]) -> pd.DataFrame:
-    """Answer each line of some files; a line that can't be answered changes no other row.
+    """Answer each line of some files. A line that can't be answered changes no other row.
 
     Returns
     -------
     pandas.DataFrame
         The columns ``file``, ``line``, ``status`` (``ok`` or ``error``) and ``answer``: the chat
-        completion as JSON, or what is wrong with the line.
+        completion as JSON, or the reason why there is none.
     """
     lines = [
         (Path(name).name, number, line)

@@ -137,9 +137,7 @@ def test_every_row_is_answered_and_a_bad_one_says_why(cluster, driver, chat_uri,
     ]
     assert list(rows["status"]) == ["ok"] * 20 + ["error"] * 4
     assert (
-        rows["reason"][20]
-        == rows["reason"][21]
-        == "There is nothing to ask: the cell is empty or null."
+        rows["reason"][20] == rows["reason"][21] == "The cell is empty or null: it has no prompt."
     )
     assert "context" in rows["reason"][22] and "NUL" in rows["reason"][23]
     alone = mlflow.pyfunc.load_model(chat_uri).predict({"messages": user(prompts[7])})[0]
@@ -186,7 +184,7 @@ def test_an_output_is_replaced_only_when_told_and_no_rows_are_an_output(driver, 
         "completion_tokens",
     ]
     what, fix = driver.run(one, out, "--model", MODEL)
-    assert "is there already" in what and "--overwrite" in fix and len(read(out)) == 0
+    assert "exists already" in what and "--overwrite" in fix and len(read(out)) == 0
     assert driver.run(one, out, "--model", MODEL, "--overwrite")["rows"] == 1
     assert list(read(out)["answer"]) == ["word word "]
     assert [path.name for path in tmp_path.iterdir() if ".parquet." in path.name] == []
@@ -200,19 +198,19 @@ def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tm
     (text := tmp_path / "text.parquet").write_text("no Parquet", encoding="utf-8")
     for path, words, says in (
         (other, (), "has no column prompt: it has text, Answer, number"),
-        (other, ("--column", "text"), "has columns with names that the output needs: Answer"),
+        (other, ("--column", "text"), "has columns with names of the output's columns: Answer"),
         (other, ("--column", "number"), "its type is bigint"),
-        (tmp_path / "nowhere.parquet", (), "is not there"),
+        (tmp_path / "nowhere.parquet", (), "does not exist"),
         (text, (), f"Spark can't read the file file:{text}."),
         (
             good,
             ("--model", "models:/nobody@champion"),
-            "There is no model nobody whose alias champion",
+            "The registry has no model nobody with the alias champion",
         ),
         (
             good,
             ("--model", "models:/stand-in@nobody"),
-            "There is no model stand-in whose alias nobody",
+            "The registry has no model stand-in with the alias nobody",
         ),
         (good, ("--model", "models:/stand-in/9"), "Could not load the model models:/stand-in/9"),
     ):
@@ -223,7 +221,7 @@ def test_inputs_that_cannot_be_are_refused_before_anything_is_written(driver, tm
     (tmp_path / "mine" / "letter.txt").touch()
     for words in ((), ("--overwrite",)):
         what, _ = driver.run(good, tmp_path / "mine", "--model", MODEL, *words)
-        assert "is no output of this program" in what
+        assert "this program has not written it" in what
     assert (tmp_path / "mine" / "letter.txt").exists()
 
 
@@ -258,7 +256,7 @@ def test_a_file_that_spark_cannot_read_is_named(driver, tmp_path):
     write(folder / "a.parquet", ["word 1"] * 100)
     (folder / "README.md").write_text("no Parquet", encoding="utf-8")
     what, fix = driver.run(folder, tmp_path / "out", "--model", MODEL)
-    assert "README.md" in what and "take it out" in fix
+    assert "README.md" in what and "remove it" in fix
     (folder / "README.md").unlink()
     half = (folder / "a.parquet").read_bytes()[:-200]
     (folder / "b.parquet").write_bytes(half)
@@ -287,11 +285,11 @@ def test_an_interrupted_run_goes_on_with_the_same_content_alone(driver, tmp_path
     for words in (["--max-tokens", 3], ["--system", "Be brief."]):
         what, fix = driver.run(whole, out, "--model", MODEL, *words)
         assert (
-            f"is of a run with another {words[0][2:].replace('-', '_')} (" in what
+            f"its run had other settings: {words[0][2:].replace('-', '_')} " in what
             and "--overwrite" in fix
         )
     write(whole, ["another " + prompt for prompt in prompts])
-    assert "is of a run with another input" in driver.run(whole, out, "--model", MODEL)[0]
+    assert "its run had another input" in driver.run(whole, out, "--model", MODEL)[0]
     write(whole, prompts)
     kept = len(pd.read_parquet(parts[0]))
     # With --overwrite, too, an unfinished run goes on.
@@ -335,7 +333,7 @@ def test_a_driver_and_a_worker_that_are_killed_cost_no_row(cluster, driver, regi
     assert list(rows["row"]) == list(range(count)) and set(rows["status"]) == {"ok"}
     assert list(rows["answer"]) == ["word " * (number % 3 + 1) for number in range(count)]
     assert f"{count} rows in {out}: {count} answered, 0 errors" in said
-    assert 100 <= int(re.search(r"kept from a run before: (\d+)", said)[1]) < count
+    assert 100 <= int(re.search(r"kept from an earlier run: (\d+)", said)[1]) < count
     assert int(re.search(r"tasks tried again: (\d+)", said)[1]) >= 1
     assert [
         path.name
