@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 CALLERS = 8
 THREADS = psutil.cpu_count(logical=False)
-CHAT, PROMPT = "models:/slm-onnx@champion", "models:/slm-onnx-prompt@champion"
+CHAT = "models:/slm-onnx@champion"
+PROMPT = "models:/slm-onnx-prompt@champion"
 CACHE_GB = 2  # OpenVINO GenAI's KV cache; llama.cpp's slots take less
 
 

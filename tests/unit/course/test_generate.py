@@ -79,6 +79,7 @@ def test_a_table_shows_the_range_over_the_runs_and_what_missed_its_target():
         run("2026-01-03", 4, rows16=3.25, single_overhead=1.0),
     ]
     runs[0]["missed"] = {"single_overhead": "Another program ran."}
+    runs[1]["missed"] = {"rows16": "A reason, although the figure meets its target."}
     table = ratios_table(runs)
     assert cells(table, "tokens per second, 16 rows in one `predict` | 16 calls")[2:] == [
         "2.500 to 3.250",
