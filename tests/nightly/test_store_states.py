@@ -316,11 +316,11 @@ def test_the_exercise_says_what_the_registry_lacks(store, tmp_path):
     run(stand, "register")
     version, client = stand.names["version"], stand.client
     answers = {"my_uri": f"models:/{stand.name}@mine", "version": version, "client": client}
-    assert "knows no alias mine" in find_hint("alias", answers)
+    assert "has no alias mine in the registry" in find_hint("alias", answers)
     client.set_registered_model_alias(stand.name, "mine", version.version)
     assert find_hint("alias", answers) is None
     register(stand, {}, "mine", field="")
-    assert "stands on version 2" in find_hint("alias", answers)
+    assert "is on version 2" in find_hint("alias", answers)
     client.delete_registered_model(stand.name)
     assert "was deleted. Run this page's cells from Register it on" in find_hint("alias", answers)
 

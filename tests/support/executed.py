@@ -43,7 +43,7 @@ SOURCES = (
 )
 # All that may stand on stderr: what MLflow says at each registration, and the course of variables
 # that it leaves out.
-EXPECTED_STDERR = r"((Successfully r|R)egistered model .*|Created version .*|note: the course (leaves out|sets) .*|\s)*"
+EXPECTED_STDERR = r"((Successfully r|R)egistered model .*|Created version .*|note: the course (removes|sets) .*|\s)*"
 # Each differs from its default.
 OTHER = {
     "question": "What is the capital of France?",
