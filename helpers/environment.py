@@ -49,7 +49,7 @@ REMOVED = (
 )
 ALWAYS_SET = {
     # After set-up, the course loads only files of this machine, and without a network each look-up
-    # would take 23 s. `helpers.models.steps.ask` starts a process for what has to ask the Hub.
+    # would take 23 s. `helpers.models.steps.call_in_subprocess` starts a process for what has to ask the Hub.
     "HF_HUB_OFFLINE": "1",
 }
 SET_IF_UNSET = {

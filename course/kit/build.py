@@ -80,7 +80,7 @@ def build(
         for system in dict.fromkeys(platforms or [wheels.this_platform()])
         for python in dict.fromkeys(pythons or ["{}.{}".format(*sys.version_info[:2])])
     ]
-    models = {name: find_entry(name).folder for name in models}
+    model_folders = {name: find_entry(name).folder for name in models}
     _refuse_other_folders(folder)
     with _disk_errors(folder), contextlib.ExitStack() as at_end:
         # Participants may read the kit, even if this user's own files are private.
@@ -88,13 +88,14 @@ def build(
         (folder / "wheels").mkdir(parents=True, exist_ok=True)
         with locked(folder, lambda: _refuse_to_wait(folder)):
             listed = _begin(folder)
-            for name in models:
+            for name in model_folders:
                 _prepare(name)
-            _check_space(folder, models.values(), targets)
-            files = [file for name in models.values() for file in _copy_model(folder, name)]
-            files += wheels.add_wheels(folder / "wheels", targets)
-            files += [_write_course(folder / COURSE), _write_wheels_index(folder)]
-            files += [_write_page(folder, targets, models)]
+            _check_space(folder, model_folders.values(), targets)
+            files = [file for home in model_folders.values() for file in _copy_model(folder, home)]
+            wheel_files = wheels.add_wheels(folder / "wheels", targets)
+            files += wheel_files
+            files += [_write_wheels_index(folder, wheel_files), _write_course(folder / COURSE)]
+            files += [_write_page(folder, targets, model_folders)]
             names = sorted(path.relative_to(folder).as_posix() for path in files)
             _delete_stale(folder, listed - set(names))
             _finish(folder, names)
@@ -274,6 +275,12 @@ def _tracked_files():
         text=True,
         encoding="utf-8",
     )
+    if listed.returncode:  # such as a folder of another user's
+        raise CourseError(
+            "not-a-checkout",
+            f"git cannot list the course's files: {' '.join(listed.stderr.split())}.",
+            "Do what git says, or build from a course that was unpacked from a kit's course.zip.",
+        )
     return [ROOT / name for name in listed.stdout.split("\0") if name]
 
 
@@ -297,11 +304,11 @@ def _write_course(archive_path):
     return archive_path
 
 
-def _write_wheels_index(folder):
+def _write_wheels_index(folder, wheel_files):
     """Write a page of links with hashes, as pip reads it from a server and from a folder."""
     links = [
         f'<a href="{quote(wheel.name)}#sha256={sha256(wheel)}">{html.escape(wheel.name)}</a><br>'
-        for wheel in sorted((folder / "wheels").glob("*.whl"))
+        for wheel in sorted(wheel_files)
     ]
     head = '<html lang="en"><head><meta charset="utf-8"><title>Wheels</title></head><body>'
     page = folder / WHEELS_INDEX

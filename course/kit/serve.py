@@ -1,7 +1,8 @@
-"""Serves a kit to a room over HTTP, and checks one. ``python -m http.server`` in the folder would do as well."""
+"""Serves a kit to the local network, and checks one. ``python -m http.server`` in the folder would do as well."""
 
 import errno
 import socket
+import sys
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -13,9 +14,14 @@ from helpers.models.kit import as_word, read_kit
 
 
 class KitServer(ThreadingHTTPServer):
-    """Python's file server, with room for a workshop that begins at the same minute."""
+    """Python's file server, with a longer queue: a workshop's participants connect at the same moment."""
 
     request_queue_size = 256
+
+    def handle_error(self, request, client_address):
+        """Print nothing about a participant who interrupts a download."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class KitHandler(SimpleHTTPRequestHandler):
@@ -31,7 +37,7 @@ class KitHandler(SimpleHTTPRequestHandler):
 def serve(folder: Path, host: str, port: int) -> int:
     """Serve a kit until Ctrl-C, and return the exit code.
 
-    ``host`` is ``127.0.0.1`` for this machine only, ``0.0.0.0`` for the room. Port 0 takes any free
+    ``host`` is ``127.0.0.1`` for this machine only, ``0.0.0.0`` for the local network. Port 0 takes any free
     one. Raises CourseError if the folder is no kit, or the address cannot be used.
     """
     kit = read_kit(str(folder))
@@ -41,7 +47,7 @@ def serve(folder: Path, host: str, port: int) -> int:
         for address in _addresses() if host == "0.0.0.0" else [host]:
             print(f"  http://{address}:{port}")
         says = "Participants open that address. Everybody in this network can read this folder, and nothing else."
-        if host == "127.0.0.1":
+        if host == "localhost" or host.startswith("127."):
             says = (
                 "Only this machine can read it. To serve it to everybody in the network: "
                 f"python -m helpers kit serve {as_word(folder)} --host 0.0.0.0"

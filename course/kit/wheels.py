@@ -155,7 +155,7 @@ def add_wheels(folder: Path, targets: list[Target]) -> list[Path]:
         folder / name
         for name, wheel in wheels.items()
         if any(
-            _answers(wheel, one, target)
+            _satisfies(wheel, one, target)
             for target in targets
             for patch in PATCHES
             for one in target.requirements(patch)
@@ -176,7 +176,7 @@ def _wheels(folder):
     return {path.name: parse_wheel_filename(path.name) for path in folder.glob("*.whl")}
 
 
-def _answers(wheel, requirement, target):
+def _satisfies(wheel, requirement, target):
     """Tell whether a wheel is what a requirement asks for, and can be installed on the target."""
     project, version, _, tags = wheel
     return (
@@ -192,7 +192,7 @@ def _missing(folder, target, patch):
     return [
         one
         for one in target.requirements(patch)
-        if not any(_answers(wheel, one, target) for wheel in wheels)
+        if not any(_satisfies(wheel, one, target) for wheel in wheels)
     ]
 
 

@@ -63,7 +63,7 @@ def changed_files(folder: Path) -> list[str]:
 
 
 def ensure(folder: Path, recipe: dict, make: Callable[[Path], dict | None]) -> dict:
-    """Make ``folder`` with ``make``, unless it is there, whole, by the same recipe; return the facts.
+    """Make ``folder`` with ``make``, unless it is complete and has the same recipe; return the facts.
 
     Parameters
     ----------
@@ -96,7 +96,7 @@ def ensure(folder: Path, recipe: dict, make: Callable[[Path], dict | None]) -> d
     }
     new = [name for name in names if name in written]
     _keep_users_files(folder, partial, [name for name in new if name not in old["files"]])
-    # From here to the last line the folder is mixed. The receipt then lists what may be replaced.
+    # Until the last line the folder has old and new files. The receipt lists both: they may be replaced.
     write_receipt(folder, NOTHING | {"files": old["files"] | files})
     for name in old["files"].keys() - files.keys():
         (folder / name).unlink(missing_ok=True)
@@ -113,7 +113,7 @@ def _partial_folder(folder, recipe):
     """Return the folder to make in: on the disk of ``folder``, and for this recipe only."""
     digest = hashlib.sha256(json.dumps([str(folder), recipe], sort_keys=True).encode()).hexdigest()
     partial = folder.resolve().with_name(f"{folder.name}.{digest[:8]}.partial")
-    for other in folder.parent.glob(f"{glob.escape(folder.name)}.*partial"):
+    for other in partial.parent.glob(f"{glob.escape(folder.name)}.*partial"):
         if other != partial:
             shutil.rmtree(other)
     partial.mkdir(exist_ok=True)
@@ -126,6 +126,8 @@ def _keep_users_files(folder, partial, names):
         path = folder / name
         if path.is_file() and not filecmp.cmp(path, partial / name, shallow=False):
             aside = path.with_name(path.name + ".yours")
+            while aside.exists():
+                aside = aside.with_name(aside.name + ".yours")
             path.replace(aside)
             print(
                 f"The model has a file called {name}, too: yours is now {aside}.",

@@ -26,27 +26,29 @@ from huggingface_hub.utils.sha import git_hash
 
 from helpers.errors import CourseError
 from helpers.files import is_plain, is_size, sha256
-from helpers.models.hub_errors import hub_error, is_other_size, status_of, token_place
+from helpers.models.hub_errors import hub_error, is_size_mismatch, status_of, token_place
 from helpers.models.loadable import (
     INDEX,
+    check_architecture,
+    check_genai_config,
+    check_safetensors,
     choose_weights,
+    inconsistent_error,
     load_tokenizer,
-    other_revision,
-    refuse_other_engine,
-    refuse_other_model,
-    refuse_other_weights,
     refuse_quantized,
 )
 from helpers.models.space import check_disk, check_memory, memory_needed
-from helpers.models.steps import answer, is_of_the_disk, tell
+from helpers.models.steps import is_of_the_disk, notify_user, run_worker
 
-# Endings of the files that a tokenizer, a configuration or a reader needs.
-SMALL = (".json", ".jinja", ".txt", ".model", "README.md", "LICENSE")
-LARGEST_SMALL = 100_000_000  # bytes
+# Endings of the files beside the weights that a tokenizer, a configuration or a reader needs.
+METADATA_ENDINGS = (".json", ".jinja", ".txt", ".model", "README.md", "LICENSE")
+LARGEST_METADATA = 100_000_000  # bytes
+# Files that ONNX models keep their weights in, such as model.onnx.data and model.onnx_data_1.
+ONNX_WEIGHTS = re.compile(r"[._]data([._]\d+)?$")
 
 
 @dataclass(frozen=True)
-class Download:
+class Snapshot:
     """The files of one commit that a track may need, and where they are written.
 
     Attributes
@@ -55,27 +57,27 @@ class Download:
         ``org/name``.
     info : ModelInfo
         What the Hub says about the commit.
-    files : dict of str to RepoSibling
-        Size and hash of each file, by its path in the track's folder.
+    listing : dict of str to RepoSibling
+        The Hub's entry of each file, by its path below ``prefix``.
     prefix : str
-        That folder in the repository, such as ``"cpu/"``; empty for the root.
+        The ONNX model's folder in the repository, such as ``"cpu/"``; empty for the root.
     headers : dict
-        What authenticates a request.
-    folder, finished : Path
-        Files are written to ``folder``. One that is whole in ``finished`` is not downloaded again.
+        HTTP headers, with the user's token.
+    partial, finished : Path
+        Files are written to ``partial``. One that is whole in ``finished`` is not downloaded again.
     """
 
     repo: str
     info: ModelInfo
-    files: dict[str, RepoSibling]
+    listing: dict[str, RepoSibling]
     prefix: str
     headers: dict[str, str]
-    folder: Path
+    partial: Path
     finished: Path
 
     def path(self, name: str) -> Path:
-        """Return where a file is that has been downloaded."""
-        return next(path for path in (self.folder / name, self.finished / name) if path.is_file())
+        """Return the path of a file that has been downloaded."""
+        return next(path for path in (self.partial / name, self.finished / name) if path.is_file())
 
     def read_json(self, name: str) -> dict:
         """Return the JSON object in a file; an empty one if the file is missing or holds something else."""
@@ -83,41 +85,50 @@ class Download:
             content = json.loads(self.path(name).read_text(encoding="utf-8"))
         except (StopIteration, ValueError, RecursionError):
             return {}
-        return content if name in self.files and isinstance(content, dict) else {}
+        return content if name in self.listing and isinstance(content, dict) else {}
 
     def is_whole(self, path: Path, name: str) -> bool:
         """Tell whether the file at ``path`` has the size and the hash that the Hub lists for ``name``."""
-        listed = self.files[name]
+        listed = self.listing[name]
         if not is_size(path, listed.size):
             return False
         if listed.lfs:
             return sha256(path) == listed.lfs.sha256
         return git_hash(path.read_bytes()) == listed.blob_id
 
-    def size(self, names: list[str]) -> int:
+    def total_bytes(self, names: list[str]) -> int:
         """Return the bytes of these files."""
-        return sum(self.files[name].size for name in names)
+        return sum(self.listing[name].size for name in names)
 
-    def missing(self, names: list[str]) -> int:
+    def missing_bytes(self, names: list[str]) -> int:
         """Return the bytes of these files that are not here yet."""
-        return sum(max(self.files[name].size - self._arrived(name), 0) for name in names)
+        return sum(max(self.listing[name].size - self._present_bytes(name), 0) for name in names)
 
-    def _arrived(self, name):
-        places = (self.folder / name, _incomplete(self.folder / name), self.finished / name)
+    def _present_bytes(self, name):
+        places = (self.partial / name, self._incomplete(name), self.finished / name)
         return max(path.stat().st_size if path.is_file() else 0 for path in places)
+
+    def _incomplete(self, name):
+        """Return the file for an unfinished download; the hash in its name tells versions of a file apart."""
+        listed = self.listing[name]
+        digest = listed.lfs.sha256 if listed.lfs else listed.blob_id
+        return self.partial / f"{name}.{digest[:8]}.incomplete"
 
     def fetch(self, names: list[str], progress: "Progress") -> None:
         """Download each file that is not whole yet, and check its hash."""
         for name in names:
-            if any(self.is_whole(place / name, name) for place in (self.folder, self.finished)):
-                progress.update(self.files[name].size)
+            if self.is_whole(self.partial / name, name):
+                progress.update(self.listing[name].size)
+            elif self.is_whole(self.finished / name, name):
+                (self.partial / name).unlink(missing_ok=True)
+                progress.update(self.listing[name].size)
             else:
                 self._fetch_one(name, progress)
 
     def _fetch_one(self, name, progress):
-        target = self.folder / name
+        target = self.partial / name
         target.parent.mkdir(parents=True, exist_ok=True)
-        incomplete = _incomplete(target)
+        incomplete = self._incomplete(name)
         url = hf_hub_url(self.repo, self.prefix + name, revision=self.info.sha)
         try:
             with incomplete.open("ab") as stream:
@@ -125,13 +136,13 @@ class Download:
                 http_get(
                     url,
                     stream,
-                    resume_size=min(stream.tell(), self.files[name].size),
+                    resume_size=min(stream.tell(), self.listing[name].size),
                     headers=self.headers,
-                    expected_size=self.files[name].size,
+                    expected_size=self.listing[name].size,
                     tqdm_class=progress.bar,
                 )
         except OSError as error:
-            if is_other_size(error):
+            if is_size_mismatch(error):
                 incomplete.unlink()  # such as a proxy's login page
             raise
         incomplete.replace(target)
@@ -142,10 +153,6 @@ class Download:
                 "Run this again; if it stays, something between you and the Hub changes files: ask "
                 "who runs the proxy.",
             )
-
-
-def _incomplete(path):
-    return path.with_name(path.name + ".incomplete")
 
 
 class Progress:
@@ -179,13 +186,13 @@ class Progress:
 def download(
     track: str,
     repo: str,
-    folder: Path,
+    partial: Path,
     finished: Path,
     revision: str | None = None,
     commit: str | None = None,
     onnx_folder: str | None = None,
 ) -> dict:
-    """Download one track's files into ``folder``, except for those that are whole in ``finished``.
+    """Download one track's files into ``partial``, except for those that are whole in ``finished``.
 
     Parameters
     ----------
@@ -195,7 +202,7 @@ def download(
     revision : str, optional
         A commit, branch or tag; by default the default branch.
     commit : str, optional
-        The commit of the files in ``finished``. It is taken as long as the repository has it.
+        The commit of the files in ``finished``, preferred to ``revision`` if the repository has it.
 
     Returns
     -------
@@ -221,26 +228,30 @@ def download(
         prefix = (_find_onnx_folder(repo, listing, onnx_folder) + "/").removeprefix("./")
     else:
         base = (info.card_data or {}).get("base_model")
-        refuse_other_weights(repo, listing, base if isinstance(base, str) else None)
-    files = {
+        check_safetensors(repo, listing, base if isinstance(base, str) else None)
+    listing = {
         name.removeprefix(prefix): file for name, file in listing.items() if name.startswith(prefix)
     }
-    files = Download(repo, info, files, prefix, headers, folder, finished)
+    snapshot = Snapshot(repo, info, listing, prefix, headers, partial, finished)
 
-    small = [name for name in files.files if _is_small(name, files.files[name].size)]
-    check_disk(repo, files.missing(small) / 1e6, folder)
-    files.fetch(small, Progress(0))
-    config = _read_config(files, "genai_config.json" if track == "onnx" else "config.json")
-    facts = _read_facts(files)
-    weights = _choose_onnx(files, config) if track == "onnx" else _choose_safetensors(files, config)
-    wanted = [*small, *weights]
-    facts["bytes"] = files.size(wanted)
+    metadata = [
+        name for name in snapshot.listing if _is_metadata(name, snapshot.listing[name].size)
+    ]
+    check_disk(repo, snapshot.missing_bytes(metadata) / 1e6, partial)
+    snapshot.fetch(metadata, Progress(0))
+    config = _read_config(snapshot, "genai_config.json" if track == "onnx" else "config.json")
+    facts = _read_facts(snapshot, config if track == "onnx" else {})
+    weights = (
+        _choose_onnx(snapshot, config) if track == "onnx" else _choose_safetensors(snapshot, config)
+    )
+    wanted = [*metadata, *weights]
+    facts["bytes"] = snapshot.total_bytes(wanted)
     check_memory(repo, memory_needed(facts["bytes"]))
-    check_disk(repo, files.missing(wanted) / 1e6, folder)
-    _refuse_unloadable(track, files, small, config)
+    check_disk(repo, snapshot.missing_bytes(wanted) / 1e6, partial)
+    _refuse_unloadable(track, snapshot, metadata, config)
 
-    files.fetch(wanted, Progress(facts["bytes"]))
-    return facts | {"files": _without_unreadable_card(files, wanted)}
+    snapshot.fetch(wanted, Progress(facts["bytes"]))
+    return facts | {"files": _without_unreadable_card(snapshot, wanted)}
 
 
 def _read_info(repo, revision, commit):
@@ -250,7 +261,7 @@ def _read_info(repo, revision, commit):
     repository is asked for without a token.
     """
 
-    def ask(token):
+    def info_with_token(token):
         headers = build_hf_headers(token=token)
         try:
             return _model_info(repo, commit or revision, headers), headers
@@ -261,22 +272,24 @@ def _read_info(repo, revision, commit):
 
     problem = "is not accepted by the Hub"
     try:
-        return ask(None)
+        return info_with_token(None)
     except HfHubHTTPError as error:
         if status_of(error) != httpx.codes.UNAUTHORIZED or not get_token():
             raise
     except (UnicodeError, httpx.LocalProtocolError):
         problem = "has characters that no token has"
+    except PermissionError:
+        problem = "cannot be read"
     place, fix = token_place(os.environ)
     try:
-        found = ask(False)
+        found = info_with_token(False)
     except HfHubHTTPError as error:
         raise CourseError(
             "hub-token",
             f"The token in {place} {problem}, and without one the Hub does not give {repo}.",
             fix,
         ) from error
-    tell(f"The token in {place} {problem}. Going on without a token. {fix}")
+    notify_user(f"The token in {place} {problem}. Going on without a token. {fix}")
     return found
 
 
@@ -289,29 +302,30 @@ def _model_info(repo, revision, headers):
     )
 
 
-def _is_small(name, size):
+def _is_metadata(name, size):
     """Tell whether a file is downloaded before the weights, to decide whether the track can use them."""
     in_root = "/" not in name or name.startswith("additional_chat_templates/")
-    return in_root and name.endswith(SMALL) and size <= LARGEST_SMALL
+    return in_root and name.endswith(METADATA_ENDINGS) and size <= LARGEST_METADATA
 
 
-def _read_config(files, name):
+def _read_config(snapshot, name):
     """Return the content of the file that describes the model."""
-    if config := files.read_json(name):
+    config = snapshot.read_json(name)
+    # genai_config.json has an object `model`.
+    if config and (name == "config.json" or isinstance(config.get("model"), dict)):
         return config
-    what = f"is no JSON of {files.repo} that describes a model"
-    if name not in files.files:
-        what = f"is missing in {files.repo}, so nothing says what kind of model it is"
-    raise other_revision("hub-config", files.repo, f"{name} {what}.")
+    what = f"{name} of {snapshot.repo} does not describe a model."
+    if name not in snapshot.listing:
+        what = f"{snapshot.repo} has no {name}."
+    raise inconsistent_error("hub-config", snapshot.repo, what)
 
 
-def _read_facts(files):
+def _read_facts(snapshot, genai_config):
     """Return what the Hub and the configuration say about the model, as far as the course shows it."""
-    config = files.read_json("config.json")
-    genai = files.read_json("genai_config.json").get("model", {})
+    config = snapshot.read_json("config.json")
     nested = config.get("text_config")
     lengths = (
-        genai.get("context_length"),
+        genai_config.get("model", {}).get("context_length"),
         config.get("max_position_embeddings"),
         config.get("n_positions"),
         nested.get("max_position_embeddings") if isinstance(nested, dict) else None,
@@ -320,17 +334,17 @@ def _read_facts(files):
     if context_length is None:
         raise CourseError(
             "hub-context",
-            f"{files.repo} does not say how many tokens its model takes.",
+            f"{snapshot.repo} does not say how many tokens its model takes.",
             "Choose another repository; its config.json has max_position_embeddings.",
         )
-    info = files.info
+    info = snapshot.info
     licence = (info.card_data or {}).get("license")
     return {
         "commit": info.sha,
         "licence": licence if isinstance(licence, str) else "not stated",
         "task": "text-generation",
         "context_length": context_length,
-        "parameters": info.safetensors.total if info.safetensors and not genai else None,
+        "parameters": info.safetensors.total if info.safetensors and not genai_config else None,
     }
 
 
@@ -363,7 +377,7 @@ def _find_onnx_folder(repo, listing, asked):
             "them here.",
         )
     if not asked and len(on_cpu) > 1:
-        tell(
+        notify_user(
             f"{repo} has {len(on_cpu)} ONNX folders for the CPU: {', '.join(on_cpu)}. {chosen} is taken; to "
             "take another, give the model an entry with its `folder` in data/models.toml, as "
             "phi-3-mini-4k has."
@@ -371,37 +385,33 @@ def _find_onnx_folder(repo, listing, asked):
     return chosen
 
 
-def _choose_onnx(files, config):
+def _choose_onnx(snapshot, config):
     """Return the names of the ONNX model and its weights."""
-    model = config.get("model")
-    decoder = model.get("decoder") if isinstance(model, dict) else None
+    decoder = config["model"].get("decoder")
     graph = decoder.get("filename") if isinstance(decoder, dict) else None
-    if not isinstance(graph, str) or graph not in files.files or not graph.endswith(".onnx"):
-        raise other_revision(
+    names = [name for name in snapshot.listing if "/" not in name]
+    if graph not in names or not graph.endswith(".onnx"):
+        raise inconsistent_error(
             "hub-graph",
-            files.repo,
-            f"genai_config.json of {files.repo} names no ONNX file that is there.",
+            snapshot.repo,
+            f"genai_config.json of {snapshot.repo} names no ONNX file that is there.",
         )
-    return [
-        name
-        for name in files.files
-        if "/" not in name and (name.endswith(".onnx") or re.search(r"[._]data(\.\d+)?$", name))
-    ]
+    return [name for name in names if name.endswith(".onnx") or re.search(ONNX_WEIGHTS, name)]
 
 
-def _choose_safetensors(files, config):
+def _choose_safetensors(snapshot, config):
     """Return the names of the weights that transformers loads."""
-    refuse_quantized(files.repo, files.files, config)
-    weights = choose_weights(files.repo, files.files, files.read_json(INDEX))
+    refuse_quantized(snapshot.repo, snapshot.listing, config)
+    weights = choose_weights(snapshot.repo, snapshot.listing, snapshot.read_json(INDEX))
     others = sorted(
         name
-        for name in files.files
+        for name in snapshot.listing
         if name.endswith(".safetensors") and "/" not in name and name not in weights
     )
     if others:
         more = f" and {len(weights) - 1} more" if weights[1:] else ""
-        tell(
-            f"{files.repo} has several sets of weights: {weights[0]}{more} are downloaded, which "
+        notify_user(
+            f"{snapshot.repo} has several sets of weights: {weights[0]}{more} are downloaded, which "
             f"transformers loads, but not {', '.join(others)}."
         )
     return weights
@@ -410,44 +420,46 @@ def _choose_safetensors(files, config):
 # --- can the track load it? -------------------------------------------------------------------
 
 
-def _refuse_unloadable(track, files, small, config):
-    """Let the libraries read the small files, in a folder that has no weights."""
-    if track == "onnx" and "tokenizer.json" not in files.files:
+def _refuse_unloadable(track, snapshot, metadata, config):
+    """Let the libraries read the small snapshot, in a folder that has no weights."""
+    if track == "onnx" and "tokenizer.json" not in snapshot.listing:
         raise CourseError(
             "hub-no-tokenizer",
-            f"{files.repo} has no tokenizer.json, which track B and the chat model read.",
+            f"{snapshot.repo} has no tokenizer.json, which track B and the chat model read.",
             "Choose a repository that has one; most that transformers has saved do.",
         )
-    users_template = files.finished / "chat_template.jinja"
-    with tempfile.TemporaryDirectory(dir=files.folder, ignore_cleanup_errors=True) as name:
+    users_template = snapshot.finished / "chat_template.jinja"
+    with tempfile.TemporaryDirectory(dir=snapshot.partial, ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        for file in small:
+        for file in metadata:
             (folder / file).parent.mkdir(exist_ok=True)
-            shutil.copy(files.path(file), folder / file)
+            shutil.copy(snapshot.path(file), folder / file)
         if users_template.is_file():
             shutil.copy(users_template, folder)
         if track == "onnx":
-            refuse_other_engine(files.repo, folder, config, config["model"]["decoder"]["filename"])
+            check_genai_config(
+                snapshot.repo, folder, config, config["model"]["decoder"]["filename"]
+            )
         else:
-            refuse_other_model(files.repo, folder, config)
-        tokenizer = load_tokenizer(files.repo, folder)
+            check_architecture(snapshot.repo, folder, config)
+        tokenizer = load_tokenizer(snapshot.repo, folder)
         try:
             tokenizer.get_chat_template()
         except ValueError:  # there is none, or none of several is called "default"
             raise CourseError(
                 "hub-no-template",
-                f"{files.repo} has no chat template: nothing says how a conversation becomes its "
+                f"{snapshot.repo} has no chat template: nothing says how a conversation becomes its "
                 "prompt, and llm/v1/chat needs that.",
                 "Choose an instruct model, or write the template that its authors describe to "
                 f"{users_template}, and run this again.",
             ) from None
 
 
-def _without_unreadable_card(files, names):
+def _without_unreadable_card(snapshot, names):
     """Return the names without a model card that cannot be read: the course then writes one."""
     if "README.md" in names:
         try:
-            ModelCard.load(files.path("README.md"))
+            ModelCard.load(snapshot.path("README.md"))
         except (ValueError, yaml.YAMLError):  # UnicodeDecodeError is a ValueError
             return [name for name in names if name != "README.md"]
     return names
@@ -456,31 +468,31 @@ def _without_unreadable_card(files, names):
 # --- the process ------------------------------------------------------------------------------
 
 
-class _ToldRetries(logging.Handler):
-    """Shows the user what huggingface_hub logs while it waits and tries again, without addresses."""
+class _RetryNotes(logging.Handler):
+    """Shows the user huggingface_hub's log lines about waiting and trying again, without addresses."""
 
     def emit(self, record):
         for line in record.getMessage().splitlines():
             if "://" not in line:
-                tell(f"huggingface_hub: {line}")
+                notify_user(f"huggingface_hub: {line}")
 
 
-def work(order: dict) -> dict:
-    """Download as ``HubRepository.make`` orders; return the facts and the files."""
-    retries = _ToldRetries(logging.WARNING)
+def work(request: dict) -> dict:
+    """Download as ``HubRepository.make`` requests; return the facts and the snapshot."""
+    retries = _RetryNotes(logging.WARNING)
     logging.getLogger("huggingface_hub").addHandler(retries)
     try:
-        paths = {name: Path(order[name]) for name in ("folder", "finished")}
-        return download(**order | paths)
+        paths = {name: Path(request[name]) for name in ("partial", "finished")}
+        return download(**request | paths)
     except Exception as error:
         # A full disk has its sentence in helpers.models.space.
         if isinstance(error, CourseError) or is_of_the_disk(error):
             raise
-        raise hub_error(error, order["repo"]) from error
+        raise hub_error(error, request["repo"]) from error
     finally:
         logging.getLogger("huggingface_hub").removeHandler(retries)
 
 
 if __name__ == "__main__":
-    # At once: torch takes seconds to end.
-    os._exit(answer(work, sys.argv[1]))
+    # os._exit skips the end of the interpreter, which takes seconds once torch is imported.
+    os._exit(run_worker(work, sys.argv[1]))

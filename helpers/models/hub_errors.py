@@ -1,4 +1,4 @@
-"""Turns what stops a download from the Hugging Face Hub into a CourseError; says where the user's token comes from."""
+"""Converts errors of huggingface_hub to CourseErrors; finds where the user's token is stored."""
 
 import json
 import os
@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from datetime import datetime
 
 import httpx
-from huggingface_hub import constants, errors
+from huggingface_hub import constants, errors, get_token
 
 from helpers.errors import CourseError
 
@@ -41,6 +41,13 @@ def status_of(error: Exception) -> int | None:
     return error.response.status_code if isinstance(error, errors.HfHubHTTPError) else None
 
 
+def _has_token():
+    try:
+        return bool(get_token())
+    except (OSError, UnicodeError):  # there is one that cannot be read
+        return True
+
+
 def certificate_problem(error: BaseException | None) -> str | None:
     """Return why OpenSSL refused the server's certificate; None if that is not what went wrong."""
     while error is not None:
@@ -50,12 +57,12 @@ def certificate_problem(error: BaseException | None) -> str | None:
     return None
 
 
-def is_other_size(error: Exception) -> bool:
+def is_size_mismatch(error: Exception) -> bool:
     """Tell whether a file had another size than the Hub lists: for this huggingface_hub raises a plain OSError."""
     return type(error) is OSError and "Consistency check failed" in str(error)
 
 
-# The first row whose error types or whose function fit decides the code and the two sentences.
+# Rows of error types or a function, a code and two sentences. The first row that fits is used.
 CASES = (
     (
         errors.GatedRepoError,
@@ -84,10 +91,16 @@ CASES = (
         "Run this again later, or choose another revision: hub:{repo}@REVISION.",
     ),
     (
-        lambda error: status_of(error) in (401, 403),
+        lambda error: status_of(error) in (401, 403) and _has_token(),
         "hub-token",
         "The Hub does not give {repo} to the token in {token}.",
         "{token_fix}",
+    ),
+    (
+        lambda error: status_of(error) in (401, 403),
+        "hub-status",
+        "The Hub, or a proxy before it, does not give {repo}: it answers {status}.",
+        "Check the proxy (HTTPS_PROXY); if the repository is private, set HF_TOKEN.",
     ),
     (
         lambda error: status_of(error) in BUSY,
@@ -123,7 +136,7 @@ CASES = (
     ),
     (
         lambda error: (
-            isinstance(error, json.JSONDecodeError | UnicodeDecodeError) or is_other_size(error)
+            isinstance(error, json.JSONDecodeError | UnicodeDecodeError) or is_size_mismatch(error)
         ),
         "hub-other-answer",
         "Something between you and {endpoint} answers in its place, such as a proxy's login page.",
@@ -152,12 +165,12 @@ def hub_error(error: Exception, repo: str) -> CourseError:
         if (isinstance(error, fits) if isinstance(fits, type | tuple) else fits(error))
     )
     token, token_fix = token_place(os.environ)
-    file = re.search(r"/resolve/[^/]+/(\S+?)\.?$", str(error), re.MULTILINE)
+    match = re.search(r"/resolve/[^/]+/(\S+?)\.?$", str(error), re.MULTILINE)
     values = {
         "repo": repo,
         "web": WEB,
         "endpoint": constants.ENDPOINT,
-        "file": file[1] if file else "a file",
+        "file": match[1] if match else "a file",
         "status": status_of(error),
         "token": token,
         "token_fix": token_fix,

@@ -22,7 +22,6 @@ from urllib.parse import quote, urlsplit
 
 from helpers.errors import CourseError
 from helpers.files import is_plain, progress_bar, sha256
-from helpers.models.steps import is_of_the_disk
 from helpers.paths import ROOT
 
 # The list of all files, as `sha256sum` writes it: it is written last, so a kit that has it is whole.
@@ -178,30 +177,39 @@ class Kit:
             if getattr(stream, "length", 0):
                 raise ConnectionResetError(errno.ECONNRESET, "the connection broke")
 
+    def _read_or_raise(self, name):
+        """Yield the blocks of a file; raise CourseError if it cannot be read."""
+        try:
+            yield from self._read(name)
+        except CONNECTION_ERRORS as error:
+            raise CourseError(
+                "kit-unread",
+                f"{name} of the kit {self.address} could not be read: {reason(error)}.",
+                "Check that `kit serve` still runs, or that the USB stick is plugged in, and run this "
+                "again; copied files are kept.",
+            ) from None
+
     def models(self) -> list[str]:
         """Return the folder names of its models, sorted."""
         return sorted({name.split("/")[1] for name in self.files if name.startswith("models/")})
 
-    def record(self, home: str, track: str) -> dict | None:
-        """Return the receipt of one track's folder of a model (see helpers.models.folders); None without it."""
+    def receipt(self, home: str, track: str) -> dict | None:
+        """Return the receipt (see helpers.models.folders) of one track's folder of a model; None without one."""
         name = f"models/{home}/{track}.receipt.json"
         if name not in self.files:
             return None
-        try:
-            text = b"".join(self._read(name))
-        except CONNECTION_ERRORS as error:
-            raise self._unread(name, error) from None
+        text = b"".join(self._read_or_raise(name))
         if hashlib.sha256(text).hexdigest() != self.files[name]:
             raise self._changed(name)
         return json.loads(text)
 
     def fetch(self, home: str, track: str, folder: Path) -> None:
-        """Copy one track's files of a model into ``folder``; files that are there and right stay.
+        """Copy one track's files of a model into ``folder``, except for those that have the right hash.
 
         Raises CourseError if the kit stops answering or a file has another hash, and what the disk
         raises.
         """
-        sizes = self.record(home, track)["files"]
+        sizes = self.receipt(home, track)["files"]
         with progress_bar(f"Fetching {home} ({track}) from the kit", sum(sizes.values())) as bar:
             for file, size in sizes.items():
                 name = f"models/{home}/{track}/{file}"
@@ -214,16 +222,11 @@ class Kit:
         target.parent.mkdir(parents=True, exist_ok=True)
         incomplete = target.with_name(target.name + ".incomplete")
         digest = hashlib.sha256()
-        try:
-            with incomplete.open("wb") as copy:
-                for block in self._read(name):
-                    digest.update(block)
-                    copy.write(block)
-                    bar.update(len(block))
-        except CONNECTION_ERRORS as error:
-            if is_of_the_disk(error):
-                raise
-            raise self._unread(name, error) from None
+        with incomplete.open("wb") as copy:
+            for block in self._read_or_raise(name):
+                digest.update(block)
+                copy.write(block)
+                bar.update(len(block))
         if digest.hexdigest() != self.files[name]:
             incomplete.unlink()
             raise self._changed(name)
@@ -243,14 +246,6 @@ class Kit:
                     if digest.hexdigest() != expected:
                         yield f"{name} is not as it was built."
                 bar.update(1)
-
-    def _unread(self, name, error):
-        return CourseError(
-            "kit-unread",
-            f"{name} of the kit {self.address} could not be read: {reason(error)}.",
-            "Check that `kit serve` still runs, or that the stick is in, and run this again; what "
-            "is here stays.",
-        )
 
     def _changed(self, name):
         return CourseError(

@@ -1,7 +1,7 @@
 """Refuses a repository of the Hugging Face Hub that a track cannot load, before its weights are downloaded.
 
-File names show what is no model for transformers at all. The rest is asked of the libraries that
-will load the model: they read the repository's small files and answer in their own words.
+File names are checked first. Then transformers or onnxruntime-genai loads the repository's small
+files, and its own message is quoted.
 """
 
 import importlib.metadata
@@ -22,7 +22,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # --- track A ----------------------------------------------------------------------------------
 
 
-def refuse_other_weights(repo: str, names: Collection[str], base: str | None) -> None:
+def check_safetensors(repo: str, names: Collection[str], base: str | None) -> None:
     """Raise CourseError if a repository's file names show that transformers finds no safetensors there.
 
     ``base`` is the repository that this one was made from, if its model card names it.
@@ -75,16 +75,16 @@ def choose_weights(repo: str, names: Collection[str], index: dict) -> list[str]:
     weight_map = index.get("weight_map")
     chosen = set(weight_map.values()) if isinstance(weight_map, dict) else set()
     if not chosen:
-        raise other_revision("hub-index", repo, f"{INDEX} of {repo} names no weights.")
+        raise inconsistent_error("hub-index", repo, f"{INDEX} of {repo} names no weights.")
     # transformers follows an index to a pickle, too.
     missing = [name for name in chosen if name not in names or not name.endswith(".safetensors")]
     if missing:
         what = f"{INDEX} of {repo} names {missing[0]}, which the Hub does not have as safetensors."
-        raise other_revision("hub-weights", repo, what)
+        raise inconsistent_error("hub-weights", repo, what)
     return sorted(chosen)
 
 
-def other_revision(code: str, repo: str, what: str) -> CourseError:
+def inconsistent_error(code: str, repo: str, what: str) -> CourseError:
     """Return the error for a repository whose files contradict each other."""
     return CourseError(
         code,
@@ -109,7 +109,7 @@ def refuse_quantized(repo: str, names: Collection[str], config: dict) -> None:
         )
 
 
-def refuse_other_model(repo: str, folder: Path, config: dict) -> None:
+def check_architecture(repo: str, folder: Path, config: dict) -> None:
     """Raise CourseError unless transformers makes a causal language model from config.json in ``folder``.
 
     The model is made on the device "meta", which has shapes and no weights.
@@ -130,7 +130,7 @@ def refuse_other_model(repo: str, folder: Path, config: dict) -> None:
             )
         what = f"transformers {version} makes no language model from config.json of {repo}: {why}."
         if config.get("model_type") in list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-            return other_revision("hub-config", repo, what)
+            return inconsistent_error("hub-config", repo, what)
         return CourseError(
             "hub-architecture",
             what,
@@ -144,7 +144,7 @@ def refuse_other_model(repo: str, folder: Path, config: dict) -> None:
             model = AutoModelForCausalLM.from_config(loaded, trust_remote_code=False)
         return type(model).__name__, loaded.architectures or []
 
-    made, named = _ask(make, repo, folder, to_error)
+    made, named = _translate_errors(make, repo, folder, to_error)
     # transformers would make up the weights that another architecture does not have.
     if named and made.lower() not in [name.lower() for name in named]:
         raise CourseError(
@@ -163,12 +163,12 @@ def load_tokenizer(repo: str, folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(
             folder, trust_remote_code=False, local_files_only=True
         )
-        # transformers makes some kinds of tokenizer without their vocabulary: every word is then unknown.
+        # transformers makes some tokenizers without a vocabulary, for which every word is unknown.
         if set(tokenizer.encode("Hello", add_special_tokens=False)) <= {tokenizer.unk_token_id}:
             raise ValueError("it has no vocabulary")
         return tokenizer
 
-    return _ask(
+    return _translate_errors(
         make,
         repo,
         folder,
@@ -180,7 +180,7 @@ def load_tokenizer(repo: str, folder: Path) -> Any:
     )
 
 
-def _ask(call, repo, folder, to_error):
+def _translate_errors(call, repo, folder, to_error):
     """Return what ``call`` returns; where it fails, raise what ``to_error`` makes of its first sentence."""
     try:
         return call()
@@ -196,7 +196,7 @@ def _ask(call, repo, folder, to_error):
 # --- track B ----------------------------------------------------------------------------------
 
 
-def refuse_other_engine(repo: str, folder: Path, config: dict, graph: str) -> None:
+def check_genai_config(repo: str, folder: Path, config: dict, graph: str) -> None:
     """Raise CourseError unless onnxruntime-genai accepts genai_config.json in ``folder``.
 
     The folder has no ONNX files yet: once the engine asks for ``graph``, it has accepted the rest.
@@ -228,7 +228,11 @@ def refuse_other_engine(repo: str, folder: Path, config: dict, graph: str) -> No
 
 def _walk(value: object) -> Iterator[tuple]:
     """Yield every key and value of nested objects and lists."""
-    items = enumerate(value) if isinstance(value, list) else ()
-    for key, inner in value.items() if isinstance(value, dict) else items:
+    items = ()
+    if isinstance(value, dict):
+        items = value.items()
+    elif isinstance(value, list):
+        items = enumerate(value)
+    for key, inner in items:
         yield key, inner
         yield from _walk(inner)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from helpers.errors import CourseError
-from helpers.models.steps import last_line, run_behind_a_bar, run_program
+from helpers.models.steps import last_line, run_program, run_with_bar
 
 # The options of pip that keep the user's values: where packages come from, how they are downloaded,
 # and which of them are trusted. The others change what pip does or prints: the course sets these.
@@ -183,7 +183,7 @@ def download_wheel(title: str, requirement: str, folder) -> None:
     ]
     try:
         settings = users_settings("download", sys.executable, dict(os.environ))
-        _result(*run_behind_a_bar(title, command, r"Progress (\d+) of (\d+)", settings))
+        _result(*run_with_bar(title, command, r"Progress (\d+) of (\d+)", settings))
     except PipError as error:
         raise pip_error(error.failure, title) from None
 

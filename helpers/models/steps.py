@@ -1,5 +1,6 @@
 """Runs the long steps of a model's preparation as programs, with one progress bar; turns their failures into errors."""
 
+import codecs
 import errno
 import json
 import os
@@ -19,7 +20,8 @@ def run_program(
 ) -> tuple[int, str]:
     """Run a program, pass its output to ``on_output`` as it arrives, and kill it if this process is interrupted.
 
-    Returns its exit code and all its output. Its standard input ends when this process ends.
+    Returns its exit code and all its output. Its standard input is a pipe that closes when this
+    process ends; `run_worker` exits then.
     """
     process = subprocess.Popen(
         [str(word) for word in command],
@@ -31,9 +33,10 @@ def run_program(
         env=environment | {"PYTHONUTF8": "1", "PYTHONUNBUFFERED": "1"},
     )
     output = ""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     try:
         while block := process.stdout.read(65536):
-            text = block.decode("utf-8", errors="replace")
+            text = decoder.decode(block)
             output += text
             on_output(text)
         return process.wait(), output
@@ -44,7 +47,7 @@ def run_program(
         process.stdout.close()
 
 
-def run_behind_a_bar(
+def run_with_bar(
     title: str,
     command: list,
     progress: str | None = None,
@@ -56,12 +59,14 @@ def run_behind_a_bar(
     ``environment`` is added to this process's environment.
     """
     tail = ""
+    unfinished_line = ""
     with progress_bar(title, 100) as bar:
 
         def on_output(text):
-            nonlocal tail
+            nonlocal tail, unfinished_line
             tail = (tail + text)[-4000:]
-            for note in re.findall(r"^Note for the user: (.+)$", text, re.MULTILINE):
+            lines, _, unfinished_line = (unfinished_line + text).rpartition("\n")
+            for note in re.findall(r"^Note for the user: (.+)$", lines, re.MULTILINE):
                 bar.write(note, file=sys.stdout)
             found = re.findall(progress, tail) if progress else []
             if found and int(found[-1][1]):
@@ -79,12 +84,12 @@ def run_step(
     progress: str | None = None,
     environment: dict[str, str] | None = None,
 ) -> str:
-    """Run a program as ``run_behind_a_bar`` does, and return its output.
+    """Run a program as ``run_with_bar`` does, and return its output.
 
-    If the program fails, this raises the error that ``answer`` printed, OSError for a full disk, or
+    If the program fails, this raises the error that ``run_worker`` printed, OSError for a full disk, or
     CourseError with the program's last line.
     """
-    code, output = run_behind_a_bar(title, command, progress, environment)
+    code, output = run_with_bar(title, command, progress, environment)
     if code == 0:
         return output
     told = re.findall(r'^\{"(error|disk)": (\[.*\])\}$', output, re.MULTILINE)
@@ -99,31 +104,31 @@ def run_step(
     )
 
 
-def ask(title: str, module: str, order: dict) -> dict:
-    """Run ``work(order)`` of a module of ours in another process, which may use the network; return what it returns."""
+def call_in_subprocess(title: str, module: str, request: dict) -> dict:
+    """Return ``work(request)`` of a module of ours, run in another process, which may use the network."""
     output = run_step(
         title,
-        [sys.executable, "-m", module, json.dumps(order)],
+        [sys.executable, "-m", module, json.dumps(request)],
         r"Progress (\d+) of (\d+)",
         {"HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"},
     )
     return json.loads(output.splitlines()[-1])
 
 
-def tell(note: str) -> None:
-    """Show the user a sentence, from within a process that ``ask`` started."""
+def notify_user(note: str) -> None:
+    """Show the user a sentence, from within a process that ``call_in_subprocess`` started."""
     print(f"Note for the user: {note}", flush=True)
 
 
-def answer(work: Callable[[dict], dict], order: str) -> int:
-    """Call ``work`` in a process that ``ask`` started: print what it returns or raises as one line of JSON.
+def run_worker(work: Callable[[dict], dict], request: str) -> int:
+    """Call ``work``, and print what it returns or raises as one line of JSON, for ``call_in_subprocess``.
 
     Returns the exit code.
     """
-    # This process ends when the one that called `ask` ends: two must not write to the same folder.
+    # This process ends when the one that called `call_in_subprocess` ends: two must not write to the same folder.
     threading.Thread(target=lambda: (os.read(0, 1), os._exit(1)), daemon=True).start()
     try:
-        result = work(json.loads(order))
+        result = work(json.loads(request))
         code = 0
     except CourseError as error:
         result = {"error": error.args}

@@ -262,8 +262,8 @@ EXPIRED.verify_message = "certificate has expired"
             "a/b.json",
         ),
         (answered(404, errors.RemoteEntryNotFoundError), "hub-no-file", "a file"),
-        (answered(401), "hub-token", "huggingface/token"),
-        (answered(403), "hub-token", "hf auth login"),
+        (answered(401), "hub-status", "a proxy before it, does not give org/name: it answers 401"),
+        (answered(403), "hub-status", "set HF_TOKEN"),
         (answered(503), "hub-busy", "503 for org/name"),
         (answered(418), "hub-status", "418 for org/"),
         (
@@ -286,12 +286,20 @@ EXPIRED.verify_message = "certificate has expired"
         (TypeError("no"), "hub-unreadable", "TypeError"),
     ],
 )
-def test_what_stopped_a_download_is_said_in_two_sentences(error, code, says):
+def test_what_stopped_a_download_is_said_in_two_sentences(error, code, says, token_file):
     explained = hub_error(error, "org/name")
     assert explained.code == code
     assert says in str(explained)
     assert explained.what.endswith(".")
     assert explained.fix.endswith(".")
+
+
+def test_a_token_that_is_refused_is_named(token_file):
+    token_file.write_text(STALE)
+    explained = hub_error(answered(403), "org/name")
+    assert explained.code == "hub-token"
+    assert "the token in $HF_HOME/token" in explained.what
+    assert "hf auth login" in explained.fix
 
 
 # --- repositories that a track cannot use: each is refused before its weights travel ------------
@@ -389,17 +397,19 @@ def test_an_onnx_model_that_would_load_a_library_or_that_the_engine_does_not_kno
     assert no_weights_asked(own)
 
 
-@pytest.mark.parametrize("graph", ["../../secret.onnx", "genai_config.json", 5])
+@pytest.mark.parametrize("graph", ["../../secret.onnx", "deep/model.onnx", "genai_config.json", 5])
 def test_an_onnx_file_that_is_not_there_is_refused(own, graph):
     file = own.root / ONNX / CPU / "genai_config.json"
     model = json.loads(file.read_text(encoding="utf-8"))["model"]
+    (file.parent / "deep").mkdir()
+    shutil.copy(file.parent / "model.onnx", file.parent / "deep")
     change_json(file, model=model | {"decoder": model["decoder"] | {"filename": graph}})
     assert f"genai_config.json of {ONNX}" in refused("hub-graph", track="onnx")
 
 
 def test_weights_of_an_onnx_model_come_under_any_of_their_names(own):
     folder = own.root / ONNX / CPU
-    names = {"model.onnx_data", "model.onnx_data.1", "model.onnx.data.1"}
+    names = {"model.onnx_data", "model.onnx_data.1", "model.onnx.data.1", "model.onnx_data_1"}
     for name in names:
         (folder / name).write_bytes(b"weights")
     assert names <= {
@@ -458,6 +468,23 @@ def test_without_a_tokenizer_that_can_be_made_no_weights_travel(own, track, fold
     file.unlink() if content is None else file.write_text(content, encoding="utf-8")
     refused("hub-no-tokenizer", track=track)
     assert no_weights_asked(own)
+
+
+@pytest.mark.parametrize("model", [None, "phi3"])
+def test_an_engine_configuration_without_a_model_is_refused(own, model):
+    change_json(own.root / ONNX / CPU / "genai_config.json", model=model)
+    assert "genai_config.json" in refused("hub-config", track="onnx")
+
+
+def test_an_unfinished_file_of_another_commit_is_not_continued(own):
+    own.faults = {SHARD: [("cut", 70_000)]}
+    own.forever = {SHARD: ("cut", 0)}
+    refused("hub-no-answer")
+    (own.root / TORCH / SHARD).write_bytes(bytes((own.root / TORCH / SHARD).stat().st_size))
+    own.forever = {}
+    own.asked.clear()
+    prepare_model("phi-3-mini-4k", "transformers")
+    assert ranges_asked(own, SHARD) == [""]
 
 
 def test_quantized_weights_do_not_travel(own):

@@ -167,6 +167,8 @@ def test_a_second_build_keeps_what_is_right_drops_what_is_stale_and_leaves_the_u
     assert {name for name in stayed if name.endswith(".whl")} == {
         name for name in after if name.endswith(".whl")
     } - {f"wheels/{damaged.name}"}
+    page = (small / "wheels" / "index.html").read_text(encoding="utf-8")
+    assert page.count("<a ") == len(list((small / "wheels").glob("*.whl")))
     assert (small / "my.txt").read_text(encoding="utf-8") == "mine"
     assert list(read_kit(str(small)).problems()) == []
     assert not {"my.txt", "wheels/my notes.txt"} & read_kit(str(small)).files.keys()
@@ -239,6 +241,15 @@ def test_the_course_in_a_kit_is_all_of_it_and_nothing_else():
         pytest.skip("not a git checkout")
     assert {name for name in listed.stdout.split("\0") if name and (ROOT / name).is_file()} == ours
     assert not [name for name in ours if name.startswith(("data/models/", "build/", ".venv/"))]
+
+
+def test_a_git_that_fails_is_named(monkeypatch, tmp_path):
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git checkout")
+    monkeypatch.setenv("GIT_DIR", str(tmp_path))
+    with refuses("not-a-checkout") as refusal:
+        course_files()
+    assert "not a git repository" in refusal.value.what
 
 
 def test_what_a_user_put_beside_the_courses_data_stays_there(request):

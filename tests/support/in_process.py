@@ -12,7 +12,7 @@ from helpers.models import sources
 
 
 def download_here(monkeypatch, endpoint="https://huggingface.co"):
-    """Let ``steps.ask`` do the work here, with the Hub at ``endpoint``; return the pauses that it made, in seconds.
+    """Let ``call_in_subprocess`` work in this process, with the Hub at ``endpoint``; return its pauses in seconds.
 
     No pause is slept through, and a file is written in small pieces.
     """
@@ -25,7 +25,7 @@ def download_here(monkeypatch, endpoint="https://huggingface.co"):
     pauses = []
     clock = SimpleNamespace(sleep=pauses.append, monotonic=time.monotonic, time=time.time)
     for place, name, value in (
-        (sources, "ask", ask),
+        (sources, "call_in_subprocess", ask),
         (constants, "HF_HUB_OFFLINE", False),
         (constants, "ENDPOINT", endpoint),
         (constants, "DOWNLOAD_CHUNK_SIZE", 10_000),

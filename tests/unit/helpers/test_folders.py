@@ -106,6 +106,11 @@ def test_a_file_of_the_users_is_put_aside_and_not_written_over(tmp_path, capsys)
     (folder / "b.txt").write_text("mine", encoding="utf-8")
     ensure(folder, RECIPE, writes(TEXTS))
     assert texts(folder) == TEXTS | {"b.txt.yours": "mine"}
+    (folder / "c.txt").write_text("mine", encoding="utf-8")
+    (folder / "c.txt.yours").write_text("older", encoding="utf-8")
+    ensure(folder, {"seed": 2}, writes(TEXTS | {"c.txt": "new"}))
+    assert (folder / "c.txt.yours.yours").read_text(encoding="utf-8") == "mine"
+    assert (folder / "c.txt.yours").read_text(encoding="utf-8") == "older"
     printed = capsys.readouterr().out
     assert (
         f"The model has a file called b.txt, too: yours is now {folder / 'b.txt.yours'}." in printed
@@ -242,7 +247,9 @@ def test_a_folder_may_be_a_link_to_another_disk(tmp_path):
     assert seen[0].parent == other.parent  # a file is moved, not copied: it has to be on that disk
     assert texts(other) == TEXTS
     (other / "a.txt").unlink()
+    (other.parent / "model.0000.partial").mkdir()  # of another recipe
     ensure(folder, RECIPE, writes(TEXTS))
+    assert not list(other.parent.glob("*.partial"))
     assert not changed_files(folder)
 
 

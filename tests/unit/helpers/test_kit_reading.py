@@ -117,6 +117,13 @@ def test_a_kit_that_is_gone_is_an_error_and_finished_files_stay(small, target, s
     assert not (target / "model.safetensors").exists()
 
 
+def test_a_file_of_the_kit_that_may_not_be_read_is_not_blamed_on_the_cache(small, target):
+    (small / WEIGHTS[1:]).unlink()
+    (small / WEIGHTS[1:]).mkdir()
+    with refuses("kit-unread"):
+        read_kit(str(small)).fetch("tiny-phi3", "transformers", target)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux's full device")
 def test_a_full_disk_is_no_fault_of_the_kit(small, target):
     (target / "config.json.incomplete").symlink_to("/dev/full")
@@ -137,11 +144,11 @@ def test_a_kit_in_the_room_is_read_past_a_proxy(small, target, monkeypatch):
 
 def test_a_receipt_is_the_kits_own_or_none(small):
     kit = read_kit(str(small))
-    assert kit.record("smollm2-135m", "onnx") is None
-    assert kit.record("tiny-phi3", "onnx")["files"].keys() == {"model.onnx", "deep/model.data"}
+    assert kit.receipt("smollm2-135m", "onnx") is None
+    assert kit.receipt("tiny-phi3", "onnx")["files"].keys() == {"model.onnx", "deep/model.data"}
     (small / "models/tiny-phi3/onnx.receipt.json").write_text("{}", encoding="utf-8")
     with refuses("kit-changed"):
-        kit.record("tiny-phi3", "onnx")
+        kit.receipt("tiny-phi3", "onnx")
 
 
 @pytest.mark.parametrize("over_http", [False, True])

@@ -12,11 +12,11 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
 from helpers.models.loadable import (
+    check_architecture,
+    check_genai_config,
+    check_safetensors,
     choose_weights,
     load_tokenizer,
-    refuse_other_engine,
-    refuse_other_model,
-    refuse_other_weights,
     refuse_quantized,
 )
 
@@ -57,7 +57,7 @@ CONFIG = {
 def test_names_that_say_that_there_is_nothing_to_load(names, code, says):
     for base, fix in (("org/base", "hub:org/base"), (None, "")):
         with refuses(code) as refusal:
-            refuse_other_weights(REPO, names, base)
+            check_safetensors(REPO, names, base)
         assert says in refusal.value.what
         assert code not in ("hub-adapter", "hub-gguf") or fix in refusal.value.fix
 
@@ -71,7 +71,7 @@ def test_names_that_say_that_there_is_nothing_to_load(names, code, says):
     ids=lambda names: names[0],
 )
 def test_weights_as_safetensors_pass_whatever_else_is_there(names):
-    refuse_other_weights(REPO, names, None)
+    check_safetensors(REPO, names, None)
 
 
 SHARDS = [
@@ -175,7 +175,7 @@ def written(tmp_path):
 )
 def test_what_transformers_makes_no_language_model_of_is_refused(written, fields, code, says):
     with refuses(code) as refusal:
-        refuse_other_model(REPO, *written(**fields))
+        check_architecture(REPO, *written(**fields))
     assert says in refusal.value.what
 
 
@@ -190,7 +190,7 @@ def test_what_transformers_makes_no_language_model_of_is_refused(written, fields
     ids=str,
 )
 def test_what_transformers_loads_passes(written, fields):
-    refuse_other_model(REPO, *written(**fields))
+    check_architecture(REPO, *written(**fields))
 
 
 @pytest.mark.parametrize(
@@ -274,10 +274,10 @@ def test_what_the_engine_does_not_load_or_would_run_code_for_is_refused(
         }
     }
     (tmp_path / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
-    refuse_other_engine(REPO, tmp_path, config, "model.onnx")
+    check_genai_config(REPO, tmp_path, config, "model.onnx")
     change(config["model"])
     (tmp_path / "genai_config.json").write_text(json.dumps(config), encoding="utf-8")
     with refuses(code) as refusal:
-        refuse_other_engine(REPO, tmp_path, config, "model.onnx")
+        check_genai_config(REPO, tmp_path, config, "model.onnx")
     assert says in refusal.value.what
     assert str(tmp_path) not in str(refusal.value)

@@ -23,9 +23,9 @@ from helpers.files import locked, sha256
 from helpers.models.catalogue import find_entry
 from helpers.models.convert import tiny_phi3
 from helpers.models.folders import read_receipt, write_receipt
-from helpers.models.prepare import _disk_errors, cache_state, cached_models, longest_exact
+from helpers.models.prepare import _disk_errors, cache_state, cached_models, exact_context_length
 from helpers.models.space import disk_errors, existing
-from helpers.models.steps import ask, is_of_the_disk, run_program, run_step
+from helpers.models.steps import call_in_subprocess, is_of_the_disk, run_program, run_step
 from helpers.paths import model_cache
 
 
@@ -102,11 +102,11 @@ def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkey
         },
     }
     monkeypatch.setattr(
-        "helpers.models.sources.ask",
+        "helpers.models.sources.call_in_subprocess",
         lambda title, module, order: facts[order["track"]] | {"files": []},
     )
     monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
-    monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder: math.inf)
+    monkeypatch.setattr("helpers.models.prepare.exact_context_length", lambda folder: math.inf)
     entry = prepare_model("hub:org/name").entry
     assert (entry.name, entry.licence, entry.parameters, entry.context_length) == (
         "hub:org/name",
@@ -114,6 +114,8 @@ def test_a_model_that_only_the_hub_knows_tells_what_came_of_itself(words, monkey
         7,
         4096,
     )
+    with refuses("track-unknown"):
+        prepare_model("hub:org/name", "ONNX")
     # Both folders; two copies of the larger.
     assert (entry.download, entry.disk, entry.memory) == (4000, 4000, 7000)
     assert prepare_model("hub:org/name", "onnx").entry.disk == 1000
@@ -143,7 +145,7 @@ def test_a_window_that_the_graph_lacks_bounds_the_prompt_and_its_answer(tmp_path
     (tmp_path / "genai_config.json").write_text(
         json.dumps({"model": {"decoder": decoder}}), encoding="utf-8"
     )
-    assert longest_exact(tmp_path) == longest
+    assert exact_context_length(tmp_path) == longest
 
 
 def test_the_entry_of_track_b_has_the_bound_and_that_of_track_a_has_not(words, monkeypatch):
@@ -154,7 +156,7 @@ def test_the_entry_of_track_b_has_the_bound_and_that_of_track_a_has_not(words, m
         (100, "onnx", 64),
     ):
         monkeypatch.setattr(
-            "helpers.models.prepare.longest_exact", lambda folder, bound=bound: bound
+            "helpers.models.prepare.exact_context_length", lambda folder, bound=bound: bound
         )
         assert prepare_model("words", track).entry.context_length == length
 
@@ -163,15 +165,16 @@ def test_what_was_exported_once_need_not_be_asked_for_again(words, monkeypatch):
     def download(title, module, order):
         files = {"model.safetensors": b"words", "config.json": CONFIG}
         for name, content in files.items():
-            (Path(order["folder"]) / name).write_bytes(content)
+            (Path(order["partial"]) / name).write_bytes(content)
         return {
             "commit": "c1",
             "bytes": 5,
             "files": list(files),
         }
 
-    monkeypatch.setattr("helpers.models.sources.ask", download)
+    monkeypatch.setattr("helpers.models.sources.call_in_subprocess", download)
     prepare_model("far", export=True)
+    assert cached_models() == ["hub:org/far"]
     kept = snapshot(words)
     for track in (None, "onnx"):
         assert (
@@ -237,7 +240,7 @@ def test_a_folder_that_an_interruption_left_mixed_is_not_ready(words):
 
 def test_a_repository_is_ready_with_the_files_of_one_track(words, monkeypatch):
     monkeypatch.setattr(
-        "helpers.models.sources.ask",
+        "helpers.models.sources.call_in_subprocess",
         lambda title, module, order: {
             "commit": "c1",
             "licence": "mit",
@@ -249,7 +252,7 @@ def test_a_repository_is_ready_with_the_files_of_one_track(words, monkeypatch):
         },
     )
     monkeypatch.setattr("helpers.models.prepare.find_entry", find_entry)
-    monkeypatch.setattr("helpers.models.prepare.longest_exact", lambda folder: math.inf)
+    monkeypatch.setattr("helpers.models.prepare.exact_context_length", lambda folder: math.inf)
     for name in ("hub:org/name", "hub:org/name@v1"):
         prepare_model(name, "onnx")
         assert cache_state(name) == "ready"
@@ -446,27 +449,27 @@ def test_a_module_of_ours_answers_in_a_process_of_its_own(tmp_path, monkeypatch,
     (tmp_path / "worker.py").write_text(
         "import os, sys\n"
         "from helpers import CourseError\n"
-        "from helpers.models.steps import answer\n"
+        "from helpers.models.steps import run_worker\n"
         "def work(order):\n"
         "    print('Progress 1 of 2')\n"
         "    if order.get('errno'): raise OSError(order['errno'], 'no')\n"
         "    if order.get('code'): raise CourseError(order['code'], 'What.', 'Fix.')\n"
         "    return order | {'offline': os.environ['HF_HUB_OFFLINE']}\n"
-        "sys.exit(answer(work, sys.argv[1]))\n",
+        "sys.exit(run_worker(work, sys.argv[1]))\n",
         encoding="utf-8",
     )
     monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
-    assert ask("Asking", "worker", {"größe": 1}) == {
+    assert call_in_subprocess("Asking", "worker", {"größe": 1}) == {
         "größe": 1,
         "offline": "0",
     }
     with refuses("odd"):
-        ask("Asking", "worker", {"code": "odd"})
+        call_in_subprocess("Asking", "worker", {"code": "odd"})
     with pytest.raises(OSError) as error:
-        ask("Asking", "worker", {"errno": errno.EFBIG})
+        call_in_subprocess("Asking", "worker", {"errno": errno.EFBIG})
     assert error.value.errno == errno.EFBIG
     with refuses("step-failed"):
-        ask("Asking", "worker", {"errno": errno.EIO})
+        call_in_subprocess("Asking", "worker", {"errno": errno.EIO})
 
 
 def test_what_the_disk_refuses_is_told_apart_from_other_errors():

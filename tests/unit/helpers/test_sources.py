@@ -373,14 +373,14 @@ def test_an_export_takes_four_times_the_weights_in_memory_and_once_on_disk(
 
     def download(title, module, order, environment=None):
         (home / "weights").write_bytes(b"words")
-        shutil.copy(home / "weights", order["folder"] + "/model.safetensors")
+        shutil.copy(home / "weights", order["partial"] + "/model.safetensors")
         return {
             "commit": "c1",
             "bytes": 3 * 10**9,
             "files": ["model.safetensors"],
         }
 
-    monkeypatch.setattr(sources, "ask", download)
+    monkeypatch.setattr(sources, "call_in_subprocess", download)
     monkeypatch.setattr("helpers.models.space.free_memory", lambda: memory)
     monkeypatch.setattr("helpers.models.space.free_disk", lambda folder: disk)
     source = source_of(entry_of("far"), "onnx", export=True)
@@ -398,13 +398,13 @@ def test_an_export_takes_four_times_the_weights_in_memory_and_once_on_disk(
 
 def test_what_the_builder_cannot_export_is_told_in_its_words_and_track_a_stays(home, monkeypatch):
     def download(title, module, order, environment=None):
-        (Path(order["folder"]) / "model.safetensors").write_bytes(b"words")
+        (Path(order["partial"]) / "model.safetensors").write_bytes(b"words")
         return {"commit": "c1", "bytes": 5, "files": ["model.safetensors"]}
 
     def fail(title, command, progress):
         raise CourseError("step-failed", f"{title} failed: GPT2 is not supported.", "Report it.")
 
-    monkeypatch.setattr(sources, "ask", download)
+    monkeypatch.setattr(sources, "call_in_subprocess", download)
     monkeypatch.setattr(sources, "run_step", fail)
     with refuses("hub-export") as refusal:
         ensure_folder(source_of(entry_of("far"), "onnx", export=True), home / "onnx")
@@ -420,14 +420,14 @@ def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_reci
     def download(title, module, order, environment=None):
         orders.append(order)
         assert (title, module) == ("Downloading org/name", "helpers.models.hub")
-        (Path(order["folder"]) / "README.md").write_text("theirs", encoding="utf-8")
+        (Path(order["partial"]) / "README.md").write_text("theirs", encoding="utf-8")
         return {
             "commit": "c1",
             "bytes": 1,
             "files": ["README.md"],
         }
 
-    monkeypatch.setattr(sources, "ask", download)
+    monkeypatch.setattr(sources, "call_in_subprocess", download)
     for name in ("hub:org/name", "hub:org/name", "hub:org/name@v2"):
         assert ensure_folder(source_of(find_entry(name), "onnx"), home / "onnx") == {
             "commit": "c1",
@@ -447,7 +447,7 @@ def test_a_lost_file_is_looked_for_in_the_commit_of_the_others_and_no_other_reci
         ),
         home / "onnx",
     )
-    partial = orders[-1].pop("folder")
+    partial = orders[-1].pop("partial")
     assert partial.endswith(".partial")
     assert orders[-1] == {
         "track": "onnx",
