@@ -91,7 +91,11 @@ def build(
             for name in model_folders:
                 _prepare(name)
             _check_space(folder, model_folders.values(), targets)
-            files = [file for home in model_folders.values() for file in _copy_model(folder, home)]
+            files = [
+                file
+                for model_folder in model_folders.values()
+                for file in _copy_model(folder, model_folder)
+            ]
             wheel_files = wheels.add_wheels(folder / "wheels", targets)
             files += wheel_files
             files += [_write_wheels_index(folder, wheel_files), _write_course(folder / COURSE)]
@@ -167,14 +171,14 @@ def _begin(folder):
     return listed
 
 
-def _check_space(folder, homes, targets):
+def _check_space(folder, model_folders, targets):
     """Raise CourseError if the disk is too small for the files that are not in the kit yet."""
     needed = sum(
         size
-        for home in homes
+        for model_folder in model_folders
         for track in TRACKS
-        for name, size in read_receipt(model_cache() / home / track)["files"].items()
-        if not is_size(folder / "models" / home / track / name, size)
+        for name, size in read_receipt(model_cache() / model_folder / track)["files"].items()
+        if not is_size(folder / "models" / model_folder / track / name, size)
     )
     share = wheels.missing_share(folder / "wheels", targets)
     needed = needed / 1e6 + WHEELS_MEGABYTES * share
@@ -222,16 +226,16 @@ def _prepare(name):
     prepare_model(name, tracks[0] if is_from_hub(entry) and len(tracks) == 1 else None)
 
 
-def _copy_model(folder, home):
+def _copy_model(folder, model_folder):
     """Copy a prepared model's folders and their receipts; return the copies."""
     copies = []
     for track in TRACKS:
-        source = model_cache() / home / track
-        target = folder / "models" / home / track
+        source = model_cache() / model_folder / track
+        target = folder / "models" / model_folder / track
         receipt = read_receipt(source)
         if not receipt["files"]:  # a model of the Hub may be for one track only
             continue
-        title = f"Copying {home} ({track})"
+        title = f"Copying {model_folder} ({track})"
         with progress_bar(title, sum(receipt["files"].values())) as bar:
             for name, size in receipt["files"].items():
                 copies.append(target / name)

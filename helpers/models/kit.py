@@ -193,9 +193,9 @@ class Kit:
         """Return the folder names of its models, sorted."""
         return sorted({name.split("/")[1] for name in self.files if name.startswith("models/")})
 
-    def receipt(self, home: str, track: str) -> dict | None:
+    def receipt(self, model_folder: str, track: str) -> dict | None:
         """Return the receipt (see helpers.models.folders) of one track's folder of a model; None without one."""
-        name = f"models/{home}/{track}.receipt.json"
+        name = f"models/{model_folder}/{track}.receipt.json"
         if name not in self.files:
             return None
         text = b"".join(self._read_or_raise(name))
@@ -203,16 +203,18 @@ class Kit:
             raise self._changed(name)
         return json.loads(text)
 
-    def fetch(self, home: str, track: str, folder: Path) -> None:
+    def fetch(self, model_folder: str, track: str, folder: Path) -> None:
         """Copy one track's files of a model into ``folder``, except for those that have the right hash.
 
         Raises CourseError if the kit stops answering or a file has another hash, and what the disk
         raises.
         """
-        sizes = self.receipt(home, track)["files"]
-        with progress_bar(f"Fetching {home} ({track}) from the kit", sum(sizes.values())) as bar:
+        sizes = self.receipt(model_folder, track)["files"]
+        with progress_bar(
+            f"Fetching {model_folder} ({track}) from the kit", sum(sizes.values())
+        ) as bar:
             for file, size in sizes.items():
-                name = f"models/{home}/{track}/{file}"
+                name = f"models/{model_folder}/{track}/{file}"
                 if (folder / file).is_file() and sha256(folder / file) == self.files[name]:
                     bar.update(size)
                 else:

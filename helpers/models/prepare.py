@@ -54,20 +54,24 @@ def prepare_model(name: str, track: str | None = None, export: bool = False) -> 
     with _disk_errors(entry, home):
         home.mkdir(parents=True, exist_ok=True)
         with _only_process(home, entry.title):
-            for track in tracks:
-                folder = home / track
+            for needed in tracks:
+                folder = home / needed
                 # An export that was asked for once is kept.
-                exported = export or (track == "onnx" and was_exported(entry, folder))
-                source = source_of(entry, track, exported)
-                facts[track] = ensure_folder(source, folder)
-                sources[track] = source.origin(facts[track])
+                exported = export or (needed == "onnx" and was_exported(entry, folder))
+                source = source_of(entry, needed, exported)
+                facts[needed] = ensure_folder(source, folder)
+                sources[needed] = source.origin(facts[needed])
     entry = _with_facts(entry, facts)
     if "onnx" in tracks:
         longest = min(entry.context_length, exact_context_length(home / "onnx"))
         entry = replace(entry, context_length=longest)
     check_memory(entry.title, entry.memory)  # the next step is to load it
-    folders = [home / track if track in tracks else None for track in TRACKS]
-    return PreparedModel(entry, *folders, sources)
+    return PreparedModel(
+        entry,
+        transformers_dir=home / "transformers" if "transformers" in tracks else None,
+        onnx_dir=home / "onnx" if "onnx" in tracks else None,
+        sources=sources,
+    )
 
 
 def _only_process(home, title):

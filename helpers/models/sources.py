@@ -1,10 +1,5 @@
-"""Knows where each track's folder of a model comes from, and makes it: one class for each kind of source.
-
-A source has a ``recipe``, all that the content of its folder depends on; an ``origin``, where the
-files come from, down to the commit or the hash, as a run logs it; and ``make``, which writes the
-files for ``folder`` to ``partial``, as ``folders.ensure`` asks.
-"""
-# ruff: noqa: D102 - the lines above say what each method does
+"""Knows where each track's folder of a model comes from, and makes it: one class for each kind of source."""
+# ruff: noqa: D102 - Source says what each method does
 
 import importlib.metadata
 import json
@@ -124,6 +119,19 @@ class Source:
     entry: CatalogueEntry
     resumes = False  # whether `make` uses what an interrupted call left in `partial`
     needs_no_network = False
+
+    @property
+    def recipe(self) -> dict:
+        """Everything that the content of the folder depends on."""
+        raise NotImplementedError
+
+    def origin(self, facts: dict) -> str:
+        """Return where the files come from, down to the commit or the hash, as a run logs it."""
+        raise NotImplementedError
+
+    def make(self, partial: Path, folder: Path) -> dict | None:
+        """Write the files for ``folder`` to ``partial``; see ``helpers.models.folders.ensure``."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True)
