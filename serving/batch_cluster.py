@@ -64,7 +64,9 @@ MEANINGS = (
     (
         r"MemoryError|bad_alloc|Cannot allocate memory|DefaultCPUAllocator|"
         r"exit(?:ed with)? (?:code|status):? 137|killed by YARN for exceeding|"
-        r"OutOfMemoryError|[Ff]ailed to allocate memory|failed to map segment",
+        r"OutOfMemoryError|[Ff]ailed to allocate memory|failed to map segment|"
+        # Python's error where an extension failed to allocate memory and did not say so.
+        r"SystemError: error return without exception set",
         "A worker ran out of memory.",
         ADVICE_MORE_MEMORY,
     ),

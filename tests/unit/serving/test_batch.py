@@ -193,6 +193,11 @@ def test_a_model_that_answers_too_few_is_no_answer():
             "spark.executor.memoryOverhead",
         ),
         (
+            "SystemError: error return without exception set",
+            "A worker ran out of memory.",
+            "spark.executor.memoryOverhead",
+        ),
+        (
             "numpy ... MemoryError: Unable to allocate",
             "A worker ran out of memory.",
             "spark.executor.pyspark.memory",
